@@ -1,0 +1,233 @@
+"""The safetensors container, read strictly: where every tensor lies, checked before any is read.
+
+The `safetensors` library writes and memory-maps such files; it also accepts duplicate names and
+leaves a process open to SIGBUS when a mapped file shrinks. Headers are therefore parsed here
+(format: the safetensors README, section Format) and payloads are read by position.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInputError, FileAccessError
+from . import strict_json
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_ELEMENTS = 2**50
+PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+_O_EXTRA = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+# safetensors dtype -> bits per element. Names that are absent here cannot be measured or copied.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: its name in the file.
+        dtype: safetensors name of its dtype ("F32", "BF16", ...).
+        shape: its sizes.
+        start, stop: byte offsets in the file, not in the payload.
+        path: the file; None when the container was read from memory.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    path: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one safetensors file.
+
+    Attributes:
+        tensors: by name, in the order of their payloads.
+        metadata: the `__metadata__` strings.
+        size: length of the whole file in bytes.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    size: int = 0
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A file descriptor for reading a regular file, opened without blocking on a FIFO.
+
+    Raises:
+        FileAccessError: missing, or not readable.
+        BadInputError: a directory, FIFO, device or socket.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | _O_EXTRA)
+    except FileNotFoundError:
+        raise FileAccessError(path, expected="a file", found="nothing there") from None
+    except IsADirectoryError:
+        raise BadInputError(path, expected="a file", found="a directory") from None
+    except OSError as error:
+        raise FileAccessError(
+            path, expected="a readable file", found=error.strerror or str(error)
+        ) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        kind = "a directory" if os.path.isdir(path) else "a FIFO, device or socket"
+        raise BadInputError(path, expected="a regular file", found=kind)
+    return fd
+
+
+def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) -> bytes:
+    """Bytes [start, stop) of an open file.
+
+    Raises:
+        BadInputError: the file ends before `stop`, as it does when it shrinks while being read.
+    """
+    pieces = []
+    at = start
+    while at < stop:
+        piece = os.pread(fd, min(stop - at, 1 << 30), at) if hasattr(os, "pread") else _seek(
+            fd, at, min(stop - at, 1 << 30)
+        )  # fmt: skip
+        if not piece:
+            raise BadInputError(
+                where,
+                expected=f"at least {stop} bytes",
+                found=f"the end of the file at byte {at}",
+                remedy="the file is truncated or changed while it was read: get it again",
+            )
+        pieces.append(piece)
+        at += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _seek(fd: int, start: int, count: int) -> bytes:
+    """`os.pread` for Windows."""
+    os.lseek(fd, start, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        FileAccessError: missing or unreadable.
+        BadInputError: not a safetensors file, or one that breaks the format's rules.
+    """
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        head = read_exactly(fd, 0, min(8, size), path)
+        length = header_length(head, size, os.fspath(path))
+        text = read_exactly(fd, 8, 8 + length, path)
+    finally:
+        os.close(fd)
+    return parse_header(text, size, os.fspath(path), Path(path))
+
+
+def header_length(head: bytes, size: int, where: str) -> int:
+    """The length of the JSON header, from the first 8 bytes of a file of `size` bytes."""
+    if size == 0:
+        raise BadInputError(where, expected="a safetensors file", found="an empty file")
+    if head.startswith(PICKLE_MAGIC):
+        raise BadInputError(
+            where,
+            expected="a safetensors file",
+            found="a pickle or zip archive, which can run code when it is loaded",
+            remedy="convert it to safetensors with the tool that made it",
+        )
+    length = int.from_bytes(head, "little") if len(head) == 8 else -1
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise BadInputError(
+            where,
+            expected=f"a safetensors file with a header of 2 to {max(size - 8, 2)} bytes",
+            found=f"a header length of {length}" if length >= 0 else f"a file of {size} bytes",
+            remedy="the file is truncated or is not safetensors: get it again",
+        )
+    return length
+
+
+def parse_header(text: bytes, size: int, where: str, path: Path | None = None) -> Header:
+    """Check the JSON header `text` of a safetensors file of `size` bytes.
+
+    Raises:
+        BadInputError: naming the tensor that breaks a rule.
+    """
+    entries = strict_json.loads(text, where)
+    if not isinstance(entries, dict):
+        raise BadInputError(where, expected="a JSON object as header", found=_kind(entries))
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise BadInputError(where, expected="metadata that maps text to text", found="other values")
+    origin = 8 + len(text)
+    tensors = [_tensor(name, entry, origin, where, path) for name, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.start, t.stop))
+    at = origin
+    for tensor in tensors:
+        if tensor.start != at:
+            raise BadInputError(
+                where,
+                expected=f"tensor {tensor.name!r} to begin at byte {at}",
+                found=f"byte {tensor.start}: tensors overlap or leave a hole",
+                remedy="the file was not written by a safetensors writer",
+            )
+        at = tensor.stop
+    if at != size:
+        raise BadInputError(
+            where,
+            expected=f"{at} bytes, as its header says",
+            found=f"{size} bytes",
+            remedy="the file is truncated or has trailing bytes: get it again",
+        )
+    return Header({t.name: t for t in tensors}, metadata, size)
+
+
+def _tensor(name: str, entry: Any, origin: int, where: str, path: Path | None) -> TensorInfo:
+    """One tensor of the header, checked by itself."""
+
+    def fail(expected: str, found: object) -> BadInputError:
+        return BadInputError(f"{where}, tensor {name!r}", expected=expected, found=str(found))
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail("exactly dtype, shape and data_offsets", _kind(entry))
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise fail("a known dtype", repr(dtype))
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        raise fail("a shape of whole numbers from 0", repr(shape)[:80])
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+        raise fail("two byte offsets", repr(offsets)[:80])
+    count = prod(shape)
+    bits = count * DTYPE_BITS[dtype]
+    if count > MAX_ELEMENTS or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise fail(f"{bits / 8:.0f} bytes for {dtype} {shape}", f"offsets {offsets}")
+    return TensorInfo(name, dtype, tuple(shape), origin + offsets[0], origin + offsets[1], path)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _kind(value: object) -> str:
+    return f"{sorted(value)[:6]}" if isinstance(value, dict) else f"a {type(value).__name__}"

@@ -1,0 +1,141 @@
+"""The exceptions of the package, each with the exit code the command line gives it.
+
+    FourierFTError                 1
+    |-- UsageError                 2   the call itself cannot be carried out as asked
+    |   `-- MissingExtraError      2   an optional dependency is not installed
+    |-- BadInputError              3   a file is damaged, hostile, or not what it should be
+    |-- BaseMismatchError          4   the adapter does not belong to this base
+    |-- ValidationError            5   artifacts that must agree do not
+    `-- FileAccessError            6   missing or unreadable files, no space, no permission
+
+Every error says where it happened, what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+
+MAX_OFFENDERS_SHOWN = 20
+
+
+def printable(text: object) -> str:
+    """`text` as one line that a terminal shows as it is: control characters are escaped.
+
+    Names come from files that others made; an escape sequence in one must not reach a terminal.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
+
+
+class FourierFTError(Exception):
+    """Root of the package's exceptions.
+
+    Args:
+        where: the file, tensor, layer or option concerned.
+        expected: what would have been right.
+        found: what was there instead.
+        remedy: what the reader can do now.
+        offenders: one short line per culprit, when there are several; all are kept, the command
+            line prints the first `MAX_OFFENDERS_SHOWN`.
+    """
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(
+        self,
+        where: str | PathLike[str],
+        *,
+        expected: str = "",
+        found: str = "",
+        remedy: str = "",
+        offenders: Iterable[str] = (),
+    ) -> None:
+        self.where = printable(where)
+        self.expected = printable(expected)
+        self.found = printable(found)
+        self.remedy = printable(remedy)
+        self.offenders = tuple(printable(line) for line in offenders)
+        super().__init__(self.summary)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.to_dict()))
+
+    @property
+    def summary(self) -> str:
+        """The error as one line."""
+        parts = [f"expected {self.expected}"] if self.expected else []
+        parts += [f"found {self.found}"] if self.found else []
+        line = ": ".join(p for p in (self.where, ", ".join(parts)) if p)
+        return f"{line}; {self.remedy}" if self.remedy else line
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as the `error` object of `--json` output."""
+        return {
+            "kind": self.kind,
+            "code": self.exit_code,
+            "where": self.where,
+            "expected": self.expected,
+            "found": self.found,
+            "remedy": self.remedy,
+            "offenders": list(self.offenders),
+        }
+
+
+def _rebuild(cls: type[FourierFTError], fields: dict[str, object]) -> FourierFTError:
+    """Unpickle an error; worker processes send theirs home."""
+    keep = ("where", "expected", "found", "remedy", "offenders")
+    return cls(**{key: fields[key] for key in keep})  # type: ignore[arg-type]
+
+
+class UsageError(FourierFTError):
+    """The call cannot be carried out as asked: options that clash, an output that exists."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency is not installed."""
+
+    kind = "missing-extra"
+
+
+class BadInputError(FourierFTError):
+    """An input file is damaged, hostile, or not what it should be."""
+
+    exit_code = 3
+    kind = "bad-input"
+
+
+class BaseMismatchError(FourierFTError):
+    """The adapter does not belong to the base that it was given."""
+
+    exit_code = 4
+    kind = "base-mismatch"
+
+
+class ValidationError(FourierFTError):
+    """Two artifacts that must agree do not."""
+
+    exit_code = 5
+    kind = "validation"
+
+
+class FileAccessError(FourierFTError):
+    """A path is missing or unreadable, or there is no space or permission to write."""
+
+    exit_code = 6
+    kind = "file-access"
+
+
+def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
+    """The error for `what` needing `package`, which the extra `extra` installs."""
+    return MissingExtraError(
+        what,
+        expected=f"the package {package}",
+        found="it is not installed",
+        remedy=f"run: pip install 'fourierft-export[{extra}]'",
+    )
