@@ -7,9 +7,10 @@ leaves a process open to SIGBUS when a mapped file shrinks. Headers are therefor
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -107,9 +108,7 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
     pieces = []
     at = start
     while at < stop:
-        piece = os.pread(fd, min(stop - at, 1 << 30), at) if hasattr(os, "pread") else _seek(
-            fd, at, min(stop - at, 1 << 30)
-        )  # fmt: skip
+        piece = _read_at(fd, at, min(stop - at, 1 << 30))
         if not piece:
             raise BadInputError(
                 where,
@@ -122,8 +121,10 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _seek(fd: int, start: int, count: int) -> bytes:
-    """`os.pread` for Windows."""
+def _read_at(fd: int, start: int, count: int) -> bytes:
+    """`os.pread`, which Windows lacks."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, start)
     os.lseek(fd, start, os.SEEK_SET)
     return os.read(fd, count)
 
@@ -223,6 +224,29 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path | None) -
     if count > MAX_ELEMENTS or bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise fail(f"{bits / 8:.0f} bytes for {dtype} {shape}", f"offsets {offsets}")
     return TensorInfo(name, dtype, tuple(shape), origin + offsets[0], origin + offsets[1], path)
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The first bytes of a safetensors file: length, JSON, and spaces up to a multiple of 8.
+
+    Written here because the same content must give the same bytes, and because a writer that
+    streams needs the header before the payloads.
+
+    Args:
+        tensors: (name, dtype, shape) in the order of their payloads.
+        metadata: text to text; its order is kept.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        stop = at + prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _is_size(value: object) -> bool:

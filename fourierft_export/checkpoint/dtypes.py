@@ -1,0 +1,38 @@
+"""safetensors dtype names as numpy dtypes; ml_dtypes supplies those that numpy lacks."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_NUMPY: dict[str, Any] = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64,
+    "F16": np.float16, "F32": np.float32, "F64": np.float64, "C64": np.complex64,
+    "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+@cache
+def to_numpy(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors dtype name, little-endian.
+
+    Raises:
+        KeyError: a dtype whose elements are not whole bytes (F4, F6_*).
+    """
+    return np.dtype(_NUMPY[name]).newbyteorder("<")
+
+
+@cache
+def to_name(dtype: np.dtype[Any]) -> str:
+    """The safetensors name of a numpy dtype.
+
+    Raises:
+        KeyError: safetensors has no such dtype.
+    """
+    return {np.dtype(value): name for name, value in _NUMPY.items()}[dtype.newbyteorder("=")]
