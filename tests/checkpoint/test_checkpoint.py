@@ -1,0 +1,288 @@
+"""Opening and reading checkpoints: real ones, damaged ones, hostile ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fourierft_export.checkpoint.checkpoint import Checkpoint
+from fourierft_export.errors import BadInputError, FileAccessError
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+TENSORS = {
+    "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "c.ids": np.arange(5, dtype=np.int64),
+}
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    save_file({k: TENSORS[k] for k in ("a.weight", "c.ids")}, directory / A, {"format": "pt"})
+    save_file({"b.weight": TENSORS["b.weight"]}, directory / B, {"format": "pt"})
+    write_index(directory, {"a.weight": A, "b.weight": B, "c.ids": A})
+    return directory
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    index = {"metadata": {"total_size": 100}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_sharded_tensors_equal_the_safetensors_library(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    assert [path.name for path in checkpoint.shards] == [A, B]
+    assert set(checkpoint.tensors) == set(TENSORS)
+    for name, value in TENSORS.items():
+        found = checkpoint.read(name)
+        assert found.dtype == value.dtype
+        np.testing.assert_array_equal(found, value)
+    assert checkpoint.tensors["b.weight"].path == sharded / B
+    assert checkpoint.index_metadata == {"total_size": 100}
+    assert checkpoint.parts[0].metadata == {"format": "pt"}
+
+
+def test_minilm_equals_the_safetensors_library(minilm_dir: Path) -> None:
+    expected = load_file(minilm_dir / "model.safetensors")
+    for path in (minilm_dir, minilm_dir / "model.safetensors"):
+        checkpoint = Checkpoint.open(path)
+        assert set(checkpoint.tensors) == set(expected)
+        for name, value in expected.items():
+            assert checkpoint.read(name).tobytes() == value.tobytes()
+
+
+def test_bfloat16_is_read_as_ml_dtypes_bfloat16(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    values = torch.tensor([[1.5, -2.25], [3e38, 1e-30]], dtype=torch.bfloat16)
+    save_torch({"w": values}, tmp_path / "model.safetensors")
+    found = Checkpoint.open(tmp_path).read("w")
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found.astype(np.float32), values.float().numpy())
+
+
+def test_blocks_join_to_the_payload(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    pieces = list(checkpoint.blocks("a.weight", 7))
+    assert [len(piece) for piece in pieces] == [7] * 6 + [6]
+    assert b"".join(pieces) == TENSORS["a.weight"].tobytes()
+    assert b"".join(checkpoint.file_blocks(sharded / B, 16)) == (sharded / B).read_bytes()
+
+
+def test_read_arrays_cannot_be_written(sharded: Path) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        Checkpoint.open(sharded).read("a.weight")[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../../x.safetensors", "/etc/x.safetensors", "a/../b.safetensors", "a\\b.safetensors",
+     "C:x.safetensors", "x\0.safetensors", "..", "", "a/b.safetensors", "x.bin",
+     "\x1b[31mx.safetensors", 7, None, ["model.safetensors"]],
+)  # fmt: skip
+def test_an_index_may_only_name_plain_files(sharded: Path, shard: object) -> None:
+    write_index(sharded, {"a.weight": A, "b.weight": shard})
+    with pytest.raises(BadInputError) as caught:
+        Checkpoint.open(sharded)
+    assert "model.safetensors.index.json" in caught.value.where
+    assert "plain file names" in caught.value.expected
+    assert "\x1b" not in str(caught.value)
+
+
+def missing_shard(directory: Path) -> None:
+    (directory / B).unlink()
+
+
+def tensor_not_in_shard(directory: Path) -> None:
+    write_index(directory, {"a.weight": A, "b.weight": A, "c.ids": A})
+
+
+def tensor_twice(directory: Path) -> None:
+    save_file({"b.weight": TENSORS["b.weight"], "a.weight": TENSORS["a.weight"]}, directory / B)
+
+
+def truncated_shard(directory: Path) -> None:
+    (directory / B).write_bytes((directory / B).read_bytes()[:-1])
+
+
+def shard_is_a_fifo(directory: Path) -> None:
+    (directory / B).unlink()
+    os.mkfifo(directory / B)
+
+
+def shard_is_a_folder(directory: Path) -> None:
+    (directory / B).unlink()
+    (directory / B).mkdir()
+
+
+def shard_is_a_pickle(directory: Path) -> None:
+    (directory / B).write_bytes(pickle.dumps({"b.weight": [1.0]}))
+
+
+def shard_is_a_zip(directory: Path) -> None:
+    with zipfile.ZipFile(directory / B, "w") as archive:
+        archive.writestr("data.pkl", b"x")
+
+
+def empty_index(directory: Path) -> None:
+    write_index(directory, {})
+
+
+def weight_map_is_a_list(directory: Path) -> None:
+    write_index(directory, [A, B])
+
+
+def index_names_a_tensor_twice(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text(
+        f'{{"weight_map": {{"a.weight": "{A}", "a.weight": "{B}"}}}}'
+    )
+
+
+def index_is_not_json(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_bytes(b"\xff\xfe{")
+
+
+def index_is_a_folder(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model.safetensors.index.json").mkdir()
+
+
+def shard_links_out(directory: Path) -> None:
+    outside = directory.parent / "outside.safetensors"
+    (directory / B).rename(outside)
+    (directory / B).symlink_to(outside)
+
+
+def shard_links_inside(directory: Path) -> None:
+    (directory / B).rename(directory / "other.safetensors")
+    (directory / B).symlink_to("other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (missing_shard, B), (tensor_not_in_shard, "b.weight in model-00001-of-00002.safetensors"),
+        (tensor_twice, "a.weight in"), (truncated_shard, "truncated"),
+        (shard_is_a_fifo, "FIFO"), (shard_is_a_folder, "a directory"),
+        (shard_is_a_pickle, "pickle"), (shard_is_a_zip, "pickle or zip"),
+        (empty_index, "weight_map"), (weight_map_is_a_list, "weight_map"),
+        (index_names_a_tensor_twice, "twice"), (index_is_not_json, "UTF-8"),
+        (index_is_a_folder, "a directory"), (shard_links_out, "a link to"),
+        (shard_links_inside, "--allow-links"),
+    ],
+)  # fmt: skip
+def test_bad_checkpoints_are_refused(
+    sharded: Path, spoil: Callable[[Path], None], says: str
+) -> None:
+    spoil(sharded)
+    with pytest.raises(BadInputError) as caught:
+        Checkpoint.open(sharded)
+    text = "\n".join([str(caught.value), *caught.value.offenders])
+    assert says in text
+    assert str(sharded) in text
+    assert "\n" not in str(caught.value)
+
+
+def test_links_inside_the_folder_are_followed_when_allowed(sharded: Path) -> None:
+    shard_links_inside(sharded)
+    found = Checkpoint.open(sharded, allow_links=True).read("b.weight")
+    np.testing.assert_array_equal(found, TENSORS["b.weight"])
+
+
+def test_links_out_of_the_folder_are_refused_even_when_allowed(sharded: Path) -> None:
+    shard_links_out(sharded)
+    with pytest.raises(BadInputError, match="a link to"):
+        Checkpoint.open(sharded, allow_links=True)
+
+
+def test_the_hugging_face_cache_layout_is_followed(sharded: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "abc123"
+    blobs = repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    found = Checkpoint.open(snapshot).read("b.weight")
+    np.testing.assert_array_equal(found, TENSORS["b.weight"])
+    (snapshot / B).unlink()
+    (snapshot / B).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(BadInputError, match="a link to"):
+        Checkpoint.open(snapshot)
+
+
+def test_a_folder_that_is_itself_a_link_is_the_users_own(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(sharded)
+    found = Checkpoint.open(tmp_path / "alias").read("b.weight")
+    np.testing.assert_array_equal(found, TENSORS["b.weight"])
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.safetensors", "file/below", "x\0y"])
+def test_missing_paths(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileAccessError) as caught:
+        Checkpoint.open(tmp_path / name)
+    assert caught.value.exit_code == 6
+
+
+def test_a_pickled_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(BadInputError, match="pickled checkpoint"):
+            Checkpoint.open(path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInputError, match="no weights"):
+        Checkpoint.open(tmp_path)
+
+
+def test_other_file_names_are_found_when_there_is_one(sharded: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(TENSORS, other / "diffusion_pytorch_model.safetensors")
+    assert set(Checkpoint.open(other).tensors) == set(TENSORS)
+    save_file(TENSORS, other / "second.safetensors")
+    with pytest.raises(BadInputError, match="name the weight file itself"):
+        Checkpoint.open(other)
+
+
+def test_a_file_cut_short_while_reading_is_an_error(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    os.truncate(sharded / A, 200)
+    with pytest.raises(BadInputError, match=r"truncated or changed|changed since"):
+        checkpoint.read("c.ids")
+
+
+def test_a_file_replaced_while_reading_is_an_error(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    changed = {"b.weight": TENSORS["b.weight"] + np.float16(1)}
+    save_file(changed, sharded / "new", {"format": "pt"})
+    os.replace(sharded / "new", sharded / B)
+    with pytest.raises(BadInputError, match="changed since it was opened"):
+        checkpoint.read("b.weight")
+
+
+def test_dtypes_that_numpy_lacks_are_copied_but_not_read(tmp_path: Path) -> None:
+    text = b'{"w":{"dtype":"F4","shape":[2,3],"data_offsets":[0,3]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert b"".join(checkpoint.blocks("w")) == b"abc"
+    with pytest.raises(BadInputError, match="F4"):
+        checkpoint.read("w")
+    with pytest.raises(BadInputError, match="'v'"):
+        checkpoint.read("v")

@@ -1,0 +1,108 @@
+"""The streaming writer, read back by the safetensors library."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+
+from fourierft_export.checkpoint import write
+from fourierft_export.checkpoint.write import Slot, TensorWriter, copy_file, in_file_order
+from fourierft_export.errors import FileAccessError
+
+SLOTS = (Slot("d", "F64", (2,)), Slot("a", "F32", (2, 3)), Slot("h", "BF16", (3,)),
+         Slot("e", "I8", (0, 4)))  # fmt: skip
+
+
+def payload(slot: Slot) -> np.ndarray:
+    dtype = {"F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
+    return np.arange(np.prod(slot.shape)).reshape(slot.shape).astype(dtype[slot.dtype])
+
+
+def written(path: Path) -> str:
+    with TensorWriter(path, SLOTS, {"format": "pt"}) as writer:
+        for slot in SLOTS:
+            writer.write(slot.name, [payload(slot)])
+        return writer.digest()
+
+
+def test_the_safetensors_library_reads_it_back(tmp_path: Path) -> None:
+    digest = written(tmp_path / "x.safetensors")
+    found = load_torch(tmp_path / "x.safetensors")
+    assert set(found) == {slot.name for slot in SLOTS}
+    for slot in SLOTS:
+        assert tuple(found[slot.name].shape) == slot.shape
+        np.testing.assert_array_equal(
+            found[slot.name].double().numpy(), payload(slot).astype(float)
+        )
+    with safe_open(tmp_path / "x.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+
+
+def test_payloads_may_come_in_pieces_and_strides(tmp_path: Path) -> None:
+    value = np.arange(6, dtype=">f4").reshape(3, 2).T
+    with TensorWriter(tmp_path / "x", [Slot("a", "F32", (2, 3))]) as writer:
+        writer.write("a", [value[:1], memoryview(value[1:].astype("<f4").tobytes())])
+        writer.digest()
+    np.testing.assert_array_equal(load_file(tmp_path / "x")["a"], value)
+
+
+def test_mode_follows_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        written(tmp_path / "x")
+        copy_file(tmp_path / "y", [b"abc"], 3)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "y").stat().st_mode) == 0o640
+
+
+def test_misuse_is_an_error(tmp_path: Path) -> None:
+    with TensorWriter(tmp_path / "x", SLOTS) as writer:
+        with pytest.raises(ValueError, match="not the next tensor"):
+            writer.write("a", [])
+        with pytest.raises(ValueError, match="takes 16 bytes, not 8"):
+            writer.write("d", [b"12345678"])
+        with pytest.raises(ValueError, match="never written"):
+            writer.digest()
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"mine")
+    with pytest.raises(FileAccessError, match="exists"):
+        written(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"mine"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_told_with_what_was_needed() -> None:
+    fd = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(FileAccessError, match="no space left") as caught:
+            write.write_all(fd, memoryview(b"x" * 10), Path("out.safetensors"), 12_345)
+    finally:
+        os.close(fd)
+    assert "12,345 bytes" in caught.value.expected
+    assert caught.value.exit_code == 6
+
+
+def test_space_is_checked_before_the_work(tmp_path: Path) -> None:
+    write.check_space(tmp_path, 1)
+    with pytest.raises(FileAccessError, match="4,611,686,018,427,387,904 bytes of free space"):
+        write.check_space(tmp_path, 2**62)
+
+
+def test_order_keeps_every_payload_aligned() -> None:
+    slots = [Slot("half", "F16", (3,)), Slot("long", "I64", (1,)), Slot("byte", "U8", (1,)),
+             Slot("half2", "BF16", (1,)), Slot("float", "F32", (1,))]  # fmt: skip
+    assert [s.name for s in in_file_order(slots)] == ["long", "float", "half", "half2", "byte"]
