@@ -40,7 +40,7 @@ LARGER_DATA = Path(os.environ.get("FOURIERFT_EXPORT_DATA") or ROOT.parent / "sha
 def pytest_report_header() -> str:
     if LARGER_DATA.is_dir():
         return "larger data: found, tests marked 'data' run"
-    return "larger data: not found, tests marked 'data' are deselected (FOURIERFT_EXPORT_DATA names it)"
+    return "larger data: not found, tests marked 'data' are deselected (set FOURIERFT_EXPORT_DATA)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -203,10 +203,11 @@ def trained_minilm_adapter(
     """A PEFT adapter of MiniLM, trained for 30 steps on SST-2 (query+value, n 1000)."""
     import torch
 
-    model = minilm_with_adapter(minilm_dir, {"scaling": 140.0}, torch_seed=1).train()
+    fields = {"scaling": 140.0, "init_weights": True}  # PEFT's True starts from zero
+    model = minilm_with_adapter(minilm_dir, fields, torch_seed=1).train()
     spectra = [p for name, p in model.named_parameters() if "fourierft_spectrum" in name]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "spectrum" not in n]
-    optimizer = torch.optim.AdamW([{"params": spectra, "lr": 0.05}, {"params": head, "lr": 0.005}])
+    optimizer = torch.optim.AdamW([{"params": spectra, "lr": 0.2}, {"params": head, "lr": 0.01}])
     batches = torch.Generator().manual_seed(2)
     for _ in range(30):
         rows = torch.randint(len(sst2_rows), (16,), generator=batches).tolist()

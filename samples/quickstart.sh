@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The whole job on real data, on a machine with nothing but Python: makes .venv, installs, runs the
+# demo. Arguments go to `fourierft-export demo`.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup-venv.sh" all
+exec "$VENV_BIN/fourierft-export" demo "$@"
