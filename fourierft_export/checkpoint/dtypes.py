@@ -25,7 +25,8 @@ def to_numpy(name: str) -> np.dtype[Any]:
     Raises:
         KeyError: a dtype whose elements are not whole bytes (F4, F6_*).
     """
-    return np.dtype(_NUMPY[name]).newbyteorder("<")
+    little: np.dtype[Any] = np.dtype(_NUMPY[name]).newbyteorder("<")
+    return little
 
 
 @cache

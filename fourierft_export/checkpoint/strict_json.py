@@ -67,3 +67,8 @@ def loads(text: str | bytes, where: str) -> Any:
 def canonical(value: Any) -> str:
     """`value` as the one JSON text for it: sorted keys, no spaces, ASCII only, finite numbers."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def pretty(value: Any) -> str:
+    """`value` as JSON for people: two spaces, sorted keys, a newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -1,0 +1,70 @@
+"""Evidence of which base weight an adapter was trained on, at 32 bytes a layer.
+
+Two parts answer two questions: 128 bits of a sha256 say "these very bytes"; eight sampled values
+say "these values, perhaps in another precision" (trained in float32, deployed in bfloat16 is
+normal). How the weight was cut into shards does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from ..checkpoint import dtypes
+from .spec import Fingerprint
+
+DIGEST_BYTES = 16
+SAMPLES = 8
+FINGERPRINT_BYTES = DIGEST_BYTES + 2 * SAMPLES
+# Two roundings of one value (to float16 and to bfloat16, say) lie within two units in the last
+# place of bfloat16, 2^-7 relative; values that float16 flushes to zero need the absolute part.
+SAMPLE_RTOL = 2.0**-7
+SAMPLE_ATOL = 1e-7
+
+Verdict = Literal["same", "precision", "different"]
+
+
+def sample_positions(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Eight flat positions spread over `count` elements: (2 i + 1) * count // 16."""
+    return (2 * np.arange(SAMPLES, dtype=np.int64) + 1) * count // (2 * SAMPLES)
+
+
+def fingerprint(weight: np.ndarray[Any, Any]) -> Fingerprint:
+    """The fingerprint of a weight as its checkpoint stores it.
+
+    Args:
+        weight: any float dtype that safetensors knows, at least one element.
+    """
+    stored = np.ascontiguousarray(weight)
+    digest = hashlib.sha256(stored.reshape(-1).view(np.uint8).data).digest()[:DIGEST_BYTES]
+    return Fingerprint(dtypes.to_name(stored.dtype), digest, _samples(stored))
+
+
+def _samples(weight: np.ndarray[Any, Any]) -> bytes:
+    values = weight.reshape(-1)[sample_positions(weight.size)]
+    with np.errstate(over="ignore"):
+        bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return bytes(bits.astype("<u2").tobytes())
+
+
+def compare(expected: Fingerprint, weight: np.ndarray[Any, Any]) -> Verdict:
+    """Whether `weight` is the one that was fingerprinted.
+
+    Returns:
+        "same" for equal bytes of equal dtype; "precision" when the dtype differs and the sampled
+        values agree to a bfloat16's precision; "different" otherwise.
+    """
+    found = fingerprint(weight)
+    if (found.dtype, found.digest) == (expected.dtype, expected.digest):
+        return "same"
+    if found.dtype == expected.dtype:
+        return "different"
+    before, now = (
+        np.frombuffer(f.samples, "<u2").view(ml_dtypes.bfloat16).astype(np.float64)
+        for f in (expected, found)
+    )
+    close = np.allclose(before, now, rtol=SAMPLE_RTOL, atol=SAMPLE_ATOL)
+    return "precision" if close else "different"

@@ -1,0 +1,165 @@
+r"""Layer names in few bytes: templates such as `layers.{0-31}.self_attn.{q_proj,v_proj}`.
+
+A template is a dotted path whose segments may be sets of alternatives in braces; `a-b` in braces is
+a range of whole numbers. Backslash takes the meaning from `\\ { } , -`. Templates say *which* names
+there are; their order is always the natural one, so one set of names has one form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from math import prod
+
+MAX_NAMES = 100_000
+MAX_NAME_LENGTH = 1_000
+_SPECIAL = frozenset("\\{},-")
+
+Path = tuple[str, ...]
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key of a module path: whole numbers by value and before words, words by code point."""
+    return tuple(
+        (0, int(s), "") if _is_index(s) else (1, 0, s) for s in name.split(".")
+    )  # fmt: skip
+
+
+def _is_index(segment: str) -> bool:
+    """Whether a segment is a whole number in its shortest form, of at most nine digits."""
+    plain = segment.isascii() and segment.isdigit() and len(segment) <= 9
+    return plain and (segment == "0" or segment[0] != "0")
+
+
+def compress(names: Iterable[str]) -> list[str]:
+    """The templates that stand for exactly these names.
+
+    Args:
+        names: distinct module paths, in any order.
+
+    Returns:
+        Templates; `expand` gives back the names in natural order.
+    """
+    return _compress(
+        sorted((tuple(n.split(".")) for n in names), key=lambda p: natural_key(".".join(p)))
+    )
+
+
+def _compress(paths: Sequence[Path]) -> list[str]:
+    """Join the first segments that are followed by the same templates."""
+    heads: dict[str, list[Path]] = {}
+    for path in paths:
+        heads.setdefault(path[0], []).append(path[1:])
+    by_tail: dict[tuple[str | None, ...], list[str]] = {}
+    for head, rests in heads.items():
+        ends: list[str | None] = [None] if () in rests else []
+        tails = tuple(ends + list(_compress([r for r in rests if r])))
+        by_tail.setdefault(tails, []).append(head)
+    return [
+        _braces(segments) + ("" if tail is None else f".{tail}")
+        for tails, segments in by_tail.items()
+        for tail in tails
+    ]
+
+
+def _braces(segments: list[str]) -> str:
+    """Alternatives as one segment: runs of whole numbers as ranges, words as they are."""
+    if len(segments) == 1:
+        return _escape(segments[0])
+    numbers = sorted(int(s) for s in segments if _is_index(s))
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    items = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    items += [_escape(s) for s in segments if not _is_index(s)]
+    return "{" + ",".join(items) + "}"
+
+
+def _escape(segment: str) -> str:
+    return "".join(f"\\{c}" if c in _SPECIAL else c for c in segment)
+
+
+def expand(templates: Sequence[str]) -> list[str]:
+    """The names that templates stand for, in natural order.
+
+    Raises:
+        ValueError: a template is malformed, a name appears twice or is longer than 1,000
+            characters, or there are more than 100,000 names (counted before any is made).
+    """
+    parsed: list[list[Sequence[str]]] = []
+    total = 0
+    for template in templates:
+        parsed.append(_parse(template))
+        total += prod(len(choices) for choices in parsed[-1])
+        if total > MAX_NAMES:
+            raise ValueError(f"{total} layer names, where {MAX_NAMES} is the most")
+    names = [".".join(path) for segments in parsed for path in product(*segments)]
+    if len(set(names)) != len(names):
+        raise ValueError("a layer name twice")
+    if any(len(name) > MAX_NAME_LENGTH for name in names):
+        raise ValueError(f"a layer name longer than {MAX_NAME_LENGTH} characters")
+    return sorted(names, key=natural_key)
+
+
+def _parse(template: str) -> list[Sequence[str]]:
+    """The alternatives of each segment."""
+    segments: list[Sequence[str]] = []
+    total = 1
+    rest = 0
+    while rest <= len(template):
+        if template[rest : rest + 1] == "{":
+            choices, rest = _parse_braces(template, rest + 1)
+        else:
+            word, rest = _parse_word(template, rest, ".")
+            choices = [word]
+        if rest < len(template) and template[rest] != ".":
+            raise ValueError(f"template {template[:80]!r}: expected '.' at character {rest}")
+        total *= len(choices)
+        if total > MAX_NAMES:
+            raise ValueError(f"template {template[:80]!r}: more than {MAX_NAMES} names")
+        segments.append(choices)
+        rest += 1
+    return segments
+
+
+def _parse_braces(template: str, at: int) -> tuple[list[str], int]:
+    """The alternatives from just after `{`, and the position after `}`."""
+    choices: list[str] = []
+    while True:
+        low, at = _parse_word(template, at, ",-}")
+        if template[at : at + 1] == "-":
+            high, at = _parse_word(template, at + 1, ",}")
+            if not (_is_index(low) and _is_index(high) and int(low) < int(high)):
+                raise ValueError(f"template {template[:80]!r}: bad range {low}-{high}")
+            if int(high) - int(low) >= MAX_NAMES:
+                raise ValueError(f"template {template[:80]!r}: range {low}-{high} is too long")
+            choices += [str(i) for i in range(int(low), int(high) + 1)]
+        else:
+            choices.append(low)
+        if len(choices) > MAX_NAMES:
+            raise ValueError(f"template {template[:80]!r}: more than {MAX_NAMES} names")
+        if at >= len(template):
+            raise ValueError(f"template {template[:80]!r}: a brace is not closed")
+        at += 1
+        if template[at - 1] == "}":
+            return choices, at
+
+
+def _parse_word(template: str, at: int, stops: str) -> tuple[str, int]:
+    """Characters up to one of `stops`, with escapes undone, and the position of the stop."""
+    word = []
+    while at < len(template) and template[at] not in stops:
+        if template[at] == "\\":
+            at += 1
+            if at == len(template):
+                raise ValueError(f"template {template[:80]!r} ends in a backslash")
+        elif template[at] in _SPECIAL:
+            raise ValueError(f"template {template[:80]!r}: {template[at]!r} at character {at}")
+        word.append(template[at])
+        at += 1
+    if not word:
+        raise ValueError(f"template {template[:80]!r}: an empty segment at character {at}")
+    return "".join(word), at

@@ -1,0 +1,262 @@
+"""PEFT FourierFT adapter directories <-> bundles, without importing peft.
+
+The layers come from the tensor names, never from the config's patterns: a regular expression in a
+file that somebody else made can run for years. (File layout: peft/utils/save_and_load.py.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import dtypes, strict_json
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.container import encode_header
+from ..checkpoint.staging import staged_directory
+from ..errors import BadInputError, FileAccessError, UsageError
+from . import peft_config
+from .codec import likely_peft_config
+from .file import BaseLike, Bundle
+from .spec import AdapterSpec, LayerSpec
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+PREFIX = "base_model.model."
+SPECTRUM = ".fourierft_spectrum"
+BASE_LAYER = ".base_layer"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) -> Path:
+    """The folder that holds adapter_config.json: `directory` itself or its subfolder `adapter`.
+
+    Raises:
+        FileAccessError: the path does not exist.
+        UsageError: several adapters in subfolders and none named, or the named one is absent.
+        BadInputError: no adapter there.
+    """
+    root = Path(directory)
+    if not root.exists():
+        raise FileAccessError(root, expected="a PEFT adapter directory", found="nothing there")
+    if not root.is_dir():
+        raise BadInputError(root, expected="a PEFT adapter directory", found="a file")
+    inside = sorted(p.parent.name for p in root.glob(f"*/{CONFIG_FILE}"))
+    if adapter is not None:
+        if adapter not in inside:
+            raise UsageError(
+                root,
+                expected=f"an adapter in the subfolder {adapter!r}",
+                found=", ".join(inside) or "no adapters in subfolders",
+                remedy="name one that is there with --adapter",
+            )
+        return root / adapter
+    if (root / CONFIG_FILE).is_file():
+        return root
+    if len(inside) == 1:
+        return root / inside[0]
+    if inside:
+        raise UsageError(
+            root,
+            expected="one adapter",
+            found=f"several: {', '.join(inside)}",
+            remedy="name one with --adapter",
+        )
+    raise BadInputError(
+        root,
+        expected=f"a PEFT adapter directory with {CONFIG_FILE}",
+        found="no such file",
+        remedy="give the directory that save_pretrained wrote",
+    )
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a FourierFT adapter, every field as written.
+
+    Raises:
+        BadInputError: not FourierFT (the type is named), or fields that make no sense.
+    """
+    path = folder / CONFIG_FILE
+    config = strict_json.loads(path.read_bytes(), os.fspath(path))
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != peft_config.PEFT_TYPE:
+        raise BadInputError(
+            path,
+            expected="a PEFT adapter of type FOURIERFT",
+            found=f"type {kind}",
+            remedy="this toolkit handles FourierFT adapters only",
+        )
+    seed, scaling = config.get("random_loc_seed", 777), config.get("scaling", 150.0)
+    offenders = []
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        offenders.append(f"random_loc_seed {str(seed)[:40]}: a whole number of 64 bits expected")
+    if type(scaling) not in (int, float) or abs(scaling) >= 2**127 or not isfinite(scaling):
+        offenders.append(f"scaling {str(scaling)[:40]}: a finite float32 number expected")
+    for key in ("task_type", "base_model_name_or_path"):
+        if not isinstance(config.get(key), (str, type(None))):
+            offenders.append(f"{key}: text or null expected")
+    if offenders:
+        raise BadInputError(
+            path, expected="fields as PEFT writes them", found=offenders[0], offenders=offenders[1:]
+        )
+    return dict(config)
+
+
+def from_peft(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str] | BaseLike | None = None,
+    *,
+    adapter: str | None = None,
+    entry_rule: str | None = None,
+) -> Bundle:
+    """A bundle of a PEFT FourierFT adapter, every tensor bit for bit.
+
+    Args:
+        directory: what `PeftModel.save_pretrained` wrote, or a folder of such folders.
+        base: binds the bundle (`Bundle.bind`); without it the bundle is unbound, unless the
+            config's base_model_name_or_path is a readable local directory.
+        adapter: subfolder, for a directory with several adapters.
+        entry_rule: "small" for adapters of large layers trained before torch 2.6.
+
+    Raises:
+        FileAccessError, BadInputError, UsageError: the directory is not a FourierFT adapter.
+        BaseMismatchError: the base lacks layers, or they do not fit.
+    """
+    folder = find_adapter(directory, adapter)
+    config = read_peft_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists() and (folder / PICKLED_WEIGHTS).exists():
+        raise BadInputError(
+            folder / PICKLED_WEIGHTS,
+            expected=WEIGHTS_FILE,
+            found="a pickle, which can run code when it is loaded",
+            remedy="load it with peft where it was made and save it with safe_serialization=True",
+        )
+    checkpoint = Checkpoint.open(weights)
+    spectra, saved, targets = _sort_tensors(checkpoint, weights)
+    seed = config.get("random_loc_seed", 777)
+    spec = AdapterSpec(
+        seed=seed,
+        scaling=config.get("scaling", 150.0),
+        layers=tuple(LayerSpec(name, len(spectra[name])) for name in targets),
+        task_type=config.get("task_type"),
+        base_model=config.get("base_model_name_or_path"),
+        peft_config=config,
+    )
+    bundle = Bundle.build(spec, spectra, saved, where=os.fspath(weights))
+    if base is None:
+        base = _local_base(spec.base_model)
+    return bundle if base is None else bundle.bind(base, entry_rule)
+
+
+def left_out(directory: str | os.PathLike[str], adapter: str | None = None) -> list[str]:
+    """Tensors that `from_peft` does not take: base weights, which the base has anyway.
+
+    PEFT saves them when an output embedding is targeted (`lm_head.base_layer.weight`).
+    """
+    weights = find_adapter(directory, adapter) / WEIGHTS_FILE
+    return [name for name in Checkpoint.open(weights).tensors if _is_base_weight(name)]
+
+
+def _is_base_weight(name: str) -> bool:
+    return name.endswith(f"{BASE_LAYER}.weight")
+
+
+def _local_base(path: str | None) -> str | None:
+    """base_model_name_or_path if it is a model directory on this machine."""
+    if path and os.path.isfile(os.path.join(path, "config.json")):
+        return path
+    return None
+
+
+def _sort_tensors(
+    checkpoint: Checkpoint, where: Path
+) -> tuple[dict[str, Array], dict[str, Array], list[str]]:
+    """The adapter's spectra by layer, its dense tensors by plain name, and the layers' names."""
+    strange = [name for name in checkpoint.tensors if not name.startswith(PREFIX)]
+    names = [name.removeprefix(PREFIX) for name in checkpoint.tensors]
+    targets = [name.removesuffix(SPECTRUM) for name in names if name.endswith(SPECTRUM)]
+    if strange or not targets:
+        raise BadInputError(
+            where,
+            expected=f"tensors {PREFIX}<module>{SPECTRUM}",
+            found=f"{len(strange)} with other names" if strange else "none",
+            remedy="the file was not saved by PEFT from a FourierFT model",
+            offenders=strange,
+        )
+    spectra, saved = {}, {}
+    for stored, name in zip(checkpoint.tensors, names, strict=True):
+        if name.endswith(SPECTRUM):
+            spectra[name.removesuffix(SPECTRUM)] = checkpoint.read(stored)
+        elif not _is_base_weight(name):
+            saved[name.replace(f"{BASE_LAYER}.", ".")] = checkpoint.read(stored)
+    return spectra, saved, targets
+
+
+def to_peft(bundle: Bundle, directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write a bundle as a directory that PEFT loads.
+
+    A bundle that came from PEFT gives back every tensor bit for bit and every config field as it
+    was. One that did not gets a config that names its layers one by one.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        UsageError: it exists, without `force`.
+        FileAccessError: it cannot be written.
+    """
+    tensors: dict[str, Array] = {
+        f"{PREFIX}{name}{SPECTRUM}": spectrum for name, spectrum in bundle.spectra.items()
+    }
+    for name, tensor in bundle.saved.items():
+        module, _, leaf = name.rpartition(".")
+        # PEFT keeps a targeted layer's own parameters one level down.
+        stem = f"{module}{BASE_LAYER}" if module in bundle.spectra else module
+        tensors[f"{PREFIX}{stem}.{leaf}"] = tensor
+    names = sorted(tensors)
+    table = [(n, dtypes.to_name(tensors[n].dtype), tensors[n].shape) for n in names]
+    with staged_directory(directory, force=force) as folder:
+        config = strict_json.pretty(dict(peft_config_of(bundle)))
+        (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+        with open(folder / WEIGHTS_FILE, "wb") as file:
+            file.write(encode_header(table, {"format": "pt"}))
+            for name in names:
+                file.write(np.ascontiguousarray(tensors[name]).tobytes())
+    return Path(directory)
+
+
+def peft_config_of(bundle: Bundle) -> Mapping[str, Any]:
+    """The adapter_config.json of a bundle: the one it came with, or one made from its spec."""
+    if bundle.spec.peft_config:
+        return bundle.spec.peft_config
+    config = likely_peft_config(bundle.spec)
+    usual = config["n_frequency"]
+    modules = sorted(
+        {name.rpartition(".")[0] for name in bundle.saved if not name.endswith(".bias")}
+    )
+    return {
+        **config,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in bundle.layers),
+        "target_modules": [layer.name for layer in bundle.layers],
+        "n_frequency_pattern": {
+            layer.name: layer.n_frequency for layer in bundle.layers if layer.n_frequency != usual
+        },
+        "modules_to_save": modules or None,
+        "bias": _bias_mode(bundle, modules),
+    }
+
+
+def _bias_mode(bundle: Bundle, saved_modules: list[str]) -> str:
+    """PEFT's `bias` under which it would have saved this bundle's biases."""
+    owners = {n.rpartition(".")[0] for n in bundle.saved if n.endswith(".bias")}
+    trained = owners - set(saved_modules)
+    if not trained:
+        return "none"
+    return "fourier_only" if trained <= set(bundle.spectra) else "all"

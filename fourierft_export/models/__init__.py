@@ -1,0 +1,1 @@
+"""What a base model is: module paths and tensor names, prefixes, heads, tied weights, tasks."""

@@ -1,0 +1,211 @@
+"""A base model on disk: which stored tensor is the weight of which module.
+
+Module paths are an adapter's language, tensor names a checkpoint's. They differ by a prefix when
+the adapter was trained on a task model (`bert.encoder...`) and the checkpoint is the bare encoder
+(`encoder...`), or the other way round; a tied output embedding has no tensor of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import strict_json
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.container import FLOAT_DTYPES, TensorInfo
+from ..errors import BadInputError, BaseMismatchError
+
+# transformers' Conv1D stores (in_features, out_features); these are the modules that use it.
+_GPT_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+CONV1D_MODULES = {
+    "gpt2": _GPT_CONV1D,
+    "openai-gpt": _GPT_CONV1D,
+    "imagegpt": _GPT_CONV1D,
+    "decision_transformer": _GPT_CONV1D,
+}
+_INPUT_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+)
+_OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")
+_QUANTISED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".SCB")
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """One linear layer of a base.
+
+    Attributes:
+        module: its path in the adapter's language.
+        tensor: name of the stored weight.
+        shape: (out_features, in_features).
+        fan_in_fan_out: the tensor is stored as (in_features, out_features).
+        dtype: safetensors dtype name.
+        tied: the weight is the input embedding's; changing it for this layer needs a tensor of
+            its own (`own_tensor`).
+        own_tensor: the name the layer's weight has when it is not shared.
+    """
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    fan_in_fan_out: bool
+    dtype: str
+    tied: bool
+    own_tensor: str
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """The one prefix by which an adapter's paths and a checkpoint's names differ.
+
+    Attributes:
+        strip: prefix that the adapter has and the checkpoint lacks ("bert"), or "".
+        add: prefix that the checkpoint has and the adapter lacks, or "".
+    """
+
+    strip: str = ""
+    add: str = ""
+
+    def to_base(self, name: str) -> str:
+        """An adapter's module path or tensor name as the checkpoint has it."""
+        if self.strip and name.startswith(f"{self.strip}."):
+            return name[len(self.strip) + 1 :]
+        return f"{self.add}.{name}" if self.add else name
+
+
+class Base:
+    """An open base checkpoint.
+
+    Attributes:
+        directory: what was opened (a directory, or one safetensors file).
+        config: its config.json, {} when there is none.
+        checkpoint: its tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, directory: Path, config: Mapping[str, Any]) -> None:
+        self.checkpoint = checkpoint
+        self.directory = directory
+        self.config = config
+
+    @property
+    def model_type(self) -> str | None:
+        """The config's model_type ("bert", "llama", ...)."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Stored tensors by name."""
+        return self.checkpoint.tensors
+
+    @cached_property
+    def _input_embedding(self) -> str | None:
+        for ending in _INPUT_EMBEDDINGS:
+            for name in self.tensors:
+                if name == ending or name.endswith(f".{ending}"):
+                    return name
+        return None
+
+    def bridge(self, modules: Iterable[str]) -> Bridge:
+        """The prefix difference under which most of `modules` have a weight here."""
+        paths = list(modules)
+        bridges = [Bridge()]
+        bridges += [Bridge(strip=p) for p in sorted({m.split(".")[0] for m in paths if "." in m})]
+        bridges += [Bridge(add=p) for p in sorted({t.split(".")[0] for t in self.tensors})]
+        return max(
+            bridges, key=lambda b: sum(f"{b.to_base(m)}.weight" in self.tensors for m in paths)
+        )
+
+    def layers(self, modules: Iterable[str]) -> dict[str, BaseLayer]:
+        """The linear layers at these module paths.
+
+        Raises:
+            BaseMismatchError: listing every path that has no float matrix as its weight.
+        """
+        paths = list(modules)
+        bridge = self.bridge(paths)
+        found: dict[str, BaseLayer] = {}
+        offenders = []
+        for path in paths:
+            layer = self._layer(path, bridge)
+            if isinstance(layer, str):
+                offenders.append(f"{path}: {layer}")
+            else:
+                found[path] = layer
+        if offenders:
+            raise BaseMismatchError(
+                self.directory,
+                expected="a base with every layer of the adapter",
+                found=f"{len(offenders)} of {len(paths)} layers missing or not float matrices",
+                remedy="give the base model that the adapter belongs to",
+                offenders=offenders,
+            )
+        return found
+
+    def layer(self, module: str) -> BaseLayer:
+        """The linear layer at one module path (see `layers`)."""
+        return self.layers([module])[module]
+
+    def weight(self, module: str) -> np.ndarray[Any, Any]:
+        """The weight of a module as stored: (out, in), or (in, out) with fan_in_fan_out."""
+        return self.checkpoint.read(self.layer(module).tensor)
+
+    def _layer(self, path: str, bridge: Bridge) -> BaseLayer | str:
+        """The layer, or why there is none."""
+        own = f"{bridge.to_base(path)}.weight"
+        is_output = path.split(".")[-1] in _OUTPUT_EMBEDDINGS
+        tensor = own
+        if own not in self.tensors and is_output and self._input_embedding:
+            tensor = self._input_embedding
+        if tensor not in self.tensors:
+            stem = own.removesuffix(".weight")
+            if any(stem + suffix in self.tensors for suffix in _QUANTISED_SUFFIXES):
+                return "quantised"
+            near = get_close_matches(own, self.tensors, n=1)
+            return f"no tensor {own}" + (f" (near: {near[0]})" if near else "")
+        info = self.tensors[tensor]
+        if info.dtype not in FLOAT_DTYPES:
+            return f"quantised: its weight {tensor} is {info.dtype}"
+        if len(info.shape) != 2:
+            return f"its weight {tensor} has shape {list(info.shape)}"
+        conv1d = path.split(".")[-1] in CONV1D_MODULES.get(self.model_type or "", ())
+        out, into = reversed(info.shape) if conv1d else info.shape
+        tied = is_output and (tensor != own or self.config.get("tie_word_embeddings") is True)
+        return BaseLayer(path, tensor, (out, into), conv1d, info.dtype, tied, own)
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a model directory; {} when there is none.
+
+    Raises:
+        BadInputError: it is not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return {}
+    config = strict_json.loads(path.read_bytes(), os.fspath(path))
+    if not isinstance(config, dict):
+        raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
+    return config
+
+
+def open_base(path: str | os.PathLike[str]) -> Base:
+    """Open a model directory or a single safetensors file; no tensor is read yet.
+
+    Raises:
+        FileAccessError: missing or unreadable.
+        BadInputError: not a safetensors checkpoint.
+    """
+    directory = Path(path)
+    config = read_config(directory) if directory.is_dir() else {}
+    return Base(Checkpoint.open(directory), directory, config)

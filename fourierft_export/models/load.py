@@ -1,0 +1,102 @@
+"""A base model as a torch module, through transformers' own loading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInputError, BaseMismatchError, missing_extra
+from .task import get_task
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_model(
+    directory: str | os.PathLike[str],
+    task: str,
+    *,
+    num_labels: int | None = None,
+    dtype: str | None = "float32",
+    provided: Collection[str] = (),
+) -> torch.nn.Module:
+    """The model of a directory, in eval mode, on the CPU, without touching the network.
+
+    Args:
+        directory: a Hugging Face model directory with safetensors weights.
+        task: one of `models.task.TASKS`; decides the class.
+        num_labels: rows of a classification head that the checkpoint lacks.
+        dtype: name of a torch dtype to load in; None keeps the checkpoint's.
+        provided: names of tensors that the caller will fill in (an adapter's head); others that
+            the checkpoint lacks would be random, and are an error.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+        BadInputError: transformers cannot load the directory.
+        BaseMismatchError: tensors that neither the checkpoint nor the adapter holds.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
+    auto = getattr(transformers, get_task(task).auto_class)
+    # Errors of many kinds come from config and model code of many families.
+    with quiet_transformers():
+        try:
+            model, info = auto.from_pretrained(
+                os.fspath(directory),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BadInputError(
+                directory,
+                expected=f"a model that transformers loads for {task}",
+                found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+                remedy="check the directory, or name the task with --task",
+            ) from error
+    missing = sorted(set(info["missing_keys"]) - set(provided))
+    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+    if missing or mismatched:
+        raise BaseMismatchError(
+            directory,
+            expected=f"every weight of {type(model).__name__}",
+            found=f"{len(missing)} missing and {len(mismatched)} of another shape",
+            remedy="give a base for this task, or name another with --task",
+            offenders=[*missing, *mismatched],
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def tokenizer_of(directory: str | os.PathLike[str]) -> Any | None:
+    """The tokenizer saved beside a model, or None when there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+    if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Transformers without progress bars, load reports and advice, for the length of the block."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,116 @@
+"""What a model is for, read from its config and from the adapter's task type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of model.
+
+    Attributes:
+        name: as transformers' pipelines call it.
+        auto_class: the transformers class that loads such a model.
+        architecture: the ending that such a class's name has after its family's name.
+        outputs: names of the outputs that matter, in order; those that a model lacks are left out.
+        peft_type: PEFT's TaskType.
+        token_outputs: whether the outputs have a sequence axis.
+    """
+
+    name: str
+    auto_class: str
+    architecture: str
+    outputs: tuple[str, ...]
+    peft_type: str
+    token_outputs: bool
+
+
+_ALL = (
+    Task(
+        "feature-extraction",
+        "AutoModel",
+        "Model",
+        ("last_hidden_state", "pooler_output"),
+        "FEATURE_EXTRACTION",
+        True,
+    ),
+    Task(
+        "sequence-classification",
+        "AutoModelForSequenceClassification",
+        "ForSequenceClassification",
+        ("logits",),
+        "SEQ_CLS",
+        False,
+    ),
+    Task("causal-lm", "AutoModelForCausalLM", "ForCausalLM", ("logits",), "CAUSAL_LM", True),
+)
+BY_NAME = {task.name: task for task in _ALL}
+TASKS = tuple(BY_NAME)
+_BY_PEFT_TYPE = {task.peft_type: task for task in _ALL}
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+
+
+def get_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        UsageError: no such task.
+    """
+    if name not in BY_NAME:
+        raise UsageError("task", expected=" or ".join(TASKS), found=repr(name))
+    return BY_NAME[name]
+
+
+def infer_task(config: Mapping[str, Any], task_type: str | None) -> str:
+    """The task of a model that carries an adapter.
+
+    The adapter's word counts first: its head may be the only sign that an encoder has become a
+    classifier. Without one, the architecture decides.
+
+    Args:
+        config: the base's config.json.
+        task_type: PEFT's task_type of the adapter, or None.
+
+    Raises:
+        UsageError: neither tells; the remedy names the option.
+    """
+    if task_type in _BY_PEFT_TYPE:
+        return _BY_PEFT_TYPE[task_type].name
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if isinstance(architecture, str):
+        if architecture.endswith(_CAUSAL_ENDINGS):
+            return "causal-lm"
+        for task in _ALL:
+            if architecture.endswith(task.architecture):
+                return task.name
+    raise UsageError(
+        "task",
+        expected=f"an adapter task type or a base architecture for one of: {', '.join(TASKS)}",
+        found=f"task type {task_type}, architecture {architecture}",
+        remedy="name the task with --task (task=...)",
+    )
+
+
+def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
+    """The class name of the base's family for `task`, such as BertForSequenceClassification.
+
+    Returns:
+        None when the config names no architecture.
+    """
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if not isinstance(architecture, str):
+        return None
+    if architecture.endswith(task.architecture) or (
+        task.name == "causal-lm" and architecture.endswith(_CAUSAL_ENDINGS)
+    ):
+        return architecture
+    family = architecture
+    for ending in ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "Model"):
+        family = family.removesuffix(ending)
+    family = family.split("For")[0]
+    return family + task.architecture
