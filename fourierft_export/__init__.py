@@ -6,4 +6,82 @@ and `inspect` cost no import of torch, onnx or transformers.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fourierft_export import errors
+
+if TYPE_CHECKING:
+    from fourierft_export.adapt.attach import attach, capture, detach
+    from fourierft_export.adapt.config import FourierFTConfig
+    from fourierft_export.adapt.fuse import fuse, restore
+    from fourierft_export.adapt.inject import inject
+    from fourierft_export.adapt.layer import FourierLinear
+    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.peft import from_peft, to_peft
+    from fourierft_export.merge.merge import merge_checkpoint
+    from fourierft_export.onnx_graph.export import export_onnx
+    from fourierft_export.proof.validate import validate
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Bundle",
+    "FourierFTConfig",
+    "FourierLinear",
+    "attach",
+    "capture",
+    "detach",
+    "errors",
+    "export_onnx",
+    "from_peft",
+    "fuse",
+    "inject",
+    "merge_checkpoint",
+    "restore",
+    "to_peft",
+    "validate",
+]
+
+_HOMES = {
+    "Bundle": "bundle.file",
+    "FourierFTConfig": "adapt.config",
+    "FourierLinear": "adapt.layer",
+    "attach": "adapt.attach",
+    "capture": "adapt.attach",
+    "detach": "adapt.attach",
+    "export_onnx": "onnx_graph.export",
+    "from_peft": "bundle.peft",
+    "fuse": "adapt.fuse",
+    "inject": "adapt.inject",
+    "merge_checkpoint": "merge.merge",
+    "restore": "adapt.fuse",
+    "to_peft": "bundle.peft",
+    "validate": "proof.validate",
+}
+
+_EXTRAS = {"torch": "torch", "onnxscript": "torch", "onnxruntime": "ort", "transformers": "hf"}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from the room that it lives in (PEP 562).
+
+    Raises:
+        AttributeError: there is no such name.
+        MissingExtraError: it needs a package that is not installed.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        what = f"{__name__}.{name}"
+        raise errors.missing_extra(error.name, _EXTRAS[error.name], what) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -120,6 +120,31 @@ def stories_tokens(stories260k: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def stories_adapter(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT adapter directory for stories260k (q_proj+v_proj, n 100), written without torch.
+
+    The configuration is a published one; the spectra are random normal.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    published = present(data_dir / "published" / "llama-3.2-3B-default.adapter_config.json")
+    config = json.loads(published.read_text("utf-8")) | {"n_frequency": 100}
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"base_model.model.model.layers.{i}.self_attn.{proj}.fourierft_spectrum": (
+            rng.standard_normal(100, dtype=np.float32)
+        )
+        for i in range(5)
+        for proj in ("q_proj", "v_proj")
+    }
+    directory = tmp_path_factory.mktemp("stories_adapter")
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="session")
 def sst2_rows(data_dir: Path) -> list[tuple[str, int]]:
     """200 labelled sentences of SST-2's training set."""
     return [(texts[0], label) for texts, label in read_rows(data_dir / "text/sst2/train.tsv")]
@@ -207,7 +232,7 @@ def trained_minilm_adapter(
     model = minilm_with_adapter(minilm_dir, fields, torch_seed=1).train()
     spectra = [p for name, p in model.named_parameters() if "fourierft_spectrum" in name]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "spectrum" not in n]
-    optimizer = torch.optim.AdamW([{"params": spectra, "lr": 0.2}, {"params": head, "lr": 0.01}])
+    optimizer = torch.optim.AdamW([{"params": spectra, "lr": 0.15}, {"params": head, "lr": 0.01}])
     batches = torch.Generator().manual_seed(2)
     for _ in range(30):
         rows = torch.randint(len(sst2_rows), (16,), generator=batches).tolist()

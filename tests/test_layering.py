@@ -1,0 +1,117 @@
+"""Data flows one way: a module imports only from its own room and from rooms above it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "fourierft_export"
+SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
+
+ROOMS = (
+    "errors",
+    "spectral",
+    "checkpoint",
+    "models",
+    "bundle",
+    "adapt",
+    "merge",
+    "onnx_graph",
+    "proof",
+    "demo",
+    "cli",
+)
+# proof checks what these make, so it must not share their code.
+CHECKED_BY_PROOF = {"adapt", "merge", "onnx_graph"}
+NOT_IN_ROOMS = {"__init__", "__main__"}  # the front door: it may see every room
+
+
+def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import in `source`, inside functions too."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            anchor = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*anchor, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from ((node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant))
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Imports in `source` that reach a room below its own, or around a room's independence."""
+    room = module.split(".")[1]
+    found = []
+    for line, name in imported_modules(source, module, is_package):
+        parts = name.split(".")
+        if parts[0] != PACKAGE:
+            continue
+        target = parts[1] if len(parts) > 1 else ""
+        if target not in ROOMS:
+            if target != "__version__":
+                found.append(f"{module}:{line} imports {name}, which is in no room")
+        elif ROOMS.index(target) > ROOMS.index(room):
+            found.append(f"{module}:{line} imports {name}, which is below {room}")
+        elif room == "proof" and target in CHECKED_BY_PROOF:
+            found.append(f"{module}:{line} imports {name}, which proof has to check")
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    paths = sorted(SOURCE.rglob("*.py"))
+    return [(".".join(p.relative_to(SOURCE.parent).with_suffix("").parts), p) for p in paths]
+
+
+def test_every_module_is_in_a_room() -> None:
+    names = {name.split(".")[1] for name, _ in modules()}
+    assert names - NOT_IN_ROOMS == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_upwards(room: str) -> None:
+    found = []
+    for name, path in modules():
+        if name.split(".")[1] == room:
+            is_package = name.endswith(".__init__")
+            module = name.removesuffix(".__init__")
+            found += violations(path.read_text("utf-8"), module, is_package)
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "expected"),
+    [
+        ("import fourierft_export.merge.engine", "fourierft_export.adapt.layer", "below adapt"),
+        ("from fourierft_export import cli", "fourierft_export.proof.run", "below proof"),
+        ("from ..cli import main", "fourierft_export.demo.run", "below demo"),
+        (
+            "def f():\n    from ..merge import x",
+            "fourierft_export.spectral.delta",
+            "below spectral",
+        ),
+        ("import_module('fourierft_export.cli.main')", "fourierft_export.merge.a", "below merge"),
+        ("from fourierft_export.merge import x", "fourierft_export.proof.run", "has to check"),
+        ("from fourierft_export import Bundle", "fourierft_export.merge.a", "in no room"),
+    ],
+)
+def test_the_rule_sees_every_kind_of_import(source: str, module: str, expected: str) -> None:
+    (found,) = violations(source, module)
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("from . import entries", "fourierft_export.spectral.delta"),
+        ("from ..errors import UsageError", "fourierft_export.cli.main"),
+        ("import numpy as np", "fourierft_export.spectral.delta"),
+        ("from fourierft_export import __version__", "fourierft_export.cli.main"),
+    ],
+)
+def test_the_rule_allows(source: str, module: str) -> None:
+    assert violations(source, module) == []

@@ -1,0 +1,83 @@
+"""The public names: each exists, loads on first use, and is typed and documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import fourierft_export as ff
+
+PUBLIC = [
+    "Bundle",
+    "FourierFTConfig",
+    "FourierLinear",
+    "attach",
+    "capture",
+    "detach",
+    "errors",
+    "export_onnx",
+    "from_peft",
+    "fuse",
+    "inject",
+    "merge_checkpoint",
+    "restore",
+    "to_peft",
+    "validate",
+]
+CALLABLES = [name for name in PUBLIC if name != "errors"]
+
+
+def test_all_lists_the_public_names_sorted() -> None:
+    assert ff.__all__ == PUBLIC == sorted(PUBLIC)
+    assert set(PUBLIC) <= set(dir(ff))
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_name_loads_and_is_documented(name: str) -> None:
+    value = getattr(ff, name)
+    assert callable(value)
+    assert value.__name__ == name
+    assert value.__module__.startswith("fourierft_export.")
+    assert inspect.getdoc(value)
+
+
+def test_type_checkers_see_the_same_homes_as_the_loader() -> None:
+    tree = ast.parse(Path(inspect.getfile(ff)).read_text("utf-8"))
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    seen = {
+        alias.name: node.module.removeprefix("fourierft_export.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert seen == ff._HOMES
+    assert sorted([*seen, "errors"]) == PUBLIC
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = ff.no_such_name
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ff.__version__)
+    assert version("fourierft-export") == ff.__version__
+
+
+def test_a_missing_extra_is_named() -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import fourierft_export as ff\n"
+        "try:\n    ff.inject\n"
+        "except ff.errors.MissingExtraError as error:\n    print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "fourierft_export.inject: expected the package torch" in run.stdout
+    assert "pip install 'fourierft-export[torch]'" in run.stdout

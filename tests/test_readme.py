@@ -1,0 +1,58 @@
+"""The README's examples run: every fenced block that follows a `<!-- test -->` line.
+
+They run in order in one folder, where each may use what the ones before it wrote, and where
+`minilm/` is the base model and `adapter/` a PEFT adapter of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BLOCK = re.compile(r"^<!-- test -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+
+
+def blocks(text: str) -> list[Block]:
+    return [Block(*found.groups()) for found in BLOCK.finditer(text)]
+
+
+def test_marked_blocks_are_found() -> None:
+    marked = "<!-- test -->\n```python\na = 1\n```\n\n<!-- test -->\n\n```bash\nls\n```\n"
+    text = f"```bash\nnot this one\n```\n{marked}"
+    assert blocks(text) == [Block("python", "a = 1\n"), Block("bash", "ls\n")]
+
+
+def test_every_mark_has_a_block() -> None:
+    text = README.read_text("utf-8")
+    found = blocks(text)
+    assert len(found) == text.count("<!-- test -->")
+    assert {block.language for block in found} == {"bash", "python"}
+
+
+def test_examples_run(minilm_dir: Path, trained_minilm_adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(minilm_dir, tmp_path / "minilm")
+    shutil.copytree(trained_minilm_adapter, tmp_path / "adapter")
+    scripts = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+    for number, block in enumerate(blocks(README.read_text("utf-8")), start=1):
+        shell = ["bash", "-euo", "pipefail"] if block.language == "bash" else [sys.executable]
+        done = subprocess.run(
+            [*shell, "-c", block.code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"block {number}:\n{block.code}\n{done.stdout}{done.stderr}"
