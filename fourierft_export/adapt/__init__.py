@@ -1,0 +1,1 @@
+"""From nn.Linear to FourierLinear and back: inject, attach, capture, fuse, restore."""

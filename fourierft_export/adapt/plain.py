@@ -1,0 +1,72 @@
+"""The adapted model as a plain one for a while: the base's module tree with the adapters in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .fuse import merged_weights
+from .layer import FourierLinear
+from .saved import AdaptedModule
+from .tree import base_modules, fourier_layers, put
+
+
+@contextmanager
+def plain_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, `model` has the base's modules, with the active adapters merged in.
+
+    Every `FourierLinear` is a plain layer of the base's type holding W + delta_W (rounded once),
+    heads and biases are the active adapter's; module paths and parameter names are the base's, so
+    that an exporter sees the graph it would see of the base. Everything is put back afterwards,
+    also after an exception.
+
+    Raises:
+        UsageError: a merged weight is not finite in the base's dtype.
+    """
+    weights = merged_weights(fourier_layers(model))
+
+    def plain(path: str, layer: FourierLinear) -> nn.Module:
+        return with_weight(layer.linear, weights[path])
+
+    with swapped_layers(model, plain):
+        yield model
+
+
+@contextmanager
+def swapped_layers(
+    model: nn.Module, build: Callable[[str, FourierLinear], nn.Module]
+) -> Iterator[Mapping[str, nn.Module]]:
+    """Within the block, what `build(path, layer)` makes stands for every `FourierLinear`.
+
+    Modules with versions are their active version. Everything is put back afterwards.
+
+    Yields:
+        Path -> what was built.
+    """
+    wrappers = {
+        path: module
+        for path, module in base_modules(model)
+        if isinstance(module, FourierLinear | AdaptedModule)
+    }
+    stand_ins = {
+        path: build(path, module) if isinstance(module, FourierLinear) else module.chosen
+        for path, module in wrappers.items()
+    }
+    try:
+        for path, stand_in in stand_ins.items():
+            put(model, path, stand_in)
+        yield {p: m for p, m in stand_ins.items() if isinstance(wrappers[p], FourierLinear)}
+    finally:
+        for path, wrapper in wrappers.items():
+            put(model, path, wrapper)
+
+
+def with_weight(linear: nn.Module, weight: Tensor) -> nn.Module:
+    """A shallow copy of a layer with another weight, which does not learn."""
+    plain = copy.copy(linear)
+    plain._parameters = dict(linear._parameters)
+    plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return plain
