@@ -162,7 +162,12 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
             found="another hash",
             remedy="the file is damaged: get it again, or pack it again",
         )
-    fields = _Fields(strict_json.loads(text, where), where, "bundle metadata")
+    value = strict_json.loads(text, where)
+    if canonical(value) != text:
+        raise BadInputError(
+            where, expected="canonical JSON as metadata", found="another form of it"
+        )
+    fields = _Fields(value, where, "bundle metadata")
     version = fields.take("version", int)
     if version != VERSION:
         raise BadInputError(

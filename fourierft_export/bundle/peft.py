@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint import dtypes, strict_json
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.container import encode_header
+from ..checkpoint.container import encode_header, read_file
 from ..checkpoint.staging import staged_directory
 from ..errors import BadInputError, FileAccessError, UsageError
 from . import peft_config
@@ -76,14 +76,13 @@ def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) 
     )
 
 
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a FourierFT adapter, every field as written.
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json of a FourierFT adapter, every field as written.
 
     Raises:
         BadInputError: not FourierFT (the type is named), or fields that make no sense.
     """
-    path = folder / CONFIG_FILE
-    config = strict_json.loads(path.read_bytes(), os.fspath(path))
+    config = strict_json.loads(read_file(path), os.fspath(path))
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != peft_config.PEFT_TYPE:
         raise BadInputError(
@@ -129,7 +128,7 @@ def from_peft(
         BaseMismatchError: the base lacks layers, or they do not fit.
     """
     folder = find_adapter(directory, adapter)
-    config = read_peft_config(folder)
+    config = read_peft_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / PICKLED_WEIGHTS).exists():
         raise BadInputError(

@@ -121,6 +121,23 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def read_file(path: str | os.PathLike[str], limit: int = MAX_HEADER_BYTES) -> bytes:
+    """A whole small regular file, such as a config.
+
+    Raises:
+        FileAccessError: missing or unreadable.
+        BadInputError: not a regular file, or longer than `limit` bytes.
+    """
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise BadInputError(path, expected=f"at most {limit} bytes", found=f"{size}")
+        return read_exactly(fd, 0, size, path)
+    finally:
+        os.close(fd)
+
+
 def _read_at(fd: int, start: int, count: int) -> bytes:
     """`os.pread`, which Windows lacks."""
     if hasattr(os, "pread"):

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..checkpoint import strict_json
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.container import FLOAT_DTYPES, TensorInfo
+from ..checkpoint.container import FLOAT_DTYPES, TensorInfo, read_file
 from ..errors import BadInputError, BaseMismatchError
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.
@@ -193,7 +193,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         return {}
-    config = strict_json.loads(path.read_bytes(), os.fspath(path))
+    config = strict_json.loads(read_file(path), os.fspath(path))
     if not isinstance(config, dict):
         raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
     return config

@@ -1,0 +1,89 @@
+"""Bundles and PEFT adapter directories as plain facts, for reports and `inspect`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import dtypes
+from . import names
+from .file import Bundle
+from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, from_peft, read_peft_config
+from .spec import LayerSpec
+
+
+def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """What a bundle holds, as JSON values.
+
+    Args:
+        path: its file, for the size; the size in memory otherwise.
+    """
+    groups: dict[tuple[object, ...], list[LayerSpec]] = {}
+    for layer in bundle.layers:
+        dtype = dtypes.to_name(bundle.spectra[layer.name].dtype)
+        key = (layer.n_frequency, layer.shape, dtype, layer.entry_rule, layer.fan_in_fan_out)
+        groups.setdefault(key, []).append(layer)
+    return {
+        "kind": "bundle",
+        "path": None if path is None else os.fspath(path),
+        "bytes": len(bundle.to_bytes()) if path is None else os.stat(path).st_size,
+        "sha256": bundle.sha256,
+        "bound": bundle.is_bound,
+        "seed": bundle.spec.seed,
+        "scaling": bundle.spec.scaling,
+        "task_type": bundle.spec.task_type,
+        "base_model": bundle.spec.base_model,
+        "layers": len(bundle.layers),
+        "coefficients": sum(layer.n_frequency for layer in bundle.layers),
+        "groups": [
+            {
+                "layers": names.compress(layer.name for layer in layers),
+                "count": len(layers),
+                "n_frequency": layers[0].n_frequency,
+                "shape": list(layers[0].shape) if layers[0].shape else None,
+                "dtype": dtypes.to_name(bundle.spectra[layers[0].name].dtype),
+                "entry_rule": layers[0].entry_rule,
+                "fan_in_fan_out": layers[0].fan_in_fan_out,
+                "base_dtype": layers[0].fingerprint.dtype if layers[0].fingerprint else None,
+            }
+            for layers in groups.values()
+        ],
+        "saved": [
+            {"name": name, "dtype": dtypes.to_name(array.dtype), "shape": list(array.shape)}
+            for name, array in bundle.saved.items()
+        ],
+    }
+
+
+def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a PEFT FourierFT adapter directory holds, as JSON values.
+
+    A directory with a config and no weights is described by its config alone.
+
+    Raises:
+        FileAccessError, BadInputError, UsageError: it is not one (see `bundle.peft`).
+    """
+    folder = find_adapter(directory)
+    weights = folder / WEIGHTS_FILE
+    facts: dict[str, Any] = {
+        "kind": "adapter",
+        "path": os.fspath(folder),
+        "config": read_peft_config(folder / CONFIG_FILE),
+    }
+    if weights.exists():
+        described = describe_bundle(from_peft(folder))
+        taken = ("layers", "coefficients", "groups", "saved")
+        facts |= {"bytes": weights.stat().st_size} | {key: described[key] for key in taken}
+    else:
+        facts |= {"bytes": 0, "layers": 0, "coefficients": 0, "groups": [], "saved": []}
+    return facts
+
+
+def describe_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """An adapter_config.json by itself, as JSON values."""
+    return {
+        "kind": "adapter-config",
+        "path": os.fspath(path),
+        "config": read_peft_config(Path(path)),
+    }

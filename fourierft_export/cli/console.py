@@ -1,0 +1,155 @@
+"""What every verb shares: its common options, results as text or JSON, progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import MAX_OFFENDERS_SHOWN, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console, RenderableType
+
+SCHEMA = 1
+SHOW_PROGRESS_AFTER = 1.0
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb found or did.
+
+    Attributes:
+        data: for `--json`, without schema and ok.
+        shown: lines and tables for people, in order, on stdout.
+        notes: what a person should know, on stderr.
+        failure: an error to end with after the result has been shown (a failed validation).
+    """
+
+    data: Mapping[str, Any]
+    shown: Iterable[RenderableType] = ()
+    notes: Iterable[str] = field(default_factory=tuple)
+    failure: Exception | None = None
+
+
+def verb(function: Callable[..., Outcome]) -> click.Command:
+    """A click command of a function that returns an `Outcome`; adds --json and --debug.
+
+    The function gets its own options, and `progress` when it has a parameter of that name.
+    """
+    wants_progress = "progress" in function.__annotations__
+
+    @wraps(function)
+    def command(*, as_json: bool, debug: bool, **options: Any) -> None:
+        del debug  # main() looks for it, since it also concerns errors before this point
+        if wants_progress:
+            with progress_bar() as progress:
+                outcome = function(progress=progress, **options)
+        else:
+            outcome = function(**options)
+        _emit(outcome, as_json=as_json)
+        if outcome.failure:
+            raise outcome.failure
+
+    for option in (
+        click.option("--debug", is_flag=True, help="Show tracebacks and libraries' messages."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+    ):
+        command = option(command)
+    return click.command(function.__name__)(command)
+
+
+def _emit(outcome: Outcome, *, as_json: bool) -> None:
+    errors = _console(stderr=True)
+    if as_json:
+        # A failed verb's object is the error's, which main() prints.
+        if outcome.failure is None:
+            print(json.dumps({"schema": SCHEMA, "ok": True, **outcome.data}))
+    else:
+        console = _console(stderr=False)
+        for item in outcome.shown:
+            if isinstance(item, str):
+                console.print(printable(item), markup=False, highlight=False, soft_wrap=True)
+            else:
+                console.print(item)
+    for note in outcome.notes:
+        errors.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def emit_error(fields: Mapping[str, Any], summary: str, *, as_json: bool) -> None:
+    """One summary line on stderr, then at most 20 offenders; the object on stdout with --json."""
+    if as_json:
+        print(json.dumps({"schema": SCHEMA, "ok": False, "error": dict(fields)}))
+    offenders = list(fields["offenders"])
+    lines = [f"error: {printable(summary)}"]
+    lines += [f"  {line}" for line in offenders[:MAX_OFFENDERS_SHOWN]]
+    if len(offenders) > MAX_OFFENDERS_SHOWN:
+        lines[-1] = f"  ... and {len(offenders) - MAX_OFFENDERS_SHOWN + 1} more"
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # Into a pipe or a file, tables keep their natural width instead of 80 columns.
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A callback (what, done, total) that draws a bar on stderr, on terminals, after a second."""
+    if not sys.stderr.isatty():
+        yield lambda _what, _done, _total: None
+        return
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=_console(stderr=True),
+        transient=True,
+    )
+    began = time.monotonic()
+    tasks: dict[str, Any] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if time.monotonic() - began < SHOW_PROGRESS_AFTER:
+            return
+        bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(printable(what), total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people: 96,388 bytes; 2.1 MB; 13.5 GB."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count:,} bytes"

@@ -1,0 +1,99 @@
+"""`fourierft-export`: the group of verbs, exit codes, and errors as one line or one JSON object."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from .. import __version__
+from ..errors import FourierFTError
+from .console import emit_error
+from .demo import demo
+from .export import export
+from .inspect import inspect
+from .merge import merge
+from .pack import pack
+from .unpack import unpack
+from .validate import validate
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="fourierft-export")
+def verbs() -> None:
+    """FourierFT adapters, from PEFT checkpoints to deployable models.
+
+    pack a PEFT adapter into one small file, merge it into its base, export it to ONNX, and prove
+    that all of them agree.
+    """
+
+
+for _verb in (demo, pack, unpack, inspect, merge, export, validate):
+    verbs.add_command(_verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Exit codes: 0 done; 2 usage; 3 bad or hostile input; 4 the bundle does not belong to this base;
+    5 validation failed; 6 files, paths or space; 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(words))
+
+
+def run(words: Sequence[str]) -> int:
+    """The exit code of `fourierft-export WORDS`."""
+    as_json, debug = "--json" in words, "--debug" in words
+    if not debug:
+        _quiet_libraries()
+    try:
+        code = verbs.main(list(words), prog_name="fourierft-export", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except FourierFTError as error:
+        if debug:
+            raise
+        emit_error(error.to_dict(), error.summary, as_json=as_json)
+        return error.exit_code
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "fourierft-export"
+        text = f"{where}: {error.format_message()}; see {where} --help"
+        _emit_plain("usage", 2, where, error.format_message(), text, as_json=as_json)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _emit_plain("interrupted", INTERRUPTED, "", "an interrupt", "interrupted", as_json=as_json)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is wrong, and there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the last resort: a person sees a line, not a stack
+        if debug:
+            raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        text = f"unexpected error: {found}; run it again with --debug and report what it prints"
+        _emit_plain("unexpected", 1, "", found, text, as_json=as_json)
+        return 1
+
+
+def _emit_plain(kind: str, code: int, where: str, found: str, text: str, *, as_json: bool) -> None:
+    """An error that is none of the package's own."""
+    blank = {"expected": "", "remedy": "", "offenders": []}
+    fields = {"kind": kind, "code": code, "where": where, "found": found, **blank}
+    emit_error(fields, text, as_json=as_json)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' advice and progress bars out of stderr; --debug lets them speak."""
+    warnings.simplefilter("ignore")
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "critical"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)

@@ -1,0 +1,67 @@
+"""Options that several verbs have, and how their values are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..bundle.file import Bundle
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Paths are not checked by click: its exit code for a missing one is 2, ours is 6.
+PATH = click.Path(path_type=str)
+
+base_option = click.option(
+    "--base", type=PATH, metavar="DIR", help="Base model: a directory or a safetensors file."
+)
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+
+
+def output_option(metavar: str, help_text: str) -> Callable[[F], F]:
+    """The required -o / --output."""
+    return click.option(
+        "-o", "--output", "output", required=True, type=PATH, metavar=metavar, help=help_text
+    )
+
+
+bundles_option = click.option(
+    "--bundle",
+    "bundles",
+    type=PATH,
+    multiple=True,
+    required=True,
+    metavar="BUNDLE",
+    help="A bundle, or a PEFT adapter directory; may be repeated.",
+)
+weights_option = click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="W",
+    help="Factor on the delta of each --bundle, in the same order.  [default: 1 each]",
+)
+task_option = click.option(
+    "--task",
+    metavar="TASK",
+    help="feature-extraction, sequence-classification or causal-lm.  [default: from the adapter "
+    "and the base]",
+)
+allow_mismatch_option = click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Go on although the base's weights are not those the adapter was trained on.",
+)
+
+
+def read_bundle(path: str) -> Bundle:
+    """A bundle file, or a PEFT adapter directory taken as one."""
+    from ..bundle.file import Bundle
+    from ..bundle.peft import from_peft
+
+    return from_peft(path) if os.path.isdir(path) else Bundle.load(path)

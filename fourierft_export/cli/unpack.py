@@ -1,0 +1,27 @@
+"""unpack: bundle -> PEFT adapter directory."""
+
+from __future__ import annotations
+
+import click
+
+from .console import Outcome, verb
+from .options import PATH, force_option, output_option
+
+
+@verb
+@click.argument("bundle", type=PATH)
+@output_option("DIR", "The PEFT adapter directory to write.")
+@force_option
+def unpack(bundle: str, output: str, force: bool) -> Outcome:
+    """Write BUNDLE as a directory that PEFT loads, tensors bit for bit."""
+    from ..bundle.file import Bundle
+    from ..bundle.peft import to_peft
+    from ..checkpoint.staging import check_output
+
+    check_output(output, force=force, inputs=(bundle,))
+    opened = Bundle.load(bundle)
+    to_peft(opened, output, force=force)
+    return Outcome(
+        {"output": output, "layers": len(opened.layers), "saved": sorted(opened.saved)},
+        [f"{output}: {len(opened.layers)} layers, {len(opened.saved)} dense tensors"],
+    )
