@@ -71,7 +71,7 @@ def export(
         {"export": report.to_dict()},
         [
             f"{output}: {mode}, opset {report.opset}, {report.nodes} nodes, "
-            f"{size_text(report.nbytes)}",
+            f"{size_text(report.bytes)}",
             f"  inputs: {', '.join(report.inputs)}; outputs: {', '.join(report.outputs)}",
         ],
         report.notes,

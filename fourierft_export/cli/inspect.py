@@ -140,12 +140,14 @@ def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
         for value in facts[side]:
             shape = " x ".join(map(str, value["shape"]))
             table.add_row(side[:-1], _plain(value["name"]), value["dtype"], _plain(shape))
-    adapter = facts["adapter"]
-    told = (
-        [f"  adapter: {adapter.get('mode')}, {_plain(str(adapter.get('summary')))}"]
-        if adapter
-        else ["  no FourierFT adapter"]
-    )
+    told = ["  no FourierFT adapter"]
+    if facts["adapter"]:
+        mode = facts["adapter"]["mode"]
+        told = [
+            f"  {mode}: adapter {one['name']}, {one['layers']} layers, seed {one['seed']}, "
+            f"scaling {one['scaling']}, bundle {str(one['bundle_sha256'])[:12]}"
+            for one in facts["adapter"]["adapters"]
+        ]
     return [
         f"{facts['path']}: ONNX, opset {facts['opset']}, {facts['nodes']} nodes, "
         f"{size_text(facts['bytes'])}",

@@ -1,0 +1,93 @@
+"""An ONNX file as plain facts, for `inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.container import open_regular
+from ..errors import BadInputError
+from .metadata import KEY
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def describe_onnx(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an ONNX file holds, as JSON values; external data is not read.
+
+    Raises:
+        FileAccessError: missing or unreadable.
+        BadInputError: not an ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    os.close(open_regular(path))
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except DecodeError:
+        raise BadInputError(path, expected="an ONNX model", found="something else") from None
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return {
+        "kind": "onnx",
+        "path": os.fspath(path),
+        "bytes": os.stat(path).st_size,
+        "external_data": sorted(_external_files(graph)),
+        "ir_version": model.ir_version,
+        "opset": next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None),
+        "producer": model.producer_name,
+        "nodes": len(graph.node),
+        "functions": sorted(f"{f.domain}::{f.name}" for f in model.functions),
+        "initializers": len(graph.initializer),
+        "inputs": [_value(v) for v in graph.input if v.name not in constants],
+        "outputs": [_value(v) for v in graph.output],
+        "adapter": _adapter(model),
+    }
+
+
+def _external_files(graph: onnx.GraphProto) -> set[str]:
+    """Names of the files that hold initializers."""
+    return {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    import onnx
+
+    tensor = value.type.tensor_type
+    return {
+        "name": value.name,
+        "dtype": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
+        "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim],
+    }
+
+
+def _adapter(model: onnx.ModelProto) -> dict[str, Any] | None:
+    """What our own metadata says of the adapters; None for a file that has none."""
+    text = next((p.value for p in model.metadata_props if p.key == KEY), None)
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+        return {
+            "mode": content["mode"],
+            "adapters": [
+                {
+                    "name": name,
+                    "seed": adapter["seed"],
+                    "scaling": adapter["scaling"],
+                    "layers": len(adapter["layers"]),
+                    "bundle_sha256": adapter["bundle_sha256"],
+                }
+                for name, adapter in content["adapters"].items()
+            ],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
