@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from ..models.base import Bridge
 from ..spectral.entries import current_rule, entries_sha256
 from .active import activate, update_learning
 from .inject import base_model_name, freeze, unfreeze
-from .layer import AdapterOrigin, is_conv1d, is_linear, layer_shape, stored_weight
+from .layer import AdapterOrigin
+from .linear import is_conv1d, is_linear, layer_shape, stored_weight, to_array, to_tensor
 from .saved import check_can_be_saved, own_state
 from .tree import (
     active_adapters,
@@ -296,19 +296,3 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
         peft_config=origin.peft_config,
     )
     return Bundle.build(spec, spectra, saved, explicit, where=f"adapter {name!r}")
-
-
-def to_array(tensor: Tensor) -> Array:
-    """A tensor as numpy, bit for bit; bfloat16 as ml_dtypes.bfloat16."""
-    host = tensor.detach().cpu().contiguous()
-    if host.dtype == torch.bfloat16:
-        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: Array = host.numpy()
-    return array
-
-
-def to_tensor(array: Array) -> Tensor:
-    """A numpy array as a tensor of its own, bit for bit."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array, copy=True, order="C"))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .active import activate, update_learning
-from .layer import FourierLinear, stored_weight
+from .layer import FourierLinear
+from .linear import stored_weight
 from .tree import active_adapters, check_known, fourier_layers, is_fused
 
 Model = TypeVar("Model", bound=nn.Module)

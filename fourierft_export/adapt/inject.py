@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .active import activate
 from .config import FourierFTConfig
-from .layer import AdapterOrigin, stored_weight
+from .layer import AdapterOrigin
+from .linear import stored_weight
 from .saved import check_can_be_saved, own_state
 from .targets import Selection, select
 from .tree import (

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..spectral import torch_ops
 from ..spectral.entries import current_rule, spectral_entries
+from .linear import is_conv1d, is_linear, layer_shape, stored_weight
 from .saved import AdaptedModule
 
 Entries = npt.NDArray[np.int64]
@@ -281,32 +282,3 @@ _PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, told by its name so as not to import it."""
-    return any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-        for cls in type(module).__mro__
-    )
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a layer that FourierFT can adapt."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def layer_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of an nn.Linear or Conv1D."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    in_features, out_features = stored_weight(module).shape
-    return out_features, in_features
-
-
-def stored_weight(linear: nn.Module) -> Tensor:
-    """The weight of an nn.Linear or Conv1D, in its own layout."""
-    weight = linear.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight of {type(linear).__name__}: {type(weight).__name__}")
-    return weight

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UsageError
 from .config import ALL_LINEAR, FourierFTConfig
-from .layer import is_linear, layer_shape
+from .linear import is_linear, layer_shape
 from .tree import base_modules, did_you_mean, original
 
 SEQUENCE_HEADS = ("classifier", "score")
