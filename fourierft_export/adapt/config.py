@@ -91,6 +91,9 @@ class FourierFTConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value.lower() != ALL_LINEAR:
                 _check_regex(value, name, wrong)
+        patterns = self.layers_pattern or ()
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            _check_regex(pattern, "layers_pattern", wrong)
         self._set("layers_to_transform", _layer_numbers(self.layers_to_transform, wrong))
         self._set("n_frequency_pattern", _frequencies(self.n_frequency_pattern, wrong))
         wrong += self._contradictions()
