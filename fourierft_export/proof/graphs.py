@@ -1,0 +1,193 @@
+"""ONNX files through ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from .compare import Array
+
+_NUMPY_TYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+}
+
+
+class Graph:
+    """One ONNX file, ready to run.
+
+    Attributes:
+        path: the file.
+        precision: of most of its weights: "float32", "float16", "bfloat16", "int8", "float64".
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        """Open the file.
+
+        Args:
+            path: an .onnx file.
+            threads: for ONNX Runtime; default its own choice.
+
+        Raises:
+            MissingExtraError: onnxruntime is not installed.
+            FileAccessError: there is no such file.
+            BadInputError: ONNX Runtime cannot load it.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise missing_extra("onnxruntime", "ort", "validate") from error
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileAccessError(
+                self.path, expected="an ONNX file", found="no such file", remedy="check the path"
+            )
+        self.precision = _weights_precision(self.path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                self.path, options, providers=["CPUExecutionProvider"]
+            )
+        except _runtime_errors() as error:
+            raise BadInputError(
+                self.path,
+                expected="an ONNX model that ONNX Runtime loads",
+                found=_first_line(error),
+            ) from error
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
+
+    @property
+    def fixed_length(self) -> int | None:
+        """The sequence length, if the graph fixes it."""
+        ids = self._inputs.get("input_ids")
+        return (
+            ids.shape[1] if ids and len(ids.shape) == 2 and isinstance(ids.shape[1], int) else None
+        )
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The number of rows, if the graph fixes it."""
+        fixed = {
+            v.shape[0] for v in self._inputs.values() if v.shape and isinstance(v.shape[0], int)
+        }
+        return min(fixed) if fixed else None
+
+    def run(
+        self, inputs: Mapping[str, Array], *, batch_size: int | None = None
+    ) -> dict[str, Array]:
+        """Every output on the inputs.
+
+        Args:
+            inputs: name -> (rows, ...); names that the graph does not have are left out.
+            batch_size: rows per call; default all at once. A graph that fixes it has its way.
+
+        Returns:
+            Output name -> array.
+
+        Raises:
+            UsageError: an input is missing, or its rows do not divide into fixed batches.
+            BadInputError: ONNX Runtime fails on these inputs.
+        """
+        absent = [name for name in self._inputs if name not in inputs]
+        if absent:
+            raise UsageError(
+                self.path,
+                expected=f"inputs {', '.join(self._inputs)}",
+                found=f"{', '.join(inputs)}: {', '.join(absent)} missing",
+                remedy="give them as arrays of an .npz file (--inputs)",
+            )
+        feed = {name: self._cast(name, inputs[name]) for name in self._inputs}
+        rows = next((array.shape[0] for array in feed.values() if array.ndim), 1)
+        step = self.fixed_batch or batch_size or rows
+        if rows % step and self.fixed_batch:
+            raise UsageError(
+                self.path,
+                expected=f"a number of rows that {step} divides (the graph fixes its batch)",
+                found=f"{rows} rows",
+                remedy="give inputs as an .npz file (--inputs), or another number of samples",
+            )
+        if step >= rows:
+            return dict(zip(self.outputs, self._call(feed), strict=True))
+        parts = [
+            self._call({name: array[start : start + step] for name, array in feed.items()})
+            for start in range(0, rows, step)
+        ]
+        columns = zip(*parts, strict=True)
+        return {n: np.concatenate(c) for n, c in zip(self.outputs, columns, strict=True)}
+
+    def _call(self, feed: dict[str, Array]) -> list[Array]:
+        try:
+            outputs: list[Array] = self._session.run(None, feed)
+        except _runtime_errors() as error:
+            raise BadInputError(
+                self.path, expected="a graph that runs on these inputs", found=_first_line(error)
+            ) from error
+        return outputs
+
+    def _cast(self, name: str, array: Array) -> Array:
+        """Integers and floats as wide as the graph wants them."""
+        wanted = _NUMPY_TYPES.get(self._inputs[name].type)
+        return array if wanted is None else array.astype(wanted, casting="same_kind", copy=False)
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's exceptions, which have no common root but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile "
+        "NotImplemented RuntimeException"
+    )
+    return (*(getattr(state, name) for name in names.split() if hasattr(state, name)), RuntimeError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _weights_precision(path: Path) -> str:
+    """The type of most values of the graph's initializers; integers of a byte are "int8"."""
+    import onnx
+    from google.protobuf import message
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (message.DecodeError, ValueError) as error:
+        raise BadInputError(path, expected="an ONNX model", found=_first_line(error)) from error
+    except OSError as error:
+        raise FileAccessError(path, found=error.strerror or str(error)) from error
+    kinds = {
+        onnx.TensorProto.DOUBLE: "float64",
+        onnx.TensorProto.FLOAT: "float32",
+        onnx.TensorProto.FLOAT16: "float16",
+        onnx.TensorProto.BFLOAT16: "bfloat16",
+        onnx.TensorProto.INT8: "int8",
+        onnx.TensorProto.UINT8: "int8",
+    }
+    counts: dict[str, int] = {}
+    for tensor in _tensors(model.graph):
+        kind = kinds.get(tensor.data_type)
+        if kind is not None:
+            counts[kind] = counts.get(kind, 0) + int(np.prod(tensor.dims, dtype=np.float64))
+    return max(counts, key=lambda kind: counts[kind]) if counts else "float32"
+
+
+def _tensors(graph: Any) -> Any:
+    """Initializers and constants of the main graph."""
+    yield from graph.initializer
+    for node in graph.node:
+        if node.op_type == "Constant":
+            yield from (attribute.t for attribute in node.attribute if attribute.name == "value")

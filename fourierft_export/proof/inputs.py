@@ -1,0 +1,173 @@
+"""The inputs that every side is run on: the user's own, or sentences shipped with the package."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadInputError, FileAccessError, UsageError
+from .compare import Array
+from .sentences import SENTENCES
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+MAX_TOKENS = 48
+ID_SEED = 20240503
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Named arrays, one row per example.
+
+    Attributes:
+        arrays: input name -> array; the first axis is the batch.
+        description: what they are, in words.
+    """
+
+    arrays: Mapping[str, Array]
+    description: str
+
+    @property
+    def mask(self) -> Array | None:
+        """(batch, positions), true where a token is real; None without an attention mask."""
+        mask = self.arrays.get("attention_mask")
+        return mask.astype(bool) if mask is not None and mask.ndim == 2 else None
+
+    @property
+    def rows(self) -> int:
+        """Number of examples."""
+        return int(next(iter(self.arrays.values())).shape[0])
+
+
+def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs:
+    """Inputs from an .npz file or a mapping.
+
+    Raises:
+        FileAccessError: the file is missing or unreadable.
+        BadInputError: not an .npz of plain arrays, or arrays of unequal numbers of rows.
+    """
+    if isinstance(source, Mapping):
+        where, arrays = "inputs", {name: np.asarray(value) for name, value in source.items()}
+    else:
+        where, arrays = os.fspath(source), _read_npz(Path(source))
+    rows = {name: value.shape[0] if value.ndim else None for name, value in arrays.items()}
+    if not arrays or None in rows.values() or len(set(rows.values())) > 1 or 0 in rows.values():
+        raise BadInputError(
+            where,
+            expected="arrays that all have the same number of rows, at least one",
+            found=", ".join(f"{n} {list(v.shape)}" for n, v in arrays.items()) or "no arrays",
+            remedy="name each array as the model's input, with the batch as its first axis",
+        )
+    return Inputs(arrays, f"{where}: {next(iter(rows.values()))} rows")
+
+
+def _read_npz(path: Path) -> dict[str, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise BadInputError(path, expected="an .npz file", found="a single array")
+            return {name: file[name] for name in file.files}
+    except (EOFError, ValueError, zipfile.BadZipFile, IsADirectoryError) as error:
+        # numpy takes a file that is neither .npy nor .npz for pickled data (ValueError).
+        raise BadInputError(
+            path, expected="an .npz file of plain arrays", found=str(error).splitlines()[0]
+        ) from error
+    except OSError as error:
+        raise FileAccessError(
+            path, found=error.strerror or str(error), remedy="give a readable .npz file"
+        ) from error
+
+
+def default_inputs(
+    *,
+    tokenizer_dir: Path | None,
+    vocab_size: int | None,
+    count: int = 64,
+    length: int | None = None,
+    positions: int | None = None,
+) -> Inputs:
+    """The package's sentences as token ids; without a tokenizer, fixed pseudo-random ids.
+
+    Rows have different lengths and are padded on the right, with an `attention_mask`.
+
+    Args:
+        tokenizer_dir: a directory with a tokenizer that transformers can load, or None.
+        vocab_size: number of token ids of the model, for ids without a tokenizer.
+        count: number of rows.
+        length: pad to exactly this many tokens (a graph may fix it); default the longest row.
+        positions: the most tokens the model takes.
+
+    Raises:
+        UsageError: neither tokenizer nor vocabulary size, or count below 1.
+    """
+    if count < 1:
+        raise UsageError("samples", expected="at least 1", found=str(count))
+    longest = min(n for n in (MAX_TOKENS, length, positions) if n is not None)
+    if tokenizer_dir is not None:
+        rows, pad, extra = _tokenised(tokenizer_dir, count, longest)
+        description = f"{count} sentences, tokenised as {tokenizer_dir} says"
+    elif vocab_size is not None and vocab_size >= 1:
+        rows, pad, extra = _pseudo_random(vocab_size, count, longest), 0, False
+        description = f"{count} rows of fixed pseudo-random token ids (there is no tokenizer)"
+    else:
+        raise UsageError(
+            "validate",
+            expected="inputs, a tokenizer, or a model config with vocab_size",
+            found="none of them",
+            remedy="give inputs as an .npz file (--inputs)",
+        )
+    width = length or max(len(row) for row in rows)
+    ids = np.full((count, width), pad, dtype=np.int64)
+    mask = np.zeros((count, width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    arrays: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
+    if extra:
+        arrays["token_type_ids"] = np.zeros_like(ids)
+    return Inputs(arrays, description)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the directory holds a tokenizer's files."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int]], int, bool]:
+    """Token ids per row, the padding id, and whether the tokenizer makes token types."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BadInputError(
+            directory,
+            expected="a tokenizer that transformers can load",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy="give inputs as an .npz file (--inputs)",
+        ) from error
+    texts = [SENTENCES[i % len(SENTENCES)] for i in range(count)]
+    encoded = tokenizer(texts, truncation=True, max_length=longest)
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    rows = [list(row) or [pad] for row in encoded["input_ids"]]
+    return rows, int(pad), "token_type_ids" in encoded
+
+
+def _pseudo_random(vocab_size: int, count: int, longest: int) -> list[list[int]]:
+    """Ids from an own generator (numpy's may change between versions), lengths 1 to `longest`."""
+    state, rows = ID_SEED, []
+
+    def draw(below: int) -> int:
+        nonlocal state
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (state >> 33) % below
+
+    for _ in range(count):
+        rows.append([draw(vocab_size) for _ in range(1 + draw(longest))])
+    return rows

@@ -1,0 +1,179 @@
+"""Models through transformers' own loading, and how to run one."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ..models.task import Task
+from .compare import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what its directory did not hold.
+
+    Attributes:
+        model: in eval mode, float32.
+        unset: parameters that the directory lacks, or holds in another shape: random values.
+    """
+
+    model: torch.nn.Module
+    unset: tuple[str, ...]
+
+
+def require_transformers() -> None:
+    """Raise MissingExtraError unless torch and transformers can be imported."""
+    for package, extra in (("torch", "torch"), ("transformers", "hf")):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise missing_extra(package, extra, "validate") from error
+
+
+def model_directory(path: str | os.PathLike[str]) -> Path:
+    """`path`, which must be a directory with a config.json: nothing is ever fetched.
+
+    Raises:
+        FileAccessError: there is no such directory.
+        BadInputError: it holds no config.json.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise FileAccessError(
+            directory,
+            expected="a model directory",
+            found="no such directory",
+            remedy="check the path",
+        )
+    if not (directory / "config.json").is_file():
+        raise BadInputError(directory, expected="a model directory", found="no config.json in it")
+    return directory
+
+
+def load(directory: Path, task: Task, num_labels: int | None = None) -> Loaded:
+    """A model through transformers' Auto class for the task, in float32 and eval mode.
+
+    Args:
+        directory: see `model_directory`.
+        task: what to load it for.
+        num_labels: of the classification head; default what the config says.
+
+    Raises:
+        BadInputError: transformers cannot load it; only safetensors are read.
+    """
+    import torch
+    import transformers
+
+    auto = getattr(transformers, task.auto_class)
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    with quiet_transformers():
+        try:
+            model, info = auto.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            text = str(error).splitlines()
+            raise BadInputError(
+                directory,
+                expected=f"a model that transformers loads for {task.name}",
+                found=text[0] if text else type(error).__name__,
+            ) from error
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    return Loaded(model.eval(), tuple(sorted({*info["missing_keys"], *mismatched})))
+
+
+def run_model(
+    model: torch.nn.Module,
+    task: Task,
+    inputs: Mapping[str, Array],
+    *,
+    batch_size: int,
+    forward: torch.nn.Module | None = None,
+) -> dict[str, Array]:
+    """The task's outputs on the inputs, in batches.
+
+    Args:
+        model: in the precision in which it is to compute.
+        task: whose outputs to keep; those that the model gives as None are left out.
+        inputs: name -> (rows, ...); names that the model does not take are left out.
+        batch_size: rows per call.
+        forward: whose signature to read, if `model` is a wrapper that takes anything.
+
+    Returns:
+        Output name -> array of `rows` rows, in the model's dtype.
+
+    Raises:
+        UsageError: none of the inputs is one of the model's.
+    """
+    import torch
+
+    known = inspect.signature((forward or model).forward).parameters
+    taken = {name: array for name, array in inputs.items() if name in known}
+    if not taken:
+        raise UsageError(
+            "inputs", expected=f"some of: {', '.join(known)}", found=", ".join(inputs) or "none"
+        )
+    options = {"use_cache": False} if "use_cache" in known else {}
+    rows = next(iter(taken.values())).shape[0]
+    dtype = next(model.parameters()).dtype
+    parts: dict[str, list[Array]] = {}
+    with torch.no_grad():
+        for start in range(0, rows, batch_size):
+            batch = {}
+            for name, array in taken.items():
+                tensor = torch.from_numpy(np.array(array[start : start + batch_size]))
+                batch[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            result = model(**batch, **options, return_dict=True)
+            for name in task.outputs:
+                if result.get(name) is not None:
+                    parts.setdefault(name, []).append(result[name].numpy())
+    return {name: np.concatenate(chunks) for name, chunks in parts.items()}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No logs, warnings or progress bars from transformers; what was set before comes back."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def find_module(model: torch.nn.Module, path: str) -> tuple[str, Any] | None:
+    """The module at `path`, with or without transformers' base model prefix, and its own path."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None

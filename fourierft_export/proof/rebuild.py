@@ -1,0 +1,221 @@
+"""The adapted model, rebuilt from the definition: base + Re(ifft2(S)) * scaling in float64.
+
+Nothing of `adapt` or `merge` is used, so that a fault there cannot hide here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.file import Bundle
+from ..bundle.spec import EXPLICIT_RULE, LayerSpec
+from ..errors import BaseMismatchError
+from ..spectral.delta import reference_delta
+from ..spectral.entries import current_rule, spectral_entries
+from .loading import find_module
+
+if TYPE_CHECKING:
+    import torch
+
+Rounding = Mapping[str, "torch.dtype"]
+"""Parameter name -> dtype its values are rounded to (and kept as float32)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of the model that the adapter changes.
+
+    Attributes:
+        spec: of the adapter.
+        path: of the module in this model.
+        module: whose `weight` is replaced.
+        weight: the base's, as loaded.
+        transposed: the weight is (in, out), as in transformers' Conv1D.
+    """
+
+    spec: LayerSpec
+    path: str
+    module: Any
+    weight: torch.Tensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        first, second = self.weight.shape
+        return (second, first) if self.transposed else (first, second)
+
+
+def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
+    """The layers of `model` that the adapter names.
+
+    Raises:
+        BaseMismatchError: layers that are absent or of another shape, all of them listed.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    targets, offenders = [], []
+    for spec in bundle.layers:
+        found = find_module(model, spec.name)
+        weight = getattr(found[1], "weight", None) if found else None
+        if found is None or weight is None or weight.ndim != 2:
+            offenders.append(f"{spec.name}: no such linear layer in {type(model).__name__}")
+            continue
+        target = Target(spec, *found, weight.detach(), isinstance(found[1], Conv1D))
+        targets.append(target)
+        if spec.shape is not None and spec.shape != target.shape:
+            offenders.append(
+                f"{spec.name}: shape {list(spec.shape)} expected, found {list(target.shape)}"
+            )
+        elif spec.n_frequency > prod(target.shape):
+            offenders.append(
+                f"{spec.name}: n_frequency {spec.n_frequency} above the size of {target.shape}"
+            )
+    if offenders:
+        raise BaseMismatchError(
+            "base",
+            expected="the model that the adapter was trained on",
+            found=f"{len(offenders)} of {len(bundle.layers)} layers that do not fit",
+            remedy="give the base model that the adapter belongs to",
+            offenders=offenders,
+        )
+    return targets
+
+
+def put_saved(
+    model: torch.nn.Module, bundle: Bundle, only: frozenset[str] | None = None
+) -> tuple[str, ...]:
+    """Put the adapter's heads and biases into the model.
+
+    Args:
+        model: gets them.
+        bundle: has them.
+        only: names, as the model calls them, of those to put; default all.
+
+    Returns:
+        The names of the parameters that were set, as this model calls them.
+
+    Raises:
+        BaseMismatchError: tensors that the model has no place for, all of them listed.
+    """
+    import torch
+
+    done, offenders = [], []
+    for name, value in bundle.saved.items():
+        owner, _, leaf = name.rpartition(".")
+        found = find_module(model, owner)
+        current = getattr(found[1], leaf, None) if found else None
+        if found is None or current is None:
+            offenders.append(f"{name}: no such parameter in {type(model).__name__}")
+        elif only is not None and f"{found[0]}.{leaf}".lstrip(".") not in only:
+            continue
+        elif tuple(current.shape) != value.shape:
+            offenders.append(
+                f"{name}: shape {list(value.shape)} against {list(current.shape)} in the model"
+            )
+        else:
+            # A new parameter: one that is shared (a tied head) stays as it was for the others.
+            tensor = torch.from_numpy(value.astype(np.float32))
+            setattr(found[1], leaf, torch.nn.Parameter(tensor, requires_grad=False))
+            done.append(f"{found[0]}.{leaf}".lstrip("."))
+    if offenders:
+        raise BaseMismatchError(
+            "base",
+            expected="a model with a place for every tensor that the adapter saved",
+            found=f"{len(offenders)} of {len(bundle.saved)} that do not fit",
+            remedy="name the task that the adapter was trained for (task=..., --task)",
+            offenders=offenders,
+        )
+    return tuple(done)
+
+
+def delta_of(bundle: Bundle, target: Target) -> npt.NDArray[np.float64]:
+    """delta_W of one layer from its definition: float64 (out, in)."""
+    spec = target.spec
+    if spec.entry_rule == EXPLICIT_RULE:
+        entries = bundle.entries(spec.name)
+    else:
+        rule = spec.entry_rule or current_rule(target.shape)
+        entries = spectral_entries(bundle.spec.entry_seed, target.shape, spec.n_frequency, rule)
+    return reference_delta(
+        bundle.spectra[spec.name], entries, target.shape, float(bundle.spec.scaling)
+    )
+
+
+def set_weights(
+    targets: list[Target], bundle: Bundle, rounding: Rounding, *, in_float32: bool = False
+) -> None:
+    """Give every target the weight W + delta_W, rounded once.
+
+    Args:
+        targets: from `find_targets`; their `weight` stays the base's, so this can be repeated.
+        bundle: the adapter.
+        rounding: dtype per parameter; float32 where it says nothing.
+        in_float32: sum in float32 instead of float64: the same weights, as float32 arithmetic
+            makes them, to see what that alone changes.
+    """
+    import torch
+
+    for target in targets:
+        delta = delta_of(bundle, target)
+        delta = delta.T if target.transposed else delta
+        dtype = np.float32 if in_float32 else np.float64
+        changed = target.weight.numpy().astype(dtype) + delta.astype(dtype)
+        tensor = torch.from_numpy(np.ascontiguousarray(changed.astype(np.float32)))
+        tensor = _rounded(tensor, rounding.get(f"{target.path}.weight"))
+        # Not in place: a tied embedding keeps the base's values, as in PEFT's unmerged forward.
+        target.module.weight = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def round_all(model: torch.nn.Module, rounding: Rounding) -> None:
+    """Round every parameter in `rounding`; the tensors that targets remember stay unrounded."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in rounding:
+            parameter.data = _rounded(parameter.data, rounding[name])
+
+
+def uniform_rounding(model: torch.nn.Module, precision: str) -> Rounding:
+    """Every parameter to one precision ("float16" or "bfloat16")."""
+    import torch
+
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+    return {name: dtype for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def precisions_of(model: torch.nn.Module) -> Rounding:
+    """The parameters whose values all survive rounding to bfloat16 or float16, with that dtype.
+
+    Seen from the values, since a model is loaded as float32 whatever its files hold.
+    """
+    import torch
+
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(_rounded(parameter.data, dtype), parameter.data):
+                found[name] = dtype
+                break
+    return found
+
+
+def weights_precision(model: torch.nn.Module, rounding: Rounding, paths: list[str] | None) -> str:
+    """The precision of most weights, counted by element: those at `paths`, or all matrices."""
+    counts = {"float32": 0, "float16": 0, "bfloat16": 0}
+    wanted = None if paths is None else {f"{path}.weight" for path in paths}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (parameter.ndim >= 2) if wanted is None else (name in wanted):
+            dtype = rounding.get(name)
+            counts["float32" if dtype is None else str(dtype).removeprefix("torch.")] += (
+                parameter.numel()
+            )
+    return max(counts, key=lambda precision: counts[precision])
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None else tensor.to(dtype).to(tensor.dtype)
