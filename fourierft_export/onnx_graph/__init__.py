@@ -1,1 +1,1 @@
-"""Everything that touches an ONNX graph."""
+"""Everything that touches an ONNX graph: export from torch, and adapters written into graphs."""

@@ -1,0 +1,194 @@
+"""From a torch model with adapters to an ONNX file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from .. import __version__
+from ..adapt.attach import capture
+from ..adapt.layer import FourierLinear
+from ..adapt.linear import stored_weight, to_array
+from ..adapt.plain import swapped_layers
+from ..adapt.tree import active_adapters, fourier_layers
+from ..bundle.file import Bundle
+from ..checkpoint.staging import check_output
+from ..errors import UsageError
+from ..spectral.delta import Term
+from .locate import locate_weights
+from .metadata import describe
+from .report import ExportReport
+from .rewrite import MERGED, MODES, LayerTerm, Written, write_merged, write_unmerged
+from .trace import Inputs, trace
+from .write import write_model
+
+Progress = Callable[[str, int, int], None]
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Inputs,
+    path: str | os.PathLike[str],
+    *,
+    mode: str = MERGED,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    external_data: bool | None = None,
+    bundles: Mapping[str, Bundle] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export a model with its active adapters; several add up.
+
+    The graph is that of the bare base, whose adapted weights are then replaced: by W + delta_W
+    (merged), or by W plus a delta_W that the graph rebuilds from the initializers `LAYER.spectrum`,
+    `.entries` and `.scaling` (unmerged; `LAYER.ADAPTER.spectrum` and so on for several adapters).
+    Layers with equal entries share one `.entries` initializer, under the first one's name.
+
+    Args:
+        model: a module with `FourierLinear` layers; it is as it was afterwards.
+        example_inputs: one tensor, positional arguments, or keyword arguments by name.
+        path: the file to write.
+        mode: "merged" or "unmerged".
+        input_names: names of the graph's inputs; by default the arguments' own.
+        output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
+            else "output", or "output_0", "output_1", ...
+        dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
+            fixed to the example's by default.
+        opset: of the standard operators, 18 or newer; torch's default if not given.
+        external_data: True writes weights to `path` + ".data", False never does; by default only
+            where the model would pass protobuf's 2 GiB.
+        bundles: adapter name -> the bundle it came from, whose hash is written into the file; by
+            default that of the adapter as `capture` gives it.
+        force: replace an existing file.
+        progress: called with (what, done, total).
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError: unknown mode, no active adapter, an unsuitable opset or dtype, an output that
+            exists, or a model that torch.onnx cannot export.
+        BadInputError: an adapted layer's weight is not in the graph.
+        FileAccessError: the file cannot be written.
+    """
+    report = progress or _silent
+    layers = {p: layer for p, layer in fourier_layers(model).items() if layer.active}
+    _check(model, mode, layers, opset)
+    check_output(path, force=force)
+    adapters = {name: capture(model, name) for name in active_adapters(model)}
+    report("trace", 0, 3)
+    with swapped_layers(model, lambda _, layer: layer.linear):
+        graph = trace(
+            model,
+            example_inputs,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=dynamic_shapes,
+            opset=opset,
+        )
+    report("write adapters", 1, 3)
+    written = _write_adapters(graph, layers, mode)
+    graph.metadata_props.update(
+        describe(
+            version=__version__,
+            mode=mode,
+            adapters=adapters,
+            sources=bundles or {},
+            written=written,
+        )
+    )
+    report("save", 2, 3)
+    files = write_model(graph, path, external_data=external_data, force=force)
+    report("save", 3, 3)
+    return ExportReport(
+        path=str(files[0]),
+        data=str(files[1]) if len(files) > 1 else None,
+        bytes=sum(file.stat().st_size for file in files),
+        mode=mode,
+        opset=graph.opset_imports[""],
+        nodes=len(graph.graph),
+        inputs=_shapes(graph.graph.inputs),
+        outputs=_shapes(graph.graph.outputs),
+        layers=tuple(layers),
+        adapters=tuple(adapters),
+        notes=tuple(_notes(layers, mode)),
+    )
+
+
+def _check(
+    model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], opset: int | None
+) -> None:
+    if mode not in MODES:
+        raise UsageError("export mode", expected=" or ".join(MODES), found=repr(mode))
+    if opset is not None and opset < 18:
+        raise UsageError("opset", expected="18 or newer", found=str(opset))
+    if not layers:
+        raise UsageError(
+            f"export of {type(model).__name__}",
+            expected="a model with an active adapter",
+            found="none",
+            remedy="attach a bundle first, or export the base with torch.onnx.export",
+        )
+    wrong = [
+        f"{path}: {weight.dtype}"
+        for path, layer in layers.items()
+        if str((weight := stored_weight(layer.linear)).dtype).removeprefix("torch.") not in _DTYPES
+    ]
+    if wrong:
+        raise UsageError(
+            f"export of {type(model).__name__}",
+            expected=f"adapted weights of dtype {', '.join(_DTYPES)}",
+            found=f"{len(wrong)} of another",
+            remedy="convert the model first, with model.float()",
+            offenders=wrong,
+        )
+
+
+def _write_adapters(
+    graph: ir.Model, layers: Mapping[str, FourierLinear], mode: str
+) -> list[Written]:
+    weights = {
+        path: (to_array(stored_weight(layer.linear)), layer.fan_in_fan_out)
+        for path, layer in layers.items()
+    }
+    sites = locate_weights(graph, weights)
+    terms = {path: _terms(layer) for path, layer in layers.items()}
+    write = write_merged if mode == MERGED else write_unmerged
+    return write(graph, sites, terms)
+
+
+def _terms(layer: FourierLinear) -> list[LayerTerm]:
+    terms = []
+    for name in layer.active:
+        adapter = layer.adapter(name)
+        spectrum = to_array(adapter.spectrum)
+        scaling = float(adapter.origin.scaling)
+        terms.append(LayerTerm(name, Term(spectrum, adapter.host_entries, scaling), layer.shape))
+    return terms
+
+
+def _notes(layers: Mapping[str, FourierLinear], mode: str) -> list[str]:
+    dtypes = {t.term.spectrum.dtype.name for layer in layers.values() for t in _terms(layer)}
+    if mode != MERGED and "bfloat16" in dtypes:
+        return ["bfloat16 spectra are stored as float32, which holds every such value exactly"]
+    return []
+
+
+def _shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
+    return {
+        str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
+        for value in values
+    }
+
+
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""

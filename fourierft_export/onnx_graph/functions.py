@@ -1,0 +1,126 @@
+"""delta_W as ONNX functions, by cosines and matrix products.
+
+The DFT operator is not used: ONNX Runtime's kernel is slow, and wrong in the fourth digit at
+lengths that are no power of two. Every operator here is in all execution providers, and with
+constant inputs ONNX Runtime folds a call into one constant when it loads the model.
+
+With C, S the tables of cosines and sines over half ranges (cos is even, sin is odd):
+
+    CC = C_rows diag(c) C_columns^T,   SS = S_rows diag(c) S_columns^T
+    delta_W[p, q] = CC - SS,   delta_W[p, -q] = delta_W[-p, q] = CC + SS
+
+so a quarter of the matrix gives the rest by mirroring. Phases are integers modulo the length, and
+their cosines are taken in double precision: angles built in float32 would cost two digits.
+Tables are a function of their own, so that layers with the same entries share them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "fourierft_export"
+VERSION = 1
+TABLE = "FourierTable"
+DELTA = "FourierDelta"
+
+# entries [n, 2] int64 -> cosines and sines [length / 2 + 1, n] float32 of 2 pi f p / length, where
+# f is column `axis` of the entries and p counts positions 0 .. length / 2.
+_TABLE_TEXT = """
+<domain: "fourierft_export", opset_import: ["": OPSET]>
+FourierTable <axis, length> (entries) => (cosines, sines) {
+    axis_index = Constant <value_int: int = @axis> ()
+    frequencies = Gather <axis = 1> (entries, axis_index)
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    two = Constant <value_int: int = 2> ()
+    count = Constant <value_int: int = @length> ()
+    half = Div (count, two)
+    stop = Add (half, one)
+    positions = Range (zero, stop, one)
+    last_axis = Constant <value_ints: ints = [1]> ()
+    position_column = Unsqueeze (positions, last_axis)
+    product = Mul (position_column, frequencies)
+    phases = Mod (product, count)
+    all_phases = Range (zero, count, one)
+    all_phases_double = Cast <to = 11> (all_phases)
+    count_double = Cast <to = 11> (count)
+    full_turn = Constant <value = double {6.283185307179586}> ()
+    phase_step = Div (full_turn, count_double)
+    angles = Mul (all_phases_double, phase_step)
+    cosine_double = Cos (angles)
+    sine_double = Sin (angles)
+    cosine_of_phase = Cast <to = 1> (cosine_double)
+    sine_of_phase = Cast <to = 1> (sine_double)
+    cosines = Gather <axis = 0> (cosine_of_phase, phases)
+    sines = Gather <axis = 0> (sine_of_phase, phases)
+}
+"""
+
+# spectrum [n] any float, scaling [] float32, four tables [half range, n] -> delta [rows, columns]
+# float32.
+_DELTA_TEXT = """
+<domain: "fourierft_export", opset_import: ["": OPSET]>
+FourierDelta <rows, columns>
+(spectrum, scaling, row_cosines, row_sines, column_cosines, column_sines) => (delta) {
+    row_count = Constant <value_int: int = @rows> ()
+    column_count = Constant <value_int: int = @columns> ()
+    size = Mul (row_count, column_count)
+    size_float = Cast <to = 1> (size)
+    factor = Div (scaling, size_float)
+    coefficients = Cast <to = 1> (spectrum)
+    scaled = Mul (coefficients, factor)
+    weighted_cosines = Mul (row_cosines, scaled)
+    weighted_sines = Mul (row_sines, scaled)
+    cosine_part = Gemm <transB = 1> (weighted_cosines, column_cosines)
+    sine_part = Gemm <transB = 1> (weighted_sines, column_sines)
+    straight = Sub (cosine_part, sine_part)
+    crossed = Add (cosine_part, sine_part)
+    one = Constant <value_ints: ints = [1]> ()
+    two = Constant <value_ints: ints = [2]> ()
+    row_end = Sub (row_count, one)
+    column_end = Sub (column_count, one)
+    last_row = Div (row_end, two)
+    last_column = Div (column_end, two)
+    last_both = Concat <axis = 0> (last_row, last_column)
+    first = Constant <value_ints: ints = [0]> ()
+    first_both = Constant <value_ints: ints = [0, 0]> ()
+    back = Constant <value_ints: ints = [-1]> ()
+    back_both = Constant <value_ints: ints = [-1, -1]> ()
+    both_axes = Constant <value_ints: ints = [0, 1]> ()
+    upper_right = Slice (crossed, last_column, first, one, back)
+    lower_left = Slice (crossed, last_row, first, first, back)
+    lower_right = Slice (straight, last_both, first_both, both_axes, back_both)
+    upper = Concat <axis = 1> (straight, upper_right)
+    lower = Concat <axis = 1> (lower_left, lower_right)
+    delta = Concat <axis = 0> (upper, lower)
+}
+"""
+
+
+@lru_cache(maxsize=4)
+def _protos(opset: int) -> tuple[bytes, ...]:
+    import onnx.parser
+
+    return tuple(
+        onnx.parser.parse_function(text.replace("OPSET", str(opset))).SerializeToString()
+        for text in (_TABLE_TEXT, _DELTA_TEXT)
+    )
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give `model` the functions, in its own opset: ONNX wants the two to be equal.
+
+    Args:
+        model: changed in place; its opset is 18 or newer.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    for data in _protos(model.opset_imports[""]):
+        function = ir.serde.deserialize_function(onnx.FunctionProto.FromString(data))
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION

@@ -1,0 +1,86 @@
+"""What an exported file says of the adapters in it, so that a bundle can be got back out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..bundle.file import Bundle
+from .rewrite import Written
+
+KEY = "fourierft_export"
+SCHEMA = 1
+
+
+def describe(
+    *,
+    version: str,
+    mode: str,
+    adapters: Mapping[str, Bundle],
+    sources: Mapping[str, Bundle],
+    written: Iterable[Written],
+) -> dict[str, str]:
+    """The `metadata_props` of a model: one entry, `KEY`, a canonical JSON object.
+
+    Args:
+        version: of this package.
+        mode: the export mode.
+        adapters: adapter name -> the adapter as it is in the model.
+        sources: adapter name -> the bundle it came from, where there is one.
+        written: where each layer's weight and, unmerged, its adapters' tensors are.
+
+    Returns:
+        {KEY: text} with "schema", "version", "mode"; "weights", per layer the initializers that
+        hold its weight and whether as (in, out); "adapters", per name "seed", "scaling"
+        (a bundle's own times its weight), "bundle_scaling", "bundle_sha256", "task_type", "saved"
+        (names of its dense tensors, which are baked in) and "layers": name, shape, n_frequency,
+        entry_rule, entries_sha256, dtype of the spectrum, and unmerged the names of the
+        initializers "spectrum", "entries", "scaling".
+    """
+    sites = list(written)
+    weights: dict[str, list[dict[str, Any]]] = {}
+    for one in sites:
+        weights.setdefault(one.site.layer, []).append(
+            {"initializer": one.weight, "transposed": one.site.transposed}
+        )
+    tensors = {(w.site.layer, a): names for w in sites for a, names in w.terms.items()}
+    content = {
+        "schema": SCHEMA,
+        "version": version,
+        "mode": mode,
+        "weights": weights,
+        "adapters": {
+            name: _adapter(name, bundle, sources.get(name, bundle), tensors)
+            for name, bundle in adapters.items()
+        },
+    }
+    return {KEY: json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)}
+
+
+def _adapter(
+    name: str,
+    bundle: Bundle,
+    source: Bundle,
+    tensors: Mapping[tuple[str, str], Mapping[str, str]],
+) -> dict[str, Any]:
+    return {
+        "seed": bundle.spec.seed,
+        "scaling": bundle.spec.scaling,
+        "task_type": bundle.spec.task_type,
+        "bundle_scaling": source.spec.scaling,
+        "bundle_sha256": source.sha256,
+        "saved": sorted(bundle.saved),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape or ()),
+                "n_frequency": layer.n_frequency,
+                "entry_rule": layer.entry_rule,
+                "entries_sha256": layer.entries_sha256,
+                "dtype": bundle.spectra[layer.name].dtype.name,
+                **tensors.get((layer.name, name), {}),
+            }
+            for layer in bundle.layers
+        ],
+    }

@@ -1,0 +1,154 @@
+"""From a Hugging Face directory and bundles to an ONNX file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..adapt.active import activate
+from ..adapt.attach import attach
+from ..bundle.file import Bundle
+from ..checkpoint.staging import check_output
+from ..errors import UsageError
+from ..models.base import open_base
+from ..models.examples import BATCH_AXIS, SEQUENCE_AXIS, example_inputs, output_names
+from ..models.heads import head_labels
+from ..models.load import load_model
+from ..models.task import infer_task
+from .export import Progress, export_onnx
+from .report import ExportReport
+from .rewrite import MERGED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Bundles = Bundle | Sequence[Bundle] | Mapping[str, Bundle]
+
+
+def export_pretrained(
+    base: str | os.PathLike[str],
+    bundles: Bundles,
+    path: str | os.PathLike[str],
+    *,
+    mode: str = MERGED,
+    weights: Sequence[float] | None = None,
+    task: str | None = None,
+    dtype: str | None = "float32",
+    opset: int | None = None,
+    external_data: bool | None = None,
+    allow_base_mismatch: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export a transformers model with its adapters: dynamic batch and sequence, usual names.
+
+    Inputs are input_ids, attention_mask and, where the model tells token types apart,
+    token_type_ids; outputs are logits (sequence-classification, causal-lm without cache), or
+    last_hidden_state and pooler_output (feature-extraction).
+
+    Args:
+        base: a Hugging Face model directory.
+        bundles: one adapter, several that add up, or several by name.
+        path: the file to write.
+        mode: "merged" or "unmerged".
+        weights: one factor per bundle, by which its change counts; 1 by default.
+        task: one of `models.task.TASKS`; by default from the adapter's task type, else from the
+            base's architecture.
+        dtype: name of the torch dtype to export in; None keeps the checkpoint's.
+        opset, external_data, force, progress: as in `export_onnx`.
+        allow_base_mismatch: accept base weights other than those the adapter was trained on.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError, BadInputError, FileAccessError: as in `export_onnx` and `load_model`.
+        BaseMismatchError: the adapter does not belong to the base, or the base lacks weights.
+    """
+    named = _named(bundles)
+    opened = open_base(base)
+    check_output(path, force=force, inputs=(opened.directory,))
+    task = task or infer_task(opened.config, _task_type(named))
+    if progress:
+        progress("load", 0, 1)
+    model = load_model(
+        base,
+        task,
+        num_labels=head_labels(_saved_shapes(named)),
+        dtype=dtype,
+        provided={name for bundle in named.values() for name in bundle.saved},
+    )
+    if progress:
+        progress("load", 1, 1)
+    attach_all(model, _weighted(named, weights), allow_base_mismatch=allow_base_mismatch)
+    inputs = example_inputs(model, task)
+    axes = {0: BATCH_AXIS, 1: SEQUENCE_AXIS}
+    return export_onnx(
+        model,
+        inputs,
+        path,
+        mode=mode,
+        output_names=output_names(model, task),
+        dynamic_shapes={name: dict(axes) for name in inputs},
+        opset=opset,
+        external_data=external_data,
+        bundles=named,
+        force=force,
+        progress=progress,
+    )
+
+
+def attach_all(
+    model: nn.Module, bundles: Mapping[str, Bundle], *, allow_base_mismatch: bool = False
+) -> None:
+    """Attach every bundle under its name and make all of them active."""
+    for name, bundle in bundles.items():
+        attach(model, bundle, name, allow_base_mismatch=allow_base_mismatch)
+    activate(model, tuple(bundles))
+
+
+def _named(bundles: Bundles) -> dict[str, Bundle]:
+    if isinstance(bundles, Bundle):
+        return {"default": bundles}
+    if isinstance(bundles, Mapping):
+        named = dict(bundles)
+    elif len(bundles) == 1:
+        named = {"default": bundles[0]}
+    else:
+        named = {f"adapter_{i}": bundle for i, bundle in enumerate(bundles)}
+    if not named:
+        raise UsageError("export", expected="at least one bundle", found="none")
+    return named
+
+
+def _weighted(
+    bundles: Mapping[str, Bundle], weights: Sequence[float] | None
+) -> Mapping[str, Bundle]:
+    """The bundles with their scaling times their weight: delta_W is linear in it."""
+    if weights is None:
+        return bundles
+    if len(weights) != len(bundles):
+        raise UsageError(
+            "weights", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
+        )
+    return {
+        name: replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
+        for (name, bundle), weight in zip(bundles.items(), weights, strict=True)
+    }
+
+
+def _task_type(bundles: Mapping[str, Bundle]) -> str | None:
+    """The adapters' task type, if they agree on one."""
+    types = {bundle.spec.task_type for bundle in bundles.values()} - {None}
+    return types.pop() if len(types) == 1 else None
+
+
+def _saved_shapes(bundles: Mapping[str, Bundle]) -> dict[str, tuple[int, ...]]:
+    saved: dict[str, Any] = {}
+    for bundle in bundles.values():
+        saved.update({name: np.shape(array) for name, array in bundle.saved.items()})
+    return saved
