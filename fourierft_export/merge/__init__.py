@@ -1,1 +1,1 @@
-"""Checkpoint plus bundles gives checkpoint: one tensor in memory at a time, rounded once."""
+"""Checkpoint + bundles -> checkpoint: streamed, rounded once, staged and renamed. No torch."""

@@ -1,0 +1,126 @@
+"""Which files of a base folder go along with the merged weights, and which would be stale.
+
+Everything that is not weights is carried over. Weights in other formats still hold the base, and a
+loader that prefers them would silently serve the base.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ..checkpoint import strict_json
+from ..checkpoint.container import open_regular, read_exactly
+from ..checkpoint.links import checked_file
+from ..errors import FileAccessError
+
+MANIFEST = "manifest.json"
+STALE_SUFFIXES = (
+    ".safetensors", ".bin", ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".onnx.data",
+    ".onnx_adapter", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".ot",
+    ".tflite", ".mlmodel", ".index.json", ".data-00000-of-00001",
+)  # fmt: skip
+STALE_FOLDERS = ("onnx", "openvino", "coreml", "tf_model", "flax_model")
+# An adapter_config.json in a model's folder makes transformers load that adapter on top.
+STALE_NAMES = ("adapter_config.json", "tf_model.h5", MANIFEST)
+PRIVATE_FOLDERS = (".git", ".cache", ".ipynb_checkpoints", "__pycache__")
+BLOCK = 8 << 20
+MAX_MODULES_BYTES = 1 << 20
+
+
+class Companions(NamedTuple):
+    """The files beside the weights, as paths relative to the folder, with "/".
+
+    Attributes:
+        carried: go along.
+        stale: weights in other formats, left behind.
+    """
+
+    carried: tuple[str, ...]
+    stale: tuple[str, ...]
+
+
+def companions(directory: Path, weights: tuple[Path, ...]) -> Companions:
+    """Sort the files of a base folder.
+
+    Args:
+        directory: the folder.
+        weights: its weight files and index, which the merge writes anew.
+
+    Raises:
+        FileAccessError: the folder, or one below it, cannot be listed.
+        BadInputError: a modules.json that is not JSON.
+    """
+    own_weights = {path.name for path in weights}
+    modules = _module_folders(directory)
+    carried, stale = [], []
+    for name in sorted(_walk(directory)):
+        parts = PurePosixPath(name).parts
+        if len(parts) == 1 and name in own_weights:
+            continue
+        if parts[0] not in modules and _is_stale(parts):
+            stale.append(name)
+        else:
+            carried.append(name)
+    return Companions(tuple(carried), tuple(stale))
+
+
+def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
+    """The content of a carried file, in pieces.
+
+    Raises:
+        FileAccessError: it cannot be read.
+        BadInputError: it is a link that may not be followed, or no regular file.
+    """
+    path = checked_file(directory / name, directory, allow_links=allow_links)
+    fd = open_regular(path)
+    try:
+        size = os.fstat(fd).st_size
+        for at in range(0, size, BLOCK):
+            yield read_exactly(fd, at, min(at + BLOCK, size), path)
+    finally:
+        os.close(fd)
+
+
+def _is_stale(parts: tuple[str, ...]) -> bool:
+    name = parts[-1].lower()
+    return (
+        name.endswith(STALE_SUFFIXES)
+        or name in STALE_NAMES
+        or any(part in STALE_FOLDERS or part.endswith(".mlpackage") for part in parts[:-1])
+    )
+
+
+def _module_folders(directory: Path) -> set[str]:
+    """Folders of a sentence-transformers pipeline, whose weights belong to modules of their own."""
+    if not (directory / "modules.json").is_file():
+        return set()
+    fd = open_regular(directory / "modules.json")
+    try:
+        size = min(os.fstat(fd).st_size, MAX_MODULES_BYTES)
+        where = os.fspath(directory / "modules.json")
+        modules = strict_json.loads(read_exactly(fd, 0, size, where), where)
+    finally:
+        os.close(fd)
+    entries = modules if isinstance(modules, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return {PurePosixPath(p).parts[0] for p in paths if isinstance(p, str) and p}
+
+
+def _walk(directory: Path) -> Iterator[str]:
+    """Every file below a folder; linked folders are named as they are, not entered."""
+
+    def fail(error: OSError) -> None:
+        raise FileAccessError(
+            error.filename or directory,
+            expected="a readable folder",
+            found=error.strerror or str(error),
+        )
+
+    for folder, subfolders, files in os.walk(directory, onerror=fail):
+        at = Path(folder)
+        subfolders[:] = [s for s in subfolders if s not in PRIVATE_FOLDERS]
+        linked = [s for s in subfolders if (at / s).is_symlink()]
+        yield from ((at / name).relative_to(directory).as_posix() for name in [*files, *linked])

@@ -1,0 +1,125 @@
+"""What a merge changes in config.json: dtype, untied embeddings, the head's architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import UsageError
+from ..models import task as tasks
+from ..models.base import Base
+from ..models.heads import head_labels
+from .changes import Changes, Ingredient
+
+Config = Mapping[str, Any]
+
+# Tasks whose models are an encoder or decoder plus a head; the others need no new architecture.
+_HEAD_TASKS = {t.peft_type: t for t in tasks.BY_NAME.values() if t.name != "feature-extraction"}
+_LABELLED = "SEQ_CLS"
+
+
+def merged_config(
+    base: Base,
+    ingredients: Sequence[Ingredient],
+    changes: Changes,
+    dtype: str,
+    labels: Sequence[str] | None = None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config.json of a merge's output, and what a person should know of it.
+
+    Returns:
+        The new config ({} for a base without one), and notes.
+
+    Raises:
+        UsageError: `labels` without a head that has as many rows.
+    """
+    notes = []
+    types = {i.bundle.spec.task_type for i in ingredients} - {None}
+    task_type = types.pop() if len(types) == 1 else None
+    shapes = {n: value.shape for i in ingredients for n, value in i.bundle.saved.items()}
+    config = with_labels(base.config, task_type, shapes, labels)
+    added = sorted(changes.outside - {*base.tensors})
+    if added:
+        with_head = with_architecture(config, task_type)
+        config = with_head or config
+        if with_head is None and any(key in changes.dense for key in added):
+            notes.append(
+                f"{', '.join(added)} added, but no architecture is known for task type "
+                f"{task_type}: set architectures in config.json"
+            )
+    if changes.unties:
+        config = untied(config)
+        if any(key not in changes.dense for key in added):
+            notes.append("the output embedding was tied and is now a weight of its own")
+    if any(i.weight != 1 and i.bundle.saved for i in ingredients):
+        notes.append("weights scale delta_W only: heads and biases are taken as they are")
+    if not base.config:
+        if added or changes.unties:
+            notes.append("the base has no config.json: none was made")
+        return {}, tuple(notes)
+    return with_dtype(config, dtype), tuple(notes)
+
+
+def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
+    """`config` for weights of `dtype` ("float32", ...); "keep" changes nothing.
+
+    transformers loads a checkpoint in the dtype its config names, under a new and an old key.
+    """
+    if dtype == "keep":
+        return dict(config)
+    changed = dict(config) | {"dtype": dtype}
+    return changed | ({"torch_dtype": dtype} if "torch_dtype" in config else {})
+
+
+def untied(config: Config) -> dict[str, Any]:
+    """`config` for a model whose output embedding is a weight of its own."""
+    return dict(config) | {"tie_word_embeddings": False}
+
+
+def with_architecture(config: Config, task_type: str | None) -> dict[str, Any] | None:
+    """`config` for the base's family with the head of PEFT's `task_type`.
+
+    Returns:
+        A new config, or None when no architecture is known for them.
+    """
+    task = _HEAD_TASKS.get(task_type or "")
+    name = tasks.architecture_for(config, task) if task else None
+    return None if name is None else dict(config) | {"architectures": [name]}
+
+
+def with_labels(
+    config: Config,
+    task_type: str | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    labels: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """`config` with as many labels as the head that an adapter brings.
+
+    Args:
+        config: of the base.
+        task_type: PEFT's, of the adapter.
+        shapes: of the adapter's dense tensors, under their names in the adapted model.
+        labels: names of the labels; by default those of `config` when their number is right,
+            else LABEL_0, LABEL_1 and so on, as transformers has it.
+
+    Returns:
+        A new config; id2label and label2id are set (transformers derives num_labels from them).
+
+    Raises:
+        UsageError: `labels` without a head that has as many rows.
+    """
+    count = head_labels(shapes) if task_type == _LABELLED else None
+    if labels is not None and len(labels) != count:
+        raise UsageError(
+            "labels",
+            expected="no labels: the adapter brings no head" if count is None else f"{count}",
+            found=str(len(labels)),
+        )
+    known = config.get("id2label")
+    if count is None or (labels is None and isinstance(known, dict) and len(known) == count):
+        return dict(config)
+    names = list(labels) if labels is not None else [f"LABEL_{i}" for i in range(count)]
+    changed = {key: value for key, value in config.items() if key != "num_labels"}
+    changed["id2label"] = {str(i): name for i, name in enumerate(names)}
+    changed["label2id"] = {name: i for i, name in enumerate(names)}
+    return changed

@@ -1,0 +1,105 @@
+"""What a merge did, or would do: frozen, plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOW_SURVIVAL = 0.5
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """One bundle that was merged.
+
+    Attributes:
+        name: its path, or a number for one that was given as an object.
+        sha256: of its bytes.
+        weight: the factor on its delta_W.
+        layers: how many layers it changes.
+        base_check: "same", "precision" (the base in another precision), "mismatch" (allowed by
+            the caller) or "unbound" (it carries no fingerprint to check).
+    """
+
+    name: str
+    sha256: str
+    weight: float
+    layers: int
+    base_check: str
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer that was changed.
+
+    Attributes:
+        name: module path, as the adapter names it.
+        tensor: name of the weight in the output.
+        shape: as stored.
+        dtype: safetensors dtype in the output.
+        survival: share of its weights that changed once rounded to `dtype`; None in a dry run.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    survival: float | None = None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of `merge_checkpoint`.
+
+    Attributes:
+        out: the folder or file that was (or would be) written.
+        base: what was merged into.
+        dtype: "keep" or the dtype asked for.
+        bundles: what was merged.
+        layers: what was changed, in natural order of their names.
+        replaced: tensors taken whole from a bundle (heads, biases) that the base has too.
+        added: tensors that the base does not have (a head, an untied lm_head).
+        carried: files that are not weights, copied as they are.
+        left_behind: weights of the base folder in other formats, which would be stale.
+        shards: sha256 of every weight file; empty in a dry run.
+        nbytes: size of all weight files.
+        notes: what a person should know.
+        dry_run: whether nothing was written.
+    """
+
+    out: Path
+    base: Path
+    dtype: str
+    bundles: tuple[BundleReport, ...]
+    layers: tuple[LayerReport, ...]
+    replaced: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    shards: Mapping[str, str] = field(default_factory=dict)
+    nbytes: int = 0
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {
+            "out": str(self.out),
+            "base": str(self.base),
+            "shards": dict(self.shards),
+        }
+
+
+def survival_notes(layers: tuple[LayerReport, ...], dtype: str) -> tuple[str, ...]:
+    """A warning when rounding swallows most of a change, and what to do about it."""
+    low = [x for x in layers if x.survival is not None and x.survival < LOW_SURVIVAL]
+    if not low:
+        return ()
+    worst = min(low, key=lambda layer: layer.survival or 0.0)
+    text = (
+        f"in {len(low)} of {len(layers)} layers less than half of the weights changed once rounded "
+        f"(worst: {worst.name}, {worst.survival:.0%} of {worst.dtype})"
+    )
+    return (text if dtype == "float32" else f"{text}; --dtype float32 keeps the whole change",)
