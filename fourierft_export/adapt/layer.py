@@ -157,15 +157,13 @@ class FourierLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight as stored.
+        """The weight that the layer stands for, active adapters included, in the base's layout.
 
-        `nn.MultiheadAttention` reads the weight of its output projection and never calls that
-        layer; it is given the weight with the active adapters in it.
+        It is computed when it is read. torch reads the weights of some layers and never calls
+        them: the output projection of `nn.MultiheadAttention`, and all of
+        `nn.TransformerEncoderLayer` when no gradients are asked for.
         """
-        linear = self.linear
-        if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return self.effective_weight()
-        return stored_weight(linear)
+        return self.effective_weight()
 
     @property
     def bias(self) -> Tensor | None:
