@@ -109,7 +109,7 @@ def default_inputs(
     longest = min(n for n in (MAX_TOKENS, length, positions) if n is not None)
     if tokenizer_dir is not None:
         rows, pad, extra = _tokenised(tokenizer_dir, count, longest)
-        description = f"{count} sentences, tokenised as {tokenizer_dir} says"
+        description = f"{count} sentences, with the tokenizer in {tokenizer_dir}"
     elif vocab_size is not None and vocab_size >= 1:
         rows, pad, extra = _pseudo_random(vocab_size, count, longest), 0, False
         description = f"{count} rows of fixed pseudo-random token ids (there is no tokenizer)"

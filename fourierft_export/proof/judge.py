@@ -104,6 +104,9 @@ def judge(
     for left, right in combinations(adapted, 2):
         if left.rebuilt and right.rebuilt:
             continue
+        # A model rebuilt for one coarse precision is there for sides of that precision only.
+        if left.rebuilt and left.side.precision not in ("float32", right.side.precision):
+            continue
         precision = coarser(_coarsest(left), _coarsest(right))
         strict = strictly_alike(left, right)
         measured, assumed = noise.between(left, right)
