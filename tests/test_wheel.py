@@ -113,8 +113,11 @@ def test_pack_and_inspect(scripts: Path, stories_adapter: Path, tmp_path: Path) 
     assert json.loads(call(program, "inspect", bundle, "--json", cwd=tmp_path))["ok"] is True
 
 
-def test_a_missing_extra_is_named(scripts: Path, stories260k: Path, tmp_path: Path) -> None:
-    argv = ["export", "--base", stories260k, "--mode", "merged", "-o", "a.onnx"]
+def test_a_missing_extra_is_named(
+    scripts: Path, stories_adapter: Path, stories260k: Path, tmp_path: Path
+) -> None:
+    adapter = ["--base", stories260k, "--bundle", stories_adapter]
+    argv = ["export", *adapter, "--mode", "merged", "-o", "a.onnx"]
     done = subprocess.run(
         [str(scripts / "fourierft-export"), *map(str, argv)],
         cwd=tmp_path,
@@ -122,6 +125,6 @@ def test_a_missing_extra_is_named(scripts: Path, stories260k: Path, tmp_path: Pa
         text=True,
         check=False,
     )
-    assert done.returncode == 2
     assert "pip install 'fourierft-export[" in done.stderr
+    assert done.returncode == 2
     assert list(tmp_path.iterdir()) == []
