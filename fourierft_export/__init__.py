@@ -60,8 +60,6 @@ _HOMES = {
     "validate": "proof.validate",
 }
 
-_EXTRAS = {"torch": "torch", "onnxscript": "torch", "onnxruntime": "ort", "transformers": "hf"}
-
 
 def __getattr__(name: str) -> object:
     """Load a public name from the room that it lives in (PEP 562).
@@ -75,10 +73,10 @@ def __getattr__(name: str) -> object:
     try:
         value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        missing = errors.extra_of(error, f"{__name__}.{name}")
+        if missing is None:
             raise
-        what = f"{__name__}.{name}"
-        raise errors.missing_extra(error.name, _EXTRAS[error.name], what) from error
+        raise missing from error
     globals()[name] = value
     return value
 

@@ -139,3 +139,25 @@ def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
         found="it is not installed",
         remedy=f"run: pip install 'fourierft-export[{extra}]'",
     )
+
+
+_EXTRA_OF = {
+    "torch": "torch",
+    "onnxscript": "torch",
+    "onnxruntime": "ort",
+    "transformers": "hf",
+    "accelerate": "hf",
+    "datasets": "hf",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "dask": "dask",
+    "distributed": "dask",
+    "sklearn": "demo",
+    "peft": "test",
+}
+
+
+def extra_of(error: ModuleNotFoundError, what: str) -> MissingExtraError | None:
+    """The error for `what`, which met `error`; None where no extra would have helped."""
+    package = (error.name or "").partition(".")[0]
+    return missing_extra(package, _EXTRA_OF[package], what) if package in _EXTRA_OF else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
-from ..errors import FourierFTError
+from ..errors import FourierFTError, extra_of
 from .console import emit_error
 from .demo import demo
 from .export import export
@@ -75,6 +75,11 @@ def run(words: Sequence[str]) -> int:
     except Exception as error:  # the last resort: a person sees a line, not a stack
         if debug:
             raise
+        verb = " ".join(["fourierft-export", *words[:1]])
+        missing = extra_of(error, verb) if isinstance(error, ModuleNotFoundError) else None
+        if missing:
+            emit_error(missing.to_dict(), missing.summary, as_json=as_json)
+            return missing.exit_code
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         text = f"unexpected error: {found}; run it again with --debug and report what it prints"
         _emit_plain("unexpected", 1, "", found, text, as_json=as_json)
