@@ -10,6 +10,7 @@ from ..checkpoint.container import FLOAT_DTYPES
 from ..checkpoint.dtypes import to_name, to_numpy
 from ..errors import BadInputError
 from ..spectral.delta import Term, add_delta_weight, delta_weight
+from .rounding import rounded_once
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -52,7 +53,10 @@ def merged(weight: Array, terms: list[Term], *, transposed: bool, dtype: str, na
         if weight.dtype == np.float64:
             value = _merged_float64(weight, terms, transposed).astype(out_dtype)
         else:
-            value = add_delta_weight(weight, terms, transposed=transposed, out_dtype=out_dtype)
+            value = add_delta_weight(weight, terms, transposed=transposed, out_dtype=np.float32)
+            if out_dtype.itemsize == 2:
+                value = rounded_once(value, weight, terms, transposed=transposed, dtype=out_dtype)
+            value = value.astype(out_dtype, copy=False)
         before = weight.astype(out_dtype, copy=False)
     _refuse_overflow(weight, value, name)
     changed = np.count_nonzero(_bits(value) != _bits(before))
@@ -83,7 +87,8 @@ def converted(value: Array, dtype: str, name: str) -> Array:
 
 
 def _refuse_overflow(before: Array, after: Array, name: str) -> None:
-    there, now = _count_not_finite(before), _count_not_finite(after)
+    now = _count_not_finite(after)
+    there = _count_not_finite(before) if now else 0
     if now > there:
         raise BadInputError(
             f"tensor {name}",

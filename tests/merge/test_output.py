@@ -1,0 +1,347 @@
+"""What a merge writes, carries over, leaves behind and reports: shards, files, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fourierft_export.bundle.file import Bundle
+from fourierft_export.checkpoint.checkpoint import Checkpoint
+from fourierft_export.errors import BadInputError
+from fourierft_export.merge.merge import merge_checkpoint
+
+Array = np.ndarray[Any, Any]
+MakeBundle = Callable[..., Bundle]
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+FIRST = {"layers.0.q.weight": (12, 8), "layers.0.k.weight": (6, 8), "embed.weight": (20, 8)}
+SECOND = {"layers.1.q.weight": (12, 8), "norm.weight": (8,)}
+TARGETS = ["layers.0.q", "layers.1.q"]
+FILES = {
+    "config.json": '{"model_type": "made", "dtype": "float32"}',
+    "tokenizer.json": "{}", "tokenizer.model": "pieces", "chat_template.jinja": "{{ x }}",
+    "modeling_made.py": "x = 1", "README.md": "# made", "generation_config.json": "{}",
+    "1_Pooling/config.json": '{"word_embedding_dimension": 8}',
+    "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+    "2_Dense/pytorch_model.bin": "weights of the dense module",
+    "2_Dense/model.safetensors": "weights of the dense module",
+}  # fmt: skip
+STALE = {
+    "pytorch_model.bin": "old", "pytorch_model.bin.index.json": "{}", "tf_model.h5": "old",
+    "flax_model.msgpack": "old", "onnx/model.onnx": "old", "onnx/config.json": "{}",
+    "openvino/openvino_model.xml": "old", "model.onnx": "old", "model.fp16.safetensors": "old",
+    "rust_model.ot": "old", "optimizer.pt": "old", "rng_state.pth": "old", "model.gguf": "old",
+    "adapter_config.json": "{}", "adapter_model.safetensors": "old", "manifest.json": "{}",
+    "original/consolidated.00.pth": "old",
+}  # fmt: skip
+
+
+def values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A sharded checkpoint with everything beside it that a real one may have."""
+    directory = tmp_path / "base"
+    for name, text in {**FILES, **STALE}.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    for shard, shapes, seed in zip(SHARDS, (FIRST, SECOND), (1, 2), strict=True):
+        save_file(values(shapes, seed), directory / shard, {"format": "pt"})
+    weight_map = {**dict.fromkeys(FIRST, SHARDS[0]), **dict.fromkeys(SECOND, SHARDS[1])}
+    index = {"metadata": {"total_size": 1, "total_parameters": 1}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def test_shards_keep_their_layout(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, exact_delta: Callable[..., Array]
+) -> None:
+    bundle = make_bundle(base, TARGETS)
+    report = merge_checkpoint(base, bundle, tmp_path / "out")
+    for shard, shapes, seed in zip(SHARDS, (FIRST, SECOND), (1, 2), strict=True):
+        found, before = load_file(tmp_path / "out" / shard), values(shapes, seed)
+        assert set(found) == set(shapes)
+        for name in shapes:
+            module = name.removesuffix(".weight")
+            delta = exact_delta(bundle, module) if module in TARGETS else 0.0
+            np.testing.assert_allclose(found[name], before[name] + delta, rtol=1e-6, atol=1e-6)
+            assert np.array_equal(found[name], before[name]) == (module not in TARGETS)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    original = json.loads((base / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == original["weight_map"]
+    elements = 12 * 8 + 6 * 8 + 20 * 8 + 12 * 8 + 8
+    assert index["metadata"] == {"total_size": 4 * elements, "total_parameters": elements}
+    assert report.nbytes == 4 * elements
+
+
+def test_an_untouched_shard_is_copied_byte_for_byte(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    merge_checkpoint(base, make_bundle(base, TARGETS[:1]), tmp_path / "out")
+    assert (tmp_path / "out" / SHARDS[0]).read_bytes() != (base / SHARDS[0]).read_bytes()
+    assert (tmp_path / "out" / SHARDS[1]).read_bytes() == (base / SHARDS[1]).read_bytes()
+
+
+def test_files_that_are_not_weights_are_carried_and_stale_weights_are_not(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    report = merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out")
+    out = tmp_path / "out"
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert there == {*FILES, *SHARDS, "model.safetensors.index.json", "manifest.json"}
+    for name, text in FILES.items():
+        assert (out / name).read_text() == text
+    assert set(report.carried) == set(FILES)
+    assert set(report.left_behind) == set(STALE)
+
+
+def test_without_modules_json_weights_in_folders_are_stale(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    (base / "modules.json").unlink()
+    report = merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out")
+    assert {"2_Dense/pytorch_model.bin", "2_Dense/model.safetensors"} <= set(report.left_behind)
+    assert "1_Pooling/config.json" in report.carried
+
+
+def test_the_base_is_left_as_it_was(base: Path, tmp_path: Path, make_bundle: MakeBundle) -> None:
+    before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out", dtype="bfloat16")
+    assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_manifest_and_report_state_the_hashes(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    bundle = make_bundle(base, TARGETS)
+    bundle.save(tmp_path / "a.fourierft.safetensors")
+    path = tmp_path / "a.fourierft.safetensors"
+    report = merge_checkpoint(base, [path], tmp_path / "out", weights=[0.5])
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    for shard in SHARDS:
+        digest = hashlib.sha256((tmp_path / "out" / shard).read_bytes()).hexdigest()
+        assert manifest["shards"][shard] == report.shards[shard] == digest
+    assert manifest["base"] == "base"
+    assert manifest["dtype"] == "keep"
+    assert manifest["allow_base_mismatch"] is False
+    (entry,) = manifest["bundles"]
+    assert entry["sha256"] == bundle.sha256
+    assert entry["weight"] == 0.5
+    assert entry["base_check"] == "same"
+    assert json.loads(json.dumps(report.to_dict()))["layers"][0]["name"] == "layers.0.q"
+
+
+def test_file_modes_follow_the_umask(base: Path, tmp_path: Path, make_bundle: MakeBundle) -> None:
+    old = os.umask(0o027)
+    try:
+        merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert modes == {0o640}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_a_single_file_gives_a_single_file(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, exact_delta: Callable[..., Array]
+) -> None:
+    source = base / SHARDS[0]
+    bundle = make_bundle(source, TARGETS[:1])
+    report = merge_checkpoint(source, bundle, tmp_path / "out.safetensors")
+    found, before = load_file(tmp_path / "out.safetensors"), values(FIRST, 1)
+    delta = exact_delta(bundle, TARGETS[0])
+    np.testing.assert_allclose(
+        found["layers.0.q.weight"], before["layers.0.q.weight"] + delta, rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_array_equal(found["embed.weight"], before["embed.weight"])
+    assert Checkpoint.open(tmp_path / "out.safetensors").parts[0].metadata == {"format": "pt"}
+    digest = hashlib.sha256((tmp_path / "out.safetensors").read_bytes()).hexdigest()
+    assert report.shards == {SHARDS[0]: digest}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out.safetensors"]
+
+
+def test_dtypes_of_tensors_that_are_not_floats_stay(
+    tmp_path: Path, make_bundle: MakeBundle, tensors_of: Callable[[Path], dict[str, Array]]
+) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {
+        "q.weight": torch.ones(4, 6), "ids": torch.arange(3), "flag": torch.tensor([True]),
+        "table": torch.ones(3, dtype=torch.float16), "odd": torch.arange(3, dtype=torch.int8),
+        "scaled": torch.arange(5.0).to(torch.float8_e4m3fn),
+    }  # fmt: skip
+    save_torch(tensors, base / "model.safetensors", {"format": "pt"})
+    merge_checkpoint(base, make_bundle(base, ["q"]), tmp_path / "out", dtype="bfloat16")
+    before, found = tensors_of(base), tensors_of(tmp_path / "out")
+    assert {name: value.dtype.name for name, value in found.items()} == {
+        "q.weight": "bfloat16", "ids": "int64", "flag": "bool", "table": "bfloat16", "odd": "int8",
+        "scaled": "float8_e4m3fn",
+    }  # fmt: skip
+    for name in ("ids", "flag", "odd", "scaled"):
+        assert found[name].tobytes() == before[name].tobytes()
+    # Every payload must be aligned to its element size, or readers cannot view it in place.
+    infos = Checkpoint.open(tmp_path / "out").tensors.values()
+    assert all(info.start % found[info.name].dtype.itemsize == 0 for info in infos)
+
+
+def test_config_names_the_new_dtype(base: Path, tmp_path: Path, make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(base, TARGETS)
+    merge_checkpoint(base, bundle, tmp_path / "kept")
+    assert (tmp_path / "kept/config.json").read_text() == FILES["config.json"]
+    merge_checkpoint(base, bundle, tmp_path / "half", dtype="float16")
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    assert config == {"model_type": "made", "dtype": "float16"}
+
+
+def test_several_bundles_with_weights_add_up(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, exact_delta: Callable[..., Array]
+) -> None:
+    a = make_bundle(base, TARGETS, numpy_seed=1)
+    b = make_bundle(base, TARGETS[:1], numpy_seed=2, seed=5, n_frequency=7, scaling=-20.0)
+    report = merge_checkpoint(base, [a, b], tmp_path / "out", weights=[0.7, -1.5])
+    first = load_file(tmp_path / "out" / SHARDS[0])["layers.0.q.weight"].astype(np.float64)
+    second = load_file(tmp_path / "out" / SHARDS[1])["layers.1.q.weight"].astype(np.float64)
+    deltas = [0.7 * exact_delta(a, TARGETS[0]), -1.5 * exact_delta(b, TARGETS[0])]
+    exact = values(FIRST, 1)["layers.0.q.weight"] + sum(deltas)
+    np.testing.assert_allclose(first, exact, rtol=0, atol=1e-6)
+    exact = values(SECOND, 2)["layers.1.q.weight"] + 0.7 * exact_delta(a, TARGETS[1])
+    np.testing.assert_allclose(second, exact, rtol=0, atol=1e-6)
+    assert [(entry.weight, entry.layers) for entry in report.bundles] == [(0.7, 2), (-1.5, 1)]
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    bundle = make_bundle(base, TARGETS)
+    planned = merge_checkpoint(base, bundle, tmp_path / "out", dtype="float16", dry_run=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    done = merge_checkpoint(base, bundle, tmp_path / "out", dtype="float16")
+    assert planned.dry_run and not done.dry_run
+    assert planned.nbytes == done.nbytes
+    assert planned.carried == done.carried
+    assert [layer.tensor for layer in planned.layers] == [layer.tensor for layer in done.layers]
+    assert all(layer.survival is None for layer in planned.layers)
+    assert planned.shards == {}
+
+
+def test_progress_counts_every_byte_once(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    report = merge_checkpoint(
+        base,
+        make_bundle(base, TARGETS[:1]),
+        tmp_path / "out",
+        progress=lambda *call: calls.append(call),
+    )
+    merging = [done for what, done, total in calls if what == "merging"]
+    assert {total for what, _, total in calls if what == "merging"} == {report.nbytes}
+    assert merging == sorted(merging)
+    assert merging[-1] == report.nbytes
+
+
+def test_low_survival_is_told_with_the_remedy(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, tensors_of: Callable[..., Any]
+) -> None:
+    bundle = make_bundle(base, TARGETS, scaling=0.05)
+    report = merge_checkpoint(base, bundle, tmp_path / "out", dtype="bfloat16")
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    for layer in report.layers:
+        rounded = before[layer.tensor].astype(ml_dtypes.bfloat16)
+        changed = (after[layer.tensor] != rounded).mean()
+        assert layer.survival == pytest.approx(changed, abs=1e-12)
+        assert layer.survival is not None and layer.survival < 0.5
+    (note,) = [note for note in report.notes if "less than half" in note]
+    assert "--dtype float32" in note and "2 of 2 layers" in note
+    full = merge_checkpoint(base, bundle, tmp_path / "full", dtype="float32")
+    assert all(layer.survival is not None and layer.survival > 0.9 for layer in full.layers)
+    assert full.notes == ()
+
+
+def test_an_unbound_bundle_is_bound_and_said_to_be_unchecked(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    unbound = make_bundle(base, TARGETS, bound=False)
+    report = merge_checkpoint(base, unbound, tmp_path / "a")
+    assert report.bundles[0].base_check == "unbound"
+    assert any("no check was possible" in note for note in report.notes)
+    merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "b")
+    for shard in SHARDS:
+        assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+
+
+def test_force_replaces_the_whole_folder(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "left-over.txt").write_text("x")
+    merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "left-over.txt").exists()
+    assert (tmp_path / "out" / SHARDS[0]).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_float64_weights_keep_their_precision(
+    tmp_path: Path,
+    make_bundle: MakeBundle,
+    exact_delta: Callable[..., Array],
+    tensors_of: Callable[[Path], dict[str, Array]],
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    weight = np.random.default_rng(0).standard_normal((8, 6))
+    save_file({"q.weight": weight}, base / "model.safetensors")
+    bundle = make_bundle(base, ["q"], scaling=1e-3)
+    merge_checkpoint(base, bundle, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")["q.weight"]
+    delta = exact_delta(bundle, "q")
+    assert found.dtype == np.float64
+    assert np.abs(found - weight - delta).max() <= 1e-6 * np.abs(delta).max()
+
+
+def test_a_link_among_the_files_is_not_followed_out_of_the_base(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (base / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInputError, match="a link to"):
+        merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_of_the_hugging_face_cache_becomes_plain_files(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    bundle = make_bundle(base, TARGETS)
+    merge_checkpoint(base, bundle, tmp_path / "plain")
+    repository = tmp_path / "models--o--n"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "rev"
+    for number, file in enumerate(sorted(p for p in base.rglob("*") if p.is_file())):
+        place = snapshot / file.relative_to(base)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        blob = repository / "blobs" / str(number)
+        blob.write_bytes(file.read_bytes())
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    merge_checkpoint(snapshot, bundle, tmp_path / "out")
+    for file in (tmp_path / "plain").rglob("*"):
+        copy = tmp_path / "out" / file.relative_to(tmp_path / "plain")
+        assert not copy.is_symlink()
+        if file.is_file() and file.name != "manifest.json":
+            assert copy.read_bytes() == file.read_bytes()
