@@ -1,24 +1,32 @@
-"""delta_W from a spectrum: the readable reference, the fast form, and adding it to a weight.
+"""delta_W from a spectrum: the readable reference, the fast forms, and adding it to weights.
 
 FourierFT (arXiv 2405.03003, eq. 2-4; PEFT: tuners/fourierft/layer.py, get_delta_weight):
 
     delta_W = Re(ifft2(S)) * scaling,   S[u_k, v_k] = c_k, else 0
+
+The fast forms make a block of rows at a time (`half_spectrum`), and add it and its mirror image
+where they belong: no delta_W is ever allocated, and layers that share entries share their tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fourierft_export.errors import UsageError
-from fourierft_export.spectral.entries import Entries, check_shape
-from fourierft_export.spectral.half_spectrum import half_spectrum
+from ..errors import UsageError
+from .cost import choose_delta_path
+from .entries import Entries, check_shape
+from .half_spectrum import ROW_MAKERS, half_spectrum
+from .threads import default_threads, run_shares
 
 Float32 = npt.NDArray[np.float32]
 AnyFloat = npt.NDArray[Any]  # numpy's own floats or ml_dtypes.bfloat16
+
+# Below this many values a second thread costs more than it brings.
+_VALUES_PER_THREAD = 1 << 17
 
 
 class Term(NamedTuple):
@@ -53,12 +61,49 @@ def reference_delta(
 
 
 def delta_weight(
-    spectrum: AnyFloat, entries: Entries, shape: tuple[int, int], scaling: float
+    spectrum: AnyFloat,
+    entries: Entries,
+    shape: tuple[int, int],
+    scaling: float,
+    *,
+    threads: int | None = None,
 ) -> Float32:
-    """delta_W in float32 by the half-spectrum form; arguments and errors as `reference_delta`."""
-    delta = np.zeros(check_term(spectrum, entries, shape), np.float32)
-    _add_into(delta, Term(spectrum, entries, scaling))
-    return delta
+    """delta_W in float32 by the fast form; arguments and errors as `reference_delta`.
+
+    `threads` defaults to `threads.default_threads()`.
+    """
+    check_term(spectrum, entries, shape)
+    (delta,) = delta_weights(spectrum[None], entries, shape, scaling, threads=threads)
+    return np.asarray(delta)
+
+
+def delta_weights(
+    spectra: AnyFloat,
+    entries: Entries,
+    shape: tuple[int, int],
+    scaling: float,
+    *,
+    threads: int | None = None,
+) -> Float32:
+    """The delta_W of each of several layers over the same entries, all at once.
+
+    Args:
+        spectra: (L, n), any float dtype.
+        entries: int64 (n, 2), shared.
+        shape: (M, N) of each delta_W.
+        scaling: multiplies every delta_W.
+        threads: at most this many; see `delta_weight`.
+
+    Returns:
+        float32 (L, M, N).
+
+    Raises:
+        UsageError: sizes that do not fit together.
+    """
+    rows, columns = _check_stack(spectra, entries, shape)
+    deltas = np.empty((len(spectra), rows, columns), np.float32)
+    rebuild(None, list(deltas), spectra, entries, scaling, threads)
+    return deltas
 
 
 def add_delta_weight(
@@ -67,6 +112,7 @@ def add_delta_weight(
     *,
     transposed: bool = False,
     out_dtype: npt.DTypeLike | None = None,
+    threads: int | None = None,
 ) -> AnyFloat:
     """`weight` plus the delta_W of every term, summed in float32 and rounded once.
 
@@ -76,6 +122,7 @@ def add_delta_weight(
         terms: the adapters' changes; each may have its own entries and scaling.
         transposed: the weight is stored as (in, out), as GPT-2's Conv1D does.
         out_dtype: of the result; by default that of `weight`.
+        threads: at most this many; see `delta_weight`.
 
     Returns:
         A new array of the weight's shape.
@@ -83,12 +130,57 @@ def add_delta_weight(
     Raises:
         UsageError: sizes that do not fit together.
     """
-    total = np.array(weight, dtype=np.float32)
-    upright = total.T if transposed else total
-    for term in terms:
-        check_term(term.spectrum, term.entries, upright.shape)
-        _add_into(upright, term)
-    return total.astype(weight.dtype if out_dtype is None else out_dtype, copy=False)
+    target = np.empty(weight.shape, weight.dtype if out_dtype is None else out_dtype)
+    _add_terms(weight, target, list(terms), transposed, threads)
+    return target
+
+
+def merge_delta_weight(
+    weight: AnyFloat,
+    terms: Iterable[Term],
+    *,
+    transposed: bool = False,
+    threads: int | None = None,
+) -> None:
+    """`add_delta_weight` in place: the extra memory is a few MB, whatever the weight's size."""
+    _add_terms(weight, weight, list(terms), transposed, threads)
+
+
+def merge_delta_weights(
+    weights: Sequence[AnyFloat],
+    spectra: AnyFloat,
+    entries: Entries,
+    scaling: float,
+    *,
+    transposed: bool = False,
+    threads: int | None = None,
+) -> None:
+    """Add to each weight, in place, the delta_W of its own spectrum over shared entries.
+
+    Args:
+        weights: L arrays of one shape, (out, in), or (in, out) when `transposed`; any float dtype.
+            Sums are in float32 and rounded once.
+        spectra: (L, n), any float dtype.
+        entries: int64 (n, 2), pairs (u, v) with u along out.
+        scaling: multiplies every delta_W.
+        transposed: the weights are stored as (in, out).
+        threads: at most this many; see `delta_weight`.
+
+    Raises:
+        UsageError: sizes that do not fit together.
+    """
+    if not weights:
+        return
+    upright = _upright(entries, transposed)
+    shapes = {weight.shape for weight in weights}
+    if len(weights) != len(spectra) or len(shapes) != 1:
+        raise UsageError(
+            "weights",
+            expected=f"{len(spectra)} of one shape, one for each spectrum",
+            found=f"{len(weights)} of shapes {sorted(shapes)}",
+        )
+    _check_stack(spectra, upright, weights[0].shape)
+    rebuild(weights, weights, spectra, upright, scaling, threads)
 
 
 def check_term(spectrum: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -96,36 +188,89 @@ def check_term(spectrum: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> 
     if len(shape) != 2:
         raise UsageError("delta_W", expected="a shape of two sizes", found=repr(shape))
     rows, columns = check_shape((shape[0], shape[1]))
-    if entries.ndim != 2 or entries.shape[1] != 2 or spectrum.shape != (len(entries),):
+    count = len(entries)
+    if count == 0 or entries.shape != (count, 2) or spectrum.shape != (count,):
         raise UsageError(
             "spectrum",
-            expected=f"shape ({len(entries)},), one coefficient for each of the entries (n, 2)",
+            expected="a spectrum of shape (n,) and entries of shape (n, 2), n at least 1",
             found=f"spectrum of shape {spectrum.shape}, entries of shape {entries.shape}",
         )
-    if len(entries) and not (
-        entries.min() >= 0 and entries[:, 0].max() < rows and entries[:, 1].max() < columns
-    ):
+    low, high = entries.min(axis=0), entries.max(axis=0)
+    if low.min() < 0 or high[0] >= rows or high[1] >= columns:
         raise UsageError(
             "spectral entries",
             expected=f"0 <= u < {rows} and 0 <= v < {columns}",
-            found=f"values from {entries.min(axis=0).tolist()} to {entries.max(axis=0).tolist()}",
+            found=f"values from {low.tolist()} to {high.tolist()}",
             remedy="derive them from this layer's shape",
         )
     return rows, columns
 
 
-def _add_into(total: Float32, term: Term) -> None:
-    """Add delta_W to `total` (M, N), a few rows and their mirror images at a time."""
-    rows, columns = total.shape
-    shared = half_spectrum(term.entries, (rows, columns))
-    for start, block in shared.blocks(term.spectrum, float(term.scaling)):
-        values = np.fft.irfft(block, columns, axis=1)
-        stop = start + len(values)
-        total[start:stop] += values
-        # Rows 1 .. (M-1)//2 have a mirror image: row M-p, columns -q.
-        first, last = max(start, 1), min(stop, (rows + 1) // 2)
-        if first < last:
-            mirrored = values[first - start : last - start][::-1]
-            target = total[rows - last + 1 : rows - first + 1]
-            target[:, :1] += mirrored[:, :1]
-            target[:, 1:] += mirrored[:, :0:-1]
+def _check_stack(spectra: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> tuple[int, int]:
+    if spectra.ndim != 2 or not len(spectra):
+        raise UsageError("spectra", expected="a shape of (L, n)", found=repr(spectra.shape))
+    return check_term(spectra[0], entries, shape)
+
+
+def _upright(entries: Entries, transposed: bool) -> Entries:
+    """Entries for the weight as stored: delta_W transposed is delta_W with u and v exchanged."""
+    return entries[:, ::-1] if transposed else entries
+
+
+def _add_terms(
+    source: AnyFloat, target: AnyFloat, terms: list[Term], transposed: bool, threads: int | None
+) -> None:
+    stored = source.shape[::-1] if transposed else source.shape
+    for term in terms:
+        check_term(term.spectrum, term.entries, stored)
+    if not terms:
+        if target is not source:
+            target[...] = source
+        return
+    # delta_W is linear: all terms are one, over all of their entries; so the sum is rounded once.
+    spectrum = np.concatenate([t.spectrum.astype(np.float64) * float(t.scaling) for t in terms])
+    entries = np.concatenate([term.entries for term in terms])
+    rebuild([source], [target], spectrum[None], _upright(entries, transposed), 1.0, threads)
+
+
+def rebuild(
+    sources: Sequence[AnyFloat] | None,
+    targets: Sequence[AnyFloat],
+    spectra: AnyFloat,
+    entries: Entries,
+    scaling: float,
+    threads: int | None,
+) -> None:
+    """targets[l] = sources[l] + delta_W of spectra[l] (without sources: delta_W itself)."""
+    rows, columns = targets[0].shape
+    shared = half_spectrum(entries, (rows, columns))
+    amplitudes = shared.amplitudes(spectra, float(scaling))
+    path = choose_delta_path((rows, columns), len(entries))
+    make_rows = ROW_MAKERS[path]
+
+    def put(layer: int, where: slice, values: Float32) -> None:
+        target = targets[layer][where]
+        if sources is None:
+            target[...] = values
+        elif target.dtype == sources[layer].dtype in (np.float32, np.float64):
+            np.add(sources[layer][where], values, out=target)
+        else:
+            values += sources[layer][where].astype(np.float32)
+            target[...] = values
+
+    def work(blocks: range) -> None:
+        for where, layer, values in make_rows(shared, amplitudes, blocks):
+            # Rows 1 .. (M-1)//2 have a mirror image: row M-p holds columns -q.
+            first, last = max(where.start, 1), min(where.stop, (rows + 1) // 2)
+            if first < last:
+                mirrored = np.empty((last - first, columns), np.float32)
+                upside_down = values[first - where.start : last - where.start][::-1]
+                mirrored[:, 0] = upside_down[:, 0]
+                mirrored[:, 1:] = upside_down[:, :0:-1]
+                put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
+            put(layer, where, values)
+
+    limit = default_threads() if threads is None else threads
+    # The path "columns" transforms a whole layer before its first row.
+    useful = 1 if path == "columns" else len(spectra) * rows * columns // _VALUES_PER_THREAD
+    run_shares(work, shared.block_count, max(1, min(limit, useful)))

@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from fourierft_export.errors import UsageError
+from ..errors import UsageError
 
 Entries = npt.NDArray[np.int64]
 

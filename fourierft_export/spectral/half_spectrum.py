@@ -1,4 +1,4 @@
-"""The half-spectrum form of delta_W: half of its rows, each by one real inverse transform.
+"""Rows of delta_W from half of its spectrum: tables that layers share, and three ways to use them.
 
 delta_W is real and even (delta_W[-p, -q] = delta_W[p, q], indices modulo M, N), so rows 0..M//2
 say it all, and row p is the real inverse DFT, of length N, of
@@ -7,47 +7,62 @@ say it all, and row p is the real inverse DFT, of length N, of
 
 once every entry with v > N/2 is folded onto its mirror image (-u, -v), which is the same basis
 function. w is 1/2, as the real transform counts a column and its mirror, and 1 in the columns 0
-and N/2, which are their own mirror.
+and N/2, which are their own mirror. The three ways (`cost.DELTA_PATHS`):
+
+* rows: H a few rows at a time, entry by entry, then one real FFT for each row;
+* columns: H by one FFT down each column, for many entries per column; then the same;
+* products: no FFT; CC = C1 diag(c) C2', SS = S1 diag(c) S2' over half ranges of cosines and sines
+  give row p as CC - SS at q and CC + SS at -q: two matrix products, for few entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fourierft_export.spectral.entries import Entries, check_shape
+from .entries import Entries
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 Complex64 = npt.NDArray[np.complex64]
 
-ROWS_PER_BLOCK = 64
-# From this many entries per column on, one FFT down each column beats summing entry by entry.
-_DENSE_FROM = 16
+# A block's values stay in a core's second-level cache: about 1 MB.
+_VALUES_PER_BLOCK = 1 << 18
+_MIN_BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class HalfSpectrum:
     """What all spectra over the same entries and shape share.
 
+    Entries are reordered so that those of round r, which holds at most one entry of each column,
+    lie together and name the first `rounds[r]` columns of `occupied`, in order.
+
     Attributes:
         shape: (M, N) of delta_W.
-        u, v: int64 (n,), the entries folded to 0 <= v <= N // 2.
-        weight: float64 (n,), the w_k above.
-        rounds: pairs (which entries, their columns) such that no column occurs twice in a pair;
-            together they hold every entry once.
-        step: complex64 (ROWS_PER_BLOCK, n), exp(2 pi i u j / M) for j rows into a block.
+        block_rows: rows made at a time.
+        order: int64 (n,), the entry at each place.
+        u, v: int64 (n,), the entries in that order, folded to 0 <= v <= N // 2.
+        weight: float64 (n,), the w_k above in that order.
+        occupied: int64, the distinct v, those with most entries first.
+        rounds: entries in each round, never increasing; they add up to n.
+        step: complex64 (block_rows, n), exp(2 pi i u j / M) for j rows into a block.
         jump: complex64 (blocks, n), the same at the first row of each block.
     """
 
     shape: tuple[int, int]
+    block_rows: int
+    order: Entries
     u: Entries
     v: Entries
-    weight: npt.NDArray[np.float64]
-    rounds: tuple[tuple[Entries, Entries], ...]
+    weight: Float64
+    occupied: Entries
+    rounds: tuple[int, ...]
     step: Complex64
     jump: Complex64
 
@@ -56,47 +71,108 @@ class HalfSpectrum:
         """Rows 0..M//2; the rest are mirror images."""
         return self.shape[0] // 2 + 1
 
-    def blocks(
-        self, spectrum: npt.NDArray[np.generic], scaling: float
-    ) -> Iterator[tuple[int, Complex64]]:
-        """Yield (first row p, H[p : p + rows]) over the kept rows, `ROWS_PER_BLOCK` at a time.
+    @property
+    def block_count(self) -> int:
+        """Blocks that the kept rows make."""
+        return len(self.jump)
 
-        A yielded block is valid until the next one is asked for.
-        """
-        amplitude = spectrum.astype(np.float64) * self.weight * (scaling / self.shape[0])
-        columns = self.shape[1] // 2 + 1
-        real_columns = [0] if self.shape[1] % 2 else [0, columns - 1]
-        if self.v.size > _DENSE_FROM * columns:
-            yield from self._dense_blocks(amplitude)
-            return
-        block = np.zeros((ROWS_PER_BLOCK, columns), np.complex64)
-        for index, start in enumerate(range(0, self.kept_rows, ROWS_PER_BLOCK)):
-            rows = min(ROWS_PER_BLOCK, self.kept_rows - start)
-            terms = self.step[:rows] * (self.jump[index] * amplitude).astype(np.complex64)
-            first, *others = self.rounds
-            block[:rows, first[1]] = terms[:, first[0]]
-            for which, where in others:
-                block[:rows, where] += terms[:, which]
-            # Backends differ on what an imaginary part in these columns means.
-            block.imag[:rows, real_columns] = 0
-            yield start, block[:rows]
+    def amplitudes(self, spectra: npt.NDArray[Any], scaling: float) -> Float64:
+        """(L, n) spectra in this order, each coefficient times w scaling / M."""
+        return spectra.astype(np.float64)[:, self.order] * (self.weight * (scaling / self.shape[0]))
 
-    def _dense_blocks(self, amplitude: npt.NDArray[np.float64]) -> Iterator[tuple[int, Complex64]]:
-        rows, columns = self.shape
-        half = np.zeros((rows, columns // 2 + 1), np.complex64)
-        np.add.at(half, (self.u, self.v), amplitude.astype(np.complex64))
-        half = np.fft.ifft(half, axis=0, norm="forward").astype(np.complex64, copy=False)
-        half.imag[:, 0] = 0
-        if columns % 2 == 0:
-            half.imag[:, -1] = 0
-        for start in range(0, self.kept_rows, ROWS_PER_BLOCK):
-            yield start, half[start : min(start + ROWS_PER_BLOCK, self.kept_rows)]
+    def phases(self, block: int) -> tuple[slice, Complex64]:
+        """The rows of a block and exp(2 pi i u p / M) there, (rows, n)."""
+        start = block * self.block_rows
+        rows = slice(start, min(start + self.block_rows, self.kept_rows))
+        step = self.step[: rows.stop - start]
+        return rows, step if block == 0 else step * self.jump[block]
+
+    @cached_property
+    def column_tables(self) -> tuple[Float32, Float32]:
+        """The cosines and sines of 2 pi v q / N for q in 0..N//2, each (n, N // 2 + 1)."""
+        columns = self.shape[1]
+        table = roots(columns)[self.v[:, None] * np.arange(columns // 2 + 1) % columns]
+        return table.real.astype(np.float32), table.imag.astype(np.float32)
+
+
+# (rows of delta_W that these are, layer, float32 values); the values are overwritten afterwards.
+Rows = tuple[slice, int, Float32]
+RowMaker = Callable[[HalfSpectrum, Float64, Iterable[int]], Iterator[Rows]]
+
+
+def rows_by_fft(shared: HalfSpectrum, amplitudes: Float64, blocks: Iterable[int]) -> Iterator[Rows]:
+    """The path "rows": all `amplitudes` (L, n) at each block, so that they share its phases."""
+    columns = shared.shape[1]
+    pairs = np.repeat(amplitudes.astype(np.float32), 2, axis=1)
+    first = 2 * shared.rounds[0]
+    half = np.zeros((shared.block_rows, columns // 2 + 1), np.complex64)
+    scaled = np.empty((shared.block_rows, pairs.shape[1]), np.float32)
+    values = np.empty((shared.block_rows, columns), np.float32)
+    for block in blocks:
+        rows, phases = shared.phases(block)
+        count = rows.stop - rows.start
+        parts = phases.view(np.float32)  # real and imaginary parts take the same real factor
+        for layer, amplitude in enumerate(pairs):
+            terms = np.multiply(parts, amplitude, out=scaled[:count])
+            start = first
+            for size in shared.rounds[1:]:
+                terms[:, : 2 * size] += terms[:, start : start + 2 * size]
+                start += 2 * size
+            half[:count, shared.occupied] = terms[:, :first].view(np.complex64)
+            yield rows, layer, _real_rows(half[:count], values[:count])
+
+
+def rows_by_column_fft(
+    shared: HalfSpectrum, amplitudes: Float64, blocks: Iterable[int]
+) -> Iterator[Rows]:
+    """The path "columns": needs 2 M N bytes for a layer's half spectrum."""
+    rows, columns = shared.shape
+    wanted = list(blocks)
+    for layer, amplitude in enumerate(amplitudes):
+        dense = np.zeros((columns // 2 + 1, rows), np.float32)
+        np.add.at(dense, (shared.v, shared.u), amplitude.astype(np.float32))
+        # The coefficients are real, so half of this transform says it all, too.
+        half = np.ascontiguousarray(np.fft.rfft(dense, axis=1).T.astype(np.complex64, copy=False))
+        np.conjugate(half, out=half)
+        values = np.empty((shared.block_rows, columns), np.float32)
+        for block in wanted:
+            start = block * shared.block_rows
+            part = slice(start, min(start + shared.block_rows, shared.kept_rows))
+            yield part, layer, _real_rows(half[part], values[: part.stop - start])
+
+
+def rows_by_products(
+    shared: HalfSpectrum, amplitudes: Float64, blocks: Iterable[int]
+) -> Iterator[Rows]:
+    """The path "products"."""
+    columns = shared.shape[1]
+    # The real FFT brings 1/N and counts a pair twice; here both are written out.
+    factors = (amplitudes * (1 / (shared.weight * columns))).astype(np.float32)
+    cosines, sines = shared.column_tables
+    reflected = columns - cosines.shape[1]
+    for block in blocks:
+        rows, phases = shared.phases(block)
+        values = np.empty((rows.stop - rows.start, columns), np.float32)
+        for layer, factor in enumerate(factors):
+            even = (phases.real * factor) @ cosines
+            odd = (phases.imag * factor) @ sines
+            np.subtract(even, odd, out=values[:, : cosines.shape[1]])
+            if reflected:
+                mirror = slice(reflected, 0, -1)
+                np.add(even[:, mirror], odd[:, mirror], out=values[:, -reflected:])
+            yield rows, layer, values
+
+
+ROW_MAKERS: dict[str, RowMaker] = {
+    "rows": rows_by_fft,
+    "columns": rows_by_column_fft,
+    "products": rows_by_products,
+}
 
 
 def half_spectrum(entries: Entries, shape: tuple[int, int]) -> HalfSpectrum:
-    """The shared part for `entries` (n, 2) and `shape`; the last few are cached."""
-    plain = np.ascontiguousarray(entries, dtype=np.int64)
-    return _half_spectrum(plain.tobytes(), check_shape(shape))
+    """The shared part for `entries` (n, 2) and `shape`; those used last are kept."""
+    return _half_spectrum(entries.astype(np.int64, copy=False).tobytes(), shape)
 
 
 def fold(entries: Entries, shape: tuple[int, int]) -> tuple[Entries, Entries]:
@@ -115,33 +191,52 @@ def roots(size: int) -> npt.NDArray[np.complex128]:
 
 @lru_cache(maxsize=8)
 def _half_spectrum(entries_bytes: bytes, shape: tuple[int, int]) -> HalfSpectrum:
-    entries = np.frombuffer(entries_bytes, dtype=np.int64).reshape(-1, 2)
     rows, columns = shape
-    u, v = fold(entries, shape)
-    own_mirror = (v == 0) | (2 * v == columns)
+    u, v = fold(np.frombuffer(entries_bytes, dtype=np.int64).reshape(-1, 2), shape)
+    order, occupied, rounds = in_rounds(v)
+    u, v = u[order], v[order]
+    kept = rows // 2 + 1
+    block_rows = max(1, min(_VALUES_PER_BLOCK // columns, -(-kept // _MIN_BLOCKS)))
     # Phases stay integers until they index the table: angles built in float32 cost two digits.
     table = roots(rows).astype(np.complex64)
-    steps = np.arange(min(ROWS_PER_BLOCK, rows // 2 + 1))
-    jumps = np.arange(0, rows // 2 + 1, ROWS_PER_BLOCK)
     return HalfSpectrum(
         shape=shape,
+        block_rows=block_rows,
+        order=order,
         u=u,
         v=v,
-        weight=np.where(own_mirror, 1.0, 0.5),
-        rounds=_rounds(v),
-        step=table[steps[:, None] * u % rows],
-        jump=table[jumps[:, None] * u % rows],
+        weight=np.where((v == 0) | (2 * v == columns), 1.0, 0.5),
+        occupied=occupied,
+        rounds=rounds,
+        step=table[np.arange(block_rows)[:, None] * u % rows],
+        jump=table[np.arange(0, kept, block_rows)[:, None] * u % rows],
     )
 
 
-def _rounds(v: Entries) -> tuple[tuple[Entries, Entries], ...]:
-    """Split entries so that each part names every column at most once."""
-    order = np.argsort(v, kind="stable")
-    ordered = v[order]
-    is_first = np.r_[True, ordered[1:] != ordered[:-1]]
-    run_start = np.maximum.accumulate(np.where(is_first, np.arange(v.size), 0))
-    occurrence = np.arange(v.size) - run_start
-    by_round = np.argsort(occurrence, kind="stable")
-    ends = np.cumsum(np.bincount(occurrence))
-    parts = np.split(order[by_round], ends[:-1])
-    return tuple((part, v[part]) for part in parts)
+def in_rounds(bins: Entries) -> tuple[Entries, Entries, tuple[int, ...]]:
+    """Order items that are to be added up in bins, so that whole slices can be added.
+
+    Returns:
+        The order of the items, the distinct bins (fullest first), and how many items each round
+        has: in that order, round r holds one item for each of the first `rounds[r]` bins.
+    """
+    distinct, bin_of, sizes = np.unique(bins, return_inverse=True, return_counts=True)
+    fullest = np.argsort(-sizes, kind="stable")
+    rank = np.empty_like(fullest)
+    rank[fullest] = np.arange(fullest.size)
+    bin_rank = rank[bin_of.reshape(-1)]
+    by_bin = np.argsort(bin_rank, kind="stable")
+    starts = np.cumsum(sizes[fullest]) - sizes[fullest]
+    round_of = np.empty_like(by_bin)
+    round_of[by_bin] = np.arange(by_bin.size) - starts[bin_rank[by_bin]]
+    order = np.lexsort((bin_rank, round_of))
+    return order, distinct[fullest], tuple(np.bincount(round_of).tolist())
+
+
+def _real_rows(half: Complex64, values: Float32) -> Float32:
+    """The real inverse FFT of each row of `half`, into `values`."""
+    # Backends differ on what an imaginary part in the self-mirrored columns would mean.
+    half.imag[:, 0] = 0
+    if values.shape[1] % 2 == 0:
+        half.imag[:, -1] = 0
+    return np.fft.irfft(half, values.shape[1], axis=1, out=values)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,145 @@
+"""Which way to take: the cost model of every choice in the spectral core, in one place.
+
+Costs are nanoseconds on the machine the constants were fitted on (two x86-64 cores with AVX-512);
+only their ratios matter. They follow from counts that anyone can check: FFT butterflies, entries
+times rows, multiplications of a matrix product. `samples/bench` runs every path and shows how far
+the choice is from the best.
+
+    with force(delta="products"): ...   # take this path whatever the model says
+    print(explain((768, 768), 1000, rows=32))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import log2
+
+from ..errors import UsageError
+
+DELTA_PATHS = ("rows", "columns", "products")
+FORMS = ("token", "dense")
+
+_FFT = 0.19  # one value of a real FFT, per log2 of its length
+_ADD = 0.35  # one value of delta_W (and its mirror image) added to a weight
+_ENTRY = 1.0  # one entry at one row: multiplied by its phase, added to its column
+_PLACE = 1.1  # one complex value placed in a half-spectrum row
+_COLUMN = 1.2  # one value of the column FFT: transform, transposition, fresh memory
+_FLOP = 0.011  # one floating point operation of a large matrix product
+_TOKEN_ENTRY = 1.7  # one entry at one token: gathered, multiplied, added to its bin
+_TOKEN_CALLS = 60_000.0  # the token form's calls, however few the rows
+_DENSE_CALLS = 150_000.0
+
+_forced: dict[str, str] = {}
+
+
+def delta_costs(shape: tuple[int, int], n_frequency: int) -> dict[str, float]:
+    """Estimated cost of delta_W by each of `DELTA_PATHS`."""
+    rows, columns = shape
+    kept = rows // 2 + 1
+    half_columns = columns // 2 + 1
+    add = _ADD * rows * columns
+    row_ffts = _FFT * kept * columns * log2(columns + 1) / 2
+    return {
+        "rows": add
+        + row_ffts
+        + kept * (_ENTRY * n_frequency + _PLACE * min(n_frequency, half_columns)),
+        "columns": add
+        + row_ffts
+        + half_columns * rows * (_COLUMN + _FFT * log2(rows + 1) / 2)
+        + 30.0 * n_frequency,
+        "products": add + _FLOP * n_frequency * 4 * kept * half_columns,
+    }
+
+
+def choose_delta_path(shape: tuple[int, int], n_frequency: int) -> str:
+    """The cheapest of `DELTA_PATHS`, or the forced one."""
+    if "delta" in _forced:
+        return _forced["delta"]
+    costs = delta_costs(shape, n_frequency)
+    return min(costs, key=costs.__getitem__)
+
+
+def form_costs(
+    rows: int, shape: tuple[int, int], n_frequency: int, training: bool = False
+) -> dict[str, float]:
+    """Estimated cost, above the bare layer's, of each of `FORMS` for `rows` tokens.
+
+    Training adds the gradient in the spectrum: two more transforms a token in the token form; in
+    the dense form a matrix product of the weight's size, the transform of that gradient, and a
+    second use of delta_W.
+    """
+    out_size, in_size = shape
+    transforms = _FFT * (in_size * log2(in_size + 1) + out_size * log2(out_size + 1)) / 2
+    token = rows * (transforms + _TOKEN_ENTRY * n_frequency + 0.5 * (in_size + out_size))
+    dense = min(delta_costs(shape, n_frequency).values()) + 0.3 * out_size * in_size
+    if training:
+        gradient = rows * out_size * in_size * 2 * _FLOP
+        half_transform = 2 * out_size * in_size * _FFT * log2(in_size + out_size)
+        return {
+            "token": 2 * _TOKEN_CALLS + 2.2 * token,
+            "dense": 2 * _DENSE_CALLS + dense + gradient + half_transform,
+        }
+    return {"token": _TOKEN_CALLS + token, "dense": _DENSE_CALLS + dense}
+
+
+def choose_form(rows: int, shape: tuple[int, int], n_frequency: int, training: bool = False) -> str:
+    """How to apply an adapter to `rows` tokens: "token" (never builds delta_W) or "dense".
+
+    Args:
+        rows: product of the leading dimensions of the layer's input.
+        shape: (out_features, in_features).
+        n_frequency: number of coefficients.
+        training: a gradient in the spectrum will be asked for.
+    """
+    if "form" in _forced:
+        return _forced["form"]
+    costs = form_costs(rows, shape, n_frequency, training)
+    return "token" if costs["token"] <= costs["dense"] else "dense"
+
+
+@contextmanager
+def force(*, delta: str | None = None, form: str | None = None) -> Iterator[None]:
+    """Take these paths inside the block, whatever the model says (for tests and the bench).
+
+    The setting is one for the whole process.
+
+    Raises:
+        UsageError: a name that is not in `DELTA_PATHS` or `FORMS`.
+    """
+    wanted: dict[str, str] = {}
+    for what, name, names in (("delta", delta, DELTA_PATHS), ("form", form, FORMS)):
+        if name is None:
+            continue
+        if name not in names:
+            raise UsageError(f"{what} path", expected=" or ".join(names), found=repr(name))
+        wanted[what] = name
+    before = dict(_forced)
+    _forced.update(wanted)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def explain(
+    shape: tuple[int, int], n_frequency: int, rows: int | None = None, training: bool = False
+) -> str:
+    """Text that says which path is taken for such a layer, and what the model thinks of each."""
+    lines = [
+        _explain_one(
+            "delta_W", delta_costs(shape, n_frequency), choose_delta_path(shape, n_frequency)
+        )
+    ]
+    if rows is not None:
+        costs = form_costs(rows, shape, n_frequency, training)
+        lines.append(
+            _explain_one(f"{rows} rows", costs, choose_form(rows, shape, n_frequency, training))
+        )
+    return "\n".join(lines)
+
+
+def _explain_one(what: str, costs: dict[str, float], chosen: str) -> str:
+    estimates = ", ".join(f"{name} {cost / 1e6:.3g} ms" for name, cost in costs.items())
+    return f"{what}: {chosen} (estimates: {estimates})"

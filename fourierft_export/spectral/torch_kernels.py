@@ -1,0 +1,209 @@
+"""The computations behind `torch_ops`, without autograd: tensors in, tensors out.
+
+float32 tensors on the CPU go through the numpy core, whose memory they share: it works in blocks,
+in place, and its threads wait for nobody. Everything else (other devices, float64, meta tensors)
+takes the torch forms. Neither makes float64 tensors on a device that was given none: phases are
+tables made on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import delta as numpy_delta
+from .token import TokenTables, token_tables
+
+Shape = tuple[int, int]
+
+# entries tensor -> {(shape, dtype, swapped): tables on its device}
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def precision(*tensors: Tensor) -> torch.dtype:
+    """What to compute in: float64 if any of the tensors is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def delta_weight(
+    spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float, weight: Tensor | None = None
+) -> Tensor:
+    """delta_W (M, N), or `weight` + delta_W, in `precision`."""
+    wide = precision(spectrum) if weight is None else precision(spectrum, weight)
+    spectrum = spectrum.detach().to(wide)
+    if _on_host(spectrum, entries) and wide == torch.float32:
+        target = np.empty(shape, np.float32)
+        start = None if weight is None else host_array(weight)
+        numpy_delta.rebuild(
+            None if start is None else [start],
+            [target],
+            spectrum.numpy()[None],
+            entries.numpy(),
+            scaling,
+            torch.get_num_threads(),
+        )
+        return torch.from_numpy(target)
+    delta = _delta_by_fft(spectrum, entries, shape, scaling)
+    return delta if weight is None else delta.add_(weight)
+
+
+def _delta_by_fft(spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
+    """Half-spectrum form, one FFT down each column."""
+    rows, columns = shape
+    u, v = _fold(entries, shape)
+    weight = 1.0 + ((v == 0) | (2 * v == columns)).to(spectrum.dtype)
+    half = spectrum.new_zeros(columns // 2 + 1, rows)
+    half.index_put_((v, u), spectrum * (scaling / (2 * rows)) * weight, accumulate=True)
+    # The coefficients are real, so rows 0..M//2 of this transform say it all; likewise of delta_W.
+    kept = torch.fft.rfft(half, dim=1).conj().resolve_conj().T.contiguous()
+    # Backends differ on what an imaginary part in the self-mirrored columns would mean.
+    ends = torch.view_as_real(kept)[:, :: max(1, columns // 2) if columns % 2 == 0 else columns]
+    ends[..., 1] = 0
+    top = torch.fft.irfft(kept, columns, dim=1)
+    mirrored = top[1 : (rows + 1) // 2].flip(0, 1).roll(1, 1)
+    delta: Tensor = torch.cat([top, mirrored])
+    return delta
+
+
+def at_entries(grad: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
+    """The adjoint of `delta_weight`: Re(fft2(G)) * scaling / (M N) at the entries, (n,)."""
+    u, v = _fold(entries, shape)
+    half = torch.fft.rfft(grad.to(precision(grad)), dim=1)
+    if 2 * len(v) < half.shape[1]:  # then most columns hold no entry
+        half, v = half[:, v], torch.arange(len(v), device=v.device)
+    picked: Tensor = torch.fft.fft(half, dim=0)[u, v].real
+    return picked * (scaling / (shape[0] * shape[1]))
+
+
+def token(x: Tensor, spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
+    """The product x delta_W^T (..., M) in x's dtype; shapes as `torch_ops.token_delta`."""
+    if not x.numel():  # FFT libraries refuse an empty batch
+        return x.new_zeros(*x.shape[:-1], shape[0])
+    wide = precision(x, spectrum)
+    tables = _token_tables(entries, shape, wide)
+    chosen = _choose(torch.fft.rfft(x.detach().to(wide)), tables[0])
+    return _to_values(chosen, spectrum.detach(), tables, shape, scaling).to(x.dtype)
+
+
+def token_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    spectrum: Tensor,
+    entries: Tensor,
+    shape: Shape,
+    scaling: float,
+    wants_x: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in x (if wanted) and in the spectrum (if `x` is given).
+
+    grad delta_W is the token form with u and v exchanged; the gradient of c_k is the sum over
+    tokens of Re(FFT(grad)[u_k] FFT(x)[v_k]) * scaling / (M N). Both start from the same transform
+    of `grad`.
+    """
+    if not grad.numel():
+        empty = grad.new_zeros(*grad.shape[:-1], shape[1]) if wants_x else None
+        return empty, None if x is None else torch.zeros_like(spectrum)
+    wide = precision(grad, spectrum)
+    swapped = _token_tables(entries, shape, wide, swapped=True)
+    chosen = _choose(torch.fft.rfft(grad.to(wide)), swapped[0])
+    grad_spectrum = None
+    if x is not None:
+        read, _, factor = _token_tables(entries, shape, wide)
+        both = torch.view_as_real(_choose(torch.fft.rfft(x.to(wide)), read))
+        products = both.mul_(torch.view_as_real(chosen))
+        if spectrum.ndim > 1:
+            products = _sum_to(products, (*spectrum.shape, 2))
+        else:
+            products = products.reshape(-1, *products.shape[-2:]).sum(0)
+        # An imaginary part that the forward drops is zero here by itself.
+        signs = torch.stack([torch.ones_like(factor[:, 1]), factor[:, 1].sign()], dim=1)
+        grad_spectrum = (products * signs).sum(-1) * (scaling / (shape[0] * shape[1]))
+        grad_spectrum = grad_spectrum.to(spectrum.dtype)
+    grad_x = None
+    if wants_x:
+        flipped = (shape[1], shape[0])
+        grad_x = _to_values(chosen, spectrum, swapped, flipped, scaling).to(grad.dtype)
+    return grad_x, grad_spectrum
+
+
+def _choose(half: Tensor, read: Tensor) -> Tensor:
+    """half[..., read]; gather is several times faster than indexing or index_select here."""
+    return half.gather(-1, read.expand(*half.shape[:-1], -1))
+
+
+def _to_values(
+    chosen: Tensor,
+    spectrum: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    shape: Shape,
+    scaling: float,
+) -> Tensor:
+    """Multiply (..., n) spectral values by c, add them up in their bins, transform back."""
+    _, write, factor = tables
+    coefficients = (spectrum.to(factor.dtype) * (scaling / shape[1])).unsqueeze(-1) * factor
+    terms = torch.view_as_complex(torch.view_as_real(chosen) * coefficients)
+    flat = terms.reshape(-1, terms.shape[-1])
+    bins = flat.new_zeros(flat.shape[0], shape[0] // 2 + 1).index_add_(1, write, flat)
+    values: Tensor = torch.fft.irfft(bins, shape[0])
+    return values.reshape(*chosen.shape[:-1], shape[0])
+
+
+def _token_tables(
+    entries: Tensor, shape: Shape, dtype: torch.dtype, swapped: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`TokenTables` as tensors beside the entries; with `swapped` those of delta_W transposed."""
+    if entries.is_meta or isinstance(entries, FakeTensor):
+        place = entries.new_empty(len(entries))
+        return place, place, entries.new_empty(entries.shape, dtype=dtype)
+    kept: dict[Any, Any] | None = _tables.get(entries)
+    if kept is None:
+        kept = _tables[entries] = {}
+    key = (shape, dtype, swapped)
+    if key not in kept:
+        host = entries.detach().cpu().numpy()
+        made: TokenTables = (
+            token_tables(host[:, ::-1], (shape[1], shape[0]))
+            if swapped
+            else token_tables(host, shape)
+        )
+        kept[key] = (
+            torch.from_numpy(made.read.copy()).to(entries.device),
+            torch.from_numpy(made.write.copy()).to(entries.device),
+            torch.from_numpy(made.factor).to(dtype).to(entries.device),
+        )
+    tables: tuple[Tensor, Tensor, Tensor] = kept[key]
+    return tables
+
+
+def host_array(tensor: Tensor) -> numpy_delta.AnyFloat:
+    """A CPU tensor as the numpy array over the same memory, bfloat16 included."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _on_host(*tensors: Tensor) -> bool:
+    plain = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return all(t.device.type == "cpu" and type(t) in plain for t in tensors)
+
+
+def _fold(entries: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """The u and v, each folded onto the mirror image that has v <= N // 2."""
+    rows, columns = shape
+    u, v = entries.unbind(1)
+    mirrored = 2 * v > columns
+    return torch.where(mirrored, -u % rows, u), torch.where(mirrored, columns - v, v)
+
+
+def _sum_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    summed: Tensor = tensor.sum_to_size(shape)
+    return summed
