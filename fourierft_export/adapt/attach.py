@@ -15,7 +15,7 @@ from ..bundle import fingerprint
 from ..bundle.file import Bundle
 from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 from ..errors import BaseMismatchError, UsageError
-from ..models.base import Bridge
+from ..models.base import find_bridge
 from ..spectral.entries import current_rule, entries_sha256
 from .active import activate, update_learning
 from .inject import base_model_name, freeze, unfreeze
@@ -109,7 +109,8 @@ class _Plan:
 def _plan(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) -> _Plan:
     """Find a place for everything before anything is changed."""
     modules = {path: original(module) for path, module in base_modules(model)}
-    bridge = _bridge([layer.name for layer in bundle.layers], modules)
+    roots = {path.split(".")[0] for path in modules}
+    bridge = find_bridge([layer.name for layer in bundle.layers], roots, modules.__contains__)
     plan = _Plan()
     wrong: list[str] = []
     other_weights: list[str] = []
@@ -156,14 +157,6 @@ def _plan(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) -> _Plan:
             offenders=wrong,
         )
     return plan
-
-
-def _bridge(names: list[str], modules: Mapping[str, nn.Module]) -> Bridge:
-    """The prefix difference under which most layers have a place; none if that does as well."""
-    bridges = [Bridge()]
-    bridges += [Bridge(strip=p) for p in sorted({n.split(".")[0] for n in names if "." in n})]
-    bridges += [Bridge(add=p) for p in modules if p and "." not in p]
-    return max(bridges, key=lambda b: sum(b.to_base(name) in modules for name in names))
 
 
 def _misfit(

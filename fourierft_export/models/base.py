@@ -8,7 +8,7 @@ the adapter was trained on a task model (`bert.encoder...`) and the checkpoint i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -83,6 +83,21 @@ class Bridge:
         return f"{self.add}.{name}" if self.add else name
 
 
+def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str], bool]) -> Bridge:
+    """The prefix difference under which most names are there; none if that does as well.
+
+    Args:
+        names: module paths in an adapter's language.
+        roots: first segments of what the base has.
+        has: whether the base has a module of this path.
+    """
+    paths = list(names)
+    bridges = [Bridge()]
+    bridges += [Bridge(strip=p) for p in sorted({n.split(".")[0] for n in paths if "." in n})]
+    bridges += [Bridge(add=p) for p in sorted(set(roots) - {""})]
+    return max(bridges, key=lambda bridge: sum(has(bridge.to_base(path)) for path in paths))
+
+
 class Base:
     """An open base checkpoint.
 
@@ -118,13 +133,8 @@ class Base:
 
     def bridge(self, modules: Iterable[str]) -> Bridge:
         """The prefix difference under which most of `modules` have a weight here."""
-        paths = list(modules)
-        bridges = [Bridge()]
-        bridges += [Bridge(strip=p) for p in sorted({m.split(".")[0] for m in paths if "." in m})]
-        bridges += [Bridge(add=p) for p in sorted({t.split(".")[0] for t in self.tensors})]
-        return max(
-            bridges, key=lambda b: sum(f"{b.to_base(m)}.weight" in self.tensors for m in paths)
-        )
+        roots = {tensor.split(".")[0] for tensor in self.tensors}
+        return find_bridge(modules, roots, lambda path: f"{path}.weight" in self.tensors)
 
     def layers(self, modules: Iterable[str]) -> dict[str, BaseLayer]:
         """The linear layers at these module paths.
