@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint import dtypes
 from . import names
 from .file import Bundle
-from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, from_peft, read_peft_config
+from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_adapter, read_peft_config
 from .spec import LayerSpec
 
 
@@ -72,7 +72,7 @@ def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "config": read_peft_config(folder / CONFIG_FILE),
     }
     if weights.exists():
-        described = describe_bundle(from_peft(folder))
+        described = describe_bundle(read_adapter(folder))
         taken = ("layers", "coefficients", "groups", "saved")
         facts |= {"bytes": weights.stat().st_size} | {key: described[key] for key in taken}
     else:

@@ -23,9 +23,9 @@ from ..checkpoint.container import (
 )
 from ..checkpoint.staging import staged_file
 from ..errors import BadInputError, BaseMismatchError
-from ..spectral.entries import current_rule, entries_sha256, spectral_entries
+from ..spectral.entries import ENTRY_RULES, current_rule, entries_sha256, spectral_entries
 from . import codec, fingerprint
-from .names import natural_key
+from .names import MAX_NAMES, natural_key, why_not
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
 SUFFIX = ".fourierft.safetensors"
@@ -101,7 +101,12 @@ class Bundle:
             *(
                 f"tensor {n!r}: names that begin with {codec.RESERVED!r} are reserved"
                 for n in saved
-                if n.startswith(codec.RESERVED)
+                if n.startswith(codec.RESERVED) or n == "__metadata__"
+            ),
+            *(
+                f"tensor {n!r}: dtype {t.dtype}, which safetensors lacks"
+                for n, t in saved.items()
+                if not dtypes.has_name(t.dtype)
             ),
         ]
         if offenders:
@@ -279,6 +284,7 @@ class Bundle:
             length = header_length(head, size, os.fspath(path))
             text = read_exactly(fd, 8, 8 + length, path)
             header = parse_header(text, size, os.fspath(path))
+            codec.check_kind(header, os.fspath(path))
             payload = read_exactly(fd, 8 + length, size, path)
         finally:
             os.close(fd)
@@ -320,6 +326,10 @@ def _spec_offenders(spec: AdapterSpec) -> Iterable[str]:
         if layer.name in seen:
             yield f"layer {layer.name}: named twice"
         seen.add(layer.name)
+        if problem := why_not(layer.name):
+            yield f"layer {layer.name[:80]!r}: {problem} in its name"
+    if len(spec.layers) > MAX_NAMES:
+        yield f"{len(spec.layers)} layers, where {MAX_NAMES} is the most"
 
 
 def _layer_offenders(
@@ -330,10 +340,15 @@ def _layer_offenders(
         found = "none" if spectrum is None else f"shape {list(spectrum.shape)}"
         yield f"layer {name}: spectrum of n_frequency {n} >= 1 expected, found {found}"
         return
-    if dtypes.to_name(spectrum.dtype) not in FLOAT_DTYPES:
+    if not dtypes.has_name(spectrum.dtype) or dtypes.to_name(spectrum.dtype) not in FLOAT_DTYPES:
         yield f"layer {name}: spectrum of dtype {spectrum.dtype}, which is no float"
     elif not np.isfinite(spectrum.astype(np.float64)).all():
         yield f"layer {name}: NaN or infinity in the spectrum"
+    facts = (layer.shape, layer.entry_rule, layer.entries_sha256)
+    if None in facts and facts != (None, None, None):
+        yield f"layer {name}: shape, entry_rule and entries_sha256 go together"
+    elif layer.entry_rule not in (None, *ENTRY_RULES, EXPLICIT_RULE):
+        yield f"layer {name}: unknown entry rule {layer.entry_rule!r}"
     if layer.shape is None:
         return
     size = prod(layer.shape)
@@ -343,7 +358,7 @@ def _layer_offenders(
         yield f"layer {name}: n_frequency {n} above the {size} elements of {list(layer.shape)}"
     elif layer.entry_rule == EXPLICIT_RULE:
         entries = explicit.get(name)
-        if entries is None or entries.shape != (n, 2):
+        if entries is None or entries.shape != (n, 2) or entries.dtype.kind not in "iu":
             yield f"layer {name}: explicit entries of shape [{n}, 2] expected"
         elif (entries < 0).any() or (entries >= np.array(layer.shape)).any():
             yield f"layer {name}: entries outside {list(layer.shape)}"

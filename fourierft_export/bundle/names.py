@@ -3,16 +3,21 @@ r"""Layer names in few bytes: templates such as `layers.{0-31}.self_attn.{q_proj
 A template is a dotted path whose segments may be sets of alternatives in braces; `a-b` in braces is
 a range of whole numbers. Backslash takes the meaning from `\\ { } , -`. Templates say *which* names
 there are; their order is always the natural one, so one set of names has one form.
+
+The limits keep a hostile file of a few bytes from standing for gigabytes of names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 
 MAX_NAMES = 100_000
 MAX_NAME_LENGTH = 1_000
+MAX_SEGMENTS = 100
+MAX_CHARACTERS = 10_000_000
 _SPECIAL = frozenset("\\{},-")
 
 Path = tuple[str, ...]
@@ -20,9 +25,22 @@ Path = tuple[str, ...]
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key of a module path: whole numbers by value and before words, words by code point."""
-    return tuple(
-        (0, int(s), "") if _is_index(s) else (1, 0, s) for s in name.split(".")
-    )  # fmt: skip
+    return tuple(_segment_key(segment) for segment in name.split("."))
+
+
+@lru_cache(maxsize=4096)  # the same segments come again in many names: their keys are shared
+def _segment_key(segment: str) -> tuple[int, int, str]:
+    return (0, int(segment), "") if _is_index(segment) else (1, 0, segment)
+
+
+def why_not(name: str) -> str | None:
+    """Why `name` cannot be a layer's name, or None when it can."""
+    if len(name) > MAX_NAME_LENGTH:
+        return f"longer than {MAX_NAME_LENGTH} characters"
+    segments = name.split(".")
+    if len(segments) > MAX_SEGMENTS:
+        return f"more than {MAX_SEGMENTS} segments"
+    return None if all(segments) else "an empty segment"
 
 
 def _is_index(segment: str) -> bool:
@@ -86,21 +104,28 @@ def expand(templates: Sequence[str]) -> list[str]:
     """The names that templates stand for, in natural order.
 
     Raises:
-        ValueError: a template is malformed, a name appears twice or is longer than 1,000
-            characters, or there are more than 100,000 names (counted before any is made).
+        ValueError: a template is malformed; a name appears twice, or is longer than 1,000
+            characters or 100 segments; there are more than 100,000 names, or 10,000,000
+            characters in all. Sizes are checked before any name is made.
     """
     parsed: list[list[Sequence[str]]] = []
-    total = 0
+    total = characters = 0
     for template in templates:
         parsed.append(_parse(template))
-        total += prod(len(choices) for choices in parsed[-1])
-        if total > MAX_NAMES:
-            raise ValueError(f"{total} layer names, where {MAX_NAMES} is the most")
+        longest = sum(max(map(len, choices)) + 1 for choices in parsed[-1]) - 1
+        if longest > MAX_NAME_LENGTH:
+            raise ValueError(f"a layer name longer than {MAX_NAME_LENGTH} characters")
+        count = prod(len(choices) for choices in parsed[-1])
+        total += count
+        characters += count * longest
+        if total > MAX_NAMES or characters > MAX_CHARACTERS:
+            raise ValueError(
+                f"{total} layer names of {characters} characters, where {MAX_NAMES} of "
+                f"{MAX_CHARACTERS} is the most"
+            )
     names = [".".join(path) for segments in parsed for path in product(*segments)]
     if len(set(names)) != len(names):
         raise ValueError("a layer name twice")
-    if any(len(name) > MAX_NAME_LENGTH for name in names):
-        raise ValueError(f"a layer name longer than {MAX_NAME_LENGTH} characters")
     return sorted(names, key=natural_key)
 
 
@@ -121,6 +146,8 @@ def _parse(template: str) -> list[Sequence[str]]:
         if total > MAX_NAMES:
             raise ValueError(f"template {template[:80]!r}: more than {MAX_NAMES} names")
         segments.append(choices)
+        if len(segments) > MAX_SEGMENTS:
+            raise ValueError(f"template {template[:80]!r}: more than {MAX_SEGMENTS} segments")
         rest += 1
     return segments
 
@@ -154,9 +181,9 @@ def _parse_word(template: str, at: int, stops: str) -> tuple[str, int]:
     while at < len(template) and template[at] not in stops:
         if template[at] == "\\":
             at += 1
-            if at == len(template):
-                raise ValueError(f"template {template[:80]!r} ends in a backslash")
-        elif template[at] in _SPECIAL:
+            if template[at : at + 1] not in _SPECIAL:
+                raise ValueError(f"template {template[:80]!r}: a backslash before nothing special")
+        elif template[at] in _SPECIAL or template[at] == ".":
             raise ValueError(f"template {template[:80]!r}: {template[at]!r} at character {at}")
         word.append(template[at])
         at += 1

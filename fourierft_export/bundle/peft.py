@@ -127,7 +127,18 @@ def from_peft(
         FileAccessError, BadInputError, UsageError: the directory is not a FourierFT adapter.
         BaseMismatchError: the base lacks layers, or they do not fit.
     """
-    folder = find_adapter(directory, adapter)
+    bundle = read_adapter(find_adapter(directory, adapter))
+    if base is None:
+        base = _local_base(bundle.spec.base_model)
+    return bundle if base is None else bundle.bind(base, entry_rule)
+
+
+def read_adapter(folder: Path) -> Bundle:
+    """The unbound bundle of the adapter in `folder`; no base is looked at.
+
+    Raises:
+        FileAccessError, BadInputError: it is not a FourierFT adapter.
+    """
     config = read_peft_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / PICKLED_WEIGHTS).exists():
@@ -148,10 +159,7 @@ def from_peft(
         base_model=config.get("base_model_name_or_path"),
         peft_config=config,
     )
-    bundle = Bundle.build(spec, spectra, saved, where=os.fspath(weights))
-    if base is None:
-        base = _local_base(spec.base_model)
-    return bundle if base is None else bundle.bind(base, entry_rule)
+    return Bundle.build(spec, spectra, saved, where=os.fspath(weights))
 
 
 def left_out(directory: str | os.PathLike[str], adapter: str | None = None) -> list[str]:
@@ -190,11 +198,14 @@ def _sort_tensors(
             offenders=strange,
         )
     spectra, saved = {}, {}
+    owners = set(targets)
     for stored, name in zip(checkpoint.tensors, names, strict=True):
         if name.endswith(SPECTRUM):
             spectra[name.removesuffix(SPECTRUM)] = checkpoint.read(stored)
         elif not _is_base_weight(name):
-            saved[name.replace(f"{BASE_LAYER}.", ".")] = checkpoint.read(stored)
+            module, _, leaf = name.rpartition(".")
+            owner = module.removesuffix(BASE_LAYER)
+            saved[f"{owner if owner in owners else module}.{leaf}"] = checkpoint.read(stored)
     return spectra, saved, targets
 
 
@@ -219,7 +230,8 @@ def to_peft(bundle: Bundle, directory: str | os.PathLike[str], *, force: bool = 
         # PEFT keeps a targeted layer's own parameters one level down.
         stem = f"{module}{BASE_LAYER}" if module in bundle.spectra else module
         tensors[f"{PREFIX}{stem}.{leaf}"] = tensor
-    names = sorted(tensors)
+    # By falling element size, so that every tensor is aligned: torch refuses others.
+    names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
     table = [(n, dtypes.to_name(tensors[n].dtype), tensors[n].shape) for n in names]
     with staged_directory(directory, force=force) as folder:
         config = strict_json.pretty(dict(peft_config_of(bundle)))

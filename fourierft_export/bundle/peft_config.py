@@ -63,8 +63,10 @@ def shorten(config: Mapping[str, Any], likely: Mapping[str, Any]) -> dict[str, A
     return {key: part for key, part in (("set", differing), ("absent", absent)) if part}
 
 
-def restore(short: Mapping[str, Any], likely: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `shorten`, with sorted keys."""
-    config = {key: value for key, value in likely.items() if key not in short.get("absent", ())}
-    config.update(short.get("set", {}))
+def restore(
+    differing: Mapping[str, Any], absent: Sequence[str], likely: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The inverse of `shorten`, from its two parts; keys are sorted."""
+    config = {key: value for key, value in likely.items() if key not in absent}
+    config.update(differing)
     return dict(sorted(config.items()))

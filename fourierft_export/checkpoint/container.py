@@ -21,6 +21,7 @@ from . import strict_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**50
+MAX_AXES = 32
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _O_EXTRA = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -88,10 +89,9 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         raise FileAccessError(path, expected="a file", found="nothing there") from None
     except IsADirectoryError:
         raise BadInputError(path, expected="a file", found="a directory") from None
-    except OSError as error:
-        raise FileAccessError(
-            path, expected="a readable file", found=error.strerror or str(error)
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        found = getattr(error, "strerror", None) or str(error)
+        raise FileAccessError(path, expected="a readable file", found=found) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         kind = "a directory" if os.path.isdir(path) else "a FIFO, device or socket"
@@ -168,15 +168,16 @@ def header_length(head: bytes, size: int, where: str) -> int:
     """The length of the JSON header, from the first 8 bytes of a file of `size` bytes."""
     if size == 0:
         raise BadInputError(where, expected="a safetensors file", found="an empty file")
-    if head.startswith(PICKLE_MAGIC):
-        raise BadInputError(
-            where,
-            expected="a safetensors file",
-            found="a pickle or zip archive, which can run code when it is loaded",
-            remedy="convert it to safetensors with the tool that made it",
-        )
     length = int.from_bytes(head, "little") if len(head) == 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        # Only now: a header of 640 bytes begins like a pickle, too.
+        if head.startswith(PICKLE_MAGIC):
+            raise BadInputError(
+                where,
+                expected="a safetensors file",
+                found="a pickle or zip archive, which can run code when it is loaded",
+                remedy="convert it to safetensors with the tool that made it",
+            )
         raise BadInputError(
             where,
             expected=f"a safetensors file with a header of 2 to {max(size - 8, 2)} bytes",
@@ -232,13 +233,15 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path | None) -
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fail("a known dtype", repr(dtype))
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
-        raise fail("a shape of whole numbers from 0", repr(shape)[:80])
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
+        raise fail(f"a shape of at most {MAX_AXES} whole numbers from 0", repr(shape)[:80])
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise fail("two byte offsets", repr(offsets)[:80])
-    count = prod(shape)
-    bits = count * DTYPE_BITS[dtype]
-    if count > MAX_ELEMENTS or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+    # Axes of size 0 do not count: numpy measures the others all the same.
+    if prod(n for n in shape if n) > MAX_ELEMENTS:
+        raise fail(f"at most {MAX_ELEMENTS} elements", f"shape {shape}"[:80])
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise fail(f"{bits / 8:.0f} bytes for {dtype} {shape}", f"offsets {offsets}")
     return TensorInfo(name, dtype, tuple(shape), origin + offsets[0], origin + offsets[1], path)
 

@@ -29,6 +29,11 @@ def to_numpy(name: str) -> np.dtype[Any]:
     return little
 
 
+def has_name(dtype: np.dtype[Any]) -> bool:
+    """Whether safetensors has such a dtype."""
+    return dtype.newbyteorder("=") in {np.dtype(value) for value in _NUMPY.values()}
+
+
 @cache
 def to_name(dtype: np.dtype[Any]) -> str:
     """The safetensors name of a numpy dtype.

@@ -1,18 +1,20 @@
 """JSON from files that others made: nothing ambiguous, nothing unbounded.
 
-Python's parser accepts duplicate keys, NaN, 1e999 and integers of any length. Each of these lets
-one file mean two things to two readers, so all of them are errors here.
+Python's parser accepts duplicate keys, NaN, 1e999, integers of any length and half a surrogate pair
+as text. Each of these lets one file mean two things to two readers, so all of them are errors here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any, NoReturn
 
 from ..errors import BadInputError
 
 MAX_NUMBER_LENGTH = 400
+MAX_DEPTH = 100
 
 
 def loads(text: str | bytes, where: str) -> Any:
@@ -23,8 +25,8 @@ def loads(text: str | bytes, where: str) -> Any:
         where: what to name in errors.
 
     Raises:
-        BadInputError: not UTF-8, not JSON, nested too deeply, duplicate keys, a number that is
-            not finite or longer than 400 characters.
+        BadInputError: not UTF-8, not JSON, nested more than 100 deep, duplicate keys, a number
+            that is not finite, an integer longer than 400 characters, text that is not Unicode.
     """
 
     def fail(found: str) -> NoReturn:
@@ -33,8 +35,7 @@ def loads(text: str | bytes, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) != len(pairs):
-            names = [key for key, _ in pairs]
-            fail(f"the key {next(n for n in names if names.count(n) > 1)!r} twice")
+            fail(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
         return keys
 
     def integer(digits: str) -> int:
@@ -49,19 +50,40 @@ def loads(text: str | bytes, where: str) -> Any:
         return value
 
     try:
-        return json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"),
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(
+            text,
             object_pairs_hook=unique,
             parse_int=integer,
             parse_float=real,
             parse_constant=lambda word: fail(f"the number {word}"),
         )
+        if _is_deep(value):
+            fail("nesting too deep to read")
+        if "\\u" in text:  # only an escape can smuggle in half a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         fail("nesting too deep to read")
     except UnicodeDecodeError as error:
         fail(f"bytes that are not UTF-8 at offset {error.start}")
+    except UnicodeEncodeError:
+        fail("half a surrogate pair, which is not text")
     except json.JSONDecodeError as error:
         fail(f"{error.msg} at character {error.pos}")
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than `MAX_DEPTH` deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def canonical(value: Any) -> str:

@@ -81,8 +81,8 @@ def infer_task(config: Mapping[str, Any], task_type: str | None) -> str:
     """
     if task_type in _BY_PEFT_TYPE:
         return _BY_PEFT_TYPE[task_type].name
-    architecture = next(iter(config.get("architectures") or ()), None)
-    if isinstance(architecture, str):
+    architecture = _architecture(config)
+    if architecture is not None:
         if architecture.endswith(_CAUSAL_ENDINGS):
             return "causal-lm"
         for task in _ALL:
@@ -96,18 +96,23 @@ def infer_task(config: Mapping[str, Any], task_type: str | None) -> str:
     )
 
 
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """The first class that the config names, if it names any."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else None
+
+
 def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
     """The class name of the base's family for `task`, such as BertForSequenceClassification.
 
     Returns:
         None when the config names no architecture.
     """
-    architecture = next(iter(config.get("architectures") or ()), None)
-    if not isinstance(architecture, str):
+    architecture = _architecture(config)
+    if architecture is None:
         return None
-    if architecture.endswith(task.architecture) or (
-        task.name == "causal-lm" and architecture.endswith(_CAUSAL_ENDINGS)
-    ):
+    if task.name == "causal-lm" and architecture.endswith(_CAUSAL_ENDINGS):
         return architecture
     family = architecture
     for ending in ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "Model"):
