@@ -71,6 +71,8 @@ def check(
         bridge = base.bridge(layer.name for layer in bundle.layers)
         ingredient = Ingredient(name, bound, weight, layers, bridge)
         checked.append(Checked(ingredient, *_sum_up(name, verdicts, others)))
+    if progress:
+        progress("checking the base", len(bundles), len(bundles))
     if offenders:
         raise BaseMismatchError(
             base.directory,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def manifest_text(report: MergeReport, allow_base_mismatch: bool) -> str:
         "kind": "fourierft_export.merge",
         "versions": {"fourierft_export": __version__, "numpy": np.__version__},
         "base": report.base.name,
-        "bundles": [asdict(bundle) for bundle in report.bundles],
+        "bundles": [asdict(b) | {"name": Path(b.name).name} for b in report.bundles],
         "dtype": report.dtype,
         "allow_base_mismatch": allow_base_mismatch,
         "layers": {layer.tensor: layer.survival for layer in report.layers},

@@ -97,7 +97,7 @@ def merge_checkpoint(
     ]
     checked = check(opened, named, allow_base_mismatch=allow_base_mismatch, progress=progress)
     job = _plan(opened, checked, target, dtype, labels, allow_base_mismatch)
-    carried = sum(_size(opened.directory / name) for name in job.companions.carried)
+    carried = sum(carry.file_size(opened.directory, name) for name in job.companions.carried)
     check_space(target.parent, job.report.nbytes + carried + _SMALL_FILES)
     if dry_run:
         return replace(job.report, dry_run=True)
@@ -168,7 +168,7 @@ def _plan(
     new = sorted({*changes.layers, *changes.dense, *changes.aliases} - {*base.tensors})
     report = MergeReport(
         out=target,
-        base=base.directory,
+        base=Path(os.path.abspath(base.directory)),
         dtype=dtype,
         bundles=tuple(_bundle_report(item) for item in checked),
         layers=_layer_reports(shards),
@@ -221,7 +221,7 @@ def _write_folder(job: _Job, folder: Path, count: Count) -> MergeReport:
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             source = job.base.directory
-            copy_file(place, carry.file_blocks(source, name), _size(source / name))
+            copy_file(place, carry.file_blocks(source, name), carry.file_size(source, name))
     for name, text in texts.items():
         copy_file(folder / name, [text.encode()], len(text))
     return report
@@ -249,7 +249,3 @@ def _meter(job: _Job, progress: Progress | None) -> Count:
             progress("merging", min(done, job.report.nbytes), job.report.nbytes)
 
     return count
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

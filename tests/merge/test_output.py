@@ -320,9 +320,18 @@ def test_a_link_among_the_files_is_not_followed_out_of_the_base(
 ) -> None:
     (tmp_path / "secret").write_text("secret")
     (base / "vocab.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(BadInputError, match="a link to"):
-        merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out")
+    for dry_run in (True, False):
+        with pytest.raises(BadInputError, match="a link to"):
+            merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out", dry_run=dry_run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fifo_among_the_files_is_refused_before_any_work(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    os.mkfifo(base / "pipe.txt")
+    with pytest.raises(BadInputError, match="FIFO"):
+        merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out", dry_run=True)
 
 
 def test_a_snapshot_of_the_hugging_face_cache_becomes_plain_files(
