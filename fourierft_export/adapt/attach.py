@@ -18,8 +18,8 @@ from ..errors import BaseMismatchError, UsageError
 from ..models.base import find_bridge
 from ..spectral.entries import current_rule, entries_sha256
 from .active import activate, update_learning
+from .adapter import AdapterOrigin
 from .inject import base_model_name, freeze, unfreeze
-from .layer import AdapterOrigin
 from .linear import is_conv1d, is_linear, layer_shape, stored_weight, to_array, to_tensor
 from .saved import check_can_be_saved, own_state
 from .tree import (

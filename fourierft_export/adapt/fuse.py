@@ -74,7 +74,7 @@ def merged_weights(layers: dict[str, FourierLinear]) -> dict[str, Tensor]:
     Raises:
         UsageError: results that are not finite where W is, all listed.
     """
-    merged = {path: layer.effective_weight() for path, layer in layers.items()}
+    merged = {path: layer.effective_weight().contiguous() for path, layer in layers.items()}
     broken = [
         f"{path}.weight: not finite as {weight.dtype}"
         for path, weight in merged.items()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .active import activate
+from .adapter import AdapterOrigin
 from .config import FourierFTConfig
-from .layer import AdapterOrigin
 from .linear import stored_weight
 from .saved import check_can_be_saved, own_state
 from .targets import Selection, select

@@ -7,106 +7,16 @@ module in one mapping by adapter name, and `active` says which of them count now
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..spectral import torch_ops
+from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
+from .adapter import AdapterOrigin, Entries, LayerAdapter
 from .linear import is_conv1d, is_linear, layer_shape, stored_weight
 from .saved import AdaptedModule
-
-Entries = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class AdapterOrigin:
-    """What all layers of one adapter have in common.
-
-    Attributes:
-        seed: random_loc_seed as its author wrote it.
-        scaling: multiplies delta_W.
-        task_type: PEFT's task type, or None.
-        base_model: name or path of the base, or None.
-        peft_config: the adapter_config.json it came from; empty if it did not come from PEFT.
-    """
-
-    seed: int
-    scaling: int | float
-    task_type: str | None = None
-    base_model: str | None = None
-    peft_config: dict[str, Any] = field(default_factory=dict)
-
-
-class LayerAdapter(nn.Module):
-    """One adapter's share of one layer: its spectrum and where that sits.
-
-    Args:
-        spectrum: (n,) float tensor; becomes the learnable parameter.
-        entries: (n, 2) int64, the positions (u, v).
-        shape: (out_features, in_features) of delta_W.
-        entry_rule: "small", "r64" or "explicit".
-        origin: what the adapter's layers share.
-        trainable: whether the spectrum learns while the adapter is active.
-
-    Attributes:
-        entries: buffer (n, 2) int64 on the spectrum's device. It is not part of the state dict,
-            since it follows from the seed, and it is rebuilt when the module leaves the meta
-            device.
-    """
-
-    entries: Tensor
-
-    def __init__(
-        self,
-        spectrum: Tensor,
-        entries: Entries,
-        shape: tuple[int, int],
-        *,
-        entry_rule: str,
-        origin: AdapterOrigin,
-        trainable: bool,
-    ) -> None:
-        super().__init__()
-        self.spectrum = nn.Parameter(spectrum, requires_grad=False)
-        self.host_entries = entries
-        self.shape = shape
-        self.entry_rule = entry_rule
-        self.origin = origin
-        self.trainable = trainable
-        placed = torch.tensor(entries, dtype=torch.int64, device=spectrum.device)
-        self.register_buffer("entries", placed, persistent=False)
-
-    @property
-    def n_frequency(self) -> int:
-        """Number of coefficients."""
-        return self.spectrum.shape[0]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LayerAdapter:
-        """Move or cast as any module; entries that come off the meta device are made afresh."""
-        was_meta = self.entries.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.spectrum.is_meta:
-            self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
-        return self
-
-    def delta_weight(self) -> Tensor:
-        """delta_W (M, N) in the spectrum's precision, at least float32, whatever autocast says."""
-        with torch.autocast(self.spectrum.device.type, enabled=False):
-            return torch_ops.delta_weight(
-                _at_least_float32(self.spectrum), self.entries, self.shape, self.origin.scaling
-            )
-
-    def extra_repr(self) -> str:
-        """n, seed and scaling."""
-        origin = self.origin
-        return f"n_frequency={self.n_frequency}, seed={origin.seed}, scaling={origin.scaling}"
 
 
 class FourierLinear(nn.Module):
@@ -229,16 +139,24 @@ class FourierLinear(nn.Module):
         if self.fused_weight is not None:
             return self.fused_weight
         weight = stored_weight(self.linear)
-        delta = self.delta_weight()
-        if delta is None:
+        if not self.active:
             return weight
-        if self.fan_in_fan_out:
-            delta = delta.T
-        exact = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-        return (weight.to(exact) + delta).to(weight.dtype)
+        upright = weight.T if self.fan_in_fan_out else weight
+        if len(self.active) == 1 and not weight.requires_grad:
+            total = self.adapter(self.active[0]).merged_weight(upright)
+        else:
+            delta = self.delta_weight()
+            total = upright if delta is None else upright.to(_wide(upright, delta)) + delta
+        return (total.T if self.fan_in_fan_out else total).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer.
+        """Apply the layer, by whichever form costs less for this call (`spectral.cost`).
+
+        For the backward pass the token form holds x (where a spectrum learns) and nothing else;
+        the dense form holds W + delta_W besides, 4 M N bytes in float32, if x needs a gradient.
+        The cost model takes the dense form where rows are many and the layer is small, so x is
+        the larger part there, too. Under bfloat16 or float16 the dense form holds a float32 copy
+        of x and delta_W.
 
         Args:
             x: (..., in_features).
@@ -251,15 +169,31 @@ class FourierLinear(nn.Module):
         if not self.active:
             result: Tensor = self.base_layer(x)
             return result
-        if self._adds_up_exactly(x):
+        dense = self._form(x) == "dense"
+        if dense and self._adds_up_exactly(x):
             return self._apply_weight(x, self.effective_weight())
         result = self.base_layer(x)
+        dtype = result.dtype
+        if not dense:
+            for name in self.active:
+                result = result + self.adapter(name).token_delta(x)
+            return result.to(dtype)
         delta = self.delta_weight()
         if delta is None:
             return result
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(delta.dtype)
-        return (result + F.linear(x, delta)).to(result.dtype)
+        return (result + F.linear(x, delta)).to(dtype)
+
+    def _form(self, x: Tensor) -> str:
+        """The form to use, token or dense; a graph exported for any number of rows gets dense."""
+        if torch.compiler.is_exporting():
+            return "dense"
+        adapters = [self.adapter(name) for name in self.active]
+        learns = torch.is_grad_enabled() and any(a.spectrum.requires_grad for a in adapters)
+        n_frequency = sum(a.n_frequency for a in adapters)
+        rows = x.numel() // self.in_features
+        return choose_form(rows, self.shape, n_frequency, training=learns)
 
     def _apply_weight(self, x: Tensor, stored: Tensor) -> Tensor:
         # A deliberate call of the function: the layer itself would use its own weight.
@@ -278,5 +212,7 @@ class FourierLinear(nn.Module):
 _PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of the tensors is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32

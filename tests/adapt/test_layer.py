@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fourierft_export import FourierLinear
-from fourierft_export.adapt.layer import AdapterOrigin
+from fourierft_export.adapt.adapter import AdapterOrigin
 from fourierft_export.errors import UsageError
+from fourierft_export.spectral import cost
 
 
 def float64_delta(spectrum: Tensor, shape: tuple[int, int], seed: int, scaling: float) -> Tensor:
@@ -54,10 +55,12 @@ def expected(base: nn.Module, delta: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (), (2, 1, 4)])
-def test_output_is_that_of_the_sum(conv1d: bool, leading: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("form", cost.FORMS)
+def test_output_is_that_of_the_sum(conv1d: bool, leading: tuple[int, ...], form: str) -> None:
     layer, base, delta = make(conv1d=conv1d)
     x = torch.randn(*leading, 18)
-    found = layer(x)
+    with cost.force(form=form):
+        found = layer(x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected(base, delta, x), rtol=2e-6, atol=2e-6)
 
@@ -114,8 +117,9 @@ def test_autocast(base_dtype: torch.dtype) -> None:
     assert layer.adapter("a").spectrum.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("form", cost.FORMS)
 @pytest.mark.parametrize("conv1d", [False, True])
-def test_gradients_by_finite_differences(conv1d: bool) -> None:
+def test_gradients_by_finite_differences(conv1d: bool, form: str) -> None:
     layer, _, _ = make(torch.float64, conv1d, shape=(8, 5))
     layer.double()
     spectra = [layer.adapter(name).spectrum for name in ("a", "b")]
@@ -126,7 +130,8 @@ def test_gradients_by_finite_differences(conv1d: bool) -> None:
         return torch.func.functional_call(layer, values, (x,))
 
     inputs = (x, *(s.detach().requires_grad_() for s in spectra))
-    assert torch.autograd.gradcheck(function, inputs)
+    with cost.force(form=form):
+        assert torch.autograd.gradcheck(function, inputs)
 
 
 def test_nothing_active_is_the_base_itself() -> None:

@@ -1,0 +1,111 @@
+"""What an adapter brings to one layer: a spectrum, and where its coefficients sit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..spectral import torch_ops
+
+Entries = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """What all layers of one adapter have in common.
+
+    Attributes:
+        seed: random_loc_seed as its author wrote it.
+        scaling: multiplies delta_W.
+        task_type: PEFT's task type, or None.
+        base_model: name or path of the base, or None.
+        peft_config: the adapter_config.json it came from; empty if it did not come from PEFT.
+    """
+
+    seed: int
+    scaling: int | float
+    task_type: str | None = None
+    base_model: str | None = None
+    peft_config: dict[str, Any] = field(default_factory=dict)
+
+
+class LayerAdapter(nn.Module):
+    """One adapter's share of one layer: its spectrum and where that sits.
+
+    Args:
+        spectrum: (n,) float tensor; becomes the learnable parameter.
+        entries: (n, 2) int64, the positions (u, v).
+        shape: (out_features, in_features) of delta_W.
+        entry_rule: "small", "r64" or "explicit".
+        origin: what the adapter's layers share.
+        trainable: whether the spectrum learns while the adapter is active.
+
+    Attributes:
+        entries: buffer (n, 2) int64 on the spectrum's device. It is not part of the state dict,
+            since it follows from the seed, and it is rebuilt when the module leaves the meta
+            device.
+    """
+
+    entries: Tensor
+
+    def __init__(
+        self,
+        spectrum: Tensor,
+        entries: Entries,
+        shape: tuple[int, int],
+        *,
+        entry_rule: str,
+        origin: AdapterOrigin,
+        trainable: bool,
+    ) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(spectrum, requires_grad=False)
+        self.host_entries = entries
+        self.shape = shape
+        self.entry_rule = entry_rule
+        self.origin = origin
+        self.trainable = trainable
+        placed = torch.tensor(entries, dtype=torch.int64, device=spectrum.device)
+        self.register_buffer("entries", placed, persistent=False)
+
+    @property
+    def n_frequency(self) -> int:
+        """Number of coefficients."""
+        return self.spectrum.shape[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LayerAdapter:
+        """Move or cast as any module; entries that come off the meta device are made afresh."""
+        was_meta = self.entries.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.spectrum.is_meta:
+            self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
+        return self
+
+    def delta_weight(self) -> Tensor:
+        """delta_W (M, N), float32 (float64 if the spectrum is), whatever autocast says."""
+        with torch.autocast(self.spectrum.device.type, enabled=False):
+            return torch_ops.delta_weight(
+                self.spectrum, self.entries, self.shape, self.origin.scaling
+            )
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """A frozen weight (M, N) plus delta_W, in float32 (float64 if either is)."""
+        with torch.autocast(self.spectrum.device.type, enabled=False):
+            return torch_ops.merged_weight(weight, self.spectrum, self.entries, self.origin.scaling)
+
+    def token_delta(self, x: Tensor) -> Tensor:
+        """The product x delta_W^T (..., M) without delta_W; float32 or better, then x's dtype."""
+        with torch.autocast(self.spectrum.device.type, enabled=False):
+            return torch_ops.token_delta(
+                x, self.spectrum, self.entries, self.shape, self.origin.scaling
+            )
+
+    def extra_repr(self) -> str:
+        """n, seed and scaling."""
+        origin = self.origin
+        return f"n_frequency={self.n_frequency}, seed={origin.seed}, scaling={origin.scaling}"

@@ -1,0 +1,232 @@
+"""What training asks of the layer: compile, checkpointing, DDP, memory for the backward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourierft_export import FourierFTConfig, FourierLinear, fuse, inject
+from fourierft_export.adapt.active import activate
+from fourierft_export.adapt.adapter import AdapterOrigin
+from fourierft_export.spectral import cost
+
+MakeModel = Callable[[str], nn.Module]
+
+
+@pytest.fixture(params=cost.FORMS)
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to apply an adapter, each forced in its turn."""
+    with cost.force(form=request.param):
+        yield request.param
+
+
+def output(model: Any, tokens: Tensor) -> Tensor:
+    result = model(input_ids=tokens)
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def gradients(model: nn.Module, result: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    goal = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
+    (result.float() * goal).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert expected
+    for name, gradient in expected.items():
+        bound = 2e-5 * gradient.abs().max().item() + 1e-7
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=bound)
+
+
+@pytest.mark.parametrize("kind", ["bert-cls", "gpt2"])
+def test_both_forms_give_one_result(make_model: MakeModel, tokens: Tensor, kind: str) -> None:
+    config = FourierFTConfig(n_frequency=25, scaling=20.0, target_modules="all-linear")
+    model = inject(make_model(kind), config)
+    with cost.force(form="dense"):
+        dense = output(model, tokens)
+        expected = gradients(model, dense)
+    with cost.force(form="token"):
+        token = output(model, tokens)
+        found = gradients(model, token)
+    assert not torch.equal(dense, token), "the two forms must be two computations"
+    torch.testing.assert_close(token, dense, rtol=1e-5, atol=2e-6)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_both_forms_in_other_dtypes_and_under_autocast(form: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(40, 30).to(dtype)
+    layer = FourierLinear(copy.deepcopy(base))
+    layer.add_adapter("a", torch.randn(60), AdapterOrigin(3, 50.0))
+    layer.active = ("a",)
+    x = torch.randn(6, 40).to(dtype)
+    delta = layer.adapter("a").delta_weight().double()
+    reference = x.double() @ (base.weight.double() + delta).T + base.bias.double()
+    bound = max(torch.finfo(dtype).eps * 2, 3e-6) * reference.abs().max()
+    found = layer(x)
+    assert found.dtype == dtype
+    assert (found.double() - reference).abs().max() <= bound
+    if dtype == torch.float64:  # torch's own layers refuse it under autocast
+        return
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer(x.float())
+        assert cast.dtype == base(x.float()).dtype
+    coarse = 4 * torch.finfo(torch.bfloat16).eps * reference.abs().max()
+    assert (cast.double() - reference).abs().max() <= coarse
+
+
+def test_compiled_whole(make_model: MakeModel, tokens: Tensor, form: str) -> None:
+    torch._dynamo.reset()
+    config = FourierFTConfig(n_frequency=25, task_type="SEQ_CLS", bias="fourier_only")
+    model = inject(make_model("bert-cls"), config)
+    second = FourierFTConfig(n_frequency=9, target_modules=["key"], random_loc_seed=1)
+    activate(inject(model, second, "second"), ["default", "second"])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = output(model, tokens)
+    found = output(compiled, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    assert_same(gradients(model, found), gradients(model, output(model, tokens)))
+    with torch.no_grad():
+        torch.testing.assert_close(output(compiled, tokens), expected, rtol=1e-5, atol=2e-6)
+        fuse(model)
+        torch.testing.assert_close(output(compiled, tokens), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_compiled_follows_the_active_adapter(make_model: MakeModel, tokens: Tensor) -> None:
+    torch._dynamo.reset()
+    model = inject(make_model("bert"), FourierFTConfig(n_frequency=25))
+    base = output(make_model("bert"), tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    adapted = output(compiled, tokens)
+    assert (adapted - base).abs().max() > 1e-3
+    activate(model, [])
+    torch.testing.assert_close(output(compiled, tokens), base)
+    activate(model, "default")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    torch.testing.assert_close(output(compiled, tokens), output(model, tokens))
+    assert (output(compiled, tokens) - adapted).abs().max() > 1e-3
+
+
+def test_exported_for_any_batch(make_model: MakeModel, tokens: Tensor) -> None:
+    model = inject(make_model("sequential"), FourierFTConfig(n_frequency=9, target_modules=["0"]))
+    rows = torch.export.Dim("rows", min=1, max=10_000)
+    program = torch.export.export(model, (torch.randn(4, 12),), dynamic_shapes=({0: rows},))
+    x = torch.randn(700, 12)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(
+    make_model: MakeModel, tokens: Tensor, form: str, reentrant: bool
+) -> None:
+    config = FourierFTConfig(n_frequency=25, task_type="SEQ_CLS")
+    model = inject(make_model("bert-cls"), config).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = gradients(model, output(model, tokens))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert_same(gradients(model, output(model, tokens)), expected)
+
+
+def held_bytes(module: nn.Module, function: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass, besides the module's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()  # kept alive, so that no storage is counted twice under one address
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+def trained_layer(rows: int, columns: int, n: int = 200) -> FourierLinear:
+    torch.manual_seed(0)
+    layer = FourierLinear(nn.Linear(columns, rows).requires_grad_(False))
+    layer.add_adapter("a", torch.randn(n), AdapterOrigin(1, 20.0))
+    layer.active = ("a",)
+    layer.adapter("a").spectrum.requires_grad_()
+    return layer
+
+
+@pytest.mark.parametrize("wants_x", [False, True])
+def test_memory_held_for_backward(form: str, wants_x: bool) -> None:
+    layer = trained_layer(96, 64)
+    x = torch.randn(50, 64, requires_grad=wants_x)
+    weight = 96 * 64 * 4 if form == "dense" and wants_x else 0
+    assert held_bytes(layer, lambda: layer(x)) == 50 * 64 * 4 + weight
+
+
+def test_memory_held_is_below_pefts() -> None:
+    """PEFT holds x and delta_W; the cost model's choice holds no more, for few rows only x."""
+    from peft import FourierFTConfig as PeftConfig
+    from peft.tuners.fourierft.layer import FourierFTLinear
+
+    for rows, size in ((4, 512), (64, 512), (2048, 128)):
+        x = torch.randn(rows, size, requires_grad=True)
+        theirs = FourierFTLinear(
+            nn.Linear(size, size).requires_grad_(False),
+            "default",
+            PeftConfig(n_frequency=200),
+            n_frequency=200,
+        )
+        peft = held_bytes(theirs, lambda m=theirs, x=x: m(x))
+        ours = trained_layer(size, size)
+        held = held_bytes(ours, lambda m=ours, x=x: m(x))
+        assert peft >= x.nbytes + 4 * size * size
+        assert held <= peft
+        if cost.choose_form(rows, (size, size), 200, training=True) == "token":
+            assert held == x.nbytes
+    assert cost.choose_form(4, (512, 512), 200, training=True) == "token"
+
+
+def test_inference_holds_nothing(form: str) -> None:
+    layer = trained_layer(96, 64)
+    kept: list[Tensor] = []
+    with (
+        torch.no_grad(),
+        torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor),
+    ):
+        layer(torch.randn(50, 64))
+    assert kept == []
+
+
+def test_distributed_data_parallel_in_one_process(
+    make_model: MakeModel, tokens: Tensor, tmp_path: Any, form: str
+) -> None:
+    from torch import distributed
+
+    model = inject(make_model("bert-cls"), FourierFTConfig(n_frequency=25, task_type="SEQ_CLS"))
+    # An idle adapter must not make DDP wait for its gradients.
+    inject(model, FourierFTConfig(n_frequency=9, target_modules=["key"]), "idle")
+    activate(model, "default")
+    expected = gradients(model, output(model, tokens))
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            found = gradients(model, output(parallel, tokens))
+            assert_same(found, expected)
+    finally:
+        distributed.destroy_process_group()
