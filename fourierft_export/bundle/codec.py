@@ -187,6 +187,13 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
             found=f"version {version}",
             remedy="use the version of fourierft-export that wrote it, or a newer one",
         )
+    rows = sum(
+        t.shape[0]
+        for t in header.tensors.values()
+        if t.name.startswith(f"{RESERVED}spectrum.") and t.shape
+    )
+    if rows > names.MAX_NAMES:
+        raise BadInputError(where, expected=f"at most {names.MAX_NAMES} layers", found=f"{rows}")
     origin = next((t.start for t in header.tensors.values()), 0)
     arrays = {
         t.name: _array(payload, t.start - origin, t.dtype, t.shape, where)
@@ -203,10 +210,6 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
     explicit: dict[str, Array] = {}
     for i, group in enumerate(groups):
         for layer, spectrum, entries in _group(i, group, arrays, where):
-            if len(layers) == names.MAX_NAMES:
-                raise BadInputError(
-                    where, expected=f"at most {names.MAX_NAMES} layers", found="more"
-                )
             if layer.name in spectra:
                 raise BadInputError(f"{where}, layer {layer.name}", expected="one spectrum",
                                     found="two")  # fmt: skip
@@ -255,8 +258,16 @@ def _group(
         raise BadInputError(at, expected="layer templates as text", found="something else")
     if n_frequency < 1:
         raise BadInputError(at, expected="an n_frequency from 1", found=str(n_frequency)[:80])
+    spectrum = arrays.pop(f"{RESERVED}spectrum.{i}", None)
+    if spectrum is None or spectrum.ndim != 2 or spectrum.shape[1] != n_frequency:
+        raise BadInputError(
+            at,
+            expected=f"a tensor {RESERVED}spectrum.{i} with {str(n_frequency)[:20]} columns",
+            found="none" if spectrum is None else f"shape {list(spectrum.shape)}",
+        )
     try:
-        layer_names = names.expand(templates)
+        # One row for each layer, so the file's size bounds how many names are made.
+        layer_names = names.expand(templates, len(spectrum))
     except ValueError as error:
         raise BadInputError(at, expected="well-formed layer templates", found=str(error)) from None
     bound = shape is not None
@@ -268,7 +279,12 @@ def _group(
         raise BadInputError(at, expected="a shape of two whole numbers", found=repr(shape)[:80])
     if bound and rule not in (*ENTRY_RULES, EXPLICIT_RULE):
         raise BadInputError(at, expected="a known entry rule", found=repr(rule)[:80])
-    spectrum = _stack(f"{RESERVED}spectrum.{i}", (len(layer_names), n_frequency), arrays, at)
+    if len(layer_names) != len(spectrum):
+        raise BadInputError(
+            at,
+            expected=f"{len(spectrum)} layers, one for each spectrum",
+            found=f"{len(layer_names)}",
+        )
     if dtypes.to_name(spectrum.dtype) not in FLOAT_DTYPES:
         raise BadInputError(at, expected="a float spectrum", found=str(spectrum.dtype))
     entries = None

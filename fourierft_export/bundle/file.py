@@ -110,11 +110,12 @@ class Bundle:
             ),
         ]
         if offenders:
+            more = len(offenders) - 1
             raise BadInputError(
                 where,
                 expected="an adapter whose fields fit together",
-                found=offenders[0] if len(offenders) == 1 else f"{len(offenders)} that do not",
-                offenders=offenders if len(offenders) > 1 else (),
+                found=offenders[0] + (f", and {more} more" if more else ""),
+                offenders=offenders if more else (),
             )
         return cls(
             replace(spec, layers=layers, peft_config=MappingProxyType(dict(spec.peft_config))),

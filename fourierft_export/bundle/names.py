@@ -100,12 +100,16 @@ def _escape(segment: str) -> str:
     return "".join(f"\\{c}" if c in _SPECIAL else c for c in segment)
 
 
-def expand(templates: Sequence[str]) -> list[str]:
+def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
     """The names that templates stand for, in natural order.
+
+    Args:
+        templates: as `compress` makes them.
+        most: how many names there may be.
 
     Raises:
         ValueError: a template is malformed; a name appears twice, or is longer than 1,000
-            characters or 100 segments; there are more than 100,000 names, or 10,000,000
+            characters or 100 segments; there are more than `most` names, or 10,000,000
             characters in all. Sizes are checked before any name is made.
     """
     parsed: list[list[Sequence[str]]] = []
@@ -118,11 +122,10 @@ def expand(templates: Sequence[str]) -> list[str]:
         count = prod(len(choices) for choices in parsed[-1])
         total += count
         characters += count * longest
-        if total > MAX_NAMES or characters > MAX_CHARACTERS:
-            raise ValueError(
-                f"{total} layer names of {characters} characters, where {MAX_NAMES} of "
-                f"{MAX_CHARACTERS} is the most"
-            )
+        if total > most:
+            raise ValueError(f"{total} layer names, where {most} are the most")
+        if characters > MAX_CHARACTERS:
+            raise ValueError(f"layer names of more than {MAX_CHARACTERS} characters in all")
     names = [".".join(path) for segments in parsed for path in product(*segments)]
     if len(set(names)) != len(names):
         raise ValueError("a layer name twice")
@@ -187,6 +190,8 @@ def _parse_word(template: str, at: int, stops: str) -> tuple[str, int]:
             raise ValueError(f"template {template[:80]!r}: {template[at]!r} at character {at}")
         word.append(template[at])
         at += 1
+        if len(word) > MAX_NAME_LENGTH:
+            raise ValueError(f"a layer name longer than {MAX_NAME_LENGTH} characters")
     if not word:
         raise ValueError(f"template {template[:80]!r}: an empty segment at character {at}")
     return "".join(word), at

@@ -127,7 +127,7 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
     start = 8 + int.from_bytes(data[:8], "little")
     assert start % 8 == 0
     header = json.loads(data[8:start])
-    assert list(header)[0] == "__metadata__"
+    assert next(iter(header)) == "__metadata__"
     assert list(header["__metadata__"]) == ["fourierft", "sha256"]
     order = [(n, header[n]["dtype"], header[n]["shape"]) for n in header if n != "__metadata__"]
     table = json.dumps(order, separators=(",", ":"))
