@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import BadInputError, FileAccessError
 from . import strict_json
-from .container import TensorInfo, open_regular, read_exactly, read_header
+from .container import TensorInfo, open_regular, read_exactly, read_file, read_header
 from .dtypes import to_numpy
 from .links import checked_file
 
@@ -248,16 +248,7 @@ def _weights_file(directory: Path) -> Path:
 
 def _read_index(index: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
     """A shard index as {shard's file name: its tensors' names}, and its metadata."""
-    fd = open_regular(index)
-    try:
-        size = os.fstat(fd).st_size
-        if size > MAX_INDEX_BYTES:
-            raise BadInputError(
-                index, expected=f"at most {MAX_INDEX_BYTES} bytes", found=f"{size} bytes"
-            )
-        content = strict_json.loads(read_exactly(fd, 0, size, index), os.fspath(index))
-    finally:
-        os.close(fd)
+    content = strict_json.loads(read_file(index, MAX_INDEX_BYTES), os.fspath(index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     metadata = content.get("metadata", {}) if isinstance(content, dict) else {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
