@@ -28,6 +28,7 @@ class Graph:
     Attributes:
         path: the file.
         precision: of most of its weights: "float32", "float16", "bfloat16", "int8", "float64".
+        inputs, outputs: their names.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
@@ -67,6 +68,7 @@ class Graph:
                 found=_first_line(error),
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self.inputs: tuple[str, ...] = tuple(self._inputs)
         self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
 
     @property

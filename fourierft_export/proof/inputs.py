@@ -67,9 +67,10 @@ def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs
 
 def _read_npz(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise BadInputError(path, expected="an .npz file", found="a single array")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise BadInputError(path, expected="an .npz file", found="a single array")
+        with file:
             return {name: file[name] for name in file.files}
     except (EOFError, ValueError, zipfile.BadZipFile, IsADirectoryError) as error:
         # numpy takes a file that is neither .npy nor .npz for pickled data (ValueError).
@@ -89,6 +90,7 @@ def default_inputs(
     count: int = 64,
     length: int | None = None,
     positions: int | None = None,
+    token_types: bool = False,
 ) -> Inputs:
     """The package's sentences as token ids; without a tokenizer, fixed pseudo-random ids.
 
@@ -100,6 +102,7 @@ def default_inputs(
         count: number of rows.
         length: pad to exactly this many tokens (a graph may fix it); default the longest row.
         positions: the most tokens the model takes.
+        token_types: a graph wants token_type_ids, even if the tokenizer makes none (all zero).
 
     Raises:
         UsageError: neither tokenizer nor vocabulary size, or count below 1.
@@ -127,7 +130,7 @@ def default_inputs(
         ids[i, : len(row)] = row
         mask[i, : len(row)] = 1
     arrays: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
-    if extra:
+    if extra or token_types:
         arrays["token_type_ids"] = np.zeros_like(ids)
     return Inputs(arrays, description)
 

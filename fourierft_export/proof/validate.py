@@ -172,6 +172,7 @@ def _ready_inputs(
         count=samples,
         length=next((g.fixed_length for g in graphs if g.fixed_length), None),
         positions=artifacts.config_number("max_position_embeddings", "n_positions"),
+        token_types=any("token_type_ids" in graph.inputs for graph in graphs),
     )
 
 

@@ -1,0 +1,85 @@
+"""Given inputs are checked; default ones are real sentences with real padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fourierft_export.errors import BadInputError, FileAccessError, UsageError
+from fourierft_export.proof.inputs import default_inputs, given_inputs, has_tokenizer
+from fourierft_export.proof.sentences import SENTENCES
+
+
+def test_there_are_enough_different_sentences() -> None:
+    assert len(set(SENTENCES)) == len(SENTENCES) >= 64
+    lengths = [len(text.split()) for text in SENTENCES]
+    assert min(lengths) == 1 and max(lengths) >= 25
+
+
+def test_sentences_are_tokenised_by_the_models_own_tokenizer(minilm_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    assert has_tokenizer(minilm_dir)
+    inputs = default_inputs(tokenizer_dir=minilm_dir, vocab_size=None)
+    expected = AutoTokenizer.from_pretrained(minilm_dir)(
+        list(SENTENCES[:64]), padding=True, truncation=True, max_length=48, return_tensors="np"
+    )
+    assert set(inputs.arrays) == set(expected)
+    for name, array in inputs.arrays.items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert inputs.mask is not None and not inputs.mask.all()
+
+
+def test_without_a_tokenizer_ids_are_fixed_and_within_the_vocabulary() -> None:
+    first = default_inputs(tokenizer_dir=None, vocab_size=50, count=20, positions=30)
+    again = default_inputs(tokenizer_dir=None, vocab_size=50, count=20, positions=30)
+    ids, mask = first.arrays["input_ids"], first.arrays["attention_mask"]
+    np.testing.assert_array_equal(ids, again.arrays["input_ids"])
+    assert ids.shape[0] == 20 and ids.shape[1] <= 30
+    assert ids.min() >= 0 and ids.max() < 50
+    assert len(np.unique(ids)) > 40
+    assert (ids[mask == 0] == 0).all() and not mask.all() and mask[:, 0].all()
+    assert set(first.arrays) == {"input_ids", "attention_mask"}
+    wide = default_inputs(tokenizer_dir=None, vocab_size=50, count=2, length=40, token_types=True)
+    assert wide.arrays["token_type_ids"].shape == (2, 40)
+    with pytest.raises(UsageError):
+        default_inputs(tokenizer_dir=None, vocab_size=None)
+    with pytest.raises(UsageError):
+        default_inputs(tokenizer_dir=None, vocab_size=50, count=0)
+
+
+def test_given_arrays_are_taken_as_they_are(tmp_path: Path) -> None:
+    arrays = {"pixels": np.ones((3, 4), np.float32), "flag": np.zeros(3, bool)}
+    np.savez(tmp_path / "in.npz", **arrays)
+    for source in (arrays, tmp_path / "in.npz", str(tmp_path / "in.npz")):
+        inputs = given_inputs(source)
+        assert inputs.rows == 3 and inputs.mask is None
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(inputs.arrays[name], array)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [{}, {"x": np.float32(1)}, {"x": np.ones(2), "y": np.ones(3)}, {"x": np.ones((0, 2))}],
+)
+def test_arrays_that_are_no_batch_are_refused(arrays: dict[str, np.ndarray]) -> None:
+    with pytest.raises(BadInputError):
+        given_inputs(arrays)
+
+
+def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 and nothing more")
+    np.save(tmp_path / "single.npy", np.ones(3))
+    np.savez(tmp_path / "pickled.npz", x=np.array([{"a": 1}], dtype=object))
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(BadInputError) as caught:
+            given_inputs(path)
+        assert path.name in caught.value.where
+    with pytest.raises(BadInputError):
+        given_inputs(tmp_path)
+    with pytest.raises(FileAccessError):
+        given_inputs(tmp_path / "absent.npz")

@@ -1,0 +1,268 @@
+"""validate on real kinds of models: tasks, sides, precisions, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fourierft_export.bundle.file import Bundle
+from fourierft_export.bundle.peft import from_peft
+from fourierft_export.errors import (
+    BadInputError,
+    BaseMismatchError,
+    FileAccessError,
+    UsageError,
+    ValidationError,
+)
+from fourierft_export.proof.validate import validate
+
+
+def rescaled(bundle: Bundle, scaling: float) -> Bundle:
+    return Bundle.build(replace(bundle.spec, scaling=scaling), bundle.spectra, bundle.saved)
+
+
+def make_peft(base: Path, auto: str, out: Path, **fields: Any) -> Path:
+    import transformers
+    from peft import FourierFTConfig, get_peft_model
+
+    torch.manual_seed(11)
+    model = getattr(transformers, auto).from_pretrained(base)
+    get_peft_model(model, FourierFTConfig(**fields)).save_pretrained(out)
+    return out
+
+
+def test_a_small_effect_is_measured_with_a_fine_rule(
+    classifier: Any, make_adapted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The fault is far below a ten-thousandth of the output, and found all the same."""
+    scaling = 0.02
+    bundle = rescaled(classifier.bundle, scaling)
+    for fault in ("", "scaling * 1.01"):
+        merged = tmp_path / f"merged{fault}"
+        make_adapted(fault, scaling=scaling).save_pretrained(merged)
+        report = validate(base=classifier.base, bundle=bundle, merged=merged)
+        pair = next(p for p in report.comparisons if p.expect == "equal")
+        (output,) = pair.outputs
+        assert output.difference is not None and output.allowed_abs is not None
+        assert output.difference.max_abs < output.allowed_abs / 5
+        assert report.ok is (fault == "")
+        assert output.resolution is not None and output.resolution < 0.01
+
+
+def test_an_adapter_without_effect_fails(classifier: Any, plant: Callable[..., Path]) -> None:
+    nothing = rescaled(classifier.bundle, 0)
+    report = validate(base=classifier.base, bundle=nothing, merged=plant("adapter zeroed"))
+    assert all(pair.ok for pair in report.comparisons if pair.expect == "equal")
+    with pytest.raises(ValidationError, match="the adapter changes nothing in logits"):
+        report.raise_for_failure()
+
+
+def test_a_head_that_is_not_there_at_all_is_a_problem_by_name(
+    classifier: Any, make_adapted: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_adapted().bert.save_pretrained(tmp_path)
+    report = validate(base=classifier.base, bundle=classifier.bundle, merged=tmp_path)
+    assert not report.ok
+    assert len(report.problems) == 1
+    assert "classifier.bias, classifier.weight" in report.problems[0]
+    with pytest.raises(ValidationError, match=r"lacks classifier\.bias"):
+        report.raise_for_failure()
+
+
+def test_a_base_with_a_head_of_its_own_is_told_from_the_deltas(
+    classifier: Any, make_adapted: Callable[..., Any], plant: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The head alone changes the outputs; that must not pass for the adapter's effect."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(5)
+    base = tmp_path / "with_head"
+    model = AutoModelForSequenceClassification.from_pretrained(classifier.base, num_labels=3)
+    model.save_pretrained(base)
+    report = validate(base=base, bundle=classifier.bundle, merged=plant())
+    report.raise_for_failure()
+    assert [side.name for side in report.sides] == ["base", "plain", "torch", "merged"]
+    zeroed = validate(base=base, bundle=classifier.bundle, merged=plant("adapter zeroed"))
+    failing = {(p.left, p.right) for p in zeroed.comparisons if not p.ok}
+    assert ("plain", "merged") in failing and ("base", "merged") not in failing
+
+
+def test_given_inputs_reach_every_side(
+    classifier: Any, plant: Callable[..., Path], clean_onnx: Path, padded_ids: Any, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "in.npz", **padded_ids)
+    seen = []
+    report = validate(
+        base=classifier.base,
+        bundle=classifier.bundle,
+        merged=plant(),
+        onnx=clean_onnx,
+        inputs=tmp_path / "in.npz",
+        batch_size=5,
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    report.raise_for_failure()
+    assert {dict(side.outputs)["logits"] for side in report.sides} == {(12, 3)}
+    assert [what for what, _, _ in seen] == ["merged", "base", "torch", "onnx:clean.onnx", "done"]
+    assert seen[-1][1:] == (4, 4)
+
+
+def test_any_torch_module_against_a_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, adapted = (
+        torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).eval()
+        for _ in range(2)
+    )
+    path = tmp_path / "adapted.onnx"
+    torch.onnx.export(
+        adapted,
+        (torch.ones(2, 6),),
+        path,
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+
+    def side(module: torch.nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        return lambda inputs: {"y": module(torch.from_numpy(inputs["x"])).detach().numpy()}
+
+    inputs = {"x": np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)}
+    sides = {"base": side(base), "torch": side(adapted)}
+    report = validate(sides=sides, onnx=[path], inputs=inputs)
+    report.raise_for_failure()
+    assert [(p.left, p.right, p.expect) for p in report.comparisons] == [
+        ("torch", "onnx:adapted.onnx", "equal"),
+        ("base", "torch", "different"),
+        ("base", "onnx:adapted.onnx", "different"),
+    ]
+    swapped = validate(
+        sides={"base": side(adapted), "torch": side(base)}, onnx=[path], inputs=inputs
+    )
+    assert not swapped.ok
+
+
+def test_a_causal_model_with_a_tied_head(stories260k: Path, tmp_path: Path) -> None:
+    """lm_head is targeted: its own copy changes, the embeddings stay, as in PEFT's forward."""
+    fields = {"target_modules": ["q_proj", "v_proj", "lm_head"], "n_frequency": 100}
+    adapter = make_peft(
+        stories260k,
+        "AutoModelForCausalLM",
+        tmp_path / "adapter",
+        task_type="CAUSAL_LM",
+        scaling=20.0,
+        **fields,
+    )
+    bundle = from_peft(adapter, base=stories260k)
+    report = validate(base=stories260k, bundle=bundle, peft=adapter, samples=8)
+    report.raise_for_failure()
+    assert report.task == "causal-lm"
+    assert "pseudo-random" in report.inputs
+    wrong = rescaled(bundle, 20.2)
+    assert not validate(base=stories260k, bundle=wrong, peft=adapter, samples=8).ok
+
+
+def test_a_gpt2_with_conv1d_layers(tiny_gpt2: Path, tmp_path: Path) -> None:
+    adapter = make_peft(
+        tiny_gpt2,
+        "AutoModelForCausalLM",
+        tmp_path / "adapter",
+        task_type="CAUSAL_LM",
+        target_modules=["c_attn", "mlp.c_proj"],
+        n_frequency=60,
+        scaling=30.0,
+        fan_in_fan_out=True,
+    )
+    unbound = from_peft(adapter)
+    report = validate(base=tiny_gpt2, bundle=unbound, peft=adapter, samples=8)
+    report.raise_for_failure()
+
+
+def test_feature_extraction_with_a_prefix_in_the_adapter(classifier: Any) -> None:
+    """A classifier's adapter says `bert.encoder...`; the bare encoder has no such prefix."""
+    bundle = Bundle.build(classifier.bundle.spec, classifier.bundle.spectra)
+    report = validate(
+        base=classifier.base,
+        bundle=bundle,
+        sides={"again": lambda x: {}},
+        task="feature-extraction",
+    )
+    torch_side = next(side for side in report.sides if side.name == "torch")
+    assert [name for name, _ in torch_side.outputs] == ["last_hidden_state", "pooler_output"]
+    failing = {(p.left, p.right) for p in report.comparisons if not p.ok}
+    assert failing == {("torch", "again"), ("base", "again")}
+    change = next(p for p in report.comparisons if (p.left, p.right) == ("base", "torch"))
+    assert [output.ok for output in change.outputs] == [True, True]
+
+
+def test_what_does_not_fit_the_base_is_a_mismatch(classifier: Any, tiny_gpt2: Path) -> None:
+    bundle = classifier.bundle
+    with pytest.raises(BaseMismatchError) as caught:
+        validate(base=tiny_gpt2, bundle=bundle, merged=tiny_gpt2, task="causal-lm")
+    assert len(caught.value.offenders) == len(bundle.layers)
+    headless = Bundle.build(bundle.spec, bundle.spectra)
+    with pytest.raises(UsageError, match=r"neither has classifier\.bias, classifier\.weight"):
+        validate(base=classifier.base, bundle=headless, merged=classifier.base)
+
+
+def test_calls_that_prove_nothing_are_refused(classifier: Any, clean_onnx: Path) -> None:
+    for call in (
+        {},
+        {"base": classifier.base},
+        {"onnx": clean_onnx},
+        {"bundle": classifier.bundle, "onnx": clean_onnx},
+        {"peft": classifier.adapter, "onnx": clean_onnx},
+        {"base": classifier.base, "bundle": classifier.bundle, "sides": {"torch": dict}},
+        {"base": classifier.base, "bundle": classifier.bundle, "task": "poetry"},
+    ):
+        with pytest.raises(UsageError):
+            validate(**call)
+
+
+def test_paths_are_checked_before_anything_runs(
+    classifier: Any, clean_onnx: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.onnx").write_text("not a graph at all")
+    (tmp_path / "empty").mkdir()
+    base, absent = classifier.base, tmp_path / "absent"
+    for call, error in (
+        ({"base": absent, "merged": base}, FileAccessError),
+        ({"base": base, "merged": absent}, FileAccessError),
+        ({"base": base, "merged": tmp_path / "empty"}, BadInputError),
+        ({"base": base, "peft": tmp_path / "empty"}, BadInputError),
+        ({"base": base, "onnx": absent}, FileAccessError),
+        ({"base": base, "onnx": tmp_path / "text.onnx"}, BadInputError),
+        ({"base": base, "bundle": absent}, FileAccessError),
+        ({"base": base, "onnx": clean_onnx, "inputs": absent}, FileAccessError),
+        ({"base": base, "onnx": clean_onnx, "inputs": {"pixels": np.ones((2, 3))}}, UsageError),
+    ):
+        with pytest.raises(error):
+            validate(**call)
+
+
+def test_a_base_against_its_own_export_changes_nothing(
+    classifier: Any, make_adapted: Callable[..., Any], plant: Callable[..., Path], padded_ids: Any
+) -> None:
+    report = validate(
+        base=plant(), merged=plant(), inputs=padded_ids, task="sequence-classification"
+    )
+    assert not report.ok
+    assert report.first_failure is not None
+    assert report.first_failure[0].expect == "different"
+
+
+def test_padded_positions_do_not_count(classifier: Any, padded_ids: Any) -> None:
+    mask = padded_ids["attention_mask"].astype(bool)
+    hidden = np.random.default_rng(0).normal(size=(12, 20, 4)).astype(np.float32)
+    dirty = np.where(mask[..., None], hidden, np.nan).astype(np.float32)
+    sides = {"a": lambda x: {"h": hidden}, "b": lambda x: {"h": dirty}}
+    assert validate(sides=sides, inputs=padded_ids).ok
+    unmasked = {"input_ids": padded_ids["input_ids"]}
+    assert not validate(sides=sides, inputs=unmasked).ok
