@@ -14,6 +14,8 @@ from ..models.base import Base, BaseLayer, Bridge
 from ..models.heads import head_labels
 from ..spectral.delta import Term
 
+_OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -114,7 +116,7 @@ def collect(base: Base, ingredients: Sequence[Ingredient]) -> Changes:
         saved = ingredient.bundle.saved
         rows = head_labels({name: value.shape for name, value in saved.items()})
         for name, value in saved.items():
-            key = bridge.to_base(name)
+            key = _stored_name(base, bridge.to_base(name))
             if key not in base.tensors and key == name:
                 outside.add(key)
                 prefixes.add(bridge.strip)
@@ -152,6 +154,15 @@ def _refuse(base: Base, conflicts: Iterable[str], misfits: Iterable[str]) -> Non
             remedy="give the base model that the adapter belongs to",
             offenders=misfits,
         )
+
+
+def _stored_name(base: Base, key: str) -> str:
+    """`key`, or what checkpoints of BERT's time call it: transformers renames it while loading."""
+    for now, then in _OLD_NORM_NAMES.items():
+        old = key.removesuffix(now) + then
+        if key.endswith(now) and key not in base.tensors and old in base.tensors:
+            return old
+    return key
 
 
 def _fits(there: tuple[int, ...], new: tuple[int, ...], rows: int | None) -> bool:

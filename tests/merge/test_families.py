@@ -171,3 +171,24 @@ def test_a_head_takes_the_dtype_of_the_base(
     merge_checkpoint(base, bundle, tmp_path / "out")
     found = Checkpoint.open(tmp_path / "out").read("classifier.weight")
     np.testing.assert_array_equal(found, np.full((3, 4), 1 / 3, np.float16))
+
+
+def test_norms_with_their_old_names_are_replaced_not_doubled(
+    tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {
+        "layer.0.query.weight": np.ones((6, 4), np.float32),
+        "layer.0.LayerNorm.gamma": np.ones(6, np.float32),
+        "layer.0.LayerNorm.beta": np.zeros(6, np.float32),
+    }
+    save_file(tensors, base / "model.safetensors")
+    saved = {"bert.layer.0.LayerNorm.bias": np.full(6, 7, np.float32)}
+    bundle = make_bundle(base, ["bert.layer.0.query"], saved=saved)
+    report = merge_checkpoint(base, bundle, tmp_path / "out")
+    found = Checkpoint.open(tmp_path / "out")
+    assert set(found.tensors) == set(tensors)
+    np.testing.assert_array_equal(found.read("layer.0.LayerNorm.beta"), np.full(6, 7))
+    assert report.replaced == ("layer.0.LayerNorm.beta",)
+    assert report.added == ()
