@@ -343,7 +343,7 @@ def _layer_offenders(
         return
     if not dtypes.has_name(spectrum.dtype) or dtypes.to_name(spectrum.dtype) not in FLOAT_DTYPES:
         yield f"layer {name}: spectrum of dtype {spectrum.dtype}, which is no float"
-    elif not np.isfinite(spectrum.astype(np.float64)).all():
+    elif not _all_finite(spectrum):
         yield f"layer {name}: NaN or infinity in the spectrum"
     facts = (layer.shape, layer.entry_rule, layer.entries_sha256)
     if None in facts and facts != (None, None, None):
@@ -365,6 +365,11 @@ def _layer_offenders(
             yield f"layer {name}: entries outside {list(layer.shape)}"
         elif len(np.unique(entries, axis=0)) != n:
             yield f"layer {name}: an entry twice"
+
+
+def _all_finite(spectrum: Array) -> bool:
+    with np.errstate(invalid="ignore"):  # casting a signalling NaN is "invalid"
+        return bool(np.isfinite(spectrum.astype(np.float64)).all())
 
 
 def _mismatch(layer: LayerSpec, there: BoundLayer) -> str | None:
