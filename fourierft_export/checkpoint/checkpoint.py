@@ -9,24 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError
-from . import strict_json
-from .container import TensorInfo, open_regular, read_exactly, read_file, read_header
+from .container import TensorInfo, open_regular, read_exactly, read_header
 from .dtypes import to_numpy
+from .layout import PICKLED, SUFFIX, pickled_error, read_index, weights_file
 from .links import checked_file
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SUFFIX = ".safetensors"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 BLOCK = 8 << 20
-MAX_INDEX_BYTES = 256 << 20
 
 _Stamp = tuple[int, int, int, int]
 
@@ -102,10 +97,10 @@ class Checkpoint:
             raise FileAccessError(path, expected="a checkpoint", found="nothing there")
         if not is_folder:
             return cls._open_files(path, {path: None})
-        file = checked_file(_weights_file(path), path, allow_links=allow_links)
+        file = checked_file(weights_file(path), path, allow_links=allow_links)
         if file.name.endswith(SUFFIX):
             return cls._open_files(path, {file: None})
-        listed, metadata = _read_index(file)
+        listed, metadata = read_index(file)
         wanted = {
             checked_file(path / shard, path, allow_links=allow_links): names
             for shard, names in sorted(listed.items())
@@ -135,7 +130,7 @@ class Checkpoint:
         twice = []
         for file, names in wanted.items():
             if file.suffix in PICKLED:
-                raise _pickled(file)
+                raise pickled_error(file)
             stamps[file] = _stamp_of(file)
             header = read_header(file)
             infos = tuple(header.tensors.values())
@@ -216,77 +211,6 @@ class Checkpoint:
                 yield block
         finally:
             os.close(fd)
-
-
-def _weights_file(directory: Path) -> Path:
-    """The file a folder's weights begin at: as transformers chooses, else the only candidate."""
-    for name in (SINGLE, INDEX):
-        if os.path.lexists(directory / name):
-            return directory / name
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise FileAccessError(
-            directory, expected="a readable folder", found=error.strerror or str(error)
-        ) from None
-    indices = [n for n in names if n.endswith(f"{SUFFIX}.index.json")]
-    files = [n for n in names if n.endswith(SUFFIX) and n != "adapter_model.safetensors"]
-    if len(indices) == 1:
-        return directory / indices[0]
-    if len(files) == 1 and not indices:
-        return directory / files[0]
-    pickled = [n for n in names if n.endswith(PICKLED)]
-    if pickled and not files:
-        raise _pickled(directory / pickled[0])
-    raise BadInputError(
-        directory,
-        expected=f"{SINGLE} or {INDEX}",
-        found=f"{len(files)} other .safetensors files" if files else "no weights",
-        remedy="name the weight file itself" if files else "is this a model's folder?",
-    )
-
-
-def _read_index(index: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
-    """A shard index as {shard's file name: its tensors' names}, and its metadata."""
-    content = strict_json.loads(read_file(index, MAX_INDEX_BYTES), os.fspath(index))
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    metadata = content.get("metadata", {}) if isinstance(content, dict) else {}
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
-        raise BadInputError(
-            index, expected="a weight_map of tensor names to shard files", found="none"
-        )
-    bad = sorted({repr(f) for f in weight_map.values() if not _is_plain_name(f)})
-    if bad:
-        raise BadInputError(
-            index,
-            expected=f"shards named by plain file names that end in {SUFFIX}",
-            found=bad[0],
-            remedy="the index is damaged or hostile: download it again",
-            offenders=bad,
-        )
-    shards: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        shards.setdefault(file, []).append(name)
-    return {file: tuple(names) for file, names in shards.items()}, metadata
-
-
-def _is_plain_name(name: object) -> bool:
-    """Whether `name` is a file name and nothing else, on every system."""
-    return (
-        isinstance(name, str)
-        and name.endswith(SUFFIX)
-        and name == PurePosixPath(name).name == PureWindowsPath(name).name
-        and name.isprintable()
-    )
-
-
-def _pickled(path: Path) -> BadInputError:
-    return BadInputError(
-        path,
-        expected="safetensors weights",
-        found="a pickled checkpoint, which can run code when it is loaded",
-        remedy="get the model's safetensors files, or convert it where you trust it",
-    )
 
 
 def _path_of(info: TensorInfo) -> Path:
