@@ -35,6 +35,7 @@ class ModelRuns:
         noise: what was measured on the way.
         problems: findings that fail the validation by themselves.
         notes: what a reader of the report should know.
+        random_outputs: outputs that rest on parameters no file holds, so that no side's count.
     """
 
     references: list[Run] = field(default_factory=list)
@@ -42,6 +43,7 @@ class ModelRuns:
     noise: Noise = field(default_factory=Noise)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    random_outputs: set[str] = field(default_factory=set)
 
 
 def run_models(
@@ -279,7 +281,9 @@ class _Runner:
         notes: tuple[str, ...] = (),
     ) -> Run:
         if dropped:
-            outputs = {n: a for n, a in outputs.items() if n == self.task.outputs[0]}
+            extra = {name for name in outputs if name != self.task.outputs[0]}
+            self.found.random_outputs |= extra
+            outputs = {name: array for name, array in outputs.items() if name not in extra}
             notes = (*notes, f"random, so not compared: what {', '.join(dropped)} gives")
         shapes = tuple((n, a.shape) for n, a in outputs.items())
         seconds = time.monotonic() - started

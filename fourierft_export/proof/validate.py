@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..errors import UsageError
 from .artifacts import Artifacts
 from .compare import Array, Outputs
 from .graphs import Graph
-from .inputs import Inputs, default_inputs, given_inputs, has_tokenizer
+from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokenizer
 from .judge import Run, judge
 from .model_sides import run_models
 from .report import Comparison, Report, Side
@@ -28,6 +28,9 @@ SideFunction = Callable[[Mapping[str, Array]], Outputs]
 
 USEFUL_RESOLUTION = 0.01
 """A validation is expected to see an error of the adapter of one percent."""
+
+LOGITS_PER_SIDE = 2**26
+"""Every side's outputs are kept until the end: 256 MiB each in float32."""
 
 
 def validate(
@@ -63,7 +66,8 @@ def validate(
             adapter or the config says.
         tolerances: precision ("float32", ...) -> a `Tolerance`, or a number for its `scale`.
         tokenizer: directory of the tokenizer, if neither base nor merged has one.
-        samples: rows of the default inputs.
+        samples: rows of the default inputs; fewer, down to four, where a causal model's
+            vocabulary makes its outputs large.
         batch_size: rows per call of a model or graph (`sides` get all rows at once).
         threads: for ONNX Runtime; default its own choice.
         progress: called as progress(what, done, total).
@@ -93,8 +97,9 @@ def validate(
     )
     called = [_run_function(name, call, ready, steps) for name, call in functions.items()]
     run = [_run_graph(name, g, ready, batch_size, steps) for name, g in graphs.items()]
-    references = [*models.references, *(r for r in called if r.side.role == "base")]
-    adapted = [*models.adapted, *(r for r in called if r.side.role != "base"), *run]
+    others = [_without(r, models.random_outputs) for r in (*called, *run)]
+    references = [*models.references, *(r for r in others if r.side.role == "base")]
+    adapted = [*models.adapted, *(r for r in others if r.side.role != "base")]
     comparisons = judge(
         references,
         adapted,
@@ -166,9 +171,12 @@ def _ready_inputs(
         return given_inputs(given)
     if tokenizer is not None and not has_tokenizer(Path(tokenizer)):
         raise UsageError(tokenizer, expected="a directory with a tokenizer", found="none in it")
+    vocabulary = artifacts.config_number("vocab_size")
+    if artifacts.task is not None and artifacts.task.name == "causal-lm" and vocabulary:
+        samples = min(samples, max(4, LOGITS_PER_SIDE // (MAX_TOKENS * vocabulary)))
     return default_inputs(
         tokenizer_dir=artifacts.tokenizer if tokenizer is None else Path(tokenizer),
-        vocab_size=artifacts.config_number("vocab_size"),
+        vocab_size=vocabulary,
         count=samples,
         length=next((g.fixed_length for g in graphs if g.fixed_length), None),
         positions=artifacts.config_number("max_position_embeddings", "n_positions"),
@@ -198,6 +206,11 @@ def _run_graph(name: str, graph: Graph, inputs: Inputs, batch_size: int, steps: 
     outputs = graph.run(inputs.arrays, batch_size=batch_size if inputs.mask is not None else None)
     side = _side(name, "adapted", os.fspath(graph.path), graph.precision, outputs, started)
     return Run(side, outputs, computes=graph.precision)
+
+
+def _without(run: Run, names: Set[str]) -> Run:
+    """The run without outputs that rest on random parameters: no two exports share those."""
+    return replace(run, outputs={n: a for n, a in run.outputs.items() if n not in names})
 
 
 def _side(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,17 @@ import torch
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft
+from fourierft_export.bundle.spec import LayerSpec
 from fourierft_export.errors import (
     BadInputError,
     BaseMismatchError,
     FileAccessError,
+    MissingExtraError,
     UsageError,
     ValidationError,
 )
+from fourierft_export.merge.merge import merge_checkpoint
+from fourierft_export.onnx_graph.pretrained import export_pretrained
 from fourierft_export.proof.validate import validate
 
 
@@ -266,3 +271,139 @@ def test_padded_positions_do_not_count(classifier: Any, padded_ids: Any) -> None
     assert validate(sides=sides, inputs=padded_ids).ok
     unmasked = {"input_ids": padded_ids["input_ids"]}
     assert not validate(sides=sides, inputs=unmasked).ok
+
+
+def test_outputs_that_rest_on_random_parameters_are_left_out(
+    classifier: Any, tmp_path: Path
+) -> None:
+    """An encoder saved without its pooler gets a random one wherever it is loaded."""
+    from transformers import BertModel
+
+    base = tmp_path / "poolerless"
+    BertModel.from_pretrained(classifier.base, add_pooling_layer=False).save_pretrained(base)
+    bundle = Bundle.build(classifier.bundle.spec, classifier.bundle.spectra)
+    merged = tmp_path / "merged"
+    merge_checkpoint(base, bundle, merged)
+    pooled = {"pooler_output": np.ones((64, 3))}
+    report = validate(
+        base=base,
+        bundle=bundle,
+        merged=merged,
+        sides={"graph": lambda x: hidden_states(merged, x) | pooled},
+        task="feature-extraction",
+    )
+    report.raise_for_failure()
+    names = {output.output for pair in report.comparisons for output in pair.outputs}
+    assert names == {"last_hidden_state"}
+    assert any("pooler.dense.weight" in note for side in report.sides for note in side.notes)
+
+
+def hidden_states(directory: Path, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(directory).eval()
+    with torch.no_grad():
+        result = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    return {"last_hidden_state": result.last_hidden_state.numpy()}
+
+
+def test_a_base_and_merge_in_bfloat16(classifier: Any, tmp_path: Path) -> None:
+    """The base is bfloat16 already; PEFT computes W + delta in float32, the merge rounds it."""
+    from transformers import BertModel
+
+    base = tmp_path / "base"
+    BertModel.from_pretrained(classifier.base).to(torch.bfloat16).save_pretrained(base)
+    bundle = from_peft(classifier.adapter, base=base)
+    merge_checkpoint(base, bundle, tmp_path / "merged")
+    report = validate(base=base, bundle=bundle, peft=classifier.adapter, merged=tmp_path / "merged")
+    report.raise_for_failure()
+    assert {side.name: side.precision for side in report.sides} == {
+        "base": "float32",
+        "plain:bfloat16": "bfloat16",
+        "torch": "float32",
+        "torch:bfloat16": "bfloat16",
+        "peft": "float32",
+        "merged": "bfloat16",
+    }
+    merge_checkpoint(base, rescaled(bundle, 4.04), tmp_path / "wrong")
+    wrong = validate(base=base, bundle=bundle, merged=tmp_path / "wrong")
+    assert [(p.left, p.right) for p in wrong.comparisons if not p.ok] == [
+        ("torch:bfloat16", "merged")
+    ]
+
+
+def test_a_half_precision_graph(classifier: Any, clean_onnx: Path, plant_onnx: Any) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    for source, good in ((clean_onnx, True), (plant_onnx("seed + 1"), False)):
+        half = source.with_name(f"half_{good}.onnx")
+        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), half)
+        report = validate(base=classifier.base, bundle=classifier.bundle, onnx=half)
+        assert report.sides[-1].precision == "float16"
+        assert report.ok is good
+        pair = next(p for p in report.comparisons if p.right == f"onnx:{half.name}")
+        assert pair.precision == "float16"
+
+
+@pytest.mark.parametrize("fault", ["", "scaling * 1.01", "seed + 1"])
+def test_an_unmerged_graph_of_a_faulty_bundle(classifier: Any, fault: str, tmp_path: Path) -> None:
+    spec = classifier.bundle.spec
+    # Unbound, so that no hash of the entries gives the other seed away.
+    layers = tuple(LayerSpec(layer.name, layer.n_frequency) for layer in spec.layers)
+    faulty = Bundle.build(
+        replace(
+            spec,
+            layers=layers,
+            seed=spec.seed + (fault == "seed + 1"),
+            scaling=spec.scaling * (1.01 if fault == "scaling * 1.01" else 1),
+        ),
+        classifier.bundle.spectra,
+        classifier.bundle.saved,
+    )
+    path = tmp_path / "model.onnx"
+    export_pretrained(classifier.base, faulty, path, mode="unmerged")
+    report = validate(base=classifier.base, bundle=classifier.bundle, onnx=path)
+    assert report.ok is (fault == "")
+
+
+def test_a_graph_of_fixed_size_gets_inputs_of_that_size(
+    classifier: Any, clean_onnx: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(clean_onnx)
+    for value in model.graph.input:
+        for axis, size in zip(value.type.tensor_type.shape.dim, (4, 24), strict=True):
+            axis.dim_value = size
+    path = tmp_path / "fixed.onnx"
+    onnx.save(model, path)
+    report = validate(base=classifier.base, bundle=classifier.bundle, onnx=path, samples=8)
+    report.raise_for_failure()
+    assert dict(report.input_shapes)["input_ids"] == (8, 24)
+    with pytest.raises(UsageError, match="a number of rows that 4 divides"):
+        validate(base=classifier.base, bundle=classifier.bundle, onnx=path, samples=7)
+
+
+def test_without_peft_the_error_names_the_extra(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"fourierft-export\[test\]"):
+        validate(base=classifier.base, bundle=classifier.bundle, peft=classifier.adapter)
+
+
+def test_minilm_with_an_adapter_of_peft(
+    minilm_dir: Path, peft_minilm_adapter: Callable[..., Path]
+) -> None:
+    adapter = peft_minilm_adapter(scaling=100.0)
+    bundle = from_peft(adapter, base=minilm_dir)
+    report = validate(base=minilm_dir, bundle=bundle, peft=adapter)
+    report.raise_for_failure()
+    assert dict(report.sides[0].outputs)["logits"] == (64, 2)
+    assert f"64 sentences, with the tokenizer in {minilm_dir}" == report.inputs
+    for wrong in (
+        rescaled(bundle, 101.0),
+        Bundle.build(bundle.spec, bundle.spectra, {n: a * 1.01 for n, a in bundle.saved.items()}),
+    ):
+        assert not validate(base=minilm_dir, bundle=wrong, peft=adapter, samples=16).ok
