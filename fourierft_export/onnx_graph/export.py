@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from .. import __version__
 from ..adapt.attach import capture
 from ..adapt.layer import FourierLinear
 from ..adapt.linear import stored_weight, to_array
-from ..adapt.plain import swapped_layers
+from ..adapt.plain import swapped_layers, with_weight
 from ..adapt.tree import active_adapters, fourier_layers
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from ..spectral.delta import Term
-from .locate import locate_weights
+from .locate import locate_marks
 from .metadata import describe
 from .report import ExportReport
-from .rewrite import MERGED, MODES, LayerTerm, Written, write_merged, write_unmerged
+from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from .trace import Inputs, trace
 from .write import write_model
 
@@ -86,7 +87,12 @@ def export_onnx(
     check_output(path, force=force)
     adapters = {name: capture(model, name) for name in active_adapters(model)}
     report("trace", 0, 3)
-    with swapped_layers(model, lambda _, layer: layer.linear):
+    marks = _marks(layers)
+
+    def stand_in(path: str, layer: FourierLinear) -> nn.Module:
+        return with_weight(layer.linear, marks[path]) if path in marks else layer.linear
+
+    with swapped_layers(model, stand_in):
         graph = trace(
             model,
             example_inputs,
@@ -96,7 +102,12 @@ def export_onnx(
             opset=opset,
         )
     report("write adapters", 1, 3)
-    written = _write_adapters(graph, layers, mode)
+    sites = locate_marks(graph, {path: to_array(mark) for path, mark in marks.items()})
+    content = {path: _adapted(layer) for path, layer in layers.items()}
+    if mode == MERGED:
+        written = write_merged(sites, content)
+    else:
+        written = write_unmerged(graph, sites, content)
     graph.metadata_props.update(
         describe(
             version=__version__,
@@ -120,7 +131,7 @@ def export_onnx(
         outputs=_shapes(graph.graph.outputs),
         layers=tuple(layers),
         adapters=tuple(adapters),
-        notes=tuple(_notes(layers, mode)),
+        notes=_notes(content, mode),
     )
 
 
@@ -153,34 +164,28 @@ def _check(
         )
 
 
-def _write_adapters(
-    graph: ir.Model, layers: Mapping[str, FourierLinear], mode: str
-) -> list[Written]:
-    weights = {
-        path: (to_array(stored_weight(layer.linear)), layer.fan_in_fan_out)
-        for path, layer in layers.items()
-    }
-    sites = locate_weights(graph, weights)
-    terms = {path: _terms(layer) for path, layer in layers.items()}
-    write = write_merged if mode == MERGED else write_unmerged
-    return write(graph, sites, terms)
+def _marks(layers: Mapping[str, FourierLinear]) -> dict[str, torch.Tensor]:
+    """Path -> random numbers in the shape and dtype of the layer's weight (see `locate`)."""
+    random = torch.Generator().manual_seed(0)
+    weights = {path: stored_weight(layer.linear) for path, layer in layers.items()}
+    return {p: torch.randn(w.shape, generator=random).to(w.dtype) for p, w in weights.items()}
 
 
-def _terms(layer: FourierLinear) -> list[LayerTerm]:
+def _adapted(layer: FourierLinear) -> AdaptedLayer:
     terms = []
     for name in layer.active:
         adapter = layer.adapter(name)
         spectrum = to_array(adapter.spectrum)
         scaling = float(adapter.origin.scaling)
-        terms.append(LayerTerm(name, Term(spectrum, adapter.host_entries, scaling), layer.shape))
-    return terms
+        terms.append(LayerTerm(name, Term(spectrum, adapter.host_entries, scaling)))
+    return AdaptedLayer(to_array(stored_weight(layer.linear)), layer.fan_in_fan_out, tuple(terms))
 
 
-def _notes(layers: Mapping[str, FourierLinear], mode: str) -> list[str]:
-    dtypes = {t.term.spectrum.dtype.name for layer in layers.values() for t in _terms(layer)}
+def _notes(layers: Mapping[str, AdaptedLayer], mode: str) -> tuple[str, ...]:
+    dtypes = {t.term.spectrum.dtype.name for layer in layers.values() for t in layer.terms}
     if mode != MERGED and "bfloat16" in dtypes:
-        return ["bfloat16 spectra are stored as float32, which holds every such value exactly"]
-    return []
+        return ("bfloat16 spectra are stored as float32, which holds every such value exactly",)
+    return ()
 
 
 def _shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:

@@ -41,10 +41,10 @@ def describe(
     sites = list(written)
     weights: dict[str, list[dict[str, Any]]] = {}
     for one in sites:
-        weights.setdefault(one.site.layer, []).append(
-            {"initializer": one.weight, "transposed": one.site.transposed}
+        weights.setdefault(one.layer, []).append(
+            {"initializer": one.weight, "transposed": one.transposed}
         )
-    tensors = {(w.site.layer, a): names for w in sites for a, names in w.terms.items()}
+    tensors = {(one.layer, name): names for one in sites for name, names in one.terms.items()}
     content = {
         "schema": SCHEMA,
         "version": version,

@@ -14,6 +14,7 @@ from ..adapt.attach import attach
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
+from ..merge.check import check
 from ..models.base import open_base
 from ..models.examples import BATCH_AXIS, SEQUENCE_AXIS, example_inputs, output_names
 from ..models.heads import head_labels
@@ -72,6 +73,13 @@ def export_pretrained(
     named = _named(bundles)
     opened = open_base(base)
     check_output(path, force=force, inputs=(opened.directory,))
+    # Against the files: a loaded model may be in another precision than they are.
+    checked = check(
+        opened,
+        [(f"adapter {name}", bundle, 1.0) for name, bundle in named.items()],
+        allow_base_mismatch=allow_base_mismatch,
+        progress=progress,
+    )
     task = task or infer_task(opened.config, _task_type(named))
     if progress:
         progress("load", 0, 1)
@@ -84,10 +92,10 @@ def export_pretrained(
     )
     if progress:
         progress("load", 1, 1)
-    attach_all(model, _weighted(named, weights), allow_base_mismatch=allow_base_mismatch)
+    attach_all(model, _weighted(named, weights), allow_base_mismatch=True)
     inputs = example_inputs(model, task)
     axes = {0: BATCH_AXIS, 1: SEQUENCE_AXIS}
-    return export_onnx(
+    report = export_onnx(
         model,
         inputs,
         path,
@@ -100,6 +108,7 @@ def export_pretrained(
         force=force,
         progress=progress,
     )
+    return replace(report, notes=(*(note for one in checked for note in one.notes), *report.notes))
 
 
 def attach_all(

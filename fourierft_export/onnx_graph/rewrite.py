@@ -1,13 +1,14 @@
 """Adapters written into a graph: baked into the weights, or beside them as spectra.
 
-Both start from the graph of the bare base and change nothing but what feeds the adapted layers, so
-the nodes of a merged graph are those of the base's by construction.
+Both start from the graph of the base, traced with marks for the adapted weights, and change nothing
+but what feeds those layers: so the nodes of a merged graph are the base's by construction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,12 +35,31 @@ class LayerTerm:
     Attributes:
         adapter: the adapter's name.
         term: spectrum (n,), entries (n, 2) and scaling.
-        shape: (out, in) of delta_W.
     """
 
     adapter: str
     term: Term
-    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLayer:
+    """A layer to adapt.
+
+    Attributes:
+        weight: the base weight as stored; float32, float16 or bfloat16.
+        fan_in_fan_out: that is (in, out), not (out, in).
+        terms: the adapters that add up.
+    """
+
+    weight: npt.NDArray[Any]
+    fan_in_fan_out: bool
+    terms: tuple[LayerTerm, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), the shape of delta_W."""
+        rows, columns = self.weight.shape
+        return (columns, rows) if self.fan_in_fan_out else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -47,60 +67,58 @@ class Written:
     """What became of one site.
 
     Attributes:
-        site: the site.
+        layer: module path.
         weight: name of the initializer that holds the weight, W or W + delta_W.
+        transposed: it holds it as (in, out).
         terms: per adapter the names of its initializers: "spectrum", "entries", "scaling"; empty
             when merged.
     """
 
-    site: WeightSite
+    layer: str
     weight: str
+    transposed: bool
     terms: Mapping[str, Mapping[str, str]]
 
 
-def write_merged(
-    model: ir.Model, sites: Iterable[WeightSite], terms: Mapping[str, Sequence[LayerTerm]]
-) -> list[Written]:
-    """Replace each weight by W + delta_W, rounded once to the weight's dtype.
+def write_merged(sites: Iterable[WeightSite], layers: Mapping[str, AdaptedLayer]) -> list[Written]:
+    """Put W + delta_W in place of each mark, rounded once to the weight's dtype.
 
     Args:
-        model: changed in place. Nodes stay as they are; an initializer that other layers use too
-            is left to them, and the adapted layer gets one of its own.
-        sites: from `locate_weights`.
-        terms: module path -> the adapters to add up.
+        sites: from `locate_marks`; their graph is changed in place, its nodes stay as they are.
+        layers: module path -> what belongs there.
     """
     written = []
     for site in sites:
-        constant = site.value.const_value
-        if constant is None:
-            raise TypeError(f"{site.value.name} is no constant")
+        layer = layers[site.layer]
         total = add_delta_weight(
-            constant.numpy(), [t.term for t in terms[site.layer]], transposed=site.transposed
+            layer.weight, [t.term for t in layer.terms], transposed=layer.fan_in_fan_out
         )
-        if len(site.value.uses()) == len(site.uses):
-            name = str(site.value.name)
-            site.value.const_value = _tensor(total, name)
-        else:
-            value = _add_initializer(model, f"{site.layer}.weight", total)
-            name = str(value.name)
-            _redirect(site, value)
-        written.append(Written(site, name, {}))
+        written.append(_put_weight(site, layer, total))
     return written
 
 
 def write_unmerged(
-    model: ir.Model, sites: Iterable[WeightSite], terms: Mapping[str, Sequence[LayerTerm]]
+    model: ir.Model, sites: Iterable[WeightSite], layers: Mapping[str, AdaptedLayer]
 ) -> list[Written]:
-    """Feed each adapted layer W + delta_W, rebuilt in the graph from spectrum, entries, scaling.
+    """Put W in place of each mark, and feed its users W + delta_W, which the graph rebuilds.
 
     Args:
-        model: changed in place; the arguments as in `write_merged`.
+        model: the sites' graph, changed in place.
+        sites, layers: as in `write_merged`.
     """
     functions.add_functions(model)
-    writer = _Writer(model, several=len({t.adapter for ts in terms.values() for t in ts}) > 1)
-    written = [writer.write(site, terms[site.layer]) for site in sites]
+    names = {term.adapter for layer in layers.values() for term in layer.terms}
+    writer = _Writer(model, several=len(names) > 1)
+    written = [writer.write(site, layers[site.layer]) for site in sites]
     writer.finish()
     return written
+
+
+def _put_weight(site: WeightSite, layer: AdaptedLayer, weight: npt.NDArray[Any]) -> Written:
+    """Make `weight`, given as the layer stores it, the content of the site's initializer."""
+    name = str(site.value.name)
+    site.value.const_value = _tensor(weight.T if site.turned else weight, name)
+    return Written(site.layer, name, site.turned != layer.fan_in_fan_out, {})
 
 
 class _Writer:
@@ -110,78 +128,77 @@ class _Writer:
         self.model = model
         self.several = several
         self.nodes: list[ir.Node] = []
+        self.names: set[str] = set()
         self.entries: dict[bytes, ir.Value] = {}
         self.tables: dict[tuple[str, int, int], tuple[ir.Value, ir.Value]] = {}
-        self.names: dict[tuple[str, str], dict[str, str]] = {}
-        self.values: dict[str, ir.Value] = {}
+        self.inputs: dict[tuple[str, str], dict[str, ir.Value]] = {}
 
-    def write(self, site: WeightSite, terms: Sequence[LayerTerm]) -> Written:
+    def write(self, site: WeightSite, layer: AdaptedLayer) -> Written:
         import onnx_ir as ir
 
-        weight = site.value
-        deltas = [self._delta(site, term) for term in terms]
+        weight, name = site.value, f"{site.layer}.weight"
+        users = tuple(weight.uses())
+        written = _put_weight(site, layer, layer.weight)
+        inputs = [self._inputs(site.layer, term) for term in layer.terms]
+        deltas = [
+            self._delta(f"{self._prefix(site.layer, term.adapter)}.delta", layer, given, written)
+            for term, given in zip(layer.terms, inputs, strict=True)
+        ]
         exact = weight.dtype == ir.DataType.FLOAT
-        start = (
-            weight if exact else self._op("Cast", [weight], f"{site.layer}.weight.float32", to=1)
-        )
-        total = self._op("Sum", [start, *deltas], f"{site.layer}.weight.adapted")
+        start = weight if exact else self._op("Cast", [weight], f"{name}.float32", to=FLOAT32)
+        total = self._op("Sum", [start, *deltas], f"{name}.adapted")
         if not exact and weight.dtype is not None:
-            rounded = f"{site.layer}.weight.rounded"
-            total = self._op("Cast", [total], rounded, to=int(weight.dtype))
-        _redirect(site, total)
-        names = {term.adapter: self.names[site.layer, term.adapter] for term in terms}
-        return Written(site, str(weight.name), names)
+            total = self._op("Cast", [total], f"{name}.rounded", to=int(weight.dtype))
+        for node, index in users:
+            node.replace_input_with(index, total)
+        terms = {
+            term.adapter: {kind: str(value.name) for kind, value in given.items()}
+            for term, given in zip(layer.terms, inputs, strict=True)
+        }
+        return replace(written, terms=terms)
 
     def finish(self) -> None:
         """Put the new nodes at the start of the graph: they depend on constants only."""
         graph = self.model.graph
         graph.insert_before(graph[0], self.nodes)
 
-    def _delta(self, site: WeightSite, layer_term: LayerTerm) -> ir.Value:
-        spectrum, scaling, entries = self._inputs(site.layer, layer_term)
-        rows, columns = layer_term.shape
-        row_tables = self._tables(entries, 0, rows)
-        column_tables = self._tables(entries, 1, columns)
-        if site.transposed:
+    def _delta(
+        self, name: str, layer: AdaptedLayer, inputs: Mapping[str, ir.Value], written: Written
+    ) -> ir.Value:
+        """delta_W in the layout of the graph's weight."""
+        rows, columns = layer.shape
+        row_tables = self._tables(inputs["entries"], 0, rows)
+        column_tables = self._tables(inputs["entries"], 1, columns)
+        if written.transposed:
             rows, columns = columns, rows
             row_tables, column_tables = column_tables, row_tables
-        prefix = self._prefix(site.layer, layer_term.adapter)
         return self._op(
             functions.DELTA,
-            [spectrum, scaling, *row_tables, *column_tables],
-            f"{prefix}.delta",
+            [inputs["spectrum"], inputs["scaling"], *row_tables, *column_tables],
+            name,
             domain=functions.DOMAIN,
             rows=rows,
             columns=columns,
         )
 
-    def _inputs(self, layer: str, layer_term: LayerTerm) -> tuple[ir.Value, ir.Value, ir.Value]:
-        prefix = self._prefix(layer, layer_term.adapter)
+    def _inputs(self, layer: str, layer_term: LayerTerm) -> dict[str, ir.Value]:
+        """The adapter's tensors for one layer, by kind."""
+        prefix, term = self._prefix(layer, layer_term.adapter), layer_term.term
         key = layer, layer_term.adapter
-        if key not in self.names:
-            term = layer_term.term
-            spectrum = self._initializer(f"{prefix}.spectrum", storable(term.spectrum))
-            scaling = self._initializer(f"{prefix}.scaling", np.float32(term.scaling))
+        if key not in self.inputs:
             entries = np.ascontiguousarray(term.entries, dtype=np.int64)
             content = entries.tobytes()
             if content not in self.entries:
                 self.entries[content] = self._initializer(f"{prefix}.entries", entries)
-            self.names[key] = {
-                "spectrum": str(spectrum.name),
-                "scaling": str(scaling.name),
-                "entries": str(self.entries[content].name),
+            self.inputs[key] = {
+                "spectrum": self._initializer(f"{prefix}.spectrum", storable(term.spectrum)),
+                "entries": self.entries[content],
+                "scaling": self._initializer(f"{prefix}.scaling", np.float32(term.scaling)),
             }
-        names = self.names[key]
-        return (
-            self.values[names["spectrum"]],
-            self.values[names["scaling"]],
-            self.values[names["entries"]],
-        )
+        return self.inputs[key]
 
     def _initializer(self, name: str, array: npt.ArrayLike) -> ir.Value:
-        value = _add_initializer(self.model, name, np.asarray(array))
-        self.values[str(value.name)] = value
-        return value
+        return _add_initializer(self.model, name, np.asarray(array))
 
     def _prefix(self, layer: str, adapter: str) -> str:
         return f"{layer}.{adapter}" if self.several else layer
@@ -211,6 +228,8 @@ class _Writer:
     ) -> ir.Value:
         import onnx_ir as ir
 
+        name = _free(name, self.names)
+        self.names.add(name)
         node = ir.node(kind, inputs, attributes, domain=domain, name=name)
         node.outputs[0].name = name
         self.nodes.append(node)
@@ -226,9 +245,7 @@ def _add_initializer(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.
     """A new constant; the name gets a number if it is taken."""
     import onnx_ir as ir
 
-    taken, stem, number = model.graph.initializers, name, 1
-    while name in taken:
-        name, number = f"{stem}.{number}", number + 1
+    name = _free(name, model.graph.initializers)
     tensor = _tensor(array, name)
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -237,12 +254,16 @@ def _add_initializer(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.
     return value
 
 
+def _free(name: str, taken: Container[str]) -> str:
+    """`name`, with a number behind it if it is taken."""
+    numbers = itertools.count(1)
+    free = name
+    while free in taken:
+        free = f"{name}.{next(numbers)}"
+    return free
+
+
 def _tensor(array: npt.NDArray[Any], name: str) -> ir.TensorProtocol:
     import onnx_ir as ir
 
     return ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-
-
-def _redirect(site: WeightSite, value: ir.Value) -> None:
-    for node, index in site.uses:
-        node.replace_input_with(index, value)

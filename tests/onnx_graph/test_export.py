@@ -1,0 +1,429 @@
+"""Any torch module with adapters to ONNX: values, nodes, names, and the model left as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+import fourierft_export as ff
+from fourierft_export.adapt.active import activate
+from fourierft_export.errors import BadInputError, UsageError
+
+MODES = ("merged", "unmerged")
+
+Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+
+
+class Plain(nn.Module):
+    """Linear layers of every kind: 2-D and 3-D inputs, with and without bias, one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.square = nn.Linear(8, 8, bias=False)
+        self.twice = nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.first(x))
+        x = self.twice(torch.relu(self.twice(self.square(x))))
+        return x, self.head(x.mean(dim=1))
+
+
+def adapted(model: nn.Module, seed: int = 3, name: str = "default", **fields: Any) -> nn.Module:
+    """`model` with random-normal spectra, as PEFT starts them, that clearly change the output."""
+    torch.manual_seed(seed)
+    options = {"n_frequency": 12, "scaling": 6.0, "target_modules": "all-linear"} | fields
+    return ff.inject(model, ff.FourierFTConfig(random_loc_seed=seed, **options), name).eval()
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+def batch_input(rows: int = 4) -> torch.Tensor:
+    return torch.randn(rows, 7, 6, generator=torch.Generator().manual_seed(rows))
+
+
+def close(got: np.ndarray, expected: torch.Tensor) -> None:
+    want = expected.detach().float().numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.fixture(scope="module")
+def base_export(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    """torch's own export of the bare model."""
+    path = tmp_path_factory.mktemp("base") / "base.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            plain(),
+            (batch_input(),),
+            path,
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            output_names=["states", "logits"],
+            dynamic_shapes={"x": {0: "batch"}},
+        )
+    return onnx.load(path)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, nn.Module, Any]:
+    model = adapted(plain())
+    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
+    report = ff.export_onnx(
+        model,
+        batch_input(),
+        path,
+        mode=request.param,
+        output_names=["states", "logits"],
+        dynamic_shapes={"x": {0: "batch"}},
+    )
+    return request.param, path, model, report
+
+
+def test_outputs_are_those_of_pytorch_at_another_batch_size(
+    exported: tuple[str, Path, nn.Module, Any], run: Run
+) -> None:
+    _, path, model, _ = exported
+    x = batch_input(9)
+    got = run(path, {"x": x})
+    for name, expected in zip(("states", "logits"), model(x), strict=True):
+        close(got[name], expected)
+    base = plain()(x)[1].detach().numpy()
+    assert np.abs(got["logits"] - base).max() > 0.1 * np.abs(base).max()
+
+
+def test_the_reference_evaluator_agrees(exported: tuple[str, Path, nn.Module, Any]) -> None:
+    _, path, model, _ = exported
+    x = batch_input(3)
+    states, logits = ReferenceEvaluator(str(path)).run(None, {"x": x.numpy()})
+    close(states, model(x)[0])
+    close(logits, model(x)[1])
+
+
+def test_merged_nodes_are_those_of_the_plain_export(
+    base_export: onnx.ModelProto, tmp_path: Path, node_list: Any
+) -> None:
+    path = tmp_path / "model.onnx"
+    ff.export_onnx(
+        adapted(plain()),
+        batch_input(),
+        path,
+        output_names=["states", "logits"],
+        dynamic_shapes={"x": {0: "batch"}},
+    )
+    made = onnx.load(path)
+    assert node_list(made) == node_list(base_export)
+    assert [n.input for n in made.graph.node] == [n.input for n in base_export.graph.node]
+    assert not made.functions
+
+
+def test_unmerged_folds_to_the_nodes_of_merged(tmp_path: Path, folded: Any, node_list: Any) -> None:
+    lists, weights = [], []
+    for mode in MODES:
+        path = tmp_path / f"{mode}.onnx"
+        ff.export_onnx(adapted(plain()), batch_input(), path, mode=mode)
+        model = folded(path)
+        assert not model.functions
+        # ONNX Runtime numbers the nodes that it makes itself.
+        lists.append([kind for _, kind, *_ in node_list(model)])
+        found = [numpy_helper.to_array(t) for t in model.graph.initializer]
+        weights.append([w for w in found if w.ndim == 2])
+    assert lists[0] == lists[1]
+    assert len(weights[0]) == len(weights[1]) == 5
+    for merged in weights[0]:
+        error = min(np.abs(merged - w).max() for w in weights[1] if w.shape == merged.shape)
+        assert error <= 2e-6 * np.abs(merged).max()
+
+
+def test_unmerged_keeps_base_weights_and_named_spectra(tmp_path: Path) -> None:
+    model = adapted(plain())
+    path = tmp_path / "model.onnx"
+    ff.export_onnx(model, batch_input(), path, mode="unmerged")
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    bundle = ff.capture(model)
+    for layer in bundle.layers:
+        np.testing.assert_array_equal(tensors[f"{layer.name}.spectrum"], bundle.spectra[layer.name])
+        assert tensors[f"{layer.name}.scaling"] == 6.0
+    np.testing.assert_array_equal(tensors["first.entries"], bundle.entries("first"))
+    # `square` and `twice` have one shape and one seed: their entries are there once.
+    assert sorted(n for n in tensors if n.endswith(".entries")) == [
+        "first.entries",
+        "head.0.entries",
+        "head.2.entries",
+        "square.entries",
+    ]
+    base = plain().state_dict()
+    matrices = [t for t in tensors.values() if t.ndim == 2 and t.dtype == np.float32]
+    for name in ("first", "square", "twice", "head.0", "head.2"):
+        weight = base[f"{name}.weight"].numpy()
+        assert any(np.array_equal(m, weight) or np.array_equal(m, weight.T) for m in matrices), name
+
+
+def test_metadata_tells_where_everything_is(exported: tuple[str, Path, nn.Module, Any]) -> None:
+    mode, path, model, report = exported
+    proto = onnx.load(path)
+    stored = {p.key: p.value for p in proto.metadata_props}
+    content = json.loads(stored["fourierft_export"])
+    bundle = ff.capture(model)
+    adapter = content["adapters"]["default"]
+    assert (content["mode"], content["version"]) == (mode, ff.__version__)
+    assert (adapter["seed"], adapter["scaling"]) == (3, 6.0)
+    assert adapter["bundle_sha256"] == bundle.sha256
+    assert [one["name"] for one in adapter["layers"]] == [one.name for one in bundle.layers]
+    tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    state = plain().state_dict()
+    for layer in adapter["layers"]:
+        (weight,) = content["weights"][layer["name"]]
+        found = tensors[weight["initializer"]]
+        upright = found.T if weight["transposed"] else found
+        base = state[f"{layer['name']}.weight"].numpy()
+        assert np.array_equal(upright, base) == (mode == "unmerged")
+        if mode == "unmerged":
+            np.testing.assert_array_equal(tensors[layer["entries"]], bundle.entries(layer["name"]))
+            assert layer["spectrum"] == f"{layer['name']}.spectrum"
+    assert set(report.layers) == set(content["weights"])
+
+
+def test_report(exported: tuple[str, Path, nn.Module, Any]) -> None:
+    mode, path, _, report = exported
+    proto = onnx.load(path)
+    assert report.to_dict() == {
+        "path": str(path),
+        "data": None,
+        "bytes": path.stat().st_size,
+        "mode": mode,
+        "opset": next(o.version for o in proto.opset_import if not o.domain),
+        "nodes": len(proto.graph.node),
+        "inputs": {"x": ["batch", 7, 6]},
+        "outputs": {"states": ["batch", 7, 8], "logits": ["batch", 3]},
+        "layers": ["first", "square", "twice", "head.0", "head.2"],
+        "adapters": ["default"],
+        "notes": [],
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_active_adapters_add_up(mode: str, tmp_path: Path, run: Run) -> None:
+    model = adapted(adapted(plain()), seed=8, name="second", target_modules=["square", "head.2"])
+    activate(model, ["default", "second"])
+    path = tmp_path / "model.onnx"
+    report = ff.export_onnx(model, batch_input(), path, mode=mode)
+    assert report.adapters == ("default", "second")
+    x = batch_input()
+    got = run(path, {"x": x})
+    close(got["output_1"], model(x)[1])
+    activate(model, "default")
+    alone = model(x)[1].detach().numpy()
+    assert np.abs(got["output_1"] - alone).max() > 1e-2 * np.abs(alone).max()
+    names = {t.name for t in onnx.load(path).graph.initializer}
+    both = {"square.default.spectrum", "square.second.spectrum"}
+    assert names & both == (both if mode == "unmerged" else set())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8, bias=False))
+    model = adapted(model.to(dtype), target_modules=["0", "1"])
+    path = tmp_path / "model.onnx"
+    ff.export_onnx(model, torch.randn(5, 8).to(dtype), path, mode=mode)
+    x = torch.eye(8).to(dtype)
+    (got,) = ReferenceEvaluator(str(path)).run(
+        None, {onnx.load(path).graph.input[0].name: ff_array(x)}
+    )
+    want = model(x).detach().float().numpy()
+    unit = {torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    np.testing.assert_allclose(
+        got.astype(np.float32), want, rtol=0, atol=2 * unit * abs(want).max()
+    )
+    if mode == "merged":
+        weights = [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+        for layer in model:
+            exact = ff_array(layer.effective_weight())
+            assert any(
+                np.array_equal(w, e) for w in weights for e in (exact, exact.T) if w.ndim == 2
+            )
+
+
+def ff_array(tensor: torch.Tensor) -> np.ndarray:
+    from fourierft_export.adapt.linear import to_array
+
+    return to_array(tensor)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_spectra_are_stored_exactly(mode: str, tmp_path: Path) -> None:
+    model = adapted(plain())
+    for parameter in model.parameters():
+        if parameter.dim() == 1 and parameter.shape[0] == 12:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    path = tmp_path / "model.onnx"
+    report = ff.export_onnx(model, batch_input(), path, mode=mode)
+    if mode == "merged":
+        assert report.notes == ()
+        return
+    assert any("bfloat16" in note for note in report.notes)
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    spectrum = ff.capture(model).spectra["first"]
+    assert spectrum.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(tensors["first.spectrum"], spectrum.astype(np.float32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_that_reads_its_projection(mode: str, tmp_path: Path, run: Run) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mixed: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return mixed
+
+    torch.manual_seed(0)
+    model = adapted(Attention().eval(), target_modules=["out_proj"])
+    path = tmp_path / "model.onnx"
+    x = torch.randn(2, 5, 8)
+    ff.export_onnx(model, x, path, mode=mode)
+    close(run(path, {"x": x})["output"], model(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_with_equal_base_weights_get_their_own(mode: str, tmp_path: Path, run: Run) -> None:
+    """The exporter gives equal constants one initializer; the adapters differ."""
+
+    class Equal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(6, 6, bias=False) for _ in range(3))
+            for layer in (self.b, self.c):
+                layer.load_state_dict(self.a.state_dict())
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.a(x), self.b(x), self.c(x)
+
+    torch.manual_seed(0)
+    model = adapted(Equal().eval(), target_modules=["a", "b"])
+    path = tmp_path / "model.onnx"
+    x = torch.randn(2, 5, 6)
+    ff.export_onnx(model, x, path, mode=mode)
+    got = run(path, {"x": x})
+    for i, expected in enumerate(model(x)):
+        close(got[f"output_{i}"], expected)
+    assert np.abs(got["output_0"] - got["output_1"]).max() > 0.1
+
+
+def test_the_model_is_as_it_was_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted(plain()).train()
+    model.head.eval()
+    modules = dict(model.named_modules())
+    modes = {name: module.training for name, module in modules.items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    level = logging.getLogger("torch.onnx").level
+    steps: list[tuple[str, int, int]] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ff.export_onnx(
+            model,
+            batch_input(),
+            tmp_path / "model.onnx",
+            mode="unmerged",
+            progress=lambda *step: steps.append(step),
+        )
+    assert capfd.readouterr() == ("", "")
+    assert [str(w.message) for w in caught if "torch" in str(w.filename)] == []
+    assert logging.getLogger("torch.onnx").level == level
+    after = dict(model.named_modules())
+    assert all(after[name] is module for name, module in modules.items())
+    assert len(after) == len(modules)
+    assert {name: module.training for name, module in after.items()} == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert steps[0][1] == 0
+    assert steps[-1][1] == steps[-1][2]
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    with pytest.raises(UsageError, match="merged or unmerged"):
+        ff.export_onnx(adapted(plain()), batch_input(), out, mode="swapped")
+    with pytest.raises(UsageError, match="18 or newer"):
+        ff.export_onnx(adapted(plain()), batch_input(), out, opset=17)
+    with pytest.raises(UsageError, match="active adapter"):
+        ff.export_onnx(plain(), batch_input(), out)
+    idle = adapted(plain())
+    activate(idle, [])
+    with pytest.raises(UsageError, match="active adapter"):
+        ff.export_onnx(idle, batch_input(), out)
+    with pytest.raises(UsageError, match="5 of another") as caught:
+        ff.export_onnx(adapted(plain().double()), batch_input().double(), out)
+    assert caught.value.offenders[0] == "first: torch.float64"
+    with pytest.raises(UsageError, match="found 2: logits"):
+        ff.export_onnx(adapted(plain()), batch_input(), out, output_names=["logits"])
+    assert list(tmp_path.iterdir()) == []
+    out.write_text("mine")
+    with pytest.raises(UsageError, match="--force"):
+        ff.export_onnx(adapted(plain()), batch_input(), out)
+    assert out.read_text() == "mine"
+
+
+def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            used: torch.Tensor = self.used(x)
+            return used
+
+    with pytest.raises(BadInputError) as caught:
+        ff.export_onnx(adapted(Unused().eval()), torch.randn(2, 4), tmp_path / "model.onnx")
+    assert caught.value.offenders == ("idle",)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_torch_cannot_follow_is_a_usage_error(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(x)
+            return y if y.sum() > 0 else -y
+
+    with pytest.raises(UsageError, match=r"torch\.onnx"):
+        ff.export_onnx(adapted(Branches().eval()), torch.randn(2, 4), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_external_data_on_request(mode: str, tmp_path: Path, run: Run) -> None:
+    model = adapted(plain())
+    path = tmp_path / "model.onnx"
+    report = ff.export_onnx(model, batch_input(), path, mode=mode, external_data=True)
+    assert report.data == f"{path}.data"
+    assert report.bytes == path.stat().st_size + Path(report.data).stat().st_size
+    x = batch_input()
+    close(run(path, {"x": x})["output_1"], model(x)[1])
