@@ -228,8 +228,8 @@ def to_peft(bundle: Bundle, directory: str | os.PathLike[str], *, force: bool = 
     for name, tensor in bundle.saved.items():
         module, _, leaf = name.rpartition(".")
         # PEFT keeps a targeted layer's own parameters one level down.
-        stem = f"{module}{BASE_LAYER}" if module in bundle.spectra else module
-        tensors[f"{PREFIX}{stem}.{leaf}"] = tensor
+        stored = f"{module}{BASE_LAYER}.{leaf}" if module in bundle.spectra else name
+        tensors[f"{PREFIX}{stored}"] = tensor
     # By falling element size, so that every tensor is aligned: torch refuses others.
     names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
     table = [(n, dtypes.to_name(tensors[n].dtype), tensors[n].shape) for n in names]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,124 @@ def spectrum_of() -> Callable[..., Tensor]:
 def raw_container() -> Callable[..., bytes]:
     """`raw_container(header, payload)`: a safetensors file of any header, as JSON or as text."""
     return container
+
+
+# --- small real models with adapters that PEFT made ----------------------------------------------
+
+
+def tiny_model(kind: str, task: str) -> Any:
+    """A seeded model of two layers, as transformers builds it."""
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    if kind == "bert":
+        config = tf.BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=32,
+            num_labels=3,
+        )
+        return getattr(tf, {"SEQ_CLS": "BertForSequenceClassification"}.get(task, "BertModel"))(
+            config
+        )
+    if kind == "gpt2":
+        return tf.GPT2LMHeadModel(
+            tf.GPT2Config(
+                n_layer=2,
+                n_head=2,
+                n_embd=32,
+                vocab_size=64,
+                n_positions=32,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    return tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            max_position_embeddings=32,
+            tie_word_embeddings=kind == "tied-llama",
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """`make(kind, task_type, dtype="float32", **fields)`: (base directory, PEFT adapter directory).
+
+    kind: bert, llama, tied-llama or gpt2. fields: PEFT's FourierFTConfig; n_frequency is 24 unless
+    given. Directories are shared: do not write into them.
+    """
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str, task: str, dtype: str = "float32", **fields: Any) -> tuple[Path, Path]:
+        key = repr((kind, task, dtype, sorted(fields.items())))
+        if key in made:
+            return made[key]
+        import torch
+        from peft import FourierFTConfig, get_peft_model
+
+        base = tmp_path_factory.mktemp(f"{kind}_base")
+        tiny_model(kind, task).to(getattr(torch, dtype)).save_pretrained(base)
+        model = open_tiny(base, task, dtype)
+        config = FourierFTConfig(task_type=task, **{"n_frequency": 24, **fields})
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=dtype == "float32")
+        with torch.no_grad():  # as after training: biases and saved modules are not the base's
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "spectrum" not in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        adapter = tmp_path_factory.mktemp(f"{kind}_adapter")
+        adapted.save_pretrained(adapter)
+        made[key] = base, adapter
+        return base, adapter
+
+    return make
+
+
+def open_tiny(base: Path, task: str, dtype: str = "float32") -> Any:
+    import torch
+    import transformers as tf
+
+    auto = {
+        "SEQ_CLS": tf.AutoModelForSequenceClassification,
+        "CAUSAL_LM": tf.AutoModelForCausalLM,
+    }.get(task, tf.AutoModel)
+    return auto.from_pretrained(base, dtype=getattr(torch, dtype))
+
+
+@pytest.fixture(scope="session")
+def peft_model() -> Callable[..., Any]:
+    """`load(base, adapter_dir, task, dtype="float32")`: PEFT's own model, in eval mode."""
+
+    def load(base: Path, adapter: Path, task: str, dtype: str = "float32") -> Any:
+        from peft import PeftModel
+
+        model = open_tiny(base, task, dtype)
+        own = dtype == "float32"
+        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=own).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_outputs() -> Callable[[Any], Any]:
+    """`outputs(model)`: its first output on fixed tokens, as a torch tensor."""
+
+    def outputs(model: Any) -> Any:
+        import torch
+
+        ids = torch.arange(20).reshape(2, 10) * 7 % 63 + 1
+        with torch.no_grad():
+            return model(input_ids=ids)[0]
+
+    return outputs
