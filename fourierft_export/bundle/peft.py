@@ -30,6 +30,11 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 SPECTRUM = ".fourierft_spectrum"
 BASE_LAYER = ".base_layer"
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -154,7 +159,7 @@ def read_adapter(folder: Path) -> Bundle:
     spec = AdapterSpec(
         seed=seed,
         scaling=config.get("scaling", 150.0),
-        layers=tuple(LayerSpec(name, len(spectra[name])) for name in targets),
+        layers=tuple(LayerSpec(name, spectra[name].size) for name in targets),
         task_type=config.get("task_type"),
         base_model=config.get("base_model_name_or_path"),
         peft_config=config,
@@ -259,9 +264,21 @@ def peft_config_of(bundle: Bundle) -> Mapping[str, Any]:
         "n_frequency_pattern": {
             layer.name: layer.n_frequency for layer in bundle.layers if layer.n_frequency != usual
         },
-        "modules_to_save": modules or None,
+        "modules_to_save": sorted({_saved_whole(m, bundle.spec.task_type) for m in modules})
+        or None,
         "bias": _bias_mode(bundle, modules),
     }
+
+
+def _saved_whole(module: str, task_type: str | None) -> str:
+    """The module that PEFT saves for `module`: the task's head around it, if there is one.
+
+    PEFT adds these heads by itself, and cannot save a module within a saved one.
+    """
+    heads = _TASK_HEADS.get(task_type or "", ())
+    segments = module.split(".")
+    inside = (i for i, segment in enumerate(segments) if heads and segment.endswith(heads))
+    return ".".join(segments[: next(inside, len(segments)) + 1])
 
 
 def _bias_mode(bundle: Bundle, saved_modules: list[str]) -> str:

@@ -1,0 +1,405 @@
+"""PEFT adapter directories by hand: old, published, odd and hostile ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fourierft_export.bundle.file import Bundle
+from fourierft_export.bundle.peft import find_adapter, from_peft, read_peft_config, to_peft
+from fourierft_export.cli.main import run
+from fourierft_export.errors import (
+    BadInputError,
+    BaseMismatchError,
+    FileAccessError,
+    FourierFTError,
+    UsageError,
+)
+
+PREFIX = "base_model.model."
+CONFIG: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": "someone/model",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "n_frequency": 3,
+    "n_frequency_pattern": {},
+    "peft_type": "FOURIERFT",
+    "random_loc_seed": 777,
+    "scaling": 150.0,
+    "target_modules": ["q", "v"],
+    "task_type": None,
+}
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture
+def adapter_dir(tmp_path: Path) -> MakeAdapter:
+    """`make(name="adapter", tensors=None, drop=(), **fields)`: an adapter directory by hand."""
+
+    def make(
+        name: str = "adapter",
+        tensors: Mapping[str, Any] | None = None,
+        drop: tuple[str, ...] = (),
+        **fields: Any,
+    ) -> Path:
+        directory = tmp_path / name
+        directory.mkdir(parents=True)
+        config = {k: v for k, v in (CONFIG | fields).items() if k not in drop}
+        (directory / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        if tensors is None:
+            tensors = {
+                f"{PREFIX}l.{i}.{p}.fourierft_spectrum": np.arange(3, dtype=np.float32) + i
+                for i in range(2)
+                for p in "qv"
+            }
+        save_file(dict(tensors), directory / "adapter_model.safetensors")
+        return directory
+
+    return make
+
+
+# --- configs of all ages -------------------------------------------------------------------------
+
+PUBLISHED = [
+    "flux2-klein",
+    "llama-3.2-3B-default",
+    "llama-3.2-3B-n_frequency-5000",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_come_back_as_they_were(
+    name: str, published_dir: Path, adapter_dir: MakeAdapter, tmp_path: Path
+) -> None:
+    path = published_dir / f"{name}.adapter_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    assert read_peft_config(path) == config
+    n = config["n_frequency"]
+    spectrum = np.random.default_rng(0).standard_normal(n).astype(np.float32)
+    tensors = {f"{PREFIX}layers.0.{t}.fourierft_spectrum": spectrum
+               for t in config["target_modules"]}  # fmt: skip
+    source = adapter_dir(tensors=tensors)
+    (source / "adapter_config.json").write_bytes(path.read_bytes())
+    bundle = from_peft(source)
+    assert bundle.spec.scaling == config["scaling"]
+    assert type(bundle.spec.scaling) is type(config["scaling"])
+    assert {layer.n_frequency for layer in bundle.layers} == {n}
+    to_peft(Bundle.from_bytes(bundle.to_bytes()), tmp_path / "again")
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text("utf-8")) == config
+    again = load_file(tmp_path / "again/adapter_model.safetensors")
+    assert {k: v.tobytes() for k, v in again.items()} == {
+        k: v.tobytes() for k, v in tensors.items()
+    }
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "as PEFT writes it": {},
+    "with a version": {"peft_version": "0.17.1"},
+    "with unknown keys": {"later": {"a": [1, None, 2.5, "ü"]}, "zzz": True},
+    "whole scaling": {"scaling": 300},
+    "negative scaling": {"scaling": -0.1},
+    "tiny scaling": {"scaling": 5e-324},
+    "seed 0": {"random_loc_seed": 0},
+    "lowest seed": {"random_loc_seed": -(2**63)},
+    "highest seed": {"random_loc_seed": 2**64 - 1},
+    "regex": {"target_modules": r".*\.(q|v)$"},
+    "a pattern": {"n_frequency_pattern": {"l.0.q": 3, "v": 5}},
+    "ranges": {"layers_to_transform": [0, 1], "layers_pattern": "l"},
+    "a single layer": {"layers_to_transform": 3},
+    "other n": {"n_frequency": 1000},
+    "task and head": {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
+    "no base": {"base_model_name_or_path": None},
+    "mapping": {"auto_mapping": {"base_model_class": "M", "parent_library": "x.y"}},
+    "bias": {"bias": "fourier_only", "init_weights": True, "revision": "main"},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "floats that print long": {"scaling": 0.1 + 0.2},
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
+def test_every_field_comes_back_as_it_was(
+    fields: dict[str, Any], adapter_dir: MakeAdapter, tmp_path: Path
+) -> None:
+    source = adapter_dir(**fields)
+    bundle = Bundle.from_bytes(from_peft(source).to_bytes())
+    to_peft(bundle, tmp_path / "again")
+    found = json.loads((tmp_path / "again/adapter_config.json").read_text("utf-8"))
+    assert found == CONFIG | fields
+    assert json.dumps(found, sort_keys=True) == json.dumps(CONFIG | fields, sort_keys=True)
+
+
+@pytest.mark.parametrize("field", [k for k in CONFIG if k != "peft_type"])
+def test_an_absent_field_stays_absent(field: str, adapter_dir: MakeAdapter, tmp_path: Path) -> None:
+    bundle = Bundle.from_bytes(from_peft(adapter_dir(drop=(field,))).to_bytes())
+    assert bundle.spec.seed == 777  # PEFT's default
+    assert bundle.spec.scaling == 150
+    to_peft(bundle, tmp_path / "again")
+    found = json.loads((tmp_path / "again/adapter_config.json").read_text("utf-8"))
+    assert found == {k: v for k, v in CONFIG.items() if k != field}
+
+
+def test_the_bundle_says_only_what_peft_would_not(adapter_dir: MakeAdapter) -> None:
+    """A config like PEFT's own costs next to nothing."""
+    plain = len(from_peft(adapter_dir("a", peft_version="0.18.0")).to_bytes())
+    longer = len(from_peft(adapter_dir("b", peft_version="0.18.0", bias="all")).to_bytes())
+    assert 0 < longer - plain <= 24
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def test_dense_tensors_lose_what_peft_adds_to_their_names(
+    adapter_dir: MakeAdapter, tmp_path: Path
+) -> None:
+    tensors = {
+        f"{PREFIX}bert.q.fourierft_spectrum": np.arange(3).astype(ml_dtypes.bfloat16),
+        f"{PREFIX}bert.q.base_layer.bias": np.arange(4, dtype=np.float32),
+        f"{PREFIX}bert.q.base_layer.weight": np.ones((4, 4), np.float32),
+        f"{PREFIX}bert.other.bias": np.arange(2, dtype=np.float16),
+        f"{PREFIX}bert.wrapped.base_layer.bias": np.arange(5, dtype=np.float64),
+        f"{PREFIX}classifier.weight": np.ones((2, 4), np.float32),
+    }
+    bundle = from_peft(adapter_dir(tensors=tensors))
+    assert {n: a.shape for n, a in bundle.saved.items()} == {
+        "bert.other.bias": (2,),
+        "bert.q.bias": (4,),
+        "bert.wrapped.base_layer.bias": (5,),  # no layer of the adapter: PEFT did not name it so
+        "classifier.weight": (2, 4),
+    }
+    to_peft(bundle, tmp_path / "again")
+    again = load_file(tmp_path / "again/adapter_model.safetensors")
+    del tensors[f"{PREFIX}bert.q.base_layer.weight"]
+    assert {n: (a.dtype, a.tobytes()) for n, a in again.items()} == {
+        n: (a.dtype, a.tobytes()) for n, a in tensors.items()
+    }
+
+
+SPECTRUM = np.ones(3, np.float32)
+BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, "found none"),
+    "no spectra": ({f"{PREFIX}classifier.weight": SPECTRUM}, "found none"),
+    "no prefix": ({"l.0.q.fourierft_spectrum": SPECTRUM}, "1 with other names"),
+    "other names beside": (
+        {f"{PREFIX}q.fourierft_spectrum": SPECTRUM, "w": SPECTRUM},
+        "1 with other names",
+    ),
+    "no module": ({f"{PREFIX}fourierft_spectrum": SPECTRUM}, "found none"),
+    "an empty module": ({f"{PREFIX}.fourierft_spectrum": SPECTRUM}, "an empty segment"),
+    "two dots": ({f"{PREFIX}a..b.fourierft_spectrum": SPECTRUM}, "an empty segment"),
+    "two axes": ({f"{PREFIX}q.fourierft_spectrum": np.ones((3, 1))}, "layer q: spectrum"),
+    "no axes": ({f"{PREFIX}q.fourierft_spectrum": np.ones(())}, "layer q: spectrum"),
+    "no coefficients": ({f"{PREFIX}q.fourierft_spectrum": np.ones(0)}, "layer q: spectrum"),
+    "integers": ({f"{PREFIX}q.fourierft_spectrum": np.ones(3, np.int32)}, "no float"),
+    "NaN": ({f"{PREFIX}q.fourierft_spectrum": np.array([np.nan])}, "layer q: NaN"),
+    "reserved": (
+        {f"{PREFIX}q.fourierft_spectrum": SPECTRUM, f"{PREFIX}fourierft.x": SPECTRUM},
+        "reserved",
+    ),
+}
+
+
+def check_pack_refuses(
+    source: Path, error: type[FourierFTError], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library refuses `source`, and `pack` does so in one line without an output."""
+    with pytest.raises(error, match=words):
+        from_peft(source)
+    out = source.parent / "never.fourierft.safetensors"
+    assert run(["pack", str(source), "-o", str(out)]) == error.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert len(shown.err.strip().split("\n")) <= 21
+    assert shown.err.replace("\n", "").isprintable()
+    assert not [p for p in os.listdir(source.parent) if p.startswith("never")]
+
+
+@pytest.mark.parametrize(("tensors", "words"), BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
+def test_tensors_that_no_adapter_has(
+    tensors: dict[str, Any], words: str, adapter_dir: MakeAdapter, capsys: Any
+) -> None:
+    check_pack_refuses(adapter_dir(tensors=tensors), BadInputError, words, capsys)
+
+
+# --- configs that are refused --------------------------------------------------------------------
+
+BAD_CONFIGS: dict[str, tuple[str, str]] = {
+    "empty": ("", "strict JSON"),
+    "no JSON": ("{", "strict JSON"),
+    "a list": ("[]", "type list"),
+    "no type": ("{}", "type None"),
+    "LoRA": ('{"peft_type": "LORA", "r": 8}', "expected a PEFT adapter of type FOURIERFT, found "
+                                              "type LORA"),
+    "IA3": ('{"peft_type": "IA3"}', "type IA3"),
+    "escape in the type": ('{"peft_type": "\\u001b[31mLORA"}', r"type \\x1b\[31mLORA"),
+    "key twice": ('{"peft_type": "LORA", "peft_type": "FOURIERFT"}', "twice"),
+    "seed text": ('{"peft_type": "FOURIERFT", "random_loc_seed": "7"}', "random_loc_seed 7"),
+    "seed 1.5": ('{"peft_type": "FOURIERFT", "random_loc_seed": 1.5}', "random_loc_seed 1.5"),
+    "seed true": ('{"peft_type": "FOURIERFT", "random_loc_seed": true}', "random_loc_seed True"),
+    "seed null": ('{"peft_type": "FOURIERFT", "random_loc_seed": null}', "random_loc_seed None"),
+    "seed of 65 bits": (
+        '{"peft_type": "FOURIERFT", "random_loc_seed": 18446744073709551616}',
+        "random_loc_seed 1844",
+    ),
+    "scaling text": ('{"peft_type": "FOURIERFT", "scaling": "150"}', "scaling 150"),
+    "scaling NaN": ('{"peft_type": "FOURIERFT", "scaling": NaN}', "the number NaN"),
+    "scaling 1e999": ('{"peft_type": "FOURIERFT", "scaling": 1e999}', "not finite"),
+    "scaling 1e39": ('{"peft_type": "FOURIERFT", "scaling": 1e39}', "float32 number"),
+    "scaling of 5,000 digits": (
+        '{"peft_type": "FOURIERFT", "scaling": ' + "1" * 5000 + "}",
+        "an integer of 5000",
+    ),
+    "base a list": ('{"peft_type": "FOURIERFT", "base_model_name_or_path": []}', "text or null"),
+    "task a number": ('{"peft_type": "FOURIERFT", "task_type": 5}', "text or null"),
+    "nested": ("[" * 100_000 + "]" * 100_000, "nesting too deep"),
+    "nested 900 deep": (
+        '{"peft_type": "FOURIERFT", "x": ' + "[" * 900 + "]" * 900 + "}",
+        "nesting too deep",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_configs_that_are_refused(
+    text: str, words: str, adapter_dir: MakeAdapter, capsys: Any
+) -> None:
+    source = adapter_dir()
+    (source / "adapter_config.json").write_text(text, "utf-8")
+    check_pack_refuses(source, BadInputError, words, capsys)
+
+
+def test_a_pattern_that_explodes_is_never_run(
+    adapter_dir: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`(\\w+\\.?)+!` would take longer than the test's time limit on names of this length."""
+    evil = r"(\w+\.?)+!"
+    name = "l." + "a" * 60
+    source = adapter_dir(
+        tensors={f"{PREFIX}{name}.fourierft_spectrum": SPECTRUM},
+        target_modules=evil,
+        exclude_modules=evil,
+        layers_pattern=evil,
+        n_frequency_pattern={evil: 5},
+    )
+    assert [layer.name for layer in from_peft(source).layers] == [name]
+    assert run(["pack", str(source), "-o", str(source / "b.safetensors")]) == 0
+    assert run(["inspect", str(source)]) == 0
+    assert evil in capsys.readouterr().out
+
+
+def test_a_pickled_adapter_is_refused(
+    adapter_dir: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = adapter_dir()
+    (source / "adapter_model.safetensors").unlink()
+    (source / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    check_pack_refuses(source, BadInputError, "found a pickle, which can run code", capsys)
+    (source / "adapter_model.bin").rename(source / "adapter_model.safetensors")
+    check_pack_refuses(source, BadInputError, "found a pickle", capsys)
+
+
+def test_a_damaged_weight_file_is_refused(
+    adapter_dir: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = adapter_dir()
+    weights = source / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    check_pack_refuses(source, BadInputError, "truncated", capsys)
+
+
+# --- which directory -----------------------------------------------------------------------------
+
+
+def test_paths_that_hold_no_adapter(
+    adapter_dir: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_pack_refuses(tmp_path / "missing", FileAccessError, "nothing there", capsys)
+    file = tmp_path / "file"
+    file.write_text("x")
+    check_pack_refuses(file, BadInputError, "found a file", capsys)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check_pack_refuses(empty, BadInputError, "with adapter_config.json, found no such", capsys)
+    bare = adapter_dir("bare")
+    (bare / "adapter_model.safetensors").unlink()
+    check_pack_refuses(bare, FileAccessError, "nothing there", capsys)
+
+
+def test_adapters_in_subfolders(
+    adapter_dir: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = adapter_dir("many/one", random_loc_seed=1)
+    many = one.parent
+    assert find_adapter(many) == one  # the only one needs no name
+    adapter_dir("many/two", random_loc_seed=2)
+    check_pack_refuses(many, UsageError, "found several: one, two; name one with --adapter", capsys)
+    assert from_peft(many, adapter="two").spec.seed == 2
+    with pytest.raises(UsageError, match="in the subfolder 'three', found one, two"):
+        from_peft(many, adapter="three")
+    for hostile in ("../many/one", "/", "..", ".", "", "one/../one"):
+        with pytest.raises(UsageError, match="in the subfolder"):
+            from_peft(many, adapter=hostile)
+    out = tmp_path / "two.safetensors"
+    assert run(["pack", str(many), "--adapter", "two", "-o", str(out)]) == 0
+    assert Bundle.load(out).spec.seed == 2
+    capsys.readouterr()
+    default = adapter_dir("mixed", random_loc_seed=3)
+    adapter_dir("mixed/second", random_loc_seed=4)
+    assert from_peft(default).spec.seed == 3
+    assert from_peft(default, adapter="second").spec.seed == 4
+
+
+# --- the base that the config names --------------------------------------------------------------
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"model_type": "toy"}', "utf-8")
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"l.{i}.{p}.weight": rng.standard_normal((4, 4)).astype(np.float32)
+        for i in range(2)
+        for p in "qv"
+    }
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def test_a_local_base_is_taken_by_itself(adapter_dir: MakeAdapter, base_dir: Path) -> None:
+    assert not from_peft(adapter_dir("a")).is_bound
+    bundle = from_peft(adapter_dir("b", base_model_name_or_path=str(base_dir)))
+    assert bundle.is_bound
+    assert bundle.to_bytes() == from_peft(base_dir.parent / "b", base_dir).to_bytes()
+    missing = adapter_dir("c", base_model_name_or_path=str(base_dir) + "-gone")
+    assert not from_peft(missing).is_bound
+
+
+def test_a_named_base_that_is_another_is_an_error(adapter_dir: MakeAdapter, base_dir: Path) -> None:
+    tensors = {f"{PREFIX}other.{i}.fourierft_spectrum": SPECTRUM for i in range(3)}
+    with pytest.raises(BaseMismatchError, match="3 of 3 layers") as caught:
+        from_peft(adapter_dir(tensors=tensors), base_dir)
+    assert len(caught.value.offenders) == 3
+
+
+def test_to_peft_refuses_what_exists(adapter_dir: MakeAdapter, tmp_path: Path) -> None:
+    source = adapter_dir()
+    bundle = from_peft(source)
+    with pytest.raises(UsageError, match="does not exist yet"):
+        to_peft(bundle, source)
+    (source / "stray").write_text("x")
+    to_peft(bundle, source, force=True)
+    assert sorted(os.listdir(source)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert from_peft(source).to_bytes() == bundle.to_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["adapter"]
