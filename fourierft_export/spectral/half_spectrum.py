@@ -40,8 +40,8 @@ _MIN_BLOCKS = 4
 class HalfSpectrum:
     """What all spectra over the same entries and shape share.
 
-    Entries are reordered so that those of round r, which holds at most one entry of each column,
-    lie together and name the first `rounds[r]` columns of `occupied`, in order.
+    Entries are reordered in rounds that hold at most one entry of each column: round r has one for
+    each of the first `rounds[r]` columns, fullest first, so that whole rounds can be added up.
 
     Attributes:
         shape: (M, N) of delta_W.
@@ -49,8 +49,8 @@ class HalfSpectrum:
         order: int64 (n,), the entry at each place.
         u, v: int64 (n,), the entries in that order, folded to 0 <= v <= N // 2.
         weight: float64 (n,), the w_k above in that order.
-        occupied: int64, the distinct v, those with most entries first.
         rounds: entries in each round, never increasing; they add up to n.
+        source: int64 (N // 2 + 1,), for each column the place of its first entry, n if it has none.
         step: complex64 (block_rows, n), exp(2 pi i u j / M) for j rows into a block.
         jump: complex64 (blocks, n), the same at the first row of each block.
     """
@@ -61,8 +61,8 @@ class HalfSpectrum:
     u: Entries
     v: Entries
     weight: Float64
-    occupied: Entries
     rounds: tuple[int, ...]
+    source: Entries
     step: Complex64
     jump: Complex64
 
@@ -104,22 +104,21 @@ def rows_by_fft(shared: HalfSpectrum, amplitudes: Float64, blocks: Iterable[int]
     """The path "rows": all `amplitudes` (L, n) at each block, so that they share its phases."""
     columns = shared.shape[1]
     pairs = np.repeat(amplitudes.astype(np.float32), 2, axis=1)
-    first = 2 * shared.rounds[0]
+    width = pairs.shape[1]
     half = np.zeros((shared.block_rows, columns // 2 + 1), np.complex64)
-    scaled = np.empty((shared.block_rows, pairs.shape[1]), np.float32)
+    terms = np.zeros((shared.block_rows, width + 2), np.float32)  # the last place stays zero
     values = np.empty((shared.block_rows, columns), np.float32)
     for block in blocks:
         rows, phases = shared.phases(block)
-        count = rows.stop - rows.start
+        count = slice(rows.stop - rows.start)
         parts = phases.view(np.float32)  # real and imaginary parts take the same real factor
         for layer, amplitude in enumerate(pairs):
-            terms = np.multiply(parts, amplitude, out=scaled[:count])
-            start = first
-            for size in shared.rounds[1:]:
-                terms[:, : 2 * size] += terms[:, start : start + 2 * size]
-                start += 2 * size
-            half[:count, shared.occupied] = terms[:, :first].view(np.complex64)
-            yield rows, layer, _real_rows(half[:count], values[:count])
+            np.multiply(parts, amplitude, out=terms[count, :width])
+            add_rounds(terms[count], shared.rounds)
+            # take with mode "clip" is the one gather in numpy that fills its output directly.
+            chosen = terms[count].view(np.complex64)
+            np.take(chosen, shared.source, axis=1, out=half[count], mode="clip")
+            yield rows, layer, _real_rows(half[count], values[count])
 
 
 def rows_by_column_fft(
@@ -193,7 +192,7 @@ def roots(size: int) -> npt.NDArray[np.complex128]:
 def _half_spectrum(entries_bytes: bytes, shape: tuple[int, int]) -> HalfSpectrum:
     rows, columns = shape
     u, v = fold(np.frombuffer(entries_bytes, dtype=np.int64).reshape(-1, 2), shape)
-    order, occupied, rounds = in_rounds(v)
+    order, source, rounds = in_rounds(v, columns // 2 + 1)
     u, v = u[order], v[order]
     kept = rows // 2 + 1
     block_rows = max(1, min(_VALUES_PER_BLOCK // columns, -(-kept // _MIN_BLOCKS)))
@@ -206,19 +205,20 @@ def _half_spectrum(entries_bytes: bytes, shape: tuple[int, int]) -> HalfSpectrum
         u=u,
         v=v,
         weight=np.where((v == 0) | (2 * v == columns), 1.0, 0.5),
-        occupied=occupied,
         rounds=rounds,
+        source=source,
         step=table[np.arange(block_rows)[:, None] * u % rows],
         jump=table[np.arange(0, kept, block_rows)[:, None] * u % rows],
     )
 
 
-def in_rounds(bins: Entries) -> tuple[Entries, Entries, tuple[int, ...]]:
+def in_rounds(bins: Entries, count: int) -> tuple[Entries, Entries, tuple[int, ...]]:
     """Order items that are to be added up in bins, so that whole slices can be added.
 
     Returns:
-        The order of the items, the distinct bins (fullest first), and how many items each round
-        has: in that order, round r holds one item for each of the first `rounds[r]` bins.
+        The order of the items; for each of the `count` bins the place of its first item, or the
+        number of items if it has none (a place for a zero); and the size of each round: round r
+        has one item for each of the first `rounds[r]` bins, fullest first.
     """
     distinct, bin_of, sizes = np.unique(bins, return_inverse=True, return_counts=True)
     fullest = np.argsort(-sizes, kind="stable")
@@ -229,8 +229,17 @@ def in_rounds(bins: Entries) -> tuple[Entries, Entries, tuple[int, ...]]:
     starts = np.cumsum(sizes[fullest]) - sizes[fullest]
     round_of = np.empty_like(by_bin)
     round_of[by_bin] = np.arange(by_bin.size) - starts[bin_rank[by_bin]]
-    order = np.lexsort((bin_rank, round_of))
-    return order, distinct[fullest], tuple(np.bincount(round_of).tolist())
+    source = np.full(count, bins.size, dtype=np.int64)
+    source[distinct] = rank
+    return np.lexsort((bin_rank, round_of)), source, tuple(np.bincount(round_of).tolist())
+
+
+def add_rounds(terms: npt.NDArray[Any], rounds: tuple[int, ...]) -> None:
+    """Add all rounds of complex values, given as pairs of reals, onto the first, in place."""
+    start = 2 * rounds[0]
+    for size in rounds[1:]:
+        terms[:, : 2 * size] += terms[:, start : start + 2 * size]
+        start += 2 * size
 
 
 def _real_rows(half: Complex64, values: Float32) -> Float32:

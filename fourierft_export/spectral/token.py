@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import UsageError
 from .delta import check_term
 from .entries import Entries
-from .half_spectrum import in_rounds
+from .half_spectrum import add_rounds, in_rounds
 
 AnyFloat = npt.NDArray[Any]
 
@@ -85,29 +85,27 @@ def token_delta(
     check_features(x.shape, shape)
     rows, columns = shape
     real = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-    tables, order, bins, rounds = _ordered_tables(
+    tables, order, source, rounds = _ordered_tables(
         entries.astype(np.int64, copy=False).tobytes(), (rows, columns)
     )
+    n = len(order)
     tokens = x.reshape(-1, columns)
     coefficients = spectrum.astype(np.float64)[..., order] * (scaling / columns)
     if spectrum.ndim > 1:
-        per_token = np.broadcast_to(coefficients, (*x.shape[:-1], len(order)))
-        coefficients = per_token.reshape(-1, len(order))
-    else:
-        coefficients = coefficients[None]
-    factors = (coefficients[:, :, None] * tables.factor).astype(real).reshape(-1, 2 * len(order))
+        coefficients = np.broadcast_to(coefficients, (*x.shape[:-1], n))
+    factors = (coefficients.reshape(-1, n, 1) * tables.factor).astype(real).reshape(-1, 2 * n)
     result = np.empty((len(tokens), rows), x.dtype)
+    terms = np.zeros((_TOKENS, 2 * n + 2), real)  # the last place stays zero
     for start in range(0, len(tokens), _TOKENS):
-        some = slice(start, start + _TOKENS)
+        some = slice(start, min(start + _TOKENS, len(tokens)))
+        count = slice(some.stop - start)
         spectra = np.fft.rfft(tokens[some].astype(real, copy=False), axis=1)
-        terms = np.take(spectra, tables.read, axis=1).view(real)
-        terms *= factors if len(factors) == 1 else factors[some]
-        first = place = 2 * rounds[0]
-        for size in rounds[1:]:
-            terms[:, : 2 * size] += terms[:, place : place + 2 * size]
-            place += 2 * size
-        half = np.zeros((len(terms), rows // 2 + 1), spectra.dtype)
-        half[:, bins] = np.ascontiguousarray(terms[:, :first]).view(spectra.dtype)
+        chosen = np.take(spectra, tables.read, axis=1).view(real)
+        np.multiply(
+            chosen, factors if spectrum.ndim == 1 else factors[some], out=terms[count, : 2 * n]
+        )
+        add_rounds(terms[count], rounds)
+        half = np.take(terms[count].view(spectra.dtype), source, axis=1)
         result[some] = np.fft.irfft(half, rows, axis=1)
     return result.reshape(*x.shape[:-1], rows)
 
@@ -128,6 +126,6 @@ def _ordered_tables(
 ) -> tuple[TokenTables, Entries, Entries, tuple[int, ...]]:
     entries = np.frombuffer(entries_bytes, dtype=np.int64).reshape(-1, 2)
     tables = token_tables(entries, shape)
-    order, bins, rounds = in_rounds(tables.write)
+    order, source, rounds = in_rounds(tables.write, shape[0] // 2 + 1)
     ordered = TokenTables(tables.read[order], tables.write[order], tables.factor[order])
-    return ordered, order, bins, rounds
+    return ordered, order, source, rounds
