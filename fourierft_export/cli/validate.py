@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .console import Outcome, Progress, verb
-from .options import PATH, base_option, force_option, task_option
+from .options import PATH, allow_mismatch_option, base_option, force_option, task_option
 
 
 @verb
@@ -33,6 +33,7 @@ from .options import PATH, base_option, force_option, task_option
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="For ONNX Runtime.")
 @click.option("--report", type=PATH, metavar="FILE.html", help="Write the report as a page.")
+@allow_mismatch_option
 @force_option
 def validate(
     progress: Progress,
@@ -47,6 +48,7 @@ def validate(
     samples: int,
     threads: int | None,
     report: str | None,
+    allow_base_mismatch: bool,
     force: bool,
 ) -> Outcome:
     """Run every artifact given on the same inputs and compare them pairwise.
@@ -71,6 +73,7 @@ def validate(
         tolerances=_tolerances(tolerances),
         samples=samples,
         threads=threads,
+        allow_base_mismatch=allow_base_mismatch,
         progress=progress,
     )
     if report:

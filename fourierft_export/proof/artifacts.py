@@ -70,6 +70,15 @@ class Artifacts:
             settled = get_task(infer_task(read_config(config_dir), task_type))
         return cls(base_dir, opened, source, peft_dir, merged_dir, settled)
 
+    def check_base(self) -> None:
+        """Compare the base with what a bound bundle remembers of it.
+
+        Raises:
+            BaseMismatchError: layers that are absent, of another shape or with other weights.
+        """
+        if self.base is not None and self.bundle is not None and self.bundle.is_bound:
+            self.bundle.bind(self.base)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The sides these artifacts give."""

@@ -48,6 +48,7 @@ def validate(
     samples: int = 64,
     batch_size: int = 16,
     threads: int | None = None,
+    allow_base_mismatch: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compare artifacts of one adapter that must agree, and demand that the adapter does something.
@@ -70,6 +71,7 @@ def validate(
             vocabulary makes its outputs large.
         batch_size: rows per call of a model or graph (`sides` get all rows at once).
         threads: for ONNX Runtime; default its own choice.
+        allow_base_mismatch: accept base weights other than those the adapter was trained on.
         progress: called as progress(what, done, total).
 
     Returns:
@@ -80,13 +82,15 @@ def validate(
             precision, inputs that a graph lacks.
         MissingExtraError: a package that a side needs is not installed.
         BadInputError, FileAccessError: an artifact that cannot be loaded or run.
-        BaseMismatchError: the adapter does not fit the base.
+        BaseMismatchError: the adapter does not belong to the base.
     """
     limits = resolve_tolerances(tolerances)
     files = [onnx] if isinstance(onnx, (str, os.PathLike)) else list(onnx)
     functions = dict(sides or {})
     artifacts = Artifacts.open(base=base, bundle=bundle, peft=peft, merged=merged, task=task)
     _check_sides(artifacts, files, functions)
+    if not allow_base_mismatch:
+        artifacts.check_base()
     steps = _Steps(progress, len(artifacts.names) + len(files) + len(functions))
     graphs = dict(zip(_graph_names(files), (Graph(path, threads) for path in files), strict=True))
     ready = _ready_inputs(artifacts, list(graphs.values()), inputs, tokenizer, samples)
