@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,6 +255,26 @@ def test_a_refused_injection_changes_nothing(make_model: MakeModel) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_all_linear_leaves_the_tasks_head_whole(make_model: MakeModel, tokens: Tensor) -> None:
+    """PEFT itself fails here: it adapts the classifier, then wants to save it whole."""
+    config = FourierFTConfig(n_frequency=9, target_modules="all-linear", task_type="TOKEN_CLS")
+    model = inject(make_model("bert-token"), config)
+    assert "classifier" not in fourier_layers(model)
+    assert list(adapted_modules(model)) == ["classifier"]
+    assert output(model, tokens).shape == (3, 9, 4)
+
+
+def test_text_is_generated(make_model: MakeModel, tokens: Tensor) -> None:
+    model = inject(make_model("llama"), FourierFTConfig(n_frequency=30))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(tokens, **settings)
+    assert found.shape == (3, 13)
+    step = tokens
+    for _ in range(4):  # without a cache
+        step = torch.cat([step, output(model, step)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, step)
+
+
 def test_any_torch_model_with_linear_layers() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 5))
@@ -269,7 +290,7 @@ def test_any_torch_model_with_linear_layers() -> None:
     assert len(names) == 5
 
 
-def test_copies_and_state_dicts(make_model: MakeModel, tokens: Tensor) -> None:
+def test_copies_and_state_dicts(make_model: MakeModel, tokens: Tensor, tmp_path: Path) -> None:
     config = FourierFTConfig(n_frequency=9, task_type="SEQ_CLS", bias="all")
     torch.manual_seed(3)
     model = inject(make_model("bert-cls"), config)
@@ -281,6 +302,9 @@ def test_copies_and_state_dicts(make_model: MakeModel, tokens: Tensor) -> None:
     assert not torch.equal(output(twin, tokens), output(model, tokens))
     model.load_state_dict(twin.state_dict())
     assert torch.equal(output(twin, tokens), output(model, tokens))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(output(loaded, tokens), output(model, tokens))
 
 
 def test_layers_that_torch_reads_instead_of_calling() -> None:

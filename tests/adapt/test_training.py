@@ -118,6 +118,33 @@ def test_compiled_follows_the_active_adapter(make_model: MakeModel, tokens: Tens
     assert (output(compiled, tokens) - adapted).abs().max() > 1e-3
 
 
+def test_compiled_for_any_number_of_rows() -> None:
+    torch._dynamo.reset()
+    layer = trained_layer(48, 64)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    forms = set()
+    for rows in (3, 7, 900, 5000, 2):
+        x = torch.randn(rows, 64)
+        forms.add(cost.choose_form(rows, (48, 64), 200, training=True))
+        found = compiled(x)
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+        assert_same(gradients(layer, found), gradients(layer, layer(x)))
+    assert forms == {"token", "dense"}, "the rows must lie on both sides of the choice"
+
+
+def test_training_after_inference_mode(form: str) -> None:
+    """Tables made without autograd are shared with the training steps that follow."""
+    layer = trained_layer(96, 64)
+    x = torch.randn(50, 64, requires_grad=True)
+    with torch.inference_mode():
+        expected = layer(x)
+    found = layer(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert x.grad is not None
+    assert layer.adapter("a").spectrum.grad is not None
+
+
 def test_exported_for_any_batch(make_model: MakeModel, tokens: Tensor) -> None:
     model = inject(make_model("sequential"), FourierFTConfig(n_frequency=9, target_modules=["0"]))
     rows = torch.export.Dim("rows", min=1, max=10_000)
