@@ -30,7 +30,7 @@ def load_model(
         num_labels: rows of a classification head that the checkpoint lacks.
         dtype: name of a torch dtype to load in; None keeps the checkpoint's.
         provided: names of tensors that the caller will fill in (an adapter's head); others that
-            the checkpoint lacks would be random, and are an error.
+            the checkpoint lacks, or has in another shape, would be random, and are an error.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -40,9 +40,12 @@ def load_model(
     try:
         import torch
         import transformers
+        from safetensors import SafetensorError
     except ImportError as error:
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    # Told by name below; transformers would print a report and raise without saying which.
+    options["ignore_mismatched_sizes"] = True
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
     auto = getattr(transformers, get_task(task).auto_class)
     # Errors of many kinds come from config and model code of many families.
@@ -55,7 +58,7 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise BadInputError(
                 directory,
                 expected=f"a model that transformers loads for {task}",
@@ -64,6 +67,7 @@ def load_model(
             ) from error
     missing = sorted(set(info["missing_keys"]) - set(provided))
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+    mismatched = sorted(set(mismatched) - set(provided))
     if missing or mismatched:
         raise BaseMismatchError(
             directory,

@@ -203,3 +203,25 @@ def test_dtypes_have_the_sizes_that_the_format_says() -> None:
             assert dtypes.to_name(dtypes.to_numpy(name)) == name
     assert dtypes.to_numpy("BF16") == ml_dtypes.bfloat16
     assert dtypes.to_name(np.dtype(">f4")) == "F32"
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 640 + 65536])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(length: int) -> None:
+    """640 is 0x0280: its first two bytes are those of a pickle."""
+    text = json.dumps(GOOD).encode().ljust(length)
+    data = struct.pack("<Q", length) + text + bytes(25)
+    assert data[0] == 0x80
+    assert set(parse(data).tensors) == {"a", "b"}
+
+
+@pytest.mark.parametrize("axes", [[1] * 33, [2**62] * 17, [2**62] * 5000, [2**62, 4, 0]])
+def test_shapes_that_no_array_has(axes: list[int]) -> None:
+    offsets = [0, 0 if 0 in axes else 25]
+    tensor = {"dtype": "I8", "shape": axes, "data_offsets": offsets}
+    with pytest.raises(BadInputError, match="at most"):
+        parse(container({"a": tensor}))
+
+
+def test_a_path_with_a_nul_is_the_packages_own_error() -> None:
+    with pytest.raises(FileAccessError, match="null byte"):
+        open_regular("a\0b")

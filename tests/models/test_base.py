@@ -1,0 +1,236 @@
+"""Bases on disk: module paths to tensor names, over prefixes, ties and layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError
+from fourierft_export.models.base import Bridge, open_base, read_config
+from fourierft_export.models.describe import describe_base
+
+MakeBase = Callable[..., Path]
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+def matrix(out: int, into: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    return np.arange(out * into).reshape(out, into).astype(dtype)
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> MakeBase:
+    """`make(tensors, **config)`: a model directory."""
+
+    def make(tensors: Mapping[str, Any], **config: Any) -> Path:
+        directory = tmp_path / "base"
+        directory.mkdir()
+        save_file(dict(tensors), directory / "model.safetensors")
+        if config:
+            (directory / "config.json").write_text(json.dumps(config), "utf-8")
+        return directory
+
+    return make
+
+
+# --- prefixes ------------------------------------------------------------------------------------
+
+PREFIXES = {
+    "the same names": ("", ""),
+    "the adapter has a prefix": ("bert.", ""),
+    "the checkpoint has a prefix": ("", "bert."),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PREFIXES.values(), ids=PREFIXES.keys())
+def test_a_prefix_is_bridged(ours: str, theirs: str, make_base: MakeBase) -> None:
+    weight = matrix(6, 4)
+    base = open_base(make_base({f"{theirs}{QUERY}.weight": weight, "pooler.weight": matrix(2, 2)}))
+    layer = base.layer(f"{ours}{QUERY}")
+    assert layer.module == f"{ours}{QUERY}"
+    assert layer.tensor == layer.own_tensor == f"{theirs}{QUERY}.weight"
+    assert layer.shape == (6, 4)
+    assert (layer.fan_in_fan_out, layer.dtype, layer.tied) == (False, "F32", False)
+    assert base.weight(f"{ours}{QUERY}").tolist() == weight.tolist()
+
+
+@pytest.mark.parametrize(
+    ("bridge", "name", "wanted"),
+    [
+        (Bridge(), "bert.x.weight", "bert.x.weight"),
+        (Bridge(strip="bert"), "bert.x.weight", "x.weight"),
+        (Bridge(strip="bert"), "bertha.x.weight", "bertha.x.weight"),
+        (Bridge(strip="bert"), "classifier.weight", "classifier.weight"),
+        (Bridge(add="bert"), "x.weight", "bert.x.weight"),
+    ],
+)
+def test_bridges(bridge: Bridge, name: str, wanted: str) -> None:
+    assert bridge.to_base(name) == wanted
+
+
+def test_the_prefix_that_fits_most_layers_is_taken(make_base: MakeBase) -> None:
+    names = [f"encoder.{i}.q" for i in range(3)]
+    stored = [*names, "a.encoder.0.q"]
+    base = open_base(make_base({f"{n}.weight": matrix(2, 2) for n in stored}))
+    assert base.bridge([f"bert.{n}" for n in names]) == Bridge(strip="bert")
+    assert base.bridge(names) == Bridge()
+    assert {x.tensor for x in base.layers(names).values()} == {f"{n}.weight" for n in names}
+
+
+def test_minilm_as_it_ships_is_the_base_of_a_classifier(minilm_dir: Path) -> None:
+    base = open_base(minilm_dir)
+    found = base.layers(
+        f"bert.encoder.layer.{i}.attention.self.{p}" for i in range(6) for p in ("query", "value")
+    )
+    assert len(found) == 12
+    assert {layer.shape for layer in found.values()} == {(384, 384)}
+    assert found["bert.encoder.layer.3.attention.self.value"].tensor == (
+        "encoder.layer.3.attention.self.value.weight"
+    )
+
+
+# --- layouts and ties ----------------------------------------------------------------------------
+
+
+def test_conv1d_is_stored_transposed(make_base: MakeBase) -> None:
+    tensors = {
+        "transformer.h.0.attn.c_attn.weight": matrix(4, 12),
+        "transformer.h.0.mlp.c_proj.weight": matrix(16, 4),
+        "lm_head.weight": matrix(7, 4),
+    }
+    base = open_base(make_base(tensors, model_type="gpt2"))
+    found = base.layers(["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj", "lm_head"])
+    assert [(m.shape, m.fan_in_fan_out) for m in found.values()] == [
+        ((12, 4), True),
+        ((4, 16), True),
+        ((7, 4), False),
+    ]
+    assert base.weight("transformer.h.0.attn.c_attn").shape == (4, 12)
+
+
+def test_the_same_names_are_plain_elsewhere(make_base: MakeBase) -> None:
+    base = open_base(make_base({"h.0.c_proj.weight": matrix(3, 5)}, model_type="gpt_bigcode"))
+    assert base.layer("h.0.c_proj").shape == (3, 5)
+    assert not base.layer("h.0.c_proj").fan_in_fan_out
+
+
+def test_real_gpt2_shapes(tiny_gpt2: Path) -> None:
+    layer = open_base(tiny_gpt2).layer("transformer.h.1.attn.c_attn")
+    assert (layer.shape, layer.fan_in_fan_out) == ((96, 32), True)
+
+
+def test_a_tied_lm_head_is_the_input_embedding(stories260k: Path) -> None:
+    base = open_base(stories260k)
+    head = base.layers(["lm_head", "model.layers.0.self_attn.q_proj"])["lm_head"]
+    assert head.tied
+    assert head.tensor == "model.embed_tokens.weight"
+    assert head.own_tensor == "lm_head.weight"
+    assert head.shape == (512, 64)
+    assert not base.layer("model.layers.0.self_attn.k_proj").tied
+
+
+EMBED, HEAD = {"model.embed_tokens.weight": matrix(5, 3)}, {"lm_head.weight": matrix(5, 3)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "tied", "tensor"),
+    [
+        (EMBED, {"tie_word_embeddings": True}, True, "model.embed_tokens.weight"),
+        ({**EMBED, **HEAD}, {"tie_word_embeddings": True}, True, "lm_head.weight"),
+        ({**EMBED, **HEAD}, {"tie_word_embeddings": False}, False, "lm_head.weight"),
+        ({"wte.weight": matrix(5, 3)}, {}, True, "wte.weight"),
+    ],
+)
+def test_ties(tensors: Any, config: Any, tied: bool, tensor: str, make_base: MakeBase) -> None:
+    layer = open_base(make_base(tensors, **config)).layer("lm_head")
+    assert (layer.tied, layer.tensor, layer.own_tensor) == (tied, tensor, "lm_head.weight")
+
+
+# --- layers that are not there -------------------------------------------------------------------
+
+BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "absent": ({}, "no tensor l.q.weight"),
+    "absent, with a near name": ({"l.qq.weight": matrix(2, 2)}, "(near: l.qq.weight)"),
+    "gptq": ({"l.q.qweight": matrix(2, 2, np.int32)}, "quantised"),
+    "compressed tensors": ({"l.q.weight_packed": matrix(2, 2, np.int32)}, "quantised"),
+    "bitsandbytes int8": (
+        {"l.q.weight": matrix(2, 2, np.int8), "l.q.SCB": matrix(2, 1)},
+        "quantised: its weight l.q.weight is I8",
+    ),
+    "bitsandbytes 4 bit": ({"l.q.weight": matrix(4, 1, np.uint8)}, "is U8"),
+    "float8": ({"l.q.weight": matrix(2, 2, ml_dtypes.float8_e4m3fn)}, "is F8_E4M3"),
+    "a vector": ({"l.q.weight": np.ones(3, np.float32)}, "has shape [3]"),
+    "a convolution": ({"l.q.weight": np.ones((2, 2, 3, 3), np.float32)}, "has shape [2, 2, 3, 3]"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "words"), BAD_LAYERS.values(), ids=BAD_LAYERS.keys())
+def test_layers_that_are_no_float_matrices(
+    tensors: dict[str, Any], words: str, make_base: MakeBase
+) -> None:
+    base = open_base(make_base({"l.k.weight": matrix(2, 2), **tensors}))
+    with pytest.raises(BaseMismatchError) as caught:
+        base.layers(["l.k", "l.q"])
+    assert len(caught.value.offenders) == 1
+    assert caught.value.offenders[0].startswith("l.q: ")
+    assert words in caught.value.offenders[0]
+    assert "1 of 2 layers" in caught.value.found
+
+
+def test_all_offenders_are_listed(stories260k: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(9)]
+    with pytest.raises(BaseMismatchError) as caught:
+        open_base(stories260k).layers(names)
+    assert [line.split(":")[0] for line in caught.value.offenders] == names[5:]  # it has five
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def test_a_single_file_is_a_base_without_a_config(make_base: MakeBase) -> None:
+    directory = make_base({"l.q.weight": matrix(2, 3, np.float16)}, model_type="toy")
+    base = open_base(directory / "model.safetensors")
+    assert (base.config, base.model_type) == ({}, None)
+    assert (base.layer("l.q").dtype, base.layer("l.q").shape) == ("F16", (2, 3))
+    assert open_base(directory).model_type == "toy"
+
+
+def test_paths_that_are_no_base(tmp_path: Path, make_base: MakeBase) -> None:
+    with pytest.raises(FileAccessError, match="nothing there"):
+        open_base(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInputError, match="no weights"):
+        open_base(tmp_path / "empty")
+    (tmp_path / "empty/pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(BadInputError, match="pickled"):
+        open_base(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", '{"a":1,"a":2}', '{"model_type": NaN}'])
+def test_bad_configs(text: str, make_base: MakeBase) -> None:
+    directory = make_base({"l.q.weight": matrix(2, 2)})
+    (directory / "config.json").write_text(text, "utf-8")
+    with pytest.raises(BadInputError, match=r"config\.json"):
+        open_base(directory)
+
+
+def test_odd_config_values_are_no_model_type(make_base: MakeBase) -> None:
+    base = open_base(make_base({"l.q.weight": matrix(2, 2)}, model_type=["gpt2"]))
+    assert base.model_type is None
+    assert read_config(base.directory) == {"model_type": ["gpt2"]}
+
+
+def test_describe(stories260k: Path) -> None:
+    facts = describe_base(stories260k)
+    assert facts["kind"] == "checkpoint"
+    assert facts["parameters"] == 260_032
+    assert facts["dtypes"] == {"F32": facts["tensors"]}
+    assert facts["bytes"] == 260_032 * 4
+    assert (facts["shards"], facts["model_type"]) == (1, "llama")
+    assert facts["architectures"] == ["LlamaForCausalLM"]

@@ -1,0 +1,128 @@
+"""Models as torch modules, and the inputs they are traced with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import logging as tf_logging
+
+from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
+from fourierft_export.models.examples import example_inputs, input_names, output_names
+from fourierft_export.models.load import load_model, quiet_transformers, tokenizer_of
+
+FEATURES, CLASSES, CAUSAL = "feature-extraction", "sequence-classification", "causal-lm"
+HEAD = ("classifier.weight", "classifier.bias")
+
+
+def test_a_causal_model_loads_and_runs(stories260k: Path) -> None:
+    model = load_model(stories260k, CAUSAL)
+    assert not model.training
+    inputs = example_inputs(model, CAUSAL, batch=3, length=8)
+    assert list(inputs) == ["input_ids", "attention_mask"]
+    assert {tuple(v.shape) for v in inputs.values()} == {(3, 8)}
+    assert {v.dtype for v in inputs.values()} == {torch.int64}
+    assert inputs["attention_mask"].sum().item() == 3 * 8 - 2
+    assert inputs["input_ids"].max() < 512
+    assert model(**inputs).logits.shape == (3, 8, 512)
+    assert output_names(model, CAUSAL) == ["logits"]
+    again = example_inputs(model, CAUSAL, batch=3, length=8)
+    assert all(torch.equal(inputs[name], again[name]) for name in inputs)
+
+
+def test_weights_are_those_of_the_file(stories260k: Path) -> None:
+    stored = load_file(stories260k / "model.safetensors")
+    state = load_model(stories260k, CAUSAL).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_one_that_was_asked_for(dtype: str, stories260k: Path) -> None:
+    model = load_model(stories260k, CAUSAL, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_a_head_that_nobody_provides_is_an_error(minilm_dir: Path) -> None:
+    """Transformers would make it up at random and only print so."""
+    with pytest.raises(BaseMismatchError, match="2 missing") as caught:
+        load_model(minilm_dir, CLASSES, num_labels=3)
+    assert sorted(caught.value.offenders) == sorted(HEAD)
+    model = load_model(minilm_dir, CLASSES, num_labels=3, provided=HEAD)
+    assert model.get_parameter("classifier.weight").shape == (3, 384)
+    inputs = example_inputs(model, CLASSES)
+    assert list(inputs) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert model(**inputs).logits.shape == (2, 3)
+
+
+def test_an_encoder_gives_features(minilm_dir: Path) -> None:
+    model = load_model(minilm_dir, FEATURES)
+    assert output_names(model, FEATURES) == ["last_hidden_state", "pooler_output"]
+    found = model(**example_inputs(model, FEATURES, batch=2, length=12))
+    assert found.last_hidden_state.shape == (2, 12, 384)
+    model.pooler = None
+    assert output_names(model, FEATURES) == ["last_hidden_state"]
+
+
+def test_inputs_that_do_not_count_are_left_out() -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        type_vocab_size=1,
+        max_position_embeddings=40,
+    )
+    model = RobertaModel(config)
+    assert input_names(model) == ["input_ids", "attention_mask"]
+    inputs = example_inputs(model, FEATURES, length=8)
+    assert inputs["input_ids"][-1, -2:].tolist() == [config.pad_token_id] * 2
+
+
+def test_missing_and_misshapen_weights_are_errors(stories260k: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories260k, tmp_path / "base")
+    tensors = load_file(stories260k / "model.safetensors")
+    del tensors["model.layers.2.self_attn.q_proj.weight"]
+    tensors["model.norm.weight"] = torch.ones(32)
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseMismatchError, match="1 missing and 1 of another shape") as caught:
+        load_model(tmp_path / "base", CAUSAL)
+    assert caught.value.offenders == (
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.norm.weight",
+    )
+
+
+def test_directories_that_transformers_cannot_load(stories260k: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="a model that transformers loads for causal-lm"):
+        load_model(tmp_path, CAUSAL)
+    shutil.copytree(stories260k, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(BadInputError, match="a model that transformers loads"):
+        load_model(tmp_path / "cut", CAUSAL)
+    with pytest.raises(UsageError, match="task"):
+        load_model(stories260k, "translation")
+
+
+def test_no_network_and_no_noise(capsys: pytest.CaptureFixture[str], minilm_dir: Path) -> None:
+    level = tf_logging.get_verbosity()
+    load_model(minilm_dir, CLASSES, provided=HEAD)
+    shown = capsys.readouterr()
+    assert shown.out + shown.err == ""
+    assert tf_logging.get_verbosity() == level
+    with pytest.raises(ZeroDivisionError), quiet_transformers():
+        _ = 1 / 0
+    assert tf_logging.get_verbosity() == level
+
+
+def test_tokenizers(minilm_dir: Path, stories260k: Path) -> None:
+    tokenizer = tokenizer_of(minilm_dir)
+    assert tokenizer is not None
+    assert tokenizer("hello")["input_ids"] == [101, 7592, 102]
+    assert tokenizer_of(stories260k) is None

@@ -1,0 +1,106 @@
+"""Tasks and architectures from configs, labels from heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fourierft_export.errors import UsageError
+from fourierft_export.models.heads import head_labels
+from fourierft_export.models.task import BY_NAME, TASKS, architecture_for, get_task, infer_task
+
+FEATURES, CLASSES, CAUSAL = TASKS
+
+
+@pytest.mark.parametrize(
+    ("architectures", "task_type", "task"),
+    [
+        (["BertModel"], "SEQ_CLS", CLASSES),  # the head is only in the adapter
+        (["LlamaForCausalLM"], "SEQ_CLS", CLASSES),
+        (["BertModel"], "FEATURE_EXTRACTION", FEATURES),
+        ([], "CAUSAL_LM", CAUSAL),
+        (["BertModel"], None, FEATURES),
+        (["BertForSequenceClassification"], None, CLASSES),
+        (["LlamaForCausalLM"], None, CAUSAL),
+        (["GPT2LMHeadModel"], None, CAUSAL),
+        (["GPT2Model"], None, FEATURES),
+    ],
+)
+def test_infer(architectures: list[str], task_type: str | None, task: str) -> None:
+    assert infer_task({"architectures": architectures}, task_type) == task
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"architectures": None},
+        {"architectures": []},
+        {"architectures": ["BertForMaskedLM"]},
+        {"architectures": 5},
+        {"architectures": "BertModel"},
+        {"architectures": [5]},
+        {"architectures": {"a": 1}},
+    ],
+)
+def test_what_does_not_tell_is_an_error_that_names_the_option(config: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--task"):
+        infer_task(config, None)
+
+
+def test_unknown_tasks() -> None:
+    with pytest.raises(UsageError, match="found 'causal'"):
+        get_task("causal")
+    assert list(BY_NAME) == ["feature-extraction", "sequence-classification", "causal-lm"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "wanted"),
+    [
+        ("BertModel", CLASSES, "BertForSequenceClassification"),
+        ("BertModel", FEATURES, "BertModel"),
+        ("BertModel", CAUSAL, "BertForCausalLM"),
+        ("BertForMaskedLM", CLASSES, "BertForSequenceClassification"),
+        ("BertForSequenceClassification", CLASSES, "BertForSequenceClassification"),
+        ("BertForSequenceClassification", FEATURES, "BertModel"),
+        ("BertLMHeadModel", CLASSES, "BertForSequenceClassification"),
+        ("LlamaForCausalLM", CLASSES, "LlamaForSequenceClassification"),
+        ("LlamaForCausalLM", CAUSAL, "LlamaForCausalLM"),
+        ("LlamaForCausalLM", FEATURES, "LlamaModel"),
+        ("GPT2LMHeadModel", CAUSAL, "GPT2LMHeadModel"),
+        ("GPT2LMHeadModel", FEATURES, "GPT2Model"),
+        ("GPT2LMHeadModel", CLASSES, "GPT2ForSequenceClassification"),
+        ("XLMRobertaModel", CLASSES, "XLMRobertaForSequenceClassification"),
+    ],
+)
+def test_architectures_are_classes_of_transformers(
+    architecture: str, task: str, wanted: str
+) -> None:
+    import transformers
+
+    assert architecture_for({"architectures": [architecture]}, get_task(task)) == wanted
+    if wanted != "BertForCausalLM":  # transformers calls that one BertLMHeadModel
+        assert hasattr(transformers, wanted)
+
+
+@pytest.mark.parametrize("named", [None, [], 5, "BertModel", [None]])
+def test_no_architecture(named: object) -> None:
+    assert architecture_for({"architectures": named}, get_task(CLASSES)) is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "labels"),
+    [
+        ({"classifier.weight": (3, 8), "classifier.bias": (3,)}, 3),
+        ({"score.weight": (2, 8)}, 2),
+        ({"classifier.dense.weight": (8, 8), "classifier.out_proj.weight": (5, 8)}, 5),
+        ({"model.classifier.weight": (4, 8)}, 4),
+        ({"encoder.reclassifier.weight": (4, 8)}, None),
+        ({"classifier.weight": (4,)}, None),
+        ({"bert.encoder.bias": (8,)}, None),
+        ({}, None),
+    ],
+)
+def test_labels_of_heads(shapes: dict[str, tuple[int, ...]], labels: int | None) -> None:
+    assert head_labels(shapes) == labels
