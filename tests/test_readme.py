@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"^<!-- test -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -40,6 +42,7 @@ def test_every_mark_has_a_block() -> None:
     assert {block.language for block in found} == {"bash", "python"}
 
 
+@pytest.mark.timeout(1200)  # torch starts in every block: minutes on a busy machine
 def test_examples_run(minilm_dir: Path, trained_minilm_adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(minilm_dir, tmp_path / "minilm")
     shutil.copytree(trained_minilm_adapter, tmp_path / "adapter")
