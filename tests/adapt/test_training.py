@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -237,8 +239,37 @@ def test_inference_holds_nothing(form: str) -> None:
     assert kept == []
 
 
+def test_fifty_steps_follow_pefts(stories260k: Path, stories_tokens: np.ndarray) -> None:
+    """A trained model, real text, AdamW, the same start: the same curve and the same spectra."""
+    from peft import FourierFTConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import LlamaForCausalLM
+
+    fields = {"n_frequency": 200, "scaling": 60.0, "target_modules": ["q_proj", "v_proj"]}
+    tokens = torch.from_numpy(stories_tokens).flip(1)  # text read backwards is something to learn
+    losses, spectra = [], []
+    for adapt, make_config in ((inject, FourierFTConfig), (get_peft_model, PeftConfig)):
+        base = LlamaForCausalLM.from_pretrained(stories260k)
+        torch.manual_seed(1)
+        model: Any = adapt(base, make_config(**fields, init_weights=True))
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=1e-2)
+        curve = []
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        losses.append(curve)
+        spectra.append(torch.cat([p.detach() for p in learning]))
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (spectra[0] - spectra[1]).norm() <= 1e-4 * spectra[1].norm()
+
+
 def test_distributed_data_parallel_in_one_process(
-    make_model: MakeModel, tokens: Tensor, tmp_path: Any, form: str
+    make_model: MakeModel, tokens: Tensor, tmp_path: Path, form: str
 ) -> None:
     from torch import distributed
 
