@@ -20,8 +20,9 @@ from ..checkpoint.container import encode_header, read_file
 from ..checkpoint.staging import staged_directory
 from ..errors import BadInputError, FileAccessError, UsageError
 from . import peft_config
-from .codec import likely_peft_config
-from .file import BaseLike, Bundle
+from .bind import BaseLike
+from .file import Bundle
+from .layout import likely_peft_config
 from .spec import AdapterSpec, LayerSpec
 
 CONFIG_FILE = "adapter_config.json"

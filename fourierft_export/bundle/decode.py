@@ -1,4 +1,4 @@
-"""Content <-> the bytes of a bundle file (FORMAT.md is normative).
+"""The bytes of a bundle file -> content.
 
 Reading trusts nothing: the container's header is checked against the file's length, the hash
 against every byte that follows, each field against its type and range, before arrays are made.
@@ -6,135 +6,30 @@ against every byte that follows, each field against its type and range, before a
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from ..checkpoint import dtypes, strict_json
-from ..checkpoint.container import DTYPE_BITS, FLOAT_DTYPES, Header, encode_header
+from ..checkpoint.container import DTYPE_BITS, FLOAT_DTYPES, Header
+from ..checkpoint.fields import Fields
 from ..checkpoint.strict_json import canonical
 from ..errors import BadInputError
 from ..spectral.entries import ENTRY_RULES
 from . import names, peft_config
 from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
+from .layout import (
+    HASH_KEY,
+    RESERVED,
+    SPEC_KEY,
+    VERSION,
+    Array,
+    Content,
+    content_digest,
+    likely_peft_config,
+)
 from .spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
-
-VERSION = 1
-RESERVED = "fourierft."
-SPEC_KEY = "fourierft"
-HASH_KEY = "sha256"
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a bundle holds, as `bundle.file.Bundle` takes it."""
-
-    spec: AdapterSpec
-    spectra: Mapping[str, Array]
-    saved: Mapping[str, Array] = field(default_factory=dict)
-    explicit_entries: Mapping[str, Array] = field(default_factory=dict)
-
-
-def _group_key(layer: LayerSpec, dtype: str) -> tuple[object, ...]:
-    """Layers with equal keys share one stack."""
-    print_dtype = layer.fingerprint.dtype if layer.fingerprint else None
-    return (
-        layer.n_frequency,
-        dtype,
-        layer.shape,
-        layer.fan_in_fan_out,
-        layer.entry_rule,
-        layer.entries_sha256,
-        print_dtype,
-    )
-
-
-def encode(content: Content) -> bytes:
-    """The bytes of a bundle; equal content gives equal bytes."""
-    spec = content.spec
-    groups: dict[tuple[object, ...], list[LayerSpec]] = {}
-    for layer in spec.layers:
-        key = _group_key(layer, dtypes.to_name(content.spectra[layer.name].dtype))
-        groups.setdefault(key, []).append(layer)
-    tensors: dict[str, Array] = dict(content.saved)
-    for i, layers in enumerate(groups.values()):
-        tensors[f"{RESERVED}spectrum.{i}"] = np.stack([content.spectra[m.name] for m in layers])
-        if layers[0].entry_rule == EXPLICIT_RULE:
-            entries = content.explicit_entries[layers[0].name]
-            tensors[f"{RESERVED}entries.{i}"] = entries.astype("<u4")
-        if layers[0].fingerprint:
-            prints = b"".join(m.fingerprint.digest + m.fingerprint.samples for m in layers)  # type: ignore[union-attr]
-            tensors[f"{RESERVED}fingerprint.{i}"] = np.frombuffer(prints, np.uint8).reshape(
-                len(layers), FINGERPRINT_BYTES
-            )
-    order = sorted(tensors, key=lambda n: (-DTYPE_BITS[dtypes.to_name(tensors[n].dtype)], n))
-    table = [(n, dtypes.to_name(tensors[n].dtype), tensors[n].shape) for n in order]
-    payload = b"".join(_little_endian(tensors[n]) for n in order)
-    text = canonical(_spec_object(spec, list(groups.values())))
-    digest = _digest(text, table, payload)
-    return encode_header(table, {SPEC_KEY: text, HASH_KEY: digest}) + payload
-
-
-def _little_endian(array: Array) -> bytes:
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
-
-
-def _digest(text: str, table: list[tuple[str, str, tuple[int, ...]]], payload: bytes) -> str:
-    """The hash that tells damage from data: over the spec, the tensor table and the payload."""
-    shapes = canonical([[name, dtype, list(shape)] for name, dtype, shape in table])
-    digest = hashlib.sha256(f"{text}\n{shapes}\n".encode())
-    digest.update(payload)
-    return digest.hexdigest()
-
-
-def _spec_object(spec: AdapterSpec, groups: list[list[LayerSpec]]) -> dict[str, Any]:
-    """The JSON object of the metadata; keys without information are left out."""
-    return {
-        "version": VERSION,
-        "seed": spec.seed,
-        "scaling": spec.scaling,
-        "groups": [_group_object(layers) for layers in groups],
-        **({"task_type": spec.task_type} if spec.task_type is not None else {}),
-        **({"base_model": spec.base_model} if spec.base_model is not None else {}),
-        **(
-            {"peft": peft_config.shorten(spec.peft_config, likely_peft_config(spec))}
-            if spec.peft_config
-            else {}
-        ),
-    }
-
-
-def likely_peft_config(spec: AdapterSpec) -> dict[str, Any]:
-    """The template that the stored PEFT config is a difference to."""
-    return peft_config.template(
-        seed=spec.seed,
-        scaling=spec.scaling,
-        n_frequencies=[layer.n_frequency for layer in spec.layers],
-        task_type=spec.task_type,
-        base_model=spec.base_model,
-    )
-
-
-def _group_object(layers: list[LayerSpec]) -> dict[str, Any]:
-    first = layers[0]
-    group: dict[str, Any] = {
-        "layers": names.compress(m.name for m in layers),
-        "n_frequency": first.n_frequency,
-    }
-    if first.shape is not None:
-        group["shape"] = list(first.shape)
-        group["entry_rule"] = first.entry_rule
-        group["entries_sha256"] = first.entries_sha256
-    if first.fan_in_fan_out:
-        group["fan_in_fan_out"] = True
-    if first.fingerprint:
-        group["base_dtype"] = first.fingerprint.dtype
-    return group
 
 
 def check_kind(header: Header, where: str) -> None:
@@ -166,7 +61,7 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
     check_kind(header, where)
     text = header.metadata[SPEC_KEY]
     table = [(t.name, t.dtype, t.shape) for t in header.tensors.values()]
-    if header.metadata.get(HASH_KEY) != _digest(text, table, payload):
+    if header.metadata.get(HASH_KEY) != content_digest(text, table, payload):
         raise BadInputError(
             where,
             expected="a payload with the hash that the file states",
@@ -178,7 +73,7 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
         raise BadInputError(
             where, expected="canonical JSON as metadata", found="another form of it"
         )
-    fields = _Fields(value, where, "bundle metadata")
+    fields = Fields(value, where, "bundle metadata")
     version = fields.take("version", int)
     if version != VERSION:
         raise BadInputError(
@@ -220,7 +115,7 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
     layers.sort(key=lambda m: names.natural_key(m.name))
     spec = AdapterSpec(seed, scaling, tuple(layers), task_type, base_model)
     if short is not None:
-        difference = _Fields(short, where, "the PEFT config")
+        difference = Fields(short, where, "the PEFT config")
         differing, absent = difference.take("set", dict, {}), difference.take("absent", list, [])
         difference.finish()
         config = peft_config.restore(differing, absent, likely_peft_config(spec))
@@ -245,7 +140,7 @@ def _group(
 ) -> Iterator[tuple[LayerSpec, Array, Array | None]]:
     """The layers of one group; takes the group's tensors out of `arrays`."""
     at = f"{where}, group {i}"
-    fields = _Fields(group, where, f"group {i}")
+    fields = Fields(group, where, f"group {i}")
     templates = fields.take("layers", list)
     n_frequency = fields.take("n_frequency", int)
     shape = fields.take("shape", list, None)
@@ -329,34 +224,3 @@ def _stack(name: str, shape: tuple[int, ...], arrays: dict[str, Array], where: s
             found="none" if found is None else f"shape {list(found.shape)}",
         )
     return found
-
-
-_MISSING = object()
-
-
-class _Fields:
-    """Takes typed fields out of a JSON object and complains about what is left."""
-
-    def __init__(self, value: Any, where: str, what: str) -> None:
-        self.where = f"{where}, {what}"
-        if not isinstance(value, dict):
-            raise BadInputError(self.where, expected="a JSON object", found=type(value).__name__)
-        self.values = dict(value)
-
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
-        """The field `key`; bool is not taken for a number."""
-        value = self.values.pop(key, default)
-        if value is default and default is not _MISSING:
-            return default
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if type(value) not in kinds:
-            wanted = " or ".join(k.__name__ for k in kinds)
-            found = "nothing" if value is _MISSING else type(value).__name__
-            raise BadInputError(f"{self.where}, field {key}", expected=wanted, found=found)
-        return value
-
-    def finish(self) -> None:
-        """Refuse fields that nobody took."""
-        if self.values:
-            extra = ", ".join(sorted(self.values)[:5])
-            raise BadInputError(self.where, expected="no unknown fields", found=extra)
