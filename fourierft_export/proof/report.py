@@ -189,14 +189,22 @@ class Report:
                 output.reason,
             )
             offenders = offenders[1:]
-        suspects = " and ".join(self.suspects)
         raise ValidationError(
             where,
             expected="artifacts that agree, and an adapter that changes the base",
             found=found,
-            remedy=f"every failing pair contains {suspects}: make it again" if suspects else "",
+            remedy=self._remedy(),
             offenders=offenders,
         )
+
+    def _remedy(self) -> str:
+        if self.suspects:
+            return f"every failing pair contains {' and '.join(self.suspects)}: make it again"
+        failing = [pair for pair in self.comparisons if not pair.ok]
+        if failing and all(pair.expect == "different" for pair in failing):
+            return "check that the adapter was trained and that its scaling is not 0"
+        last = failing[0].right if failing else "it"
+        return f"make {last} again, of this base and this adapter"
 
     def _failure_lines(self) -> list[str]:
         return [

@@ -60,6 +60,26 @@ def test_a_small_effect_is_measured_with_a_fine_rule(
         assert output.resolution is not None and output.resolution < 0.01
 
 
+def test_a_small_effect_is_told_from_rounding(
+    classifier: Any, make_adapted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The adapter changes less than bfloat16 does: only a base rounded alike shows its effect."""
+    bundle = rescaled(classifier.bundle, 0.3)
+    for fault in ("", "seed + 1"):
+        merged = tmp_path / f"merged{fault}"
+        make_adapted(fault, scaling=0.3).to(torch.bfloat16).save_pretrained(merged)
+        report = validate(base=classifier.base, bundle=bundle, merged=merged)
+        assert report.ok is (fault == "")
+        rms = {
+            (p.left, p.right): output.difference.rms
+            for p in report.comparisons
+            for output in p.outputs
+            if output.difference is not None
+        }
+        assert rms["base", "torch"] < 2 * rms["torch", "merged"]
+        assert ("base", "merged") not in rms and ("plain:bfloat16", "merged") in rms
+
+
 def test_an_adapter_without_effect_fails(classifier: Any, plant: Callable[..., Path]) -> None:
     nothing = rescaled(classifier.bundle, 0)
     report = validate(base=classifier.base, bundle=nothing, merged=plant("adapter zeroed"))
