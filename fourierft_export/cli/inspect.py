@@ -88,11 +88,12 @@ def _listed(value: object) -> str:
 
 def _layers(facts: Mapping[str, Any]) -> list[str | Table]:
     """Tables of the layers and of the dense tensors."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     shown: list[str | Table] = []
     if facts.get("groups"):
-        table = Table("layers", "count", "shape", "n_frequency", "dtype", "entry rule")
+        columns = ("count", "shape", "n_frequency", "dtype", "entry rule")
+        table = Table(Column("layers", overflow="fold"), *columns)
         for group in facts["groups"]:
             shape = " x ".join(map(str, group["shape"])) if group["shape"] else "?"
             table.add_row(
@@ -105,7 +106,7 @@ def _layers(facts: Mapping[str, Any]) -> list[str | Table]:
             )
         shown.append(table)
     if facts.get("saved"):
-        table = Table("saved tensor", "shape", "dtype")
+        table = Table(Column("saved tensor", overflow="fold"), "shape", "dtype")
         for tensor in facts["saved"]:
             shape = " x ".join(map(str, tensor["shape"])) or "scalar"
             table.add_row(_plain(tensor["name"]), shape, tensor["dtype"])
@@ -133,9 +134,9 @@ def _checkpoint(facts: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("", "name", "dtype", "shape")
+    table = Table("", Column("name", overflow="fold"), "dtype", "shape")
     for side in ("inputs", "outputs"):
         for value in facts[side]:
             shape = " x ".join(map(str, value["shape"]))

@@ -68,8 +68,9 @@ def run(words: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _emit_plain("interrupted", INTERRUPTED, "", "an interrupt", "interrupted", as_json=as_json)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away (`| head`): nothing is wrong, and there is nobody to tell.
+    except (BrokenPipeError, SystemExit):
+        # The reader went away (`| head`), which click and rich make an exit: nothing is wrong, and
+        # there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # the last resort: a person sees a line, not a stack

@@ -1,0 +1,253 @@
+"""What every verb shares: errors as one line or one object, names escaped, interrupts, progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from safetensors.numpy import save_file
+
+from fourierft_export import errors
+from fourierft_export.cli import console, main
+from fourierft_export.cli.console import Outcome, Progress, size_text, verb
+from fourierft_export.cli.main import run, verbs
+
+ESC = "\x1b[31m"
+Add = Callable[[click.Command], None]
+
+
+@pytest.fixture
+def add(monkeypatch: pytest.MonkeyPatch) -> Add:
+    """`add(command)`: one more verb, for this test only."""
+
+    def put(command: click.Command) -> None:
+        monkeypatch.setitem(verbs.commands, command.name or "", command)
+
+    return put
+
+
+def failing(error: BaseException) -> click.Command:
+    @verb
+    def fail() -> Outcome:
+        raise error
+
+    return fail
+
+
+EVERY_ERROR = [
+    errors.FourierFTError,
+    errors.UsageError,
+    errors.MissingExtraError,
+    errors.BadInputError,
+    errors.BaseMismatchError,
+    errors.ValidationError,
+    errors.FileAccessError,
+]
+
+
+@pytest.mark.parametrize("kind", EVERY_ERROR)
+def test_errors_have_their_codes(
+    kind: type[errors.FourierFTError], add: Add, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(failing(kind(f"file{ESC}", expected="a\nb", found="c", remedy="d", offenders=["e\x07"])))
+    assert run(["fail"]) == kind.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "error: file\\x1b[31m: expected a\\nb, found c; d\n  e\\x07\n"
+    assert run(["fail", "--json"]) == kind.exit_code
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {
+        "schema": 1,
+        "ok": False,
+        "error": {
+            "kind": kind.kind,
+            "code": kind.exit_code,
+            "where": "file\\x1b[31m",
+            "expected": "a\\nb",
+            "found": "c",
+            "remedy": "d",
+            "offenders": ["e\\x07"],
+        },
+    }
+    assert shown.err.startswith("error: ")  # for the person who reads the log
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    assert [kind.exit_code for kind in EVERY_ERROR] == [1, 2, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("count", "last"), [
+    (1, "  offender 0"), (20, "  offender 19"), (21, "  ... and 2 more"),
+    (5000, "  ... and 4981 more"),
+])  # fmt: skip
+def test_at_most_twenty_offenders(
+    count: int, last: str, add: Add, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offenders = [f"offender {i}" for i in range(count)]
+    add(failing(errors.BaseMismatchError("base", offenders=offenders)))
+    assert run(["fail", "--json"]) == 4
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert len(lines) == 1 + min(count, 20)
+    assert lines[-1] == last
+    assert len(json.loads(shown.out)["error"]["offenders"]) == count
+
+
+def test_an_unexpected_error_is_a_line_and_debug_shows_it(
+    add: Add, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(failing(ZeroDivisionError(f"oh{ESC}\nsecond line")))
+    assert run(["fail"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "error: unexpected error: ZeroDivisionError: oh\\x1b[31m; run it again with --debug and "
+        "report what it prints\n"
+    )
+    assert run(["fail", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "unexpected"
+    with pytest.raises(ZeroDivisionError):
+        run(["fail", "--debug"])
+
+
+def test_debug_shows_the_packages_own_errors_too(add: Add) -> None:
+    add(failing(errors.BadInputError("x")))
+    with pytest.raises(errors.BadInputError):
+        run(["fail", "--debug"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
+def test_interrupts(error: BaseException, add: Add, capsys: pytest.CaptureFixture[str]) -> None:
+    add(failing(error))
+    assert run(["fail", "--json"]) == 130
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"]["code"] == 130
+    assert shown.err.strip().endswith("error: interrupted")
+
+
+def test_usage_errors_are_json_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pack", "--json"]) == 2
+    shown = capsys.readouterr()
+    fields = json.loads(shown.out)["error"]
+    assert (fields["kind"], fields["code"]) == ("usage", 2)
+    assert fields["where"] == "fourierft-export pack"
+    assert "SOURCE" in fields["found"]
+    assert shown.err.count("\n") == 1
+
+
+def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert "pack" in shown.out + shown.err
+
+
+def test_main_exits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["inspect", str(tmp_path / "absent")])
+    assert caught.value.code == 6
+    monkeypatch.setattr("sys.argv", ["fourierft-export", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 0
+
+
+def test_text_is_shown_as_it_is(add: Add, capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup, no escapes, no wrapping, no highlighting."""
+    line = "[bold]x[/bold] " + "word " * 60 + "[red"
+
+    @verb
+    def say() -> Outcome:
+        return Outcome({"a": 1}, [line, f"esc{ESC}"], [f"note [b]{ESC}"])
+
+    add(say)
+    assert run(["say"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{line}\nesc\\x1b[31m\n"
+    assert shown.err == "note: note [b]\\x1b[31m\n"
+    assert run(["say", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == '{"schema": 1, "ok": true, "a": 1}\n'
+    assert shown.err == "note: note [b]\\x1b[31m\n"
+
+
+def test_a_failed_result_is_shown_before_its_error(
+    add: Add, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @verb
+    def prove() -> Outcome:
+        failure = errors.ValidationError("pair", found="a difference")
+        return Outcome({"prove": 1}, ["the table"], failure=failure)
+
+    add(prove)
+    assert run(["prove"]) == 5
+    shown = capsys.readouterr()
+    assert shown.out == "the table\n"
+    assert shown.err == "error: pair: found a difference\n"
+    assert run(["prove", "--json"]) == 5
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
+    assert answer["error"]["kind"] == "validation"
+
+
+def test_progress_is_silent_where_nobody_watches(
+    add: Add, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "SHOW_PROGRESS_AFTER", 0.0)
+
+    @verb
+    def work(progress: Progress) -> Outcome:
+        for i in range(3):
+            progress("working", i, 3)
+        return Outcome({}, ["done"])
+
+    add(work)
+    assert run(["work"]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("done\n", "")
+
+
+def test_progress_shows_on_a_terminal(
+    add: Add, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "SHOW_PROGRESS_AFTER", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    @verb
+    def work(progress: Progress) -> Outcome:
+        progress(f"working{ESC}", 1, 2)
+        return Outcome({}, ["done"])
+
+    add(work)
+    assert run(["work"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "done\n"
+    assert "working" in shown.err
+    assert f"working{ESC}" not in shown.err
+
+
+def test_a_long_layer_name_is_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    name = "block." + "abcdefghij" * 30
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "FOURIERFT"}', "utf-8")
+    tensors: dict[str, Any] = {f"base_model.model.{name}.fourierft_spectrum": np.ones(3)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert run(["inspect", str(adapter)]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    letters = "".join(c for c in shown if c in "abcdefghij")
+    assert "abcdefghij" * 30 in letters
+
+
+@pytest.mark.parametrize(("count", "text"), [
+    (0, "0 bytes"), (999_999, "999,999 bytes"), (2_100_000, "2.1 MB"), (13_500_000_000, "13.5 GB"),
+])  # fmt: skip
+def test_sizes(count: int, text: str) -> None:
+    assert size_text(count) == text
