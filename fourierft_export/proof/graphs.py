@@ -121,12 +121,16 @@ class Graph:
                 found=f"{rows} rows",
                 remedy="give inputs as an .npz file (--inputs), or another number of samples",
             )
-        if step >= rows:
-            return dict(zip(self.outputs, self._call(feed), strict=True))
-        parts = [
-            self._call({name: array[start : start + step] for name, array in feed.items()})
-            for start in range(0, rows, step)
-        ]
+        parts = []
+        for start in range(0, rows, step):
+            part = {name: array[start : start + step] for name, array in feed.items()}
+            parts.append(self._call(part))
+            if step < rows and any(a.shape[:1] != (min(step, rows - start),) for a in parts[-1]):
+                # Some output has no row per example: only the whole batch gives its value.
+                parts = [self._call(feed)]
+                break
+        if len(parts) == 1:
+            return dict(zip(self.outputs, parts[0], strict=True))
         columns = zip(*parts, strict=True)
         return {n: np.concatenate(c) for n, c in zip(self.outputs, columns, strict=True)}
 
@@ -142,7 +146,11 @@ class Graph:
     def _cast(self, name: str, array: Array) -> Array:
         """Integers and floats as wide as the graph wants them."""
         wanted = _NUMPY_TYPES.get(self._inputs[name].type)
-        return array if wanted is None else array.astype(wanted, casting="same_kind", copy=False)
+        if wanted is None or np.can_cast(array.dtype, wanted, casting="same_kind"):
+            return array if wanted is None else array.astype(wanted, copy=False)
+        raise UsageError(
+            f"input {name}", expected=np.dtype(wanted).name, found=f"an array of {array.dtype}"
+        )
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ..models.task import Task
 from .compare import Array
@@ -77,6 +78,8 @@ def load(directory: Path, task: Task, num_labels: int | None = None) -> Loaded:
     import torch
     import transformers
 
+    # transformers follows whatever paths an index names: the strict reader looks first.
+    Checkpoint.open(directory)
     auto = getattr(transformers, task.auto_class)
     options = {} if num_labels is None else {"num_labels": num_labels}
     with quiet_transformers():
@@ -124,6 +127,7 @@ def run_model(
 
     Raises:
         UsageError: none of the inputs is one of the model's.
+        BadInputError: the model cannot be run on them.
     """
     import torch
 
@@ -137,16 +141,24 @@ def run_model(
     rows = next(iter(taken.values())).shape[0]
     dtype = next(model.parameters()).dtype
     parts: dict[str, list[Array]] = {}
-    with torch.no_grad():
-        for start in range(0, rows, batch_size):
+    for start in range(0, rows, batch_size):
+        try:
             batch = {}
             for name, array in taken.items():
                 tensor = torch.from_numpy(np.array(array[start : start + batch_size]))
                 batch[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            result = model(**batch, **options, return_dict=True)
-            for name in task.outputs:
-                if result.get(name) is not None:
-                    parts.setdefault(name, []).append(result[name].numpy())
+            with torch.no_grad():
+                result = model(**batch, **options, return_dict=True)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise BadInputError(
+                f"inputs {', '.join(taken)}",
+                expected=f"arrays that {type(model).__name__} can be run on",
+                found=(str(error).splitlines() or [type(error).__name__])[0],
+                remedy="check the arrays' shapes and dtypes, and ids against the vocabulary",
+            ) from error
+        for name in task.outputs:
+            if result.get(name) is not None:
+                parts.setdefault(name, []).append(result[name].numpy())
     return {name: np.concatenate(chunks) for name, chunks in parts.items()}
 
 

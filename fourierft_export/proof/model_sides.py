@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import BadInputError, UsageError
 from ..models.task import Task
 from . import loading, peft_side, rebuild
 from .artifacts import Artifacts
@@ -225,10 +225,10 @@ class _Runner:
             outputs = loading.run_model(
                 model.double(), self.task, self.inputs.arrays, batch_size=self.batch_size
             )
-        except RuntimeError as error:
+        except BadInputError as error:
             self.found.notes.append(
                 f"{run.side.name}: noise assumed, not measured: the model does not run in float64 "
-                f"({(str(error).splitlines() or [''])[0]})"
+                f"({error.found})"
             )
             return {}
         return rms_difference(run.outputs, outputs, self.inputs.mask)

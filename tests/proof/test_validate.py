@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -256,6 +258,11 @@ def test_paths_are_checked_before_anything_runs(
 ) -> None:
     (tmp_path / "text.onnx").write_text("not a graph at all")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(classifier.base, tmp_path / "escaping")
+    weights = tmp_path / "escaping" / "model.safetensors"
+    weights.rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"pooler.dense.bias": "../outside.safetensors"}}
+    weights.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
     base, absent = classifier.base, tmp_path / "absent"
     for call, error in (
         ({"base": absent, "merged": base}, FileAccessError),
@@ -267,6 +274,10 @@ def test_paths_are_checked_before_anything_runs(
         ({"base": base, "bundle": absent}, FileAccessError),
         ({"base": base, "onnx": clean_onnx, "inputs": absent}, FileAccessError),
         ({"base": base, "onnx": clean_onnx, "inputs": {"pixels": np.ones((2, 3))}}, UsageError),
+        ({"base": base, "merged": base, "inputs": {"pixels": np.ones((2, 3))}}, UsageError),
+        ({"base": base, "merged": base, "inputs": {"input_ids": [[10**6]]}}, BadInputError),
+        ({"base": base, "merged": base, "inputs": {"input_ids": ["words"]}}, BadInputError),
+        ({"base": base, "merged": tmp_path / "escaping"}, BadInputError),
     ):
         with pytest.raises(error):
             validate(**call)
@@ -427,3 +438,35 @@ def test_minilm_with_an_adapter_of_peft(
         Bundle.build(bundle.spec, bundle.spectra, {n: a * 1.01 for n, a in bundle.saved.items()}),
     ):
         assert not validate(base=minilm_dir, bundle=wrong, peft=adapter, samples=16).ok
+
+
+def test_a_graph_with_an_output_for_the_whole_batch(tmp_path: Path) -> None:
+    """Rows are run in batches only where every output has a row per example."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["n", "t"])
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "t"])
+    outputs = [helper.make_tensor_value_info(n, TensorProto.INT64, None) for n in ("sum", "rows")]
+    nodes = [
+        helper.make_node("Mul", ["input_ids", "attention_mask"], ["rows"]),
+        helper.make_node("ReduceSum", ["rows"], ["sum"], keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "g", [ids, mask], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "sum.onnx")
+    inputs = {
+        "input_ids": np.arange(40).reshape(10, 4),
+        "attention_mask": np.ones((10, 4), np.int64),
+    }
+
+    def expected(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"rows": given["input_ids"], "sum": np.int64(780)}
+
+    report = validate(
+        sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=inputs, batch_size=3
+    )
+    report.raise_for_failure()
+    floats = inputs | {"input_ids": np.ones((10, 4))}
+    with pytest.raises(UsageError, match="input input_ids: expected int64"):
+        validate(sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=floats)
