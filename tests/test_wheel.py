@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from zipfile import ZipFile
@@ -68,18 +67,17 @@ def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts folder of an environment with the wheel, its core dependencies and pip."""
     home = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "venv", cwd=home)
-    paths = sysconfig.get_paths(
-        "venv", {"base": str(home / "venv"), "platbase": str(home / "venv")}
-    )
-    python = next(Path(paths["scripts"]).glob("python*"))
+    scripts = home / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(call(python, "-c", where, cwd=home).strip())
     call(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=home)
-    site = Path(paths["purelib"])
     (metadata,) = site.glob("fourierft_export-*.dist-info")
     for name in core_dependencies(PathDistribution(metadata)):
         files = distribution(name).files or []
         for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
             (site / top).symlink_to(distribution(name).locate_file(top))
-    return Path(paths["scripts"])
+    return scripts
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
