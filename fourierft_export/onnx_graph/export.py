@@ -168,7 +168,7 @@ def _marks(layers: Mapping[str, FourierLinear]) -> dict[str, torch.Tensor]:
     """Path -> random numbers in the shape and dtype of the layer's weight (see `locate`)."""
     random = torch.Generator().manual_seed(0)
     weights = {path: stored_weight(layer.linear) for path, layer in layers.items()}
-    return {p: torch.randn(w.shape, generator=random).to(w.dtype) for p, w in weights.items()}
+    return {p: torch.randn(w.shape, generator=random).to(w) for p, w in weights.items()}
 
 
 def _adapted(layer: FourierLinear) -> AdaptedLayer:

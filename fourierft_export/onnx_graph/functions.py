@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 DOMAIN = "fourierft_export"
 VERSION = 1
 TABLE = "FourierTable"
+TABLE_OUTPUTS = ("cosines", "sines", "mirrored")
 DELTA = "FourierDelta"
 
-# entries [n, 2] int64 -> cosines and sines [length / 2 + 1, n] float32 of 2 pi f p / length, where
-# f is column `axis` of the entries and p counts positions 0 .. length / 2.
+# Per side of the matrix. entries [n, 2] int64 -> cosines and sines [length / 2 + 1, n] float32 of
+# 2 pi f p / length, divided by length, where f is column `axis` of the entries and p counts
+# positions 0 .. length / 2; and mirrored [1], the last position that has a mirror image.
 _TABLE_TEXT = """
 <domain: "fourierft_export", opset_import: ["": OPSET]>
-FourierTable <axis, length> (entries) => (cosines, sines) {
+FourierTable <axis, length> (entries) => (cosines, sines, mirrored) {
     axis_index = Constant <value_int: int = @axis> ()
     frequencies = Gather <axis = 1> (entries, axis_index)
     zero = Constant <value_int: int = 0> ()
@@ -53,47 +55,44 @@ FourierTable <axis, length> (entries) => (cosines, sines) {
     angles = Mul (all_phases_double, phase_step)
     cosine_double = Cos (angles)
     sine_double = Sin (angles)
-    cosine_of_phase = Cast <to = 1> (cosine_double)
-    sine_of_phase = Cast <to = 1> (sine_double)
+    cosine_normalised = Div (cosine_double, count_double)
+    sine_normalised = Div (sine_double, count_double)
+    cosine_of_phase = Cast <to = 1> (cosine_normalised)
+    sine_of_phase = Cast <to = 1> (sine_normalised)
     cosines = Gather <axis = 0> (cosine_of_phase, phases)
     sines = Gather <axis = 0> (sine_of_phase, phases)
+    last = Sub (count, one)
+    half_of_last = Div (last, two)
+    first_axis = Constant <value_ints: ints = [0]> ()
+    mirrored = Unsqueeze (half_of_last, first_axis)
 }
 """
 
-# spectrum [n] any float, scaling [] float32, four tables [half range, n] -> delta [rows, columns]
-# float32.
+# spectrum [n] any float, scaling [] float32, tables of the rows and of the columns -> delta
+# [rows, columns] float32. Mirrored parts run from the last mirrored position back to position 1.
 _DELTA_TEXT = """
 <domain: "fourierft_export", opset_import: ["": OPSET]>
-FourierDelta <rows, columns>
-(spectrum, scaling, row_cosines, row_sines, column_cosines, column_sines) => (delta) {
-    row_count = Constant <value_int: int = @rows> ()
-    column_count = Constant <value_int: int = @columns> ()
-    size = Mul (row_count, column_count)
-    size_float = Cast <to = 1> (size)
-    factor = Div (scaling, size_float)
+FourierDelta
+(spectrum, scaling, row_cosines, row_sines, mirrored_row,
+ column_cosines, column_sines, mirrored_column) => (delta) {
     coefficients = Cast <to = 1> (spectrum)
-    scaled = Mul (coefficients, factor)
+    scaled = Mul (coefficients, scaling)
     weighted_cosines = Mul (row_cosines, scaled)
     weighted_sines = Mul (row_sines, scaled)
     cosine_part = Gemm <transB = 1> (weighted_cosines, column_cosines)
     sine_part = Gemm <transB = 1> (weighted_sines, column_sines)
     straight = Sub (cosine_part, sine_part)
     crossed = Add (cosine_part, sine_part)
+    zero = Constant <value_ints: ints = [0]> ()
     one = Constant <value_ints: ints = [1]> ()
-    two = Constant <value_ints: ints = [2]> ()
-    row_end = Sub (row_count, one)
-    column_end = Sub (column_count, one)
-    last_row = Div (row_end, two)
-    last_column = Div (column_end, two)
-    last_both = Concat <axis = 0> (last_row, last_column)
-    first = Constant <value_ints: ints = [0]> ()
-    first_both = Constant <value_ints: ints = [0, 0]> ()
     back = Constant <value_ints: ints = [-1]> ()
-    back_both = Constant <value_ints: ints = [-1, -1]> ()
+    two_zeros = Constant <value_ints: ints = [0, 0]> ()
+    two_backs = Constant <value_ints: ints = [-1, -1]> ()
     both_axes = Constant <value_ints: ints = [0, 1]> ()
-    upper_right = Slice (crossed, last_column, first, one, back)
-    lower_left = Slice (crossed, last_row, first, first, back)
-    lower_right = Slice (straight, last_both, first_both, both_axes, back_both)
+    mirrored_both = Concat <axis = 0> (mirrored_row, mirrored_column)
+    upper_right = Slice (crossed, mirrored_column, zero, one, back)
+    lower_left = Slice (crossed, mirrored_row, zero, zero, back)
+    lower_right = Slice (straight, mirrored_both, two_zeros, both_axes, two_backs)
     upper = Concat <axis = 1> (straight, upper_right)
     lower = Concat <axis = 1> (lower_left, lower_right)
     delta = Concat <axis = 0> (upper, lower)

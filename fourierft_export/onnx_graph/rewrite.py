@@ -130,7 +130,7 @@ class _Writer:
         self.nodes: list[ir.Node] = []
         self.names: set[str] = set()
         self.entries: dict[bytes, ir.Value] = {}
-        self.tables: dict[tuple[str, int, int], tuple[ir.Value, ir.Value]] = {}
+        self.tables: dict[tuple[str, int, int], Sequence[ir.Value]] = {}
         self.inputs: dict[tuple[str, str], dict[str, ir.Value]] = {}
 
     def write(self, site: WeightSite, layer: AdaptedLayer) -> Written:
@@ -166,20 +166,10 @@ class _Writer:
         self, name: str, layer: AdaptedLayer, inputs: Mapping[str, ir.Value], written: Written
     ) -> ir.Value:
         """delta_W in the layout of the graph's weight."""
-        rows, columns = layer.shape
-        row_tables = self._tables(inputs["entries"], 0, rows)
-        column_tables = self._tables(inputs["entries"], 1, columns)
-        if written.transposed:
-            rows, columns = columns, rows
-            row_tables, column_tables = column_tables, row_tables
-        return self._op(
-            functions.DELTA,
-            [inputs["spectrum"], inputs["scaling"], *row_tables, *column_tables],
-            name,
-            domain=functions.DOMAIN,
-            rows=rows,
-            columns=columns,
-        )
+        sides = [self._table(inputs["entries"], axis, layer.shape[axis]) for axis in (0, 1)]
+        rows, columns = reversed(sides) if written.transposed else sides
+        given = [inputs["spectrum"], inputs["scaling"], *rows, *columns]
+        return self._op(functions.DELTA, given, name, domain=functions.DOMAIN)
 
     def _inputs(self, layer: str, layer_term: LayerTerm) -> dict[str, ir.Value]:
         """The adapter's tensors for one layer, by kind."""
@@ -203,24 +193,24 @@ class _Writer:
     def _prefix(self, layer: str, adapter: str) -> str:
         return f"{layer}.{adapter}" if self.several else layer
 
-    def _tables(self, entries: ir.Value, axis: int, length: int) -> tuple[ir.Value, ir.Value]:
+    def _table(self, entries: ir.Value, axis: int, length: int) -> Sequence[ir.Value]:
+        """The outputs of FourierTable for one side of the matrix."""
         key = str(entries.name), axis, length
         if key not in self.tables:
             import onnx_ir as ir
 
-            side = "columns" if axis else "rows"
             node = ir.node(
                 functions.TABLE,
                 [entries],
                 {"axis": axis, "length": length},
                 domain=functions.DOMAIN,
-                num_outputs=2,
-                name=f"{entries.name}.{side}.{length}",
+                num_outputs=len(functions.TABLE_OUTPUTS),
+                name=f"{entries.name}.{'columns' if axis else 'rows'}.{length}",
             )
-            for output, what in zip(node.outputs, ("cosines", "sines"), strict=True):
+            for output, what in zip(node.outputs, functions.TABLE_OUTPUTS, strict=True):
                 output.name = f"{node.name}.{what}"
             self.nodes.append(node)
-            self.tables[key] = node.outputs[0], node.outputs[1]
+            self.tables[key] = node.outputs
         return self.tables[key]
 
     def _op(

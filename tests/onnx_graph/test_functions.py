@@ -42,20 +42,17 @@ def delta_model(
     entries: np.ndarray, spectrum: np.ndarray, scaling: float, rows: int, columns: int, opset: int
 ) -> bytes:
     """A model whose one output is delta_W; `blank` is an input that does nothing."""
+    rows_table, columns_table = (
+        [f"{side}_{what}" for what in functions.TABLE_OUTPUTS] for side in ("rows", "columns")
+    )
+    domain = functions.DOMAIN
     nodes = [
+        helper.make_node("FourierTable", ["e"], rows_table, domain=domain, axis=0, length=rows),
         helper.make_node(
-            "FourierTable", ["e"], ["rc", "rs"], domain=functions.DOMAIN, axis=0, length=rows
+            "FourierTable", ["e"], columns_table, domain=domain, axis=1, length=columns
         ),
         helper.make_node(
-            "FourierTable", ["e"], ["cc", "cs"], domain=functions.DOMAIN, axis=1, length=columns
-        ),
-        helper.make_node(
-            "FourierDelta",
-            ["c", "s", "rc", "rs", "cc", "cs"],
-            ["delta"],
-            domain=functions.DOMAIN,
-            rows=rows,
-            columns=columns,
+            "FourierDelta", ["c", "s", *rows_table, *columns_table], ["delta"], domain=domain
         ),
         helper.make_node("Add", ["delta", "blank"], ["out"]),
     ]
