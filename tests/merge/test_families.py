@@ -160,6 +160,31 @@ def test_a_head_of_an_unknown_kind_is_added_with_a_note(
     assert any("tagger.weight added" in note and "TOKEN_CLS" in note for note in report.notes)
 
 
+def test_a_head_with_other_labels_replaces_the_bases(
+    tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    head = {"classifier.weight": (2, 4), "classifier.bias": (2,)}
+    tensors = {"bert.layer.0.query.weight": np.ones((6, 4), np.float32)}
+    tensors |= {name: np.ones(shape, np.float32) for name, shape in head.items()}
+    save_file(tensors, base / "model.safetensors")
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "x", "1": "y"}}
+    (base / "config.json").write_text(json.dumps(config))
+    saved = {
+        "classifier.weight": np.full((3, 4), 2, np.float32),
+        "classifier.bias": np.full(3, 2, np.float32),
+    }
+    bundle = make_bundle(base, ["bert.layer.0.query"], saved=saved, task_type="SEQ_CLS")
+    merge_checkpoint(base, bundle, tmp_path / "out")
+    found = Checkpoint.open(tmp_path / "out")
+    for name, value in saved.items():
+        np.testing.assert_array_equal(found.read(name), value)
+    merged = json.loads((tmp_path / "out/config.json").read_text())
+    assert merged["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert merged["architectures"] == ["BertForSequenceClassification"]
+
+
 def test_a_head_takes_the_dtype_of_the_base(
     tmp_path: Path, make_bundle: Callable[..., Bundle]
 ) -> None:

@@ -184,16 +184,17 @@ def test_dtypes_of_tensors_that_are_not_floats_stay(
     tensors = {
         "q.weight": torch.ones(4, 6), "ids": torch.arange(3), "flag": torch.tensor([True]),
         "table": torch.ones(3, dtype=torch.float16), "odd": torch.arange(3, dtype=torch.int8),
-        "scaled": torch.arange(5.0).to(torch.float8_e4m3fn),
+        "scaled": torch.arange(5.0).to(torch.float8_e4m3fn), "bias": torch.ones(3),
+        "positions": torch.arange(3, dtype=torch.int32),
     }  # fmt: skip
     save_torch(tensors, base / "model.safetensors", {"format": "pt"})
     merge_checkpoint(base, make_bundle(base, ["q"]), tmp_path / "out", dtype="bfloat16")
     before, found = tensors_of(base), tensors_of(tmp_path / "out")
     assert {name: value.dtype.name for name, value in found.items()} == {
         "q.weight": "bfloat16", "ids": "int64", "flag": "bool", "table": "bfloat16", "odd": "int8",
-        "scaled": "float8_e4m3fn",
+        "scaled": "float8_e4m3fn", "bias": "bfloat16", "positions": "int32",
     }  # fmt: skip
-    for name in ("ids", "flag", "odd", "scaled"):
+    for name in ("ids", "flag", "odd", "scaled", "positions"):
         assert found[name].tobytes() == before[name].tobytes()
     # Every payload must be aligned to its element size, or readers cannot view it in place.
     infos = Checkpoint.open(tmp_path / "out").tensors.values()
