@@ -427,3 +427,15 @@ def test_external_data_on_request(mode: str, tmp_path: Path, run: Run) -> None:
     assert report.bytes == path.stat().st_size + Path(report.data).stat().st_size
     x = batch_input()
     close(run(path, {"x": x})["output_1"], model(x)[1])
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_functions_follow_the_models_opset(opset: int, tmp_path: Path, run: Run) -> None:
+    model = adapted(plain())
+    path = tmp_path / "model.onnx"
+    report = ff.export_onnx(model, batch_input(), path, mode="unmerged", opset=opset)
+    proto = onnx.load(path)
+    assert report.opset == opset
+    assert {o.version for f in proto.functions for o in f.opset_import if not o.domain} == {opset}
+    x = batch_input()
+    close(run(path, {"x": x})["output_1"], model(x)[1])
