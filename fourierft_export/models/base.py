@@ -8,6 +8,7 @@ the adapter was trained on a task model (`bert.encoder...`) and the checkpoint i
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,7 +21,7 @@ import numpy as np
 from ..checkpoint import strict_json
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import FLOAT_DTYPES, TensorInfo, read_file
-from ..errors import BadInputError, BaseMismatchError
+from ..errors import MAX_OFFENDERS_SHOWN, BadInputError, BaseMismatchError
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.
 _GPT_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -83,6 +84,10 @@ class Bridge:
         return f"{self.add}.{name}" if self.add else name
 
 
+def _kind(name: str) -> str:
+    return re.sub(r"[0-9]+", "#", name)
+
+
 def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str], bool]) -> Bridge:
     """The prefix difference under which most names are there; none if that does as well.
 
@@ -92,10 +97,20 @@ def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str],
         has: whether the base has a module of this path.
     """
     paths = list(names)
-    bridges = [Bridge()]
-    bridges += [Bridge(strip=p) for p in sorted({n.split(".")[0] for n in paths if "." in n})]
-    bridges += [Bridge(add=p) for p in sorted(set(roots) - {""})]
-    return max(bridges, key=lambda bridge: sum(has(bridge.to_base(path)) for path in paths))
+    plain = {path: has(path) for path in paths}
+    scores = {Bridge(): sum(plain.values())}
+    under: dict[str, list[str]] = {}
+    for path in paths:
+        if "." in path:
+            under.setdefault(path.split(".")[0], []).append(path)
+    for root in sorted(under):  # only the names under it change
+        bridge = Bridge(strip=root)
+        gain = sum(has(bridge.to_base(path)) - plain[path] for path in under[root])
+        scores[bridge] = scores[Bridge()] + gain
+    for root in sorted(set(roots) - {""}):
+        bridge = Bridge(add=root)
+        scores[bridge] = sum(has(bridge.to_base(path)) for path in paths)
+    return max(scores, key=lambda bridge: scores[bridge])
 
 
 class Base:
@@ -145,9 +160,10 @@ class Base:
         paths = list(modules)
         bridge = self.bridge(paths)
         found: dict[str, BaseLayer] = {}
-        offenders = []
+        offenders: list[str] = []
         for path in paths:
-            layer = self._layer(path, bridge)
+            # A person reads the first few offenders; near names for all of them may take minutes.
+            layer = self._layer(path, bridge, near=len(offenders) < MAX_OFFENDERS_SHOWN)
             if isinstance(layer, str):
                 offenders.append(f"{path}: {layer}")
             else:
@@ -170,8 +186,16 @@ class Base:
         """The weight of a module as stored: (out, in), or (in, out) with fan_in_fan_out."""
         return self.checkpoint.read(self.layer(module).tensor)
 
-    def _layer(self, path: str, bridge: Bridge) -> BaseLayer | str:
-        """The layer, or why there is none."""
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        """Tensor names with `#` for every number -> the first such name: dozens, not thousands."""
+        kinds: dict[str, str] = {}
+        for name in self.tensors:
+            kinds.setdefault(_kind(name), name)
+        return kinds
+
+    def _layer(self, path: str, bridge: Bridge, *, near: bool) -> BaseLayer | str:
+        """The layer, or why there is none (with the nearest name that there is)."""
         own = f"{bridge.to_base(path)}.weight"
         is_output = path.split(".")[-1] in _OUTPUT_EMBEDDINGS
         tensor = own
@@ -181,8 +205,8 @@ class Base:
             stem = own.removesuffix(".weight")
             if any(stem + suffix in self.tensors for suffix in _QUANTISED_SUFFIXES):
                 return "quantised"
-            near = get_close_matches(own, self.tensors, n=1)
-            return f"no tensor {own}" + (f" (near: {near[0]})" if near else "")
+            found = get_close_matches(_kind(own), self._kinds, n=1) if near else []
+            return f"no tensor {own}" + (f" (near: {self._kinds[found[0]]})" if found else "")
         info = self.tensors[tensor]
         if info.dtype not in FLOAT_DTYPES:
             return f"quantised: its weight {tensor} is {info.dtype}"

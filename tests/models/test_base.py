@@ -183,6 +183,26 @@ def test_layers_that_are_no_float_matrices(
     assert "1 of 2 layers" in caught.value.found
 
 
+def test_near_names_are_looked_up_for_the_first_offenders_only(make_base: MakeBase) -> None:
+    """A person reads twenty; among thousands of tensors each look-up would take a second."""
+    experts = {
+        f"model.layers.{i}.mlp.experts.{e}.up_proj.weight": matrix(1, 1)
+        for i in range(20)
+        for e in range(64)
+    }
+    names = [f"model.layers.{i}.mlp.expert.{e}.up_proj" for i in range(20) for e in range(64)]
+    with pytest.raises(BaseMismatchError) as caught:
+        open_base(make_base(experts)).layers(names)
+    near = " (near: model.layers.0.mlp.experts.0.up_proj.weight)"
+    assert [line.endswith(near) for line in caught.value.offenders] == [True] * 20 + [False] * 1260
+
+
+def test_a_bridge_is_found_among_many_roots(make_base: MakeBase) -> None:
+    base = open_base(make_base({f"l.{i}.q.weight": matrix(1, 1) for i in range(3)}))
+    names = [f"bert.l.{i}.q" for i in range(3)] + [f"r{i}.x" for i in range(5000)]
+    assert base.bridge(names) == Bridge(strip="bert")
+
+
 def test_all_offenders_are_listed(stories260k: Path) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(9)]
     with pytest.raises(BaseMismatchError) as caught:
