@@ -14,7 +14,8 @@ from .steps import Views
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GOOD, BAD, QUIET = "#1a7f37", "#cf222e", "#8c959f"
+# Blue and orange are told apart by everyone.
+GOOD, BAD, QUIET = "#0969da", "#d4570a", "#8c959f"
 
 
 def draw(result: DemoResult, views: Mapping[str, Views], labels: Tensor, path: Path) -> None:
@@ -37,7 +38,7 @@ def draw(result: DemoResult, views: Mapping[str, Views], labels: Tensor, path: P
     FigureCanvasAgg(figure)
     adapted = {adapter.name for adapter in result.adapters}
     grid = figure.add_gridspec(
-        len(views), len(rows), left=0.055, right=0.67, top=0.8, bottom=0.07, hspace=0.5, wspace=0.1
+        len(views), len(rows), left=0.055, right=0.67, top=0.82, bottom=0.06, hspace=0.5, wspace=0.1
     )
     for line, (kind, view) in enumerate(views.items()):
         for column, row in enumerate(rows):
@@ -60,12 +61,12 @@ def draw(result: DemoResult, views: Mapping[str, Views], labels: Tensor, path: P
         fontsize=10,
         color="#57606a",
     )
-    _bars(figure.add_axes((0.72, 0.16, 0.265, 0.64)), result)
+    _bars(figure.add_axes((0.72, 0.15, 0.265, 0.67)), result)
     figure.savefig(path, metadata={"Software": None})
 
 
 def _predictions(axes: Axes, before: int, after: int, truth: int, adapted: bool) -> None:
-    """Under an image: the class seen, or the classes seen before and after; right ones in green."""
+    """Under an image: the class seen, or the classes seen before and after; right ones in blue."""
 
     def write(x: float, text: str, colour: str) -> None:
         axes.text(
@@ -86,7 +87,7 @@ def _predictions(axes: Axes, before: int, after: int, truth: int, adapted: bool)
 
 def _bars(axes: Axes, result: DemoResult) -> None:
     """Accuracy on the test images, before and after."""
-    axes.set_title("accuracy on test images", fontsize=11, loc="left", pad=12)
+    axes.set_title("accuracy on test images, before and after", fontsize=11, loc="left", pad=12)
     axes.bar(0, result.accuracy, width=0.62, color=QUIET)
     bars = [(0.0, result.accuracy)]
     for place, adapter in enumerate(result.adapters, 1):

@@ -131,6 +131,7 @@ def load(directory: Path) -> DigitViT:
     """The model of a checkpoint folder, in eval mode; every tensor must be there, and no other."""
     fields = json.loads((directory / "config.json").read_text("utf-8"))
     sizes = {key: value for key, value in fields.items() if key in ViTConfig.__dataclass_fields__}
-    model = DigitViT(ViTConfig(**sizes))
-    model.load_state_dict(load_file(directory / "model.safetensors"))
+    with torch.device("meta"):  # so that no random weights are drawn
+        model = DigitViT(ViTConfig(**sizes))
+    model.load_state_dict(load_file(directory / "model.safetensors"), assign=True)
     return model.eval()
