@@ -208,7 +208,6 @@ def detach(model: Model, name: str | None = None) -> Model:
         raise UsageError("detach", found="a model that is fused", remedy="call restore first")
     for layer in fourier_layers(model).values():
         layer.active = tuple(n for n in layer.active if n in left)
-        layer.fused_weight = None
         for one in gone:
             if one in layer.adapters:
                 del layer.adapters[one]

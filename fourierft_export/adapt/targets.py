@@ -65,6 +65,8 @@ class Selection:
 def select(model: nn.Module, config: FourierFTConfig) -> Selection:
     """Choose the layers of `model` that `config` asks for.
 
+    A module that stands at several paths is known by its first, and adapted there only, as in PEFT.
+
     Raises:
         UsageError: nothing matched; something that is no linear layer matched; n_frequency is
             larger than a layer; modules_to_save names nothing.

@@ -166,3 +166,16 @@ def test_unknown_architecture_needs_targets(make_model: Callable[[str], nn.Modul
 def test_modules_to_save_that_name_nothing(make_model: Callable[[str], nn.Module]) -> None:
     error = refusal(make_model("bert-cls"), modules_to_save=["clasifier"])
     assert "classifier" in error.remedy
+
+
+def test_a_module_used_twice_is_adapted_where_peft_adapts_it(
+    with_peft: Callable[..., Any],
+) -> None:
+    def shared() -> nn.Module:
+        linear = nn.Linear(4, 4)
+        return nn.ModuleDict({"first": linear, "other": nn.Linear(4, 4), "again": linear})
+
+    fields: dict[str, Any] = {"n_frequency": 3, "target_modules": ["first", "again", "other"]}
+    layers, _ = peft_selection(with_peft(shared(), **fields))
+    assert select(shared(), FourierFTConfig(**fields)).targets == layers
+    assert list(layers) == ["first", "other"]
