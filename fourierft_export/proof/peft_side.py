@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BadInputError, BaseMismatchError, FileAccessError, missing_extra
+from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_peft_config
+from ..errors import BadInputError, BaseMismatchError, missing_extra
 from .loading import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
 
 _PREFIX = "base_model.model."
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_directory(path: str | os.PathLike[str]) -> Path:
-    """`path`, which must hold a PEFT FourierFT adapter with safetensors weights.
+    """The directory at `path`, or its one subfolder, that holds a PEFT FourierFT adapter.
 
     Raises:
         FileAccessError: there is no such directory.
-        BadInputError: it is not such an adapter; pickled weights are refused.
+        UsageError: it holds several adapters.
+        BadInputError: it holds none, one of another type, or pickled weights only.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise FileAccessError(
-            directory,
-            expected="an adapter directory",
-            found="no such directory",
-            remedy="check the path",
+    directory = find_adapter(path)
+    read_peft_config(directory / CONFIG_FILE)
+    if not (directory / WEIGHTS_FILE).is_file():
+        raise BadInputError(
+            directory, expected=f"a PEFT adapter with {WEIGHTS_FILE}", found="no such file in it"
         )
-    for name in ("adapter_config.json", _WEIGHTS):
-        if not (directory / name).is_file():
-            raise BadInputError(directory, expected=f"a PEFT adapter with {name}", found="none")
-    config = _config(directory)
-    kind = config.get("peft_type")
-    if kind != "FOURIERFT":
-        raise BadInputError(directory, expected="a FOURIERFT adapter", found=f"peft_type {kind!r}")
     return directory
 
 
 def task_type(directory: Path) -> str | None:
     """The adapter's task type as its config says."""
-    value = _config(directory).get("task_type")
+    value = read_peft_config(directory / CONFIG_FILE).get("task_type")
     return value if isinstance(value, str) else None
 
 
@@ -54,7 +45,7 @@ def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(directory / _WEIGHTS, "np") as file:
+        with safe_open(directory / WEIGHTS_FILE, "np") as file:
             names = [name for name in file.keys() if not name.endswith("fourierft_spectrum")]  # noqa: SIM118
             return {
                 name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape())
@@ -62,7 +53,7 @@ def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             }
     except SafetensorError as error:
         raise BadInputError(
-            directory / _WEIGHTS, expected="a safetensors file", found=str(error)
+            directory / WEIGHTS_FILE, expected="a safetensors file", found=str(error)
         ) from error
 
 
@@ -97,14 +88,3 @@ def peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module,
             ) from error
     lines = [(str(warning.message).splitlines() or [""])[0] for warning in caught]
     return model.eval(), [line for line in lines if "missing adapter keys" in line]
-
-
-def _config(directory: Path) -> dict[str, object]:
-    path = directory / "adapter_config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(path, expected="a JSON object", found="something else") from error
-    if not isinstance(config, dict):
-        raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
-    return config

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +13,10 @@ import torch
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft
-from fourierft_export.bundle.spec import LayerSpec
 from fourierft_export.errors import (
-    BadInputError,
-    BaseMismatchError,
-    FileAccessError,
-    MissingExtraError,
-    UsageError,
     ValidationError,
 )
 from fourierft_export.merge.merge import merge_checkpoint
-from fourierft_export.onnx_graph.pretrained import export_pretrained
 from fourierft_export.proof.validate import validate
 
 
@@ -140,42 +130,6 @@ def test_given_inputs_reach_every_side(
     assert seen[-1][1:] == (4, 4)
 
 
-def test_any_torch_module_against_a_graph(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base, adapted = (
-        torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).eval()
-        for _ in range(2)
-    )
-    path = tmp_path / "adapted.onnx"
-    torch.onnx.export(
-        adapted,
-        (torch.ones(2, 6),),
-        path,
-        input_names=["x"],
-        output_names=["y"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
-
-    def side(module: torch.nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        return lambda inputs: {"y": module(torch.from_numpy(inputs["x"])).detach().numpy()}
-
-    inputs = {"x": np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)}
-    sides = {"base": side(base), "torch": side(adapted)}
-    report = validate(sides=sides, onnx=[path], inputs=inputs)
-    report.raise_for_failure()
-    assert [(p.left, p.right, p.expect) for p in report.comparisons] == [
-        ("torch", "onnx:adapted.onnx", "equal"),
-        ("base", "torch", "different"),
-        ("base", "onnx:adapted.onnx", "different"),
-    ]
-    swapped = validate(
-        sides={"base": side(adapted), "torch": side(base)}, onnx=[path], inputs=inputs
-    )
-    assert not swapped.ok
-
-
 def test_a_causal_model_with_a_tied_head(stories260k: Path, tmp_path: Path) -> None:
     """lm_head is targeted: its own copy changes, the embeddings stay, as in PEFT's forward."""
     fields = {"target_modules": ["q_proj", "v_proj", "lm_head"], "n_frequency": 100}
@@ -227,60 +181,6 @@ def test_feature_extraction_with_a_prefix_in_the_adapter(classifier: Any) -> Non
     assert failing == {("torch", "again"), ("base", "again")}
     change = next(p for p in report.comparisons if (p.left, p.right) == ("base", "torch"))
     assert [output.ok for output in change.outputs] == [True, True]
-
-
-def test_what_does_not_fit_the_base_is_a_mismatch(classifier: Any, tiny_gpt2: Path) -> None:
-    bundle = classifier.bundle
-    with pytest.raises(BaseMismatchError) as caught:
-        validate(base=tiny_gpt2, bundle=bundle, merged=tiny_gpt2, task="causal-lm")
-    assert len(caught.value.offenders) == len(bundle.layers)
-    headless = Bundle.build(bundle.spec, bundle.spectra)
-    with pytest.raises(UsageError, match=r"neither has classifier\.bias, classifier\.weight"):
-        validate(base=classifier.base, bundle=headless, merged=classifier.base)
-
-
-def test_calls_that_prove_nothing_are_refused(classifier: Any, clean_onnx: Path) -> None:
-    for call in (
-        {},
-        {"base": classifier.base},
-        {"onnx": clean_onnx},
-        {"bundle": classifier.bundle, "onnx": clean_onnx},
-        {"peft": classifier.adapter, "onnx": clean_onnx},
-        {"base": classifier.base, "bundle": classifier.bundle, "sides": {"torch": dict}},
-        {"base": classifier.base, "bundle": classifier.bundle, "task": "poetry"},
-    ):
-        with pytest.raises(UsageError):
-            validate(**call)
-
-
-def test_paths_are_checked_before_anything_runs(
-    classifier: Any, clean_onnx: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "text.onnx").write_text("not a graph at all")
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(classifier.base, tmp_path / "escaping")
-    weights = tmp_path / "escaping" / "model.safetensors"
-    weights.rename(tmp_path / "outside.safetensors")
-    index = {"metadata": {}, "weight_map": {"pooler.dense.bias": "../outside.safetensors"}}
-    weights.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
-    base, absent = classifier.base, tmp_path / "absent"
-    for call, error in (
-        ({"base": absent, "merged": base}, FileAccessError),
-        ({"base": base, "merged": absent}, FileAccessError),
-        ({"base": base, "merged": tmp_path / "empty"}, BadInputError),
-        ({"base": base, "peft": tmp_path / "empty"}, BadInputError),
-        ({"base": base, "onnx": absent}, FileAccessError),
-        ({"base": base, "onnx": tmp_path / "text.onnx"}, BadInputError),
-        ({"base": base, "bundle": absent}, FileAccessError),
-        ({"base": base, "onnx": clean_onnx, "inputs": absent}, FileAccessError),
-        ({"base": base, "onnx": clean_onnx, "inputs": {"pixels": np.ones((2, 3))}}, UsageError),
-        ({"base": base, "merged": base, "inputs": {"pixels": np.ones((2, 3))}}, UsageError),
-        ({"base": base, "merged": base, "inputs": {"input_ids": [[10**6]]}}, BadInputError),
-        ({"base": base, "merged": base, "inputs": {"input_ids": ["words"]}}, BadInputError),
-        ({"base": base, "merged": tmp_path / "escaping"}, BadInputError),
-    ):
-        with pytest.raises(error):
-            validate(**call)
 
 
 def test_a_base_against_its_own_export_changes_nothing(
@@ -363,67 +263,6 @@ def test_a_base_and_merge_in_bfloat16(classifier: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_a_half_precision_graph(classifier: Any, clean_onnx: Path, plant_onnx: Any) -> None:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    for source, good in ((clean_onnx, True), (plant_onnx("seed + 1"), False)):
-        half = source.with_name(f"half_{good}.onnx")
-        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), half)
-        report = validate(base=classifier.base, bundle=classifier.bundle, onnx=half)
-        assert report.sides[-1].precision == "float16"
-        assert report.ok is good
-        pair = next(p for p in report.comparisons if p.right == f"onnx:{half.name}")
-        assert pair.precision == "float16"
-
-
-@pytest.mark.parametrize("fault", ["", "scaling * 1.01", "seed + 1"])
-def test_an_unmerged_graph_of_a_faulty_bundle(classifier: Any, fault: str, tmp_path: Path) -> None:
-    spec = classifier.bundle.spec
-    # Unbound, so that no hash of the entries gives the other seed away.
-    layers = tuple(LayerSpec(layer.name, layer.n_frequency) for layer in spec.layers)
-    faulty = Bundle.build(
-        replace(
-            spec,
-            layers=layers,
-            seed=spec.seed + (fault == "seed + 1"),
-            scaling=spec.scaling * (1.01 if fault == "scaling * 1.01" else 1),
-        ),
-        classifier.bundle.spectra,
-        classifier.bundle.saved,
-    )
-    path = tmp_path / "model.onnx"
-    export_pretrained(classifier.base, faulty, path, mode="unmerged")
-    report = validate(base=classifier.base, bundle=classifier.bundle, onnx=path)
-    assert report.ok is (fault == "")
-
-
-def test_a_graph_of_fixed_size_gets_inputs_of_that_size(
-    classifier: Any, clean_onnx: Path, tmp_path: Path
-) -> None:
-    import onnx
-
-    model = onnx.load(clean_onnx)
-    for value in model.graph.input:
-        for axis, size in zip(value.type.tensor_type.shape.dim, (4, 24), strict=True):
-            axis.dim_value = size
-    path = tmp_path / "fixed.onnx"
-    onnx.save(model, path)
-    report = validate(base=classifier.base, bundle=classifier.bundle, onnx=path, samples=8)
-    report.raise_for_failure()
-    assert dict(report.input_shapes)["input_ids"] == (8, 24)
-    with pytest.raises(UsageError, match="a number of rows that 4 divides"):
-        validate(base=classifier.base, bundle=classifier.bundle, onnx=path, samples=7)
-
-
-def test_without_peft_the_error_names_the_extra(
-    classifier: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match=r"fourierft-export\[test\]"):
-        validate(base=classifier.base, bundle=classifier.bundle, peft=classifier.adapter)
-
-
 def test_minilm_with_an_adapter_of_peft(
     minilm_dir: Path, peft_minilm_adapter: Callable[..., Path]
 ) -> None:
@@ -438,35 +277,3 @@ def test_minilm_with_an_adapter_of_peft(
         Bundle.build(bundle.spec, bundle.spectra, {n: a * 1.01 for n, a in bundle.saved.items()}),
     ):
         assert not validate(base=minilm_dir, bundle=wrong, peft=adapter, samples=16).ok
-
-
-def test_a_graph_with_an_output_for_the_whole_batch(tmp_path: Path) -> None:
-    """Rows are run in batches only where every output has a row per example."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["n", "t"])
-    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "t"])
-    outputs = [helper.make_tensor_value_info(n, TensorProto.INT64, None) for n in ("sum", "rows")]
-    nodes = [
-        helper.make_node("Mul", ["input_ids", "attention_mask"], ["rows"]),
-        helper.make_node("ReduceSum", ["rows"], ["sum"], keepdims=0),
-    ]
-    graph = helper.make_graph(nodes, "g", [ids, mask], outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.save(model, tmp_path / "sum.onnx")
-    inputs = {
-        "input_ids": np.arange(40).reshape(10, 4),
-        "attention_mask": np.ones((10, 4), np.int64),
-    }
-
-    def expected(given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"rows": given["input_ids"], "sum": np.int64(780)}
-
-    report = validate(
-        sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=inputs, batch_size=3
-    )
-    report.raise_for_failure()
-    floats = inputs | {"input_ids": np.ones((10, 4))}
-    with pytest.raises(UsageError, match="input input_ids: expected int64"):
-        validate(sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=floats)
