@@ -439,3 +439,25 @@ def test_functions_follow_the_models_opset(opset: int, tmp_path: Path, run: Run)
     assert {o.version for f in proto.functions for o in f.opset_import if not o.domain} == {opset}
     x = batch_input()
     close(run(path, {"x": x})["output_1"], model(x)[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_heads_and_biases_are_the_adapters_own(mode: str, tmp_path: Path, run: Run) -> None:
+    model = adapted(
+        plain(), target_modules=["first", "twice"], bias="fourier_only", modules_to_save=["head"]
+    )
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    saved = ff.capture(model).saved
+    assert {"first.bias", "twice.bias", "head.0.weight", "head.2.bias"} <= set(saved)
+    path = tmp_path / "model.onnx"
+    ff.export_onnx(model, batch_input(), path, mode=mode)
+    x = batch_input()
+    got = run(path, {"x": x})
+    for i, expected in enumerate(model(x)):
+        close(got[f"output_{i}"], expected)
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    np.testing.assert_array_equal(tensors["first.bias"], saved["first.bias"])
+    np.testing.assert_array_equal(tensors["head.2.bias"], saved["head.2.bias"])
