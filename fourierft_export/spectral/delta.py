@@ -258,8 +258,9 @@ def rebuild(
             values += sources[layer][where].astype(np.float32)
             target[...] = values
 
-    def work(blocks: range) -> None:
-        for where, layer, values in make_rows(shared, amplitudes, blocks):
+    def work(layers: range, blocks: range) -> None:
+        for where, index, values in make_rows(shared, amplitudes[layers], blocks):
+            layer = layers[index]
             # Rows 1 .. (M-1)//2 have a mirror image: row M-p holds columns -q.
             first, last = max(where.start, 1), min(where.stop, (rows + 1) // 2)
             if first < last:
@@ -270,7 +271,12 @@ def rebuild(
                 put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
             put(layer, where, values)
 
+    count, blocks = len(spectra), range(shared.block_count)
     limit = default_threads() if threads is None else threads
-    # The path "columns" transforms a whole layer before its first row.
-    useful = 1 if path == "columns" else len(spectra) * rows * columns // _VALUES_PER_THREAD
-    run_shares(work, shared.block_count, max(1, min(limit, useful)))
+    used = max(1, min(limit, count * rows * columns // _VALUES_PER_THREAD))
+    if count >= used:
+        run_shares(lambda layers: work(layers, blocks), count, used)
+    elif path == "columns":  # it transforms a whole layer before its first row
+        run_shares(lambda layers: work(layers, blocks), count, count)
+    else:
+        run_shares(lambda share: work(range(count), share), len(blocks), used)

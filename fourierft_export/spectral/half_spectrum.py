@@ -33,7 +33,6 @@ Complex64 = npt.NDArray[np.complex64]
 
 # A block's values stay in a core's second-level cache: about 1 MB.
 _VALUES_PER_BLOCK = 1 << 18
-_MIN_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,8 @@ def _half_spectrum(entries_bytes: bytes, shape: tuple[int, int]) -> HalfSpectrum
     order, source, rounds = in_rounds(v, columns // 2 + 1)
     u, v = u[order], v[order]
     kept = rows // 2 + 1
-    block_rows = max(1, min(_VALUES_PER_BLOCK // columns, -(-kept // _MIN_BLOCKS)))
+    blocks = -(-kept * columns // _VALUES_PER_BLOCK)
+    block_rows = -(-kept // (blocks + blocks % 2 if blocks > 1 else 1))  # even, for two threads
     # Phases stay integers until they index the table: angles built in float32 cost two digits.
     table = roots(rows).astype(np.complex64)
     return HalfSpectrum(

@@ -49,12 +49,12 @@ def delta_weight(
             torch.get_num_threads(),
         )
         return torch.from_numpy(target)
-    delta = _delta_by_fft(spectrum, entries, shape, scaling)
+    delta = delta_by_fft(spectrum, entries, shape, scaling)
     return delta if weight is None else delta.add_(weight)
 
 
-def _delta_by_fft(spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
-    """Half-spectrum form, one FFT down each column."""
+def delta_by_fft(spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
+    """The half-spectrum form with one FFT down each column, on any device."""
     rows, columns = shape
     u, v = _fold(entries, shape)
     weight = 1.0 + ((v == 0) | (2 * v == columns)).to(spectrum.dtype)

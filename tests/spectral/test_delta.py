@@ -1,5 +1,7 @@
 """Every form of delta_W against its definition as a sum of cosines, in float64."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,17 +10,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fourierft_export.errors import UsageError
-from fourierft_export.spectral import torch_ops
+from fourierft_export.spectral import cost, torch_kernels, torch_ops
 from fourierft_export.spectral.delta import (
     Term,
     add_delta_weight,
     delta_weight,
+    delta_weights,
+    merge_delta_weight,
+    merge_delta_weights,
     reference_delta,
 )
 from fourierft_export.spectral.entries import spectral_entries
 
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 97, 130, 131])
-FORMS = ["numpy", "torch"]
+# Every way there is to delta_W: numpy's three, and what torch does off the CPU.
+FORMS = [*cost.DELTA_PATHS, "torch", "torch-fft"]
 
 
 def cosine_sum(spectrum: np.ndarray, entries: np.ndarray, shape: tuple, scaling: float):
@@ -33,10 +39,13 @@ def cosine_sum(spectrum: np.ndarray, entries: np.ndarray, shape: tuple, scaling:
 
 
 def fast_delta(form: str, spectrum: np.ndarray, entries: np.ndarray, shape: tuple, scaling: float):
-    if form == "numpy":
-        return delta_weight(spectrum, entries, shape, scaling)
+    if form in cost.DELTA_PATHS:
+        with cost.force(delta=form):
+            return delta_weight(spectrum, entries, shape, scaling)
     tensors = torch.from_numpy(spectrum.copy()), torch.from_numpy(entries.copy())
-    return torch_ops.delta_weight(*tensors, shape, scaling).numpy()
+    if form == "torch":
+        return torch_ops.delta_weight(*tensors, shape, scaling).numpy()
+    return torch_kernels.delta_by_fft(*tensors, shape, scaling).numpy()
 
 
 def relative_error(got: np.ndarray, exact: np.ndarray) -> float:
@@ -135,6 +144,71 @@ def test_adding_nothing_returns_the_weight_and_out_dtype_is_followed() -> None:
     weight = np.linspace(-1, 1, 12).astype(ml_dtypes.bfloat16).reshape(3, 4)
     assert np.array_equal(add_delta_weight(weight, []), weight)
     assert add_delta_weight(weight, [], out_dtype=np.float32).dtype == np.float32
+
+
+def float32_weights(shape: tuple, count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(3)
+    return [(0.02 * random.standard_normal(shape)).astype(np.float32) for _ in range(count)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("path", cost.DELTA_PATHS)
+@pytest.mark.parametrize("count", [1, 5])
+def test_layers_together_equal_layers_alone(threads: int, path: str, count: int) -> None:
+    """Large enough for several blocks and threads; bit for bit, whatever the threads."""
+    shape, n = (520, 1000), 60
+    entries = spectral_entries(8, shape, n)
+    spectra = np.random.default_rng(0).standard_normal((count, n)).astype(np.float32)
+    weights = float32_weights(shape, count)
+    with cost.force(delta=path):
+        alone = [delta_weight(c, entries, shape, 2.0, threads=1) for c in spectra]
+        together = delta_weights(spectra, entries, shape, 2.0, threads=threads)
+        merged = [weight.copy() for weight in weights]
+        merge_delta_weights(merged, spectra, entries, 2.0, threads=threads)
+    for i in range(count):
+        assert np.array_equal(together[i], alone[i])
+        assert np.array_equal(merged[i], weights[i] + alone[i])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_in_place_equals_a_new_array(dtype: type, transposed: bool) -> None:
+    shape = (34, 21)
+    terms = [Term(*make_case(shape, 0.4, True, seed), 0.3) for seed in (1, 2)]
+    stored = shape[::-1] if transposed else shape
+    weight = float32_weights(stored, 1)[0].astype(dtype)
+    expected = add_delta_weight(weight, terms, transposed=transposed)
+    memory = weight.ctypes.data
+    merge_delta_weight(weight, terms, transposed=transposed)
+    assert weight.ctypes.data == memory
+    assert np.array_equal(weight.view(np.uint8), expected.view(np.uint8))
+
+
+def test_in_place_merge_needs_little_memory() -> None:
+    """At most 0.3 of the float32 weight, as numpy's allocations are traced."""
+    shape, n = (4096, 4096), 1000
+    entries = spectral_entries(8, shape, n)
+    spectrum = np.random.default_rng(0).standard_normal(n).astype(np.float32)
+    weight = np.zeros(shape, np.float32)
+    tracemalloc.start()
+    try:
+        merge_delta_weight(weight, [Term(spectrum, entries, 1.0)], threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.3 * weight.nbytes
+    assert np.abs(weight).max() > 0
+
+
+def test_stacks_that_do_not_fit_are_refused() -> None:
+    entries = spectral_entries(0, (4, 6), 3)
+    spectra = np.ones((2, 3), np.float32)
+    with pytest.raises(UsageError, match="2 of one shape"):
+        merge_delta_weights([np.ones((4, 6))], spectra, entries, 1.0)
+    with pytest.raises(UsageError, match="2 of one shape"):
+        merge_delta_weights([np.ones((4, 6)), np.ones((6, 4))], spectra, entries, 1.0)
+    with pytest.raises(UsageError, match="spectra"):
+        delta_weights(spectra[0], entries, (4, 6), 1.0)
 
 
 @pytest.mark.parametrize("function", [delta_weight, reference_delta])

@@ -1,0 +1,65 @@
+"""The dispatcher: what it chooses, that it can be forced, and what it says."""
+
+import pytest
+
+from fourierft_export.errors import UsageError
+from fourierft_export.spectral import cost
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "path"),
+    [
+        ((4096, 4096), 1000, "rows"),
+        ((4096, 4096), 10, "products"),
+        ((4096, 4096), 2_000_000, "columns"),
+        ((768, 768), 20, "products"),
+        ((384, 384), 1000, "columns"),
+    ],
+)
+def test_few_entries_take_products_and_many_take_columns(shape, n, path) -> None:
+    assert cost.choose_delta_path(shape, n) == path
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "form"),
+    [
+        (1, (4096, 4096), "token"),
+        (512, (4096, 4096), "token"),
+        (32, (768, 768), "token"),
+        (4096, (384, 384), "dense"),
+        (20_000, (384, 384), "dense"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_few_rows_take_the_token_form(rows, shape, form, training) -> None:
+    assert cost.choose_form(rows, shape, 1000, training) == form
+
+
+def test_forcing_ends_with_the_block_and_nests() -> None:
+    free = cost.choose_delta_path((768, 768), 1000)
+    with cost.force(delta="products", form="dense"):
+        assert cost.choose_delta_path((768, 768), 1000) == "products"
+        with cost.force(delta="columns"):
+            assert cost.choose_delta_path((768, 768), 1000) == "columns"
+            assert cost.choose_form(1, (768, 768), 1000) == "dense"
+        assert cost.choose_delta_path((768, 768), 1000) == "products"
+    assert cost.choose_delta_path((768, 768), 1000) == free
+    assert cost.choose_form(1, (768, 768), 1000) == "token"
+
+
+def test_unknown_paths_are_refused_and_change_nothing() -> None:
+    with pytest.raises(UsageError, match="rows or columns or products"), cost.force(delta="fast"):
+        pass
+    with pytest.raises(UsageError, match="token or dense"), cost.force(form="both"):
+        pass
+    assert cost.choose_form(1, (4096, 4096), 1000) == "token"
+
+
+def test_explain_names_the_choice_and_every_estimate() -> None:
+    text = cost.explain((768, 768), 1000, rows=32)
+    first, second = text.splitlines()
+    assert first.startswith("delta_W: rows (")
+    assert second.startswith("32 rows: token (")
+    assert all(f"{name} " in first for name in cost.DELTA_PATHS)
+    with cost.force(form="dense"):
+        assert "32 rows: dense (" in cost.explain((768, 768), 1000, rows=32)
