@@ -181,11 +181,16 @@ def _is_base_weight(name: str) -> bool:
     return name.endswith(f"{BASE_LAYER}.weight")
 
 
-def _local_base(path: str | None) -> str | None:
-    """base_model_name_or_path if it is a model directory on this machine."""
-    if path and os.path.isfile(os.path.join(path, "config.json")):
-        return path
-    return None
+def _local_base(path: str | None) -> BaseLike | None:
+    """base_model_name_or_path if it is a readable model directory on this machine."""
+    if not path or not os.path.isfile(os.path.join(path, "config.json")):
+        return None
+    from ..models.base import open_base
+
+    try:
+        return open_base(path)
+    except (BadInputError, FileAccessError):  # pickled weights, say: nobody asked for this base
+        return None
 
 
 def _sort_tensors(

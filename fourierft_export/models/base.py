@@ -212,6 +212,9 @@ class Base:
             return f"quantised: its weight {tensor} is {info.dtype}"
         if len(info.shape) != 2:
             return f"its weight {tensor} has shape {list(info.shape)}"
+        if self.model_type is None and path.split(".")[-1] in _GPT_CONV1D:
+            # Half of the families with such names store (in, out); a wrong guess is a wrong model.
+            return "no config.json tells whether its weight is stored transposed, as GPT-2's is"
         conv1d = path.split(".")[-1] in CONV1D_MODULES.get(self.model_type or "", ())
         out, into = reversed(info.shape) if conv1d else info.shape
         tied = is_output and (tensor != own or self.config.get("tie_word_embeddings") is True)

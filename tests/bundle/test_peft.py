@@ -386,6 +386,17 @@ def test_a_local_base_is_taken_by_itself(adapter_dir: MakeAdapter, base_dir: Pat
     assert not from_peft(missing).is_bound
 
 
+def test_a_named_base_that_cannot_be_read_leaves_the_bundle_unbound(
+    adapter_dir: MakeAdapter, base_dir: Path
+) -> None:
+    """Nobody asked for it; asked for, it is an error."""
+    source = adapter_dir(base_model_name_or_path=str(base_dir))
+    (base_dir / "model.safetensors").rename(base_dir / "pytorch_model.bin")
+    assert not from_peft(source).is_bound
+    with pytest.raises(BadInputError, match="pickled"):
+        from_peft(source, base_dir)
+
+
 def test_a_named_base_that_is_another_is_an_error(adapter_dir: MakeAdapter, base_dir: Path) -> None:
     tensors = {f"{PREFIX}other.{i}.fourierft_spectrum": SPECTRUM for i in range(3)}
     with pytest.raises(BaseMismatchError, match="3 of 3 layers") as caught:

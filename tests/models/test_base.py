@@ -120,6 +120,20 @@ def test_the_same_names_are_plain_elsewhere(make_base: MakeBase) -> None:
     assert not base.layer("h.0.c_proj").fan_in_fan_out
 
 
+def test_without_a_config_nobody_knows_how_conv1d_is_stored(
+    make_base: MakeBase, tmp_path: Path
+) -> None:
+    directory = make_base({"h.0.c_proj.weight": matrix(3, 5), "h.0.q.weight": matrix(3, 5)})
+    for base in (open_base(directory), open_base(directory / "model.safetensors")):
+        assert base.layer("h.0.q").shape == (3, 5)
+        with pytest.raises(BaseMismatchError) as caught:
+            base.layers(["h.0.c_proj", "h.0.q"])
+        assert caught.value.offenders == (
+            "h.0.c_proj: no config.json tells whether its weight is stored transposed, as "
+            "GPT-2's is",
+        )
+
+
 def test_real_gpt2_shapes(tiny_gpt2: Path) -> None:
     layer = open_base(tiny_gpt2).layer("transformer.h.1.attn.c_attn")
     assert (layer.shape, layer.fan_in_fan_out) == ((96, 32), True)
