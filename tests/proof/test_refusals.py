@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,18 @@ def test_other_adapters_of_peft_are_refused_by_type(classifier: Any, tmp_path: P
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(BadInputError, match=r"adapter_model\.safetensors, found no such file"):
         validate(base=classifier.base, peft=adapter, bundle=classifier.bundle)
+
+
+def test_another_base_of_the_same_shape_is_a_mismatch(
+    classifier: Any, plant: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import BertModel
+
+    other = BertModel.from_pretrained(classifier.base)
+    other.encoder.layer[1].attention.self.value.weight.data *= 1.5
+    other.save_pretrained(tmp_path)
+    with pytest.raises(BaseMismatchError) as caught:
+        validate(base=tmp_path, bundle=classifier.bundle, merged=plant())
+    assert [line.split(":")[0] for line in caught.value.offenders] == [
+        "bert.encoder.layer.1.attention.self.value"
+    ]
