@@ -57,9 +57,12 @@ def join(header: dict[str, Any], payload: bytes, *, sign: bool = True) -> bytes:
     if sign and isinstance(metadata, dict) and isinstance(metadata.get("fourierft"), str):
         infos = [(n, e) for n, e in header.items() if n != "__metadata__" and isinstance(e, dict)]
         table = canonical([[n, e.get("dtype"), e.get("shape")] for n, e in infos])
-        digest = hashlib.sha256(f"{metadata['fourierft']}\n{table}\n".encode(errors="replace") + payload)
+        digest = hashlib.sha256(
+            f"{metadata['fourierft']}\n{table}\n".encode(errors="replace") + payload
+        )
         header = {**header, "__metadata__": {**metadata, "sha256": digest.hexdigest()}}
     text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + payload
 
 

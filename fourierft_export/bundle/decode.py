@@ -28,6 +28,7 @@ from .layout import (
     Content,
     content_digest,
     likely_peft_config,
+    place,
 )
 from .spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
 
@@ -68,6 +69,15 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
             found="another hash",
             remedy="the file is damaged: get it again, or pack it again",
         )
+    origin = next((t.start for t in header.tensors.values()), 0)
+    ordered = [*header.metadata] == [SPEC_KEY, HASH_KEY] and table == sorted(table, key=place)
+    if not ordered or origin % 8:
+        raise BadInputError(
+            where,
+            expected="the one order of metadata and tensors, and a header padded to 8 bytes",
+            found="another form of the file",
+            remedy="pack the adapter again",
+        )
     value = strict_json.loads(text, where)
     if canonical(value) != text:
         raise BadInputError(
@@ -89,7 +99,6 @@ def decode(header: Header, payload: bytes, where: str) -> Content:
     )
     if rows > names.MAX_NAMES:
         raise BadInputError(where, expected=f"at most {names.MAX_NAMES} layers", found=f"{rows}")
-    origin = next((t.start for t in header.tensors.values()), 0)
     arrays = {
         t.name: _array(payload, t.start - origin, t.dtype, t.shape, where)
         for t in header.tensors.values()

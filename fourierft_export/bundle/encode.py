@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import dtypes
-from ..checkpoint.container import DTYPE_BITS, encode_header
+from ..checkpoint.container import encode_header
 from ..checkpoint.strict_json import canonical
 from . import names, peft_config
 from .fingerprint import FINGERPRINT_BYTES
@@ -20,6 +20,7 @@ from .layout import (
     Content,
     content_digest,
     likely_peft_config,
+    place,
 )
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
@@ -42,9 +43,9 @@ def encode(content: Content) -> bytes:
             tensors[f"{RESERVED}fingerprint.{i}"] = np.frombuffer(prints, np.uint8).reshape(
                 len(layers), FINGERPRINT_BYTES
             )
-    order = sorted(tensors, key=lambda n: (-DTYPE_BITS[dtypes.to_name(tensors[n].dtype)], n))
-    table = [(n, dtypes.to_name(tensors[n].dtype), tensors[n].shape) for n in order]
-    payload = b"".join(_little_endian(tensors[n]) for n in order)
+    rows = ((name, dtypes.to_name(array.dtype), array.shape) for name, array in tensors.items())
+    table = sorted(rows, key=place)
+    payload = b"".join(_little_endian(tensors[name]) for name, *_ in table)
     text = canonical(_spec_object(spec, list(groups.values())))
     digest = content_digest(text, table, payload)
     return encode_header(table, {SPEC_KEY: text, HASH_KEY: digest}) + payload

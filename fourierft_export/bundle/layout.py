@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.container import DTYPE_BITS
 from ..checkpoint.strict_json import canonical
 from . import peft_config
 from .spec import AdapterSpec
@@ -29,6 +30,11 @@ class Content:
     spectra: Mapping[str, Array]
     saved: Mapping[str, Array] = field(default_factory=dict)
     explicit_entries: Mapping[str, Array] = field(default_factory=dict)
+
+
+def place(row: tuple[str, str, tuple[int, ...]]) -> tuple[int, str]:
+    """Where a tensor (name, dtype, shape) stands: by falling element size, then by name."""
+    return -DTYPE_BITS[row[1]], row[0]
 
 
 def content_digest(text: str, table: list[tuple[str, str, tuple[int, ...]]], payload: bytes) -> str:

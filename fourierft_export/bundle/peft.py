@@ -7,6 +7,7 @@ file that somebody else made can run for years. (File layout: peft/utils/save_an
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -266,7 +267,8 @@ def peft_config_of(bundle: Bundle) -> Mapping[str, Any]:
     return {
         **config,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in bundle.layers),
-        "target_modules": [layer.name for layer in bundle.layers],
+        # A pattern, since PEFT takes names in a list for endings, too: "0" would be every "x.0".
+        "target_modules": "|".join(re.escape(layer.name) for layer in bundle.layers),
         "n_frequency_pattern": {
             layer.name: layer.n_frequency for layer in bundle.layers if layer.n_frequency != usual
         },

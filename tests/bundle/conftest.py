@@ -47,7 +47,8 @@ def craft() -> Craft:
     """`craft(spec=..., tensors=..., text=..., digest=..., **fields)`: the bytes of a bundle file.
 
     `fields` replace fields of the usual spec (None: left out); `text` is the metadata itself.
-    `digest` replaces the right hash. A tensor is (name, dtype, shape, bytes).
+    `digest` replaces the right hash. A tensor is (name, dtype, shape, bytes), put in the format's
+    order unless `as_given`.
     """
 
     def make(
@@ -55,6 +56,7 @@ def craft() -> Craft:
         text: str | None = None,
         tensors: Sequence[Tensor] | None = None,
         digest: str | None = None,
+        as_given: bool = False,
         **fields: Any,
     ) -> bytes:
         spec = {key: value for key, value in {**SPEC, **fields}.items() if value is not None}
@@ -62,6 +64,9 @@ def craft() -> Craft:
         if tensors is None:
             values = np.arange(8, dtype="<f4").tobytes()
             tensors = [("fourierft.spectrum.0", "F32", [2, 4], values)]
+        if not as_given:
+            widths = {"U8": 1, "BOOL": 1, "F4": 0.5, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F64": 8}
+            tensors = sorted(tensors, key=lambda t: (-widths.get(t[1], 4), t[0]))
         metadata = {"fourierft": text, "sha256": digest or digest_of(text, tensors)}
         entries: dict[str, Any] = {"__metadata__": metadata}
         at = 0

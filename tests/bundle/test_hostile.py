@@ -267,6 +267,14 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "1e999": ({"text": '{"scaling":1e999}'}, "not finite"),
     "wrong hash": ({"digest": HEX}, "found another hash"),
     "hash is no hash": ({"digest": "x"}, "found another hash"),
+    "tensors in another order": (
+        {"tensors": [("x", "F32", [1], bytes(4)), EIGHT], "as_given": True},
+        "another form of the file",
+    ),
+    "small elements first": (
+        {"tensors": [("a", "F16", [4], bytes(8)), EIGHT], "as_given": True},
+        "another form of the file",
+    ),
     # plain fields
     "version 2": ({"version": 2}, "found version 2"),
     "version 1.0": ({"version": 1.0}, "field version: expected int"),
@@ -453,6 +461,28 @@ def test_entries_with_a_wrong_hash_are_refused_where_they_are_used(craft: Craft)
     bundle = Bundle.from_bytes(craft(**group()))
     with pytest.raises(BadInputError, match=f"entries with sha256 {HEX}"):
         bundle.entries("block.0.lin")
+
+
+@pytest.mark.parametrize("change", ["one more key", "the keys the other way round", "no padding"])
+def test_other_forms_of_the_same_content_are_refused(
+    change: str, craft: Craft, raw_container: Callable[..., bytes]
+) -> None:
+    """The same content is the same bytes; what the hash does not cover may not vary either."""
+    good = craft()
+    start = 8 + int.from_bytes(good[:8], "little")
+    header = json.loads(good[8:start])
+    metadata = header["__metadata__"]
+    if change == "one more key":
+        metadata["format"] = "pt"
+    elif change == "the keys the other way round":
+        header["__metadata__"] = dict(reversed(metadata.items()))
+    bad = raw_container(header, good[start:])
+    if change == "no padding":
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8 + 1)
+        bad = len(text).to_bytes(8, "little") + text + good[start:]
+    with pytest.raises(BadInputError, match="another form of the file"):
+        Bundle.from_bytes(bad)
 
 
 # --- row 8: what is no file ----------------------------------------------------------------------

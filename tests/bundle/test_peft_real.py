@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft, left_out, to_peft
+from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.spectral.delta import reference_delta
 
 # Warnings that PEFT raises about itself while it saves and loads.
@@ -178,6 +179,30 @@ def test_a_bundle_without_a_peft_config_opens_in_peft(
     assert tensors_of(tmp_path / "made") == tensors_of(adapter)
     wanted = tiny_outputs(peft_model(base, adapter, task))
     assert torch.equal(tiny_outputs(peft_model(base, tmp_path / "made", task)), wanted)
+
+
+def test_only_the_bundles_own_layers_are_targeted(tmp_path: Path) -> None:
+    """In a list, PEFT would take `lin` for every `*.lin` and leave those at random."""
+    import torch
+    from peft import PeftModel
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        parts = {"lin": torch.nn.Linear(4, 4), "a_lin": torch.nn.Linear(4, 4)}
+        return torch.nn.ModuleDict(
+            {**parts, "a": torch.nn.ModuleDict({"lin": torch.nn.Linear(4, 4)})}
+        )
+
+    layers = (LayerSpec("lin", 3), LayerSpec("a.lin", 3))
+    for chosen in (layers[:1], layers[1:], layers):
+        spectra = {layer.name: np.ones(3, np.float32) for layer in chosen}
+        bundle = Bundle.build(AdapterSpec(1, 2.0, chosen), spectra)
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
+        to_peft(bundle, target)
+        adapted = PeftModel.from_pretrained(model(), target)
+        found = {n for n, m in adapted.base_model.model.named_modules()
+                 if hasattr(m, "get_delta_weight")}  # fmt: skip
+        assert found == {layer.name for layer in chosen}
 
 
 @pytest.mark.parametrize("case", LM_HEADS)
