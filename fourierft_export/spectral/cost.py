@@ -27,6 +27,7 @@ _ENTRY = 1.0  # one entry at one row: multiplied by its phase, added to its colu
 _PLACE = 1.1  # one complex value placed in a half-spectrum row
 _COLUMN = 1.2  # one value of the column FFT: transform, transposition, fresh memory
 _FLOP = 0.011  # one floating point operation of a large matrix product
+_VALUES_PER_THREAD = 1 << 17  # below this a second thread costs more than it brings
 _TOKEN_ENTRY = 1.7  # one entry at one token: gathered, multiplied, added to its bin
 _TOKEN_CALLS = 60_000.0  # the token form's calls, however few the rows
 _DENSE_CALLS = 150_000.0
@@ -34,31 +35,42 @@ _DENSE_CALLS = 150_000.0
 _forced: dict[str, str] = {}
 
 
-def delta_costs(shape: tuple[int, int], n_frequency: int) -> dict[str, float]:
-    """Estimated cost of delta_W by each of `DELTA_PATHS`."""
+def useful_threads(shape: tuple[int, int], layers: int, limit: int) -> int:
+    """How many threads rebuilding `layers` delta_W of `shape` is worth, at most `limit`."""
+    return max(1, min(limit, layers * shape[0] * shape[1] // _VALUES_PER_THREAD))
+
+
+def delta_costs(
+    shape: tuple[int, int], n_frequency: int, *, layers: int = 1, threads: int = 1
+) -> dict[str, float]:
+    """Estimated cost of `layers` delta_W over the same entries by each of `DELTA_PATHS`.
+
+    Threads share rows or layers, but "columns" transforms a whole layer before its first row, and
+    of "products" only the products themselves are shared, by the library that makes them.
+    """
     rows, columns = shape
     kept = rows // 2 + 1
     half_columns = columns // 2 + 1
     add = _ADD * rows * columns
     row_ffts = _FFT * kept * columns * log2(columns + 1) / 2
-    by_size = {
-        "rows": add
-        + row_ffts
-        + kept * (_ENTRY * n_frequency + _PLACE * min(n_frequency, half_columns)),
-        "columns": add
-        + row_ffts
-        + half_columns * rows * (_COLUMN + _FFT * log2(rows + 1) / 2)
-        + 30.0 * n_frequency,
-        "products": add + _FLOP * n_frequency * 4 * kept * half_columns,
+    by_rows = kept * (_ENTRY * n_frequency + _PLACE * min(n_frequency, half_columns))
+    by_columns = half_columns * rows * (_COLUMN + _FFT * log2(rows + 1) / 2) + 30.0 * n_frequency
+    products = _FLOP * n_frequency * 4 * kept * half_columns
+    shared = useful_threads(shape, layers, threads)
+    return {
+        "rows": _CALLS["rows"] + layers * (add + row_ffts + by_rows) / shared,
+        "columns": _CALLS["columns"] + layers * (add + row_ffts + by_columns) / min(shared, layers),
+        "products": _CALLS["products"] + layers * (add + products / shared),
     }
-    return {path: _CALLS[path] + cost for path, cost in by_size.items()}
 
 
-def choose_delta_path(shape: tuple[int, int], n_frequency: int) -> str:
+def choose_delta_path(
+    shape: tuple[int, int], n_frequency: int, *, layers: int = 1, threads: int = 1
+) -> str:
     """The cheapest of `DELTA_PATHS`, or the forced one."""
     if "delta" in _forced:
         return _forced["delta"]
-    costs = delta_costs(shape, n_frequency)
+    costs = delta_costs(shape, n_frequency, layers=layers, threads=threads)
     return min(costs, key=costs.__getitem__)
 
 
@@ -126,19 +138,21 @@ def force(*, delta: str | None = None, form: str | None = None) -> Iterator[None
 
 
 def explain(
-    shape: tuple[int, int], n_frequency: int, rows: int | None = None, training: bool = False
+    shape: tuple[int, int],
+    n_frequency: int,
+    rows: int | None = None,
+    *,
+    training: bool = False,
+    threads: int = 1,
 ) -> str:
     """Text that says which path is taken for such a layer, and what the model thinks of each."""
-    lines = [
-        _explain_one(
-            "delta_W", delta_costs(shape, n_frequency), choose_delta_path(shape, n_frequency)
-        )
-    ]
+    costs = delta_costs(shape, n_frequency, threads=threads)
+    path = choose_delta_path(shape, n_frequency, threads=threads)
+    lines = [_explain_one("delta_W", costs, path)]
     if rows is not None:
         costs = form_costs(rows, shape, n_frequency, training)
-        lines.append(
-            _explain_one(f"{rows} rows", costs, choose_form(rows, shape, n_frequency, training))
-        )
+        form = choose_form(rows, shape, n_frequency, training)
+        lines.append(_explain_one(f"{rows} rows", costs, form))
     return "\n".join(lines)
 
 

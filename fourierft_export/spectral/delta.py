@@ -17,16 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from .cost import choose_delta_path
+from .cost import choose_delta_path, useful_threads
 from .entries import Entries, check_shape
 from .half_spectrum import ROW_MAKERS, half_spectrum
 from .threads import default_threads, run_shares
 
 Float32 = npt.NDArray[np.float32]
 AnyFloat = npt.NDArray[Any]  # numpy's own floats or ml_dtypes.bfloat16
-
-# Below this many values a second thread costs more than it brings.
-_VALUES_PER_THREAD = 1 << 17
 
 
 class Term(NamedTuple):
@@ -245,7 +242,10 @@ def rebuild(
     rows, columns = targets[0].shape
     shared = half_spectrum(entries, (rows, columns))
     amplitudes = shared.amplitudes(spectra, float(scaling))
-    path = choose_delta_path((rows, columns), len(entries))
+    count, blocks = len(spectra), range(shared.block_count)
+    limit = default_threads() if threads is None else threads
+    used = useful_threads((rows, columns), count, limit)
+    path = choose_delta_path((rows, columns), len(entries), layers=count, threads=used)
     make_rows = ROW_MAKERS[path]
 
     def put(layer: int, where: slice, values: Float32) -> None:
@@ -271,12 +271,9 @@ def rebuild(
                 put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
             put(layer, where, values)
 
-    count, blocks = len(spectra), range(shared.block_count)
-    limit = default_threads() if threads is None else threads
-    used = max(1, min(limit, count * rows * columns // _VALUES_PER_THREAD))
-    if count >= used:
-        run_shares(lambda layers: work(layers, blocks), count, used)
-    elif path == "columns":  # it transforms a whole layer before its first row
-        run_shares(lambda layers: work(layers, blocks), count, count)
+    if path == "products":  # the library beneath has threads of its own
+        work(range(count), blocks)
+    elif path == "columns" or count >= used:
+        run_shares(lambda layers: work(layers, blocks), count, min(used, count))
     else:
         run_shares(lambda share: work(range(count), share), len(blocks), used)

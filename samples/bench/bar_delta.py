@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Row, check_close, faster, in_turn, within
+from harness import THREADS, Row, check_close, faster, in_turn, within
 from peers import SCALING, SEED, linear, peft_layer
 
 from fourierft_export.spectral import cost, torch_ops
@@ -121,7 +121,7 @@ def paths() -> Iterator[Row]:
 def forced_paths(shape: tuple[int, int], n: int) -> Row:
     entries = spectral_entries(SEED, shape, n)
     spectrum = np.random.default_rng(1).standard_normal(n).astype(np.float32)
-    costs = cost.delta_costs(shape, n)
+    costs = cost.delta_costs(shape, n, threads=THREADS)
     # Those far off by the model are not waited for.
     likely = [name for name in cost.DELTA_PATHS if costs[name] < 12 * min(costs.values())]
 
@@ -134,7 +134,7 @@ def forced_paths(shape: tuple[int, int], n: int) -> Row:
         check_close(f"paths, {path}", rebuild(path), reference, 1e-6)
     medians = in_turn(*(partial(rebuild, path) for path in likely), seconds=1.5)
     times = dict(zip(likely, medians, strict=True))
-    chosen = cost.choose_delta_path(shape, n)
+    chosen = cost.choose_delta_path(shape, n, threads=THREADS)
     listed = ", ".join(f"{name} {1e3 * t:.3g}" for name, t in times.items())
     case = f"{shape[0]}x{shape[1]}, n {n}: {chosen}"
     return within("paths", case, times[chosen], min(times.values()), 1.1, f"best of {listed}")
