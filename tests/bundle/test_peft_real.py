@@ -161,7 +161,7 @@ def test_there_and_back(
     assert names == {layer.name for layer in bound.layers}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in LM_HEADS])
+@pytest.mark.parametrize("case", CASES)
 def test_a_bundle_without_a_peft_config_opens_in_peft(
     case: str,
     tiny_adapter: Callable[..., tuple[Path, Path]],
@@ -176,7 +176,8 @@ def test_a_bundle_without_a_peft_config_opens_in_peft(
     bundle = from_peft(adapter, base)
     plain = Bundle.build(replace(bundle.spec, peft_config={}), bundle.spectra, bundle.saved)
     to_peft(Bundle.from_bytes(plain.to_bytes()), tmp_path / "made")
-    assert tensors_of(tmp_path / "made") == tensors_of(adapter)
+    kept = {n: t for n, t in tensors_of(adapter).items() if n not in left_out(adapter)}
+    assert tensors_of(tmp_path / "made") == kept
     wanted = tiny_outputs(peft_model(base, adapter, task))
     assert torch.equal(tiny_outputs(peft_model(base, tmp_path / "made", task)), wanted)
 
