@@ -6,7 +6,7 @@ import random
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourierft_export.bundle.names import MAX_NAMES, compress, expand, natural_key, why_not
@@ -32,11 +32,13 @@ def plain_order(name: str) -> list[tuple[bool, int, str]]:
 
 
 @given(st.sets(NAMES, max_size=40))
+@settings(deadline=None)
 def test_templates_give_back_the_names_in_natural_order(names: set[str]) -> None:
     assert expand(compress(names)) == sorted(names, key=plain_order)
 
 
 @given(st.sets(NAMES, min_size=1, max_size=20), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_one_set_of_names_has_one_form(names: set[str], rng: random.Random) -> None:
     shuffled = sorted(names)
     rng.shuffle(shuffled)
@@ -44,6 +46,7 @@ def test_one_set_of_names_has_one_form(names: set[str], rng: random.Random) -> N
 
 
 @given(st.text(max_size=30))
+@settings(deadline=None)
 def test_any_text_expands_or_is_refused(template: str) -> None:
     try:
         names = expand([template])

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourierft_export.checkpoint.strict_json import MAX_DEPTH, canonical, loads, pretty
@@ -25,6 +25,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
+@settings(deadline=None)
 def test_what_python_writes_is_read_back(value: object) -> None:
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), canonical(value)):
         assert loads(text, "w") == value
@@ -33,6 +34,7 @@ def test_what_python_writes_is_read_back(value: object) -> None:
 
 
 @given(JSON)
+@settings(deadline=None)
 def test_one_value_has_one_canonical_text(value: object) -> None:
     text = canonical(value)
     assert text.isascii()
@@ -49,6 +51,7 @@ def test_numbers_keep_their_kind() -> None:
 
 
 @given(st.text(max_size=60))
+@settings(deadline=None)
 def test_any_text_is_read_as_python_reads_it_or_refused(text: str) -> None:
     try:
         value = loads(text, "w")
