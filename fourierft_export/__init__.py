@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fourierft_export import errors
 
 if TYPE_CHECKING:
+    from fourierft_export.adapt.active import activate
     from fourierft_export.adapt.attach import attach, capture, detach
     from fourierft_export.adapt.config import FourierFTConfig
     from fourierft_export.adapt.fuse import fuse, restore
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.merge.merge import merge_checkpoint
     from fourierft_export.onnx_graph.export import export_onnx
+    from fourierft_export.onnx_graph.pretrained import export_pretrained
     from fourierft_export.proof.validate import validate
 
 __version__ = "0.1.0"
@@ -29,11 +31,13 @@ __all__ = [
     "Bundle",
     "FourierFTConfig",
     "FourierLinear",
+    "activate",
     "attach",
     "capture",
     "detach",
     "errors",
     "export_onnx",
+    "export_pretrained",
     "from_peft",
     "fuse",
     "inject",
@@ -47,10 +51,12 @@ _HOMES = {
     "Bundle": "bundle.file",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
+    "activate": "adapt.active",
     "attach": "adapt.attach",
     "capture": "adapt.attach",
     "detach": "adapt.attach",
     "export_onnx": "onnx_graph.export",
+    "export_pretrained": "onnx_graph.pretrained",
     "from_peft": "bundle.peft",
     "fuse": "adapt.fuse",
     "inject": "adapt.inject",
