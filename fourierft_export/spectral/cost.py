@@ -25,10 +25,15 @@ _FFT = 0.19  # one value of a real FFT, per log2 of its length
 _ADD = 0.35  # one value of delta_W (and its mirror image) added to a weight
 _ENTRY = 1.0  # one entry at one row: multiplied by its phase, added to its column
 _PLACE = 1.1  # one complex value placed in a half-spectrum row
-_COLUMN = 1.2  # one value of the column FFT: transform, transposition, fresh memory
+_COLUMN = 1.2  # one value of the column FFTs besides the transform: transposition, fresh memory
+_FAR_COLUMN = 4.3  # the same where the half spectrum is larger than the cache
+_CACHE = 4 << 20  # bytes
 _FLOP = 0.011  # one floating point operation of a large matrix product
 _VALUES_PER_THREAD = 1 << 17  # below this a second thread costs more than it brings
-_TOKEN_ENTRY = 1.7  # one entry at one token: gathered, multiplied, added to its bin
+_TOKEN_FFT = 0.13  # as _FFT, in torch
+_TOKEN_ENTRY = 1.0  # one entry at one token: gathered, multiplied, added to its bin
+_TOKEN_VALUE = 0.5  # one value of a token's input or output, besides its transform
+_DENSE_VALUE = 1.0  # one value of W + delta_W, in fresh memory
 _TOKEN_CALLS = 60_000.0  # the token form's calls, however few the rows
 _DENSE_CALLS = 150_000.0
 
@@ -54,7 +59,8 @@ def delta_costs(
     add = _ADD * rows * columns
     row_ffts = _FFT * kept * columns * log2(columns + 1) / 2
     by_rows = kept * (_ENTRY * n_frequency + _PLACE * min(n_frequency, half_columns))
-    by_columns = half_columns * rows * (_COLUMN + _FFT * log2(rows + 1) / 2) + 30.0 * n_frequency
+    each = _COLUMN if 8 * half_columns * rows < _CACHE else _FAR_COLUMN
+    by_columns = half_columns * rows * (each + _FFT * log2(rows + 1) / 2) + 30.0 * n_frequency
     products = _FLOP * n_frequency * 4 * kept * half_columns
     shared = useful_threads(shape, layers, threads)
     return {
@@ -84,9 +90,10 @@ def form_costs(
     second use of delta_W.
     """
     out_size, in_size = shape
-    transforms = _FFT * (in_size * log2(in_size + 1) + out_size * log2(out_size + 1)) / 2
-    token = rows * (transforms + _TOKEN_ENTRY * n_frequency + 0.5 * (in_size + out_size))
-    dense = min(delta_costs(shape, n_frequency).values()) + 0.3 * out_size * in_size
+    transforms = _TOKEN_FFT * (in_size * log2(in_size + 1) + out_size * log2(out_size + 1)) / 2
+    values = _TOKEN_VALUE * (in_size + out_size)
+    token = rows * (transforms + _TOKEN_ENTRY * n_frequency + values)
+    dense = min(delta_costs(shape, n_frequency).values()) + _DENSE_VALUE * out_size * in_size
     if training:
         gradient = rows * out_size * in_size * 2 * _FLOP
         half_transform = 2 * out_size * in_size * _FFT * log2(in_size + out_size)

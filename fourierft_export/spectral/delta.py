@@ -10,7 +10,7 @@ where they belong: no delta_W is ever allocated, and layers that share entries s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from .threads import default_threads, run_shares
 
 Float32 = npt.NDArray[np.float32]
 AnyFloat = npt.NDArray[Any]  # numpy's own floats or ml_dtypes.bfloat16
+Put = Callable[[int, slice, Float32], None]
 
 
 class Term(NamedTuple):
@@ -217,17 +218,40 @@ def _upright(entries: Entries, transposed: bool) -> Entries:
 def _add_terms(
     source: AnyFloat, target: AnyFloat, terms: list[Term], transposed: bool, threads: int | None
 ) -> None:
-    stored = source.shape[::-1] if transposed else source.shape
-    for term in terms:
-        check_term(term.spectrum, term.entries, stored)
     if not terms:
         if target is not source:
             target[...] = source
         return
+    each_block(source.shape, terms, _adder([source], [target]), transposed, threads)
+
+
+def each_block(
+    stored: tuple[int, ...],
+    terms: Sequence[Term],
+    put: Put,
+    transposed: bool = False,
+    threads: int | None = None,
+) -> None:
+    """Call `put` with every row of the sum of the terms' delta_W, once, in blocks.
+
+    Args:
+        stored: shape of the weight as stored.
+        terms: at least one; each may have its own entries and scaling.
+        put: called with (0, rows, float32 values of them); from several threads, and the values
+            are overwritten afterwards. Where blocks begin depends on nothing but the shape.
+        transposed: the weight is stored as (in, out).
+        threads: at most this many; see `delta_weight`.
+
+    Raises:
+        UsageError: sizes that do not fit together.
+    """
+    for term in terms:
+        check_term(term.spectrum, term.entries, stored[::-1] if transposed else stored)
     # delta_W is linear: all terms are one, over all of their entries; so the sum is rounded once.
     spectrum = np.concatenate([t.spectrum.astype(np.float64) * float(t.scaling) for t in terms])
     entries = np.concatenate([term.entries for term in terms])
-    rebuild([source], [target], spectrum[None], _upright(entries, transposed), 1.0, threads)
+    shape = (stored[0], stored[1])
+    _each_block(shape, spectrum[None], _upright(entries, transposed), 1.0, threads, put)
 
 
 def rebuild(
@@ -239,14 +263,12 @@ def rebuild(
     threads: int | None,
 ) -> None:
     """targets[l] = sources[l] + delta_W of spectra[l] (without sources: delta_W itself)."""
-    rows, columns = targets[0].shape
-    shared = half_spectrum(entries, (rows, columns))
-    amplitudes = shared.amplitudes(spectra, float(scaling))
-    count, blocks = len(spectra), range(shared.block_count)
-    limit = default_threads() if threads is None else threads
-    used = useful_threads((rows, columns), count, limit)
-    path = choose_delta_path((rows, columns), len(entries), layers=count, threads=used)
-    make_rows = ROW_MAKERS[path]
+    shape = (targets[0].shape[0], targets[0].shape[1])
+    _each_block(shape, spectra, entries, scaling, threads, _adder(sources, targets))
+
+
+def _adder(sources: Sequence[AnyFloat] | None, targets: Sequence[AnyFloat]) -> Put:
+    """What puts delta_W, added to its source if there are any, where it belongs."""
 
     def put(layer: int, where: slice, values: Float32) -> None:
         target = targets[layer][where]
@@ -257,6 +279,27 @@ def rebuild(
         else:
             values += sources[layer][where].astype(np.float32)
             target[...] = values
+
+    return put
+
+
+def _each_block(
+    shape: tuple[int, int],
+    spectra: AnyFloat,
+    entries: Entries,
+    scaling: float,
+    threads: int | None,
+    put: Put,
+) -> None:
+    """Call `put` with (layer, rows, float32 values) until every delta_W is complete."""
+    rows, columns = shape
+    shared = half_spectrum(entries, shape)
+    amplitudes = shared.amplitudes(spectra, float(scaling))
+    count, blocks = len(spectra), range(shared.block_count)
+    limit = default_threads() if threads is None else threads
+    used = useful_threads((rows, columns), count, limit)
+    path = choose_delta_path((rows, columns), len(entries), layers=count, threads=used)
+    make_rows = ROW_MAKERS[path]
 
     def work(layers: range, blocks: range) -> None:
         for where, index, values in make_rows(shared, amplitudes[layers], blocks):

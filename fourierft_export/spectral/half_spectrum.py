@@ -147,18 +147,21 @@ def rows_by_products(
     # The real FFT brings 1/N and counts a pair twice; here both are written out.
     factors = (amplitudes * (1 / (shared.weight * columns))).astype(np.float32)
     cosines, sines = shared.column_tables
-    reflected = columns - cosines.shape[1]
+    half_columns = cosines.shape[1]
+    reflected = columns - half_columns
+    even, odd = (np.empty((shared.block_rows, half_columns), np.float32) for _ in range(2))
+    values = np.empty((shared.block_rows, columns), np.float32)
     for block in blocks:
         rows, phases = shared.phases(block)
-        values = np.empty((rows.stop - rows.start, columns), np.float32)
+        count = slice(rows.stop - rows.start)
         for layer, factor in enumerate(factors):
-            even = (phases.real * factor) @ cosines
-            odd = (phases.imag * factor) @ sines
-            np.subtract(even, odd, out=values[:, : cosines.shape[1]])
+            cc = np.matmul(phases.real * factor, cosines, out=even[count])
+            ss = np.matmul(phases.imag * factor, sines, out=odd[count])
+            np.subtract(cc, ss, out=values[count, :half_columns])
             if reflected:
                 mirror = slice(reflected, 0, -1)
-                np.add(even[:, mirror], odd[:, mirror], out=values[:, -reflected:])
-            yield rows, layer, values
+                np.add(cc[:, mirror], ss[:, mirror], out=values[count, half_columns:])
+            yield rows, layer, values[count]
 
 
 ROW_MAKERS: dict[str, RowMaker] = {

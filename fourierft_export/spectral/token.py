@@ -20,6 +20,7 @@ from ..errors import UsageError
 from .delta import check_term
 from .entries import Entries
 from .half_spectrum import add_rounds, in_rounds
+from .threads import default_threads, run_shares
 
 AnyFloat = npt.NDArray[Any]
 
@@ -64,6 +65,8 @@ def token_delta(
     entries: Entries,
     shape: tuple[int, int],
     scaling: float,
+    *,
+    threads: int | None = None,
 ) -> AnyFloat:
     """The product x delta_W^T, computed in float32 (float64 if x is).
 
@@ -74,6 +77,7 @@ def token_delta(
         entries: int64 (n, 2), pairs (u, v).
         shape: (M, N) = (out_features, in_features).
         scaling: multiplies delta_W.
+        threads: at most this many; see `delta.delta_weight`.
 
     Returns:
         (..., M), of x's dtype.
@@ -95,18 +99,22 @@ def token_delta(
         coefficients = np.broadcast_to(coefficients, (*x.shape[:-1], n))
     factors = (coefficients.reshape(-1, n, 1) * tables.factor).astype(real).reshape(-1, 2 * n)
     result = np.empty((len(tokens), rows), x.dtype)
-    terms = np.zeros((_TOKENS, 2 * n + 2), real)  # the last place stays zero
-    for start in range(0, len(tokens), _TOKENS):
-        some = slice(start, min(start + _TOKENS, len(tokens)))
-        count = slice(some.stop - start)
-        spectra = np.fft.rfft(tokens[some].astype(real, copy=False), axis=1)
-        chosen = np.take(spectra, tables.read, axis=1).view(real)
-        np.multiply(
-            chosen, factors if spectrum.ndim == 1 else factors[some], out=terms[count, : 2 * n]
-        )
-        add_rounds(terms[count], rounds)
-        half = np.take(terms[count].view(spectra.dtype), source, axis=1)
-        result[some] = np.fft.irfft(half, rows, axis=1)
+
+    def work(blocks: range) -> None:
+        terms = np.zeros((_TOKENS, 2 * n + 2), real)  # the last place stays zero
+        for start in (block * _TOKENS for block in blocks):
+            some = slice(start, min(start + _TOKENS, len(tokens)))
+            count = slice(some.stop - start)
+            spectra = np.fft.rfft(tokens[some].astype(real, copy=False), axis=1)
+            chosen = np.take(spectra, tables.read, axis=1).view(real)
+            factor = factors if spectrum.ndim == 1 else factors[some]
+            np.multiply(chosen, factor, out=terms[count, : 2 * n])
+            add_rounds(terms[count], rounds)
+            half = np.take(terms[count].view(spectra.dtype), source, axis=1)
+            result[some] = np.fft.irfft(half, rows, axis=1)
+
+    limit = default_threads() if threads is None else threads
+    run_shares(work, -(-len(tokens) // _TOKENS), limit)
     return result.reshape(*x.shape[:-1], rows)
 
 

@@ -144,11 +144,11 @@ def _to_values(
     shape: Shape,
     scaling: float,
 ) -> Tensor:
-    """Multiply (..., n) spectral values by c, add them up in their bins, transform back."""
+    """Multiply (..., n) spectral values by c (in place), add them up in bins, transform back."""
     _, write, factor = tables
     coefficients = (spectrum.to(factor.dtype) * (scaling / shape[1])).unsqueeze(-1) * factor
-    terms = torch.view_as_complex(torch.view_as_real(chosen) * coefficients)
-    flat = terms.reshape(-1, terms.shape[-1])
+    torch.view_as_real(chosen).mul_(coefficients)
+    flat = chosen.reshape(-1, chosen.shape[-1])
     bins = flat.new_zeros(flat.shape[0], shape[0] // 2 + 1).index_add_(1, write, flat)
     values: Tensor = torch.fft.irfft(bins, shape[0])
     return values.reshape(*chosen.shape[:-1], shape[0])
