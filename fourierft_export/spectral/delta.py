@@ -238,7 +238,7 @@ def each_block(
         stored: shape of the weight as stored.
         terms: at least one; each may have its own entries and scaling.
         put: called with (0, rows, float32 values of them); from several threads, and the values
-            are overwritten afterwards. Where blocks begin depends on nothing but the shape.
+            are overwritten afterwards. Blocks and values do not depend on the number of threads.
         transposed: the weight is stored as (in, out).
         threads: at most this many; see `delta_weight`.
 
@@ -251,7 +251,8 @@ def each_block(
     spectrum = np.concatenate([t.spectrum.astype(np.float64) * float(t.scaling) for t in terms])
     entries = np.concatenate([term.entries for term in terms])
     shape = (stored[0], stored[1])
-    _each_block(shape, spectrum[None], _upright(entries, transposed), 1.0, threads, put)
+    path = choose_delta_path(shape, len(entries))
+    _each_block(shape, spectrum[None], _upright(entries, transposed), 1.0, threads, put, path)
 
 
 def rebuild(
@@ -290,6 +291,7 @@ def _each_block(
     scaling: float,
     threads: int | None,
     put: Put,
+    path: str | None = None,
 ) -> None:
     """Call `put` with (layer, rows, float32 values) until every delta_W is complete."""
     rows, columns = shape
@@ -297,8 +299,8 @@ def _each_block(
     amplitudes = shared.amplitudes(spectra, float(scaling))
     count, blocks = len(spectra), range(shared.block_count)
     limit = default_threads() if threads is None else threads
-    used = useful_threads((rows, columns), count, limit)
-    path = choose_delta_path((rows, columns), len(entries), layers=count, threads=used)
+    used = useful_threads(shape, count, limit)
+    path = path or choose_delta_path(shape, len(entries), layers=count, threads=used)
     make_rows = ROW_MAKERS[path]
 
     def work(layers: range, blocks: range) -> None:
