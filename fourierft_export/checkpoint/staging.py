@@ -48,6 +48,14 @@ def check_output(
             found="one that does",
             remedy="choose another, or pass --force (force=True) to replace it",
         )
+    if os.path.lexists(path) and not path.is_symlink() and not path.is_file() and not path.is_dir():
+        # `--force -o /dev/null` must not replace the device for everybody on the machine.
+        raise UsageError(
+            path,
+            expected="an output that is a file or a folder",
+            found="a FIFO, device or socket",
+            remedy="choose another output",
+        )
     if not path.parent.is_dir():
         raise FileAccessError(
             path.parent, expected="a folder to write to", found="none", remedy="make it first"

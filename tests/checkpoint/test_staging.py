@@ -128,3 +128,25 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError) as caught:
         check_output(tmp_path / "absent" / "x", force=False)
     assert caught.value.where == str(tmp_path / "absent")
+
+
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    os.mkfifo(out)
+    for force in (False, True):
+        with pytest.raises(UsageError):
+            check_output(out, force=force)
+    with (
+        pytest.raises(UsageError, match="found a FIFO, device or socket"),
+        staged_file(out, force=True),
+    ):
+        raise AssertionError("the block must not be reached")
+    with pytest.raises(UsageError, match="FIFO"), staged_directory(out, force=True):
+        raise AssertionError("the block must not be reached")
+    assert out.is_fifo()
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    with staged_file(link, force=True) as partial:  # the link is replaced, not what it names
+        partial.write_text("new")
+    assert out.is_fifo()
+    assert link.read_text() == "new"
