@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 THREADS = 2
+_LONG_ENOUGH = 0.004  # seconds
 Work = Callable[[], object]
 
 
@@ -75,6 +76,9 @@ def in_turn(
 ) -> list[float]:
     """Median seconds of each side: called in turn, so that what disturbs one disturbs all.
 
+    A side that takes less than `_LONG_ENOUGH` is called several times in its turn, as it would be
+    in use: otherwise it would find every cache filled by the other side.
+
     Args:
         sides: called without arguments.
         seconds: go on until this much has passed, but within `least` and `most` rounds.
@@ -84,6 +88,7 @@ def in_turn(
     for side in sides:
         for _ in range(warm_up):
             side()
+    repeats = [_repeats(side) if warm_up else 1 for side in sides]
     taken: list[list[float]] = [[] for _ in sides]
     end = time.perf_counter() + seconds
     while len(taken[0]) < least or (time.perf_counter() < end and len(taken[0]) < most):
@@ -91,9 +96,16 @@ def in_turn(
         first = len(taken[0]) % len(sides)
         for index in (*range(first, len(sides)), *range(first)):
             start = time.perf_counter()
-            sides[index]()
-            taken[index].append(time.perf_counter() - start)
+            for _ in range(repeats[index]):
+                sides[index]()
+            taken[index].append((time.perf_counter() - start) / repeats[index])
     return [statistics.median(times) for times in taken]
+
+
+def _repeats(side: Work) -> int:
+    start = time.perf_counter()
+    side()
+    return max(1, min(20, int(_LONG_ENOUGH / (time.perf_counter() - start))))
 
 
 def check_close(what: str, got: object, expected: object, relative: float) -> None:
