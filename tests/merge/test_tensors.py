@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fourierft_export.errors import BadInputError
-from fourierft_export.merge.rounding import delta_at, rounded_once
+from fourierft_export.merge.rounding import rounded_once
 from fourierft_export.merge.tensors import converted, merged
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
@@ -81,36 +81,62 @@ def test_sums_halfway_between_two_values_are_decided_by_the_exact_sum(dtype: str
     kind, bits, _ = FLOATS[dtype]
     half = 2.0**-bits
     unit = 2 * half
-    shape = (1, 4)
-    # Entry (0, 0) is the mean: delta_W is c * s / 4 everywhere.
-    entries = np.array([[0, 0]])
     for odd, tiny, expected in (
         (0, 0.0, 1.0), (0, 1e-9, 1 + unit), (0, -1e-9, 1.0),
         (1, 0.0, 1 + 2 * unit), (1, 1e-9, 1 + 2 * unit), (1, -1e-9, 1 + unit),
     ):  # fmt: skip
-        weight = np.full(shape, 1 + odd * unit, kind)
-        term = Term(np.array([1.0]), entries, 4 * (half + tiny))
-        total = (weight.astype(np.float64) + half + tiny).astype(np.float32)
+        weight = np.full((1, 4), 1 + odd * unit, np.float32)
+        delta = np.full((1, 4), half + tiny, np.float32)
+        total = weight + delta
         assert (total == np.float32(1 + odd * unit + half)).all()
-        found = rounded_once(total, weight, [term], transposed=False, dtype=np.dtype(kind))
+        found = rounded_once(total, weight, delta, np.dtype(kind))
         assert (found.astype(np.float64) == expected).all(), (odd, tiny)
 
 
 def test_float16_subnormals_are_decided_by_the_exact_sum() -> None:
     unit = 2.0**-24
-    weight = np.full((1, 4), 4 * unit, np.float16)
-    for tiny, expected in ((-1e-16, 4 * unit), (0.0, 4 * unit), (1e-16, 5 * unit)):
-        term = Term(np.array([1.0]), np.array([[0, 0]]), 4 * (unit / 2 + tiny))
-        total = np.full((1, 4), 4.5 * unit, np.float32)
-        found = rounded_once(total, weight, [term], transposed=False, dtype=np.dtype(np.float16))
+    weight = np.full((1, 4), 4 * unit, np.float32)
+    for tiny, expected in ((-1e-14, 4 * unit), (0.0, 4 * unit), (1e-14, 5 * unit)):
+        delta = np.full((1, 4), unit / 2 + tiny, np.float32)
+        total = weight + delta
+        assert (total == np.float32(4.5 * unit)).all()
+        found = rounded_once(total, weight, delta, np.dtype(np.float16))
         assert (found.astype(np.float64) == expected).all()
 
 
-def test_single_elements_equal_the_reference() -> None:
-    terms, delta = terms_of((17, 40), 1.0, 1)
-    p, q = np.nonzero(np.ones((17, 40)))
-    found = delta_at(terms[0], p, q, (17, 40)).reshape(17, 40)
-    np.testing.assert_allclose(found, delta, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_error_of_what_was_added_is_measured(dtype: str, transposed: bool) -> None:
+    terms, delta = terms_of((96, 128), 1e-4, 2)
+    delta = delta.T if transposed else delta
+    weight = (np.random.default_rng(0).standard_normal(delta.shape) * 0.02).astype(FLOATS[dtype][0])
+    found = merged(weight.copy(), terms, transposed=transposed, dtype=dtype, name="w")
+    added = found.value.astype(np.float64) - weight.astype(np.float64)
+    expected = np.linalg.norm(added - delta) / np.linalg.norm(delta)
+    assert found.error == pytest.approx(expected, rel=1e-3 if dtype != "F32" else 0.05)
+
+
+def test_in_place_and_any_number_of_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms, _ = terms_of((512, 640), 1e-4, 2)
+    weight = (np.random.default_rng(0).standard_normal((512, 640)) * 0.02).astype(np.float16)
+    results = []
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        for overwrite in (False, True):
+            given = weight.copy()
+            options: dict[str, Any] = {"transposed": False, "dtype": "F16", "name": "w"}
+            found = merged(given, terms, overwrite=overwrite, **options)
+            assert (found.value is given) == overwrite
+            assert (given == weight).all() != overwrite
+            results.append((found.value.tobytes(), found.survival, found.error))
+    assert len(set(results)) == 1
+
+
+def test_a_huge_change_has_a_finite_error() -> None:
+    entries = np.array([[0, 0]])
+    term = Term(np.array([1.0], np.float32), entries, 4e25)
+    found = merged(np.ones((2, 2), np.float32), [term], transposed=False, dtype="F32", name="w")
+    assert found.error == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
