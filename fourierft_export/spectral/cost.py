@@ -33,6 +33,7 @@ _VALUES_PER_THREAD = 1 << 17  # below this a second thread costs more than it br
 _TOKEN_FFT = 0.13  # as _FFT, in torch
 _TOKEN_ENTRY = 1.0  # one entry at one token: gathered, multiplied, added to its bin
 _TOKEN_VALUE = 0.5  # one value of a token's input or output, besides its transform
+_TOKEN_TRAINING = 3.5  # forward and backward, as a multiple of the forward
 _DENSE_VALUE = 1.0  # one value of W + delta_W, in fresh memory
 _TOKEN_CALLS = 60_000.0  # the token form's calls, however few the rows
 _DENSE_CALLS = 150_000.0
@@ -98,7 +99,7 @@ def form_costs(
         gradient = rows * out_size * in_size * 2 * _FLOP
         half_transform = 2 * out_size * in_size * _FFT * log2(in_size + out_size)
         return {
-            "token": 2 * _TOKEN_CALLS + 2.2 * token,
+            "token": 2 * _TOKEN_CALLS + _TOKEN_TRAINING * token,
             "dense": 2 * _DENSE_CALLS + dense + gradient + half_transform,
         }
     return {"token": _TOKEN_CALLS + token, "dense": _DENSE_CALLS + dense}

@@ -14,6 +14,7 @@ from peers import SCALING, SEED, linear, our_layer, peft_layer
 from torch import Tensor, nn
 
 import fourierft_export as ff
+from fourierft_export.spectral import cost
 
 N_FREQUENCY = 1000
 
@@ -125,6 +126,29 @@ FORWARD = {
     "forward-768": [(768, 32, 1.8), (768, 2048, 1.3), (384, 512, 1.5)],
 }
 
+
+def forms(size: int, rows: int, training: bool) -> Row:
+    """The form that the cost model takes against both, forced: never 10 % off the better one."""
+    base = linear(size, size)
+    layer = our_layer(base, torch.randn(N_FREQUENCY))
+    spectrum = layer.adapter("default").spectrum
+    x = torch.randn(rows, size, requires_grad=training)
+    upstream = torch.randn(rows, size)
+
+    def go(form: str) -> Tensor:
+        with cost.force(form=form), torch.set_grad_enabled(training):
+            y = layer(x)
+        return torch.autograd.grad(y, (x, spectrum), upstream)[1] if training else y
+
+    check_close("forms", go("token").detach(), go("dense").detach(), 1e-5)
+    works = [partial(go, form) for form in cost.FORMS]
+    times = dict(zip(cost.FORMS, in_turn(*works, seconds=1.5), strict=True))
+    chosen = cost.choose_form(rows, (size, size), N_FREQUENCY, training)
+    listed = ", ".join(f"{name} {1e3 * t:.3g}" for name, t in times.items())
+    case = f"{size}x{size}, {rows} rows{', step' if training else ''}: {chosen}"
+    return within("forms", case, times[chosen], min(times.values()), 1.1, f"best of {listed}")
+
+
 BARS = {
     **{
         name: lambda name=name, cases=cases: (forward(name, *case) for case in cases)
@@ -132,4 +156,9 @@ BARS = {
     },
     "step-4096": lambda: (step(4096, rows, bar) for rows, bar in ((64, 1.6), (512, 1.3))),
     "step-minilm": step_minilm,
+    "forms": lambda: (
+        forms(size, rows, training)
+        for training in (False, True)
+        for size, rows in ((384, 64), (384, 512), (768, 32), (768, 512), (768, 4096), (2048, 256))
+    ),
 }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourierft_export.errors import UsageError
-from fourierft_export.spectral import token, torch_ops
+from fourierft_export.spectral import token, torch_compiled, torch_ops
 from fourierft_export.spectral.delta import reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
@@ -176,3 +176,13 @@ def test_shapes_without_data() -> None:
     x = torch.empty(2, 3, 12, device="meta")
     assert torch_ops.token_delta(x, c, placed, (20, 12), 1.0).shape == (2, 3, 20)
     assert torch_ops.delta_weight(c, placed, (20, 12), 1.0).shape == (20, 12)
+
+
+def test_custom_operators_are_well_formed() -> None:
+    """torch's own checks: schema, autograd registration, fake tensors, ahead-of-time dispatch."""
+    _, entries, _ = make_case((20, 12), 0.2, False, 5)
+    placed = torch.from_numpy(entries.copy())
+    c = torch.randn(len(entries), requires_grad=True)
+    x = torch.randn(3, 12, requires_grad=True)
+    torch.library.opcheck(torch_compiled.delta_op, (c, placed, 20, 12, 1.0))
+    torch.library.opcheck(torch_compiled.token_op, (x, c, placed, 20, 12, 1.0))
