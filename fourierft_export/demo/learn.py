@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +47,33 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    for epoch in range(epochs):
-        progress(epoch, epochs)
-        for rows in torch.randperm(len(data.labels), generator=generator).split(BATCH):
-            images = shift(nudged(data.images[rows], NUDGED, generator))
-            loss = F.cross_entropy(model(images), data.labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    with _one_thread():
+        for epoch in range(epochs):
+            progress(epoch, epochs)
+            for rows in torch.randperm(len(data.labels), generator=generator).split(BATCH):
+                images = shift(nudged(data.images[rows], NUDGED, generator))
+                loss = F.cross_entropy(model(images), data.labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     progress(epochs, epochs)
     model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread.
+
+    Sums then do not depend on the number of cores, so a seed gives the same model on more
+    machines; and for matrices as small as these, threads on a busy machine mostly wait.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

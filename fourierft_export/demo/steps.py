@@ -79,7 +79,8 @@ def learn_adapter(
 
     The adapter stays on the model; it is not active afterwards.
     """
-    inject(model, ADAPTER, name)
+    with torch.random.fork_rng(devices=[]):  # it draws, as PEFT does, even to start from zeros
+        inject(model, ADAPTER, name)
     train(
         model,
         data,

@@ -134,7 +134,7 @@ def test_training_lowers_the_loss_of_what_learns_only() -> None:
         with torch.no_grad():
             return float(F.cross_entropy(model(few.images), few.labels))
 
-    before = loss()
+    before, threads = loss(), torch.get_num_threads()
     steps_told: list[tuple[int, int]] = []
     learn.train(
         model,
@@ -149,4 +149,5 @@ def test_training_lowers_the_loss_of_what_learns_only() -> None:
     assert loss() < 0.8 * before
     assert torch.equal(model.embed.weight, frozen)
     assert not model.training
+    assert torch.get_num_threads() == threads
     assert steps_told == [(epoch, 12) for epoch in range(13)]
