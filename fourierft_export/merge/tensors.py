@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from functools import cache
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -12,7 +14,7 @@ from ..checkpoint.container import FLOAT_DTYPES
 from ..checkpoint.dtypes import to_name, to_numpy
 from ..errors import BadInputError
 from ..spectral.delta import Term, each_block
-from .rounding import rounded_once
+from .rounding import round_once
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -77,11 +79,10 @@ def merged(
     in_place = overwrite and weight.dtype == out_dtype
     value = weight if in_place else np.empty(weight.shape, out_dtype)
     blocks: list[_Block] = []
+    scratch = _Scratch()
 
     def put(_layer: int, rows: slice, delta: Array) -> None:
-        after, block = _summed(weight[rows], delta, out_dtype, rows.start)
-        value[rows] = after
-        blocks.append(block)
+        blocks.append(_add(weight[rows], delta, value[rows], rows.start, scratch))
 
     with np.errstate(over="ignore", invalid="ignore"):
         each_block(weight.shape, terms, put, transposed)
@@ -94,20 +95,54 @@ def merged(
     return Merged(value, survival, math.sqrt(error / delta) if delta else 0.0)
 
 
-def _summed(before: Array, delta: Array, dtype: np.dtype[Any], start: int) -> tuple[Array, _Block]:
-    """Some rows of a weight plus float32 rows of delta_W, rounded once, and what to tell of it."""
-    wide = before if before.dtype == np.float64 else before.astype(np.float32, copy=False)
-    total = wide + delta
-    narrow = dtype.itemsize == 2 and total.dtype == np.float32
-    after = rounded_once(total, wide, delta, dtype) if narrow else total.astype(dtype, copy=False)
-    same = before if before.dtype == dtype else wide.astype(dtype)
+class _Scratch(threading.local):
+    """Memory that each thread uses again: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Array] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array for `use` with anything in it."""
+        size = math.prod(shape)
+        kept = self._kept.get(use)
+        if kept is None or kept.size < size or kept.dtype != dtype:
+            kept = self._kept[use] = np.empty(size, dtype)
+        return kept[:size].reshape(shape)
+
+
+def _add(before: Array, delta: Array, after: Array, start: int, scratch: _Scratch) -> _Block:
+    """Put rows of a weight plus float32 rows of delta_W, rounded once, in `after`.
+
+    `after` may be `before`.
+    """
+    kind = np.dtype(np.float64 if before.dtype == np.float64 else np.float32)
+    shape = before.shape
+    wide = scratch.array("wide", shape, kind)
+    wide[...] = before
+    total = np.add(wide, delta, out=scratch.array("total", shape, kind))
+    rounded = scratch.array("rounded", shape, after.dtype)
+    if after.dtype.itemsize == 2 and kind == np.float32:
+        round_once(total, wide, delta, rounded, scratch.array("halfway", shape, np.dtype(bool)))
+    else:
+        rounded[...] = total
+    same = before if before.dtype == after.dtype else wide.astype(after.dtype)
+    differ = scratch.array("differ", shape, np.dtype(bool))
+    changed = int(np.count_nonzero(np.not_equal(_bits(rounded), _bits(same), out=differ)))
     not_finite = 0
-    if not max(total.max(), -total.min()) < float(ml_dtypes.finfo(dtype).max):
-        not_finite = _count_not_finite(after) - _count_not_finite(before)
-    missed = np.subtract(after.astype(wide.dtype, copy=False), wide)
+    if not max(total.max(), -total.min()) < _largest(after.dtype):
+        not_finite = _count_not_finite(rounded) - _count_not_finite(before)
+    missed = scratch.array("total", shape, kind)  # the total is not needed any more
+    missed[...] = rounded
+    missed -= wide
     missed -= delta
-    changed = int(np.count_nonzero(_bits(after) != _bits(same)))
-    return after, _Block(start, changed, not_finite, _square_sum(missed), _square_sum(delta))
+    after[...] = rounded
+    return _Block(start, changed, not_finite, _square_sum(missed), _square_sum(delta))
+
+
+@cache
+def _largest(dtype: np.dtype[Any]) -> float:
+    """The largest finite value of a float dtype."""
+    return float(ml_dtypes.finfo(dtype).max)
 
 
 def _square_sum(values: Array) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fourierft_export.errors import BadInputError
-from fourierft_export.merge.rounding import rounded_once
+from fourierft_export.merge.rounding import round_once
 from fourierft_export.merge.tensors import converted, merged
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
@@ -75,6 +75,12 @@ def test_survival_in_bfloat16_is_what_mathematics_says() -> None:
         assert found == pytest.approx(expected, abs=0.02)
 
 
+def rounded(total: Array, weight: Array, delta: Array, dtype: Any) -> Array:
+    result = np.empty(total.shape, dtype)
+    round_once(total, weight, delta, result, np.empty(total.shape, bool))
+    return result
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_sums_halfway_between_two_values_are_decided_by_the_exact_sum(dtype: str) -> None:
     """A weight of 1 plus half a unit, give or take less than float32 can hold, and ties."""
@@ -89,7 +95,7 @@ def test_sums_halfway_between_two_values_are_decided_by_the_exact_sum(dtype: str
         delta = np.full((1, 4), half + tiny, np.float32)
         total = weight + delta
         assert (total == np.float32(1 + odd * unit + half)).all()
-        found = rounded_once(total, weight, delta, np.dtype(kind))
+        found = rounded(total, weight, delta, kind)
         assert (found.astype(np.float64) == expected).all(), (odd, tiny)
 
 
@@ -100,7 +106,7 @@ def test_float16_subnormals_are_decided_by_the_exact_sum() -> None:
         delta = np.full((1, 4), unit / 2 + tiny, np.float32)
         total = weight + delta
         assert (total == np.float32(4.5 * unit)).all()
-        found = rounded_once(total, weight, delta, np.dtype(np.float16))
+        found = rounded(total, weight, delta, np.float16)
         assert (found.astype(np.float64) == expected).all()
 
 
