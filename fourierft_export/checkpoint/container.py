@@ -104,11 +104,17 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
 
     Raises:
         BadInputError: the file ends before `stop`, as it does when it shrinks while being read.
+        FileAccessError: the disk or the network fails.
     """
     pieces = []
     at = start
     while at < stop:
-        piece = _read_at(fd, at, min(stop - at, 1 << 30))
+        try:
+            piece = _read_at(fd, at, min(stop - at, 1 << 30))
+        except OSError as error:
+            raise FileAccessError(
+                where, expected="a readable file", found=error.strerror or str(error)
+            ) from error
         if not piece:
             raise BadInputError(
                 where,

@@ -1,12 +1,15 @@
 """Outputs that are absent or complete, never half there.
 
-Work goes to a sibling, `OUT.partial-<plan>`, and is renamed at the end (`os.replace`), so a killed
-process leaves the sibling and the next run with the same plan takes it over.
+Work goes to a sibling folder, `OUT.partial-<plan>`, and its result is renamed to OUT at the end.
+The folder is locked while somebody works in it, so what is not locked was left by a killed process:
+the same plan takes it over, any other run for the same OUT removes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
+from .locks import try_lock, unlock
+
+_PARTIAL = ".partial-"
+_LOCK = ".lock"
+_OLD = ".old"
+_ATTEMPTS = 5
 
 
 def check_output(
@@ -64,6 +73,34 @@ def check_output(
 
 
 @contextmanager
+def work_folder(
+    out: str | os.PathLike[str], *, plan: str | None = None, keep: bool = False
+) -> Iterator[Path]:
+    """A locked folder beside `out`, removed at the end however the block ends, but for a kill.
+
+    Args:
+        out: the output that is being made.
+        plan: a short hash of what is being done; names the folder. The process id by default.
+        keep: leave in it what a killed process with the same plan had made.
+
+    Raises:
+        FileAccessError: another process works in this folder; it cannot be made.
+    """
+    path = Path(out)
+    folder = path.with_name(f"{path.name}{_PARTIAL}{plan or os.getpid()}")
+    with os_errors_named(path, folder):
+        lock = _take(folder)
+    try:
+        with os_errors_named(path, folder):
+            _clean_leftovers(path, folder)
+            if not keep:
+                _empty(folder)
+        yield folder
+    finally:
+        _leave(folder, lock, path)
+
+
+@contextmanager
 def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """A path to write to; it becomes `out` when the block ends well, and vanishes otherwise.
 
@@ -71,73 +108,179 @@ def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator
         UsageError, FileAccessError: as `check_output`; FileAccessError also for a full disk.
     """
     path = check_output(out, force=force)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with os_errors_named(path):
-            yield partial
-            set_umask_mode(partial)
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with work_folder(path) as folder, os_errors_named(path, folder):
+        staged = folder / path.name
+        yield staged
+        set_umask_mode(staged)
+        sync(staged)
+        publish(staged, path, force=force)
 
 
 @contextmanager
-def staged_directory(
-    out: str | os.PathLike[str], *, plan: str | None = None, force: bool = False
-) -> Iterator[Path]:
+def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """An empty folder to fill; it becomes `out` when the block ends well, and vanishes otherwise.
-
-    Args:
-        out: the folder to make.
-        plan: a short hash of what is being done; names the sibling. The process id by default.
-        force: replace an existing folder. It is moved aside first and removed last.
 
     Raises:
         UsageError, FileAccessError: as `check_output`; FileAccessError also for a full disk.
     """
     path = check_output(out, force=force)
-    partial = path.with_name(f"{path.name}.partial-{plan or os.getpid()}")
-    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    with work_folder(path) as folder, os_errors_named(path, folder):
+        staged = folder / path.name
+        staged.mkdir()
+        yield staged
+        for file in staged.rglob("*"):
+            if not file.is_symlink():
+                sync(file)
+        sync(staged)
+        publish(staged, path, force=force)
+
+
+def publish(staged: Path, out: Path, *, force: bool) -> None:
+    """Rename a complete, flushed file or folder to its place.
+
+    Args:
+        staged: lies in a `work_folder` of `out`, which keeps what is replaced until the end.
+        out: its place.
+        force: replace what is there, whole.
+
+    Raises:
+        UsageError: somebody else has made `out` meanwhile, and `force` is not set.
+        OSError: it cannot be renamed.
+    """
+    old = staged.with_name(_OLD)
+    for _ in range(_ATTEMPTS):
+        if not os.path.lexists(out) or (force and _are_files(staged, out)):
+            try:
+                _move(staged, out, force=force)
+            except OSError as error:
+                # Another writer was faster: its output is replaced, or stays.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            else:
+                sync(out.parent)
+                return
+        if not force:
+            break
+        _remove(old)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(out, old)
+    raise UsageError(
+        out,
+        expected="an output that nobody else writes",
+        found="one that appeared meanwhile",
+        remedy="it is whole; choose another output, or pass --force (force=True) to replace it",
+    )
+
+
+def _are_files(staged: Path, out: Path) -> bool:
+    """Whether one rename can replace `out`, as it can for files."""
+    return staged.is_file() and (out.is_symlink() or not out.is_dir())
+
+
+def _move(staged: Path, out: Path, *, force: bool) -> None:
+    """Rename; without `force`, a file does not replace one that has appeared (folders never do)."""
+    if force or not staged.is_file() or os.name == "nt":
+        (os.replace if force else os.rename)(staged, out)
+        return
     try:
-        with os_errors_named(path):
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir()
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file() and not file.is_symlink():
-                    sync(file)
-            if os.path.lexists(path):
-                os.replace(path, old)
-            os.replace(partial, path)
-            sync(path.parent)
-    except BaseException:
-        if os.path.lexists(old) and not os.path.lexists(path):
-            os.replace(old, path)
+        os.link(staged, out)
+    except FileExistsError:
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)
+    except OSError:  # a file system without hard links
+        os.rename(staged, out)
+    else:
+        staged.unlink()
+
+
+def _take(folder: Path) -> int:
+    """Make and lock a work folder."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            lock = try_lock(folder / _LOCK)
+        except FileNotFoundError:  # its last user has just removed it
+            continue
+        if lock is None:
+            raise FileAccessError(
+                folder,
+                expected="to be the only one who writes this output",
+                found="another process at work",
+                remedy="wait for it, or stop it; what it has finished is taken over",
+            )
+        return lock
+
+
+def _clean_leftovers(out: Path, own: Path) -> None:
+    """Remove the work folders of `out` that killed processes have left."""
+    for folder in out.parent.glob(f"{glob.escape(out.name)}{_PARTIAL}*"):
+        if folder == own or folder.is_symlink() or not folder.is_dir():
+            continue
+        if not (folder / _LOCK).exists():
+            with contextlib.suppress(OSError):  # only if empty: killed before it was locked
+                folder.rmdir()
+            continue
+        with contextlib.suppress(OSError):
+            lock = try_lock(folder / _LOCK)
+            if lock is not None:
+                _leave(folder, lock, out)
+
+
+def _leave(folder: Path, lock: int, out: Path) -> None:
+    """Remove a work folder; what was moved aside and not replaced goes back."""
+    if os.path.lexists(folder / _OLD) and not os.path.lexists(out):
+        os.replace(folder / _OLD, out)
+    _empty(folder)
+    unlock(lock, folder / _LOCK)
+    with contextlib.suppress(OSError):  # somebody else is about to take it over
+        folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything in a work folder but its lock."""
+    for entry in os.scandir(folder):
+        if entry.name != _LOCK:
+            _remove(Path(entry))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
-def os_errors_named(path: Path) -> Iterator[None]:
-    """Turn an `OSError` of the block into a `FileAccessError` that names the output."""
+def os_errors_named(path: Path, work: Path | None = None) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `FileAccessError` that names the file.
+
+    Args:
+        path: the output, named for whatever happens to it or in `work`.
+        work: its work folder.
+    """
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        other = _other_file(error, path, work)
+        if other is not None and not full:
+            raise FileAccessError(
+                other, expected="a readable file", found=error.strerror or str(error)
+            ) from error
         raise FileAccessError(
             path,
             expected="to be able to write it",
             found="no space left" if full else (error.strerror or str(error)),
             remedy="free space and run it again; nothing was written" if full else "",
         ) from error
+
+
+def _other_file(error: OSError, path: Path, work: Path | None) -> str | None:
+    """The file that an error names, if it is neither the output nor work in progress."""
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return None
+    named = Path(error.filename)
+    ours = named in (path, path.parent) or (work and work in (named, *named.parents))
+    return None if ours else os.fspath(named)
 
 
 def set_umask_mode(path: Path) -> None:

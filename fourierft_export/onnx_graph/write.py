@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.staging import check_output, os_errors_named, set_umask_mode, sync
+from ..checkpoint.staging import (
+    check_output,
+    os_errors_named,
+    set_umask_mode,
+    sync,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,17 +64,11 @@ def write_model(
     external = weight_bytes(model) > MAX_EMBEDDED_BYTES if external_data is None else external_data
     if external:
         check_output(beside, force=force)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        with os_errors_named(out):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            staged = partial / out.name
-            ir.save(model, staged, external_data=beside.name if external else None)
-            onnx.checker.check_model(str(staged))
-            return _publish(staged, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with work_folder(out) as folder, os_errors_named(out, folder):
+        staged = folder / out.name
+        ir.save(model, staged, external_data=beside.name if external else None)
+        onnx.checker.check_model(str(staged))
+        return _publish(staged, out)
 
 
 def _publish(staged: Path, out: Path) -> tuple[Path, ...]:

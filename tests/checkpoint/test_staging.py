@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from fourierft_export.checkpoint.staging import check_output, staged_directory, staged_file
+from fourierft_export.checkpoint.staging import (
+    check_output,
+    staged_directory,
+    staged_file,
+    work_folder,
+)
 from fourierft_export.errors import FileAccessError, UsageError
 
 
@@ -26,14 +31,14 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     with staged_file(out) as partial:
         partial.write_text("done")
         assert not out.exists()
-        assert partial.parent == tmp_path
+        assert partial.parent.parent == tmp_path
     assert out.read_text() == "done"
     assert listing(tmp_path) == ["x"]
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
-    with staged_directory(tmp_path / "x", plan="abc") as partial:
-        assert partial.name == "x.partial-abc"
+    with staged_directory(tmp_path / "x") as partial:
+        assert partial.parent.name.startswith("x.partial-")
         (partial / "sub").mkdir()
         (partial / "sub" / "f").write_text("done")
         assert not (tmp_path / "x").exists()
@@ -78,22 +83,108 @@ def test_force_replaces_folders_files_and_links(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["target"]
 
 
-def test_leftovers_of_a_killed_run_are_cleaned_by_the_same_plan(tmp_path: Path) -> None:
-    script = textwrap.dedent("""
+KILLED_AT = {
+    "folder": "(partial / 'half').write_text('x')",
+    "file": "partial.write_text('x')",
+    "moved": "out.mkdir(); os.replace(out, partial.with_name('.old'))",
+}
+
+
+def killed(tmp_path: Path, stage: str, then: str) -> list[str]:
+    """What a process leaves beside `x` that is killed while it makes it."""
+    script = textwrap.dedent(f"""
         import os, signal, sys
-        from fourierft_export.checkpoint.staging import staged_directory
-        with staged_directory(sys.argv[1], plan="p") as partial:
-            (partial / "half").write_text("x")
+        from pathlib import Path
+        from fourierft_export.checkpoint.staging import {stage}
+        out = Path(sys.argv[1])
+        with {stage}(out) as partial:
+            {then}
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=False)
     assert run.returncode == -signal.SIGKILL
-    assert listing(tmp_path) == ["x.partial-p"]
-    with staged_directory(tmp_path / "x", plan="p") as partial:
+    return listing(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_leftovers_of_a_killed_run_are_cleaned_by_the_next(tmp_path: Path, kind: str) -> None:
+    stage = "staged_directory" if kind == "folder" else "staged_file"
+    (left,) = killed(tmp_path, stage, KILLED_AT[kind])
+    assert left.startswith("x.partial-")
+    (tmp_path / "x.partial-1").mkdir()  # killed between making the folder and locking it
+    (tmp_path / "x.partial-mine").write_text("not ours")
+    with staged_directory(tmp_path / "x") as partial:
         assert listing(partial) == []
         (partial / "whole").write_text("y")
-    assert listing(tmp_path) == ["x"]
+    assert listing(tmp_path) == ["x", "x.partial-mine"]
     assert listing(tmp_path / "x") == ["whole"]
+
+
+def test_what_a_killed_run_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    killed(tmp_path, "staged_directory", KILLED_AT["moved"])
+    with pytest.raises(ValueError), staged_file(tmp_path / "x", force=True):
+        assert listing(tmp_path / "x") == []
+        raise ValueError
+    assert listing(tmp_path) == ["x"]
+
+
+def test_a_plan_is_taken_over_and_kept_apart(tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    with work_folder(out, plan="p") as folder:
+        with (
+            pytest.raises(FileAccessError, match="another process at work"),
+            work_folder(out, plan="p"),
+        ):
+            raise AssertionError("two may not work in one folder")
+        with work_folder(out, plan="q") as other:
+            assert listing(tmp_path) == ["x.partial-p", "x.partial-q"]
+            assert other != folder
+        assert listing(tmp_path) == ["x.partial-p"]
+    assert listing(tmp_path) == []
+
+
+def test_work_that_a_killed_run_left_is_there_when_it_shall_be_kept(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from fourierft_export.checkpoint.staging import work_folder\n"
+        "with work_folder(sys.argv[1], plan='p') as f:\n"
+        "    (f / 'done').touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=False)
+    with work_folder(tmp_path / "x", plan="p", keep=True) as folder:
+        assert (folder / "done").exists()
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", [staged_file, staged_directory])
+def test_an_output_that_appears_meanwhile_is_not_touched(
+    tmp_path: Path, stage: Callable[..., object]
+) -> None:
+    out = tmp_path / "x"
+
+    def fill(path: Path, text: str) -> None:
+        if path.is_dir():
+            path = path / "f"
+        path.write_text(text)
+
+    with pytest.raises(UsageError, match="appeared meanwhile"), stage(out) as mine:  # type: ignore[attr-defined]
+        fill(mine, "mine")
+        if mine.is_dir():
+            out.mkdir()
+        fill(out, "theirs")
+    assert (out / "f" if out.is_dir() else out).read_text() == "theirs"
+    with stage(out, force=True) as mine:  # type: ignore[attr-defined]
+        fill(mine, "mine")
+    assert (out / "f" if out.is_dir() else out).read_text() == "mine"
+    assert listing(tmp_path) == ["x"]
+
+
+def test_an_error_while_reading_names_what_was_read(tmp_path: Path) -> None:
+    with pytest.raises(FileAccessError) as caught, staged_file(tmp_path / "x"):
+        (tmp_path / "input").read_text()
+    assert caught.value.where == str(tmp_path / "input")
+    with pytest.raises(FileAccessError) as caught, staged_file(tmp_path / "x") as partial:
+        (partial / "y").write_text("the parent is missing")
+    assert caught.value.where == str(tmp_path / "x")
 
 
 def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
