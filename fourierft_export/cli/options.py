@@ -49,8 +49,8 @@ weights_option = click.option(
 task_option = click.option(
     "--task",
     metavar="TASK",
-    help="feature-extraction, sequence-classification or causal-lm.  [default: from the adapter "
-    "and the base]",
+    help="feature-extraction, sequence-classification, token-classification, question-answering, "
+    "causal-lm, image-classification or seq2seq-encoder.  [default: from the adapter and the base]",
 )
 allow_mismatch_option = click.option(
     "--allow-base-mismatch",

@@ -13,10 +13,6 @@ from .changes import Changes, Ingredient
 
 Config = Mapping[str, Any]
 
-# Tasks whose models are an encoder or decoder plus a head; the others need no new architecture.
-_HEAD_TASKS = {t.peft_type: t for t in tasks.BY_NAME.values() if t.name != "feature-extraction"}
-_LABELLED = "SEQ_CLS"
-
 
 def merged_config(
     base: Base,
@@ -82,8 +78,10 @@ def with_architecture(config: Config, task_type: str | None) -> dict[str, Any] |
     Returns:
         A new config, or None when no architecture is known for them.
     """
-    task = _HEAD_TASKS.get(task_type or "")
-    name = tasks.architecture_for(config, task) if task else None
+    task = tasks.likely_task(config, task_type)
+    # A model without a head needs no new architecture.
+    has_head = task is not None and task.name != "feature-extraction"
+    name = tasks.architecture_for(config, task) if task and has_head else None
     return None if name is None else dict(config) | {"architectures": [name]}
 
 
@@ -108,7 +106,8 @@ def with_labels(
     Raises:
         UsageError: `labels` without a head that has as many rows.
     """
-    count = head_labels(shapes) if task_type == _LABELLED else None
+    task = tasks.likely_task(config, task_type)
+    count = head_labels(shapes) if task is not None and task.labelled else None
     if labels is not None and len(labels) != count:
         raise UsageError(
             "labels",

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
 from .task import get_task
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_AXIS, SEQUENCE_AXIS = "batch", "sequence"
+IMAGES = "pixel_values"
 
 
 def input_names(model: torch.nn.Module) -> list[str]:
-    """The text inputs of a model: input_ids, attention_mask, and token_type_ids where they count.
+    """The inputs of a model: pixel_values of one for images, else those of a text model.
 
-    A model with one token type (RoBERTa) takes token_type_ids without using them: left out.
+    Those are input_ids, attention_mask, and token_type_ids where they count: a model with one
+    token type (RoBERTa) takes token_type_ids without using them.
     """
+    if getattr(model, "main_input_name", None) == IMAGES:
+        return [IMAGES]
     accepted = inspect.signature(model.forward).parameters
     types = getattr(getattr(model, "config", None), "type_vocab_size", 0) or 0
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if types > 1 else [])
@@ -32,6 +38,12 @@ def output_names(model: torch.nn.Module, task: str) -> list[str]:
     return names
 
 
+def dynamic_axes(inputs: Iterable[str]) -> dict[str, dict[int, str]]:
+    """The symbolic axes of inputs by name: the batch, and of text the sequence."""
+    text = {0: BATCH_AXIS, 1: SEQUENCE_AXIS}
+    return {name: {0: BATCH_AXIS} if name == IMAGES else dict(text) for name in inputs}
+
+
 def example_inputs(
     model: torch.nn.Module, task: str, *, batch: int = 2, length: int = 16
 ) -> dict[str, torch.Tensor]:
@@ -43,13 +55,20 @@ def example_inputs(
         batch, length: sizes of the two axes, at least 2 so that neither is traced as a constant.
 
     Returns:
-        int64 tensors of shape (batch, length) by name.
+        By name: int64 tensors of shape (batch, length); or for a model of images pixel_values
+        (batch, channels, height, width), from -1 to 1, in the model's dtype.
+
+    Raises:
+        UsageError: the config does not tell the size of the images.
     """
     import torch
 
     get_task(task)
-    config = model.config
-    vocabulary = int(config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    config: Any = model.config
+    names = input_names(model)
+    if names == [IMAGES]:
+        return {IMAGES: _images(config, batch).to(next(model.parameters()).dtype)}
+    vocabulary = int(config.get_text_config().vocab_size)
     ids = torch.arange(batch * length).reshape(batch, length) * 7919 % max(vocabulary - 1, 1) + 1
     mask = torch.ones(batch, length, dtype=torch.int64)
     padding = length // 4
@@ -57,4 +76,22 @@ def example_inputs(
         mask[-1, -padding:] = 0
         ids[-1, -padding:] = getattr(config, "pad_token_id", None) or 0
     every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return {name: every[name] for name in input_names(model)}
+    return {name: every[name] for name in names}
+
+
+def _images(config: Any, batch: int) -> torch.Tensor:
+    """(batch, channels, height, width) float32 in the size that a vision config names."""
+    import torch
+
+    size = getattr(config, "image_size", None)
+    if not size:
+        raise UsageError(
+            f"images for {type(config).__name__}",
+            expected="image_size in config.json",
+            found="none",
+            remedy="add it, or export the model with export_onnx and images of your own",
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = batch, getattr(config, "num_channels", 3), height, width
+    count = torch.arange(batch * shape[1] * height * width, dtype=torch.float32)
+    return torch.sin(count * 0.7919).reshape(shape)

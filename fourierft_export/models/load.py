@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInputError, BaseMismatchError, missing_extra
-from .task import get_task
+from .base import read_config
+from .task import auto_class_for, get_task
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def load_model(
     # Told by name below; transformers would print a report and raise without saying which.
     options["ignore_mismatched_sizes"] = True
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
-    auto = getattr(transformers, get_task(task).auto_class)
+    auto = getattr(transformers, auto_class_for(read_config(directory), get_task(task)))
     # Errors of many kinds come from config and model code of many families.
     with quiet_transformers():
         try:

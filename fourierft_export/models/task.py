@@ -14,20 +14,24 @@ class Task:
     """One kind of model.
 
     Attributes:
-        name: as transformers' pipelines call it.
+        name: as transformers' pipelines call it, where they have it.
         auto_class: the transformers class that loads such a model.
         architecture: the ending that such a class's name has after its family's name.
         outputs: names of the outputs that matter, in order; those that a model lacks are left out.
-        peft_type: PEFT's TaskType.
+        peft_type: PEFT's TaskType; None where PEFT has none.
         token_outputs: whether the outputs have a sequence axis.
+        labelled: its head decides between the labels that the config names.
+        encoder_only: of the model, only the encoder is run.
     """
 
     name: str
     auto_class: str
     architecture: str
     outputs: tuple[str, ...]
-    peft_type: str
+    peft_type: str | None
     token_outputs: bool
+    labelled: bool = False
+    encoder_only: bool = False
 
 
 _ALL = (
@@ -37,7 +41,7 @@ _ALL = (
         "Model",
         ("last_hidden_state", "pooler_output"),
         "FEATURE_EXTRACTION",
-        True,
+        token_outputs=True,
     ),
     Task(
         "sequence-classification",
@@ -45,13 +49,56 @@ _ALL = (
         "ForSequenceClassification",
         ("logits",),
         "SEQ_CLS",
-        False,
+        token_outputs=False,
+        labelled=True,
     ),
-    Task("causal-lm", "AutoModelForCausalLM", "ForCausalLM", ("logits",), "CAUSAL_LM", True),
+    Task(
+        "causal-lm",
+        "AutoModelForCausalLM",
+        "ForCausalLM",
+        ("logits",),
+        "CAUSAL_LM",
+        token_outputs=True,
+    ),
+    Task(
+        "token-classification",
+        "AutoModelForTokenClassification",
+        "ForTokenClassification",
+        ("logits",),
+        "TOKEN_CLS",
+        token_outputs=True,
+        labelled=True,
+    ),
+    Task(
+        "question-answering",
+        "AutoModelForQuestionAnswering",
+        "ForQuestionAnswering",
+        ("start_logits", "end_logits"),
+        "QUESTION_ANS",
+        token_outputs=True,
+    ),
+    Task(
+        "image-classification",
+        "AutoModelForImageClassification",
+        "ForImageClassification",
+        ("logits",),
+        None,
+        token_outputs=False,
+        labelled=True,
+    ),
+    Task(
+        "seq2seq-encoder",
+        "AutoModelForSeq2SeqLM",
+        "ForConditionalGeneration",
+        ("last_hidden_state",),
+        "SEQ_2_SEQ_LM",
+        token_outputs=True,
+        encoder_only=True,
+    ),
 )
 BY_NAME = {task.name: task for task in _ALL}
 TASKS = tuple(BY_NAME)
-_BY_PEFT_TYPE = {task.peft_type: task for task in _ALL}
+BY_PEFT_TYPE = {task.peft_type: task for task in _ALL if task.peft_type is not None}
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -79,21 +126,39 @@ def infer_task(config: Mapping[str, Any], task_type: str | None) -> str:
     Raises:
         UsageError: neither tells; the remedy names the option.
     """
-    if task_type in _BY_PEFT_TYPE:
-        return _BY_PEFT_TYPE[task_type].name
+    task = likely_task(config, task_type)
+    if task is None:
+        raise UsageError(
+            "task",
+            expected=f"an adapter task type or a base architecture for one of: {', '.join(TASKS)}",
+            found=f"task type {task_type}, architecture {_architecture(config)}",
+            remedy="name the task with --task (task=...)",
+        )
+    return task.name
+
+
+def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None:
+    """As `infer_task`, but None where neither the adapter nor the architecture tells."""
+    if task_type in BY_PEFT_TYPE:
+        return BY_PEFT_TYPE[task_type]
     architecture = _architecture(config)
-    if architecture is not None:
-        if architecture.endswith(_CAUSAL_ENDINGS):
-            return "causal-lm"
-        for task in _ALL:
-            if architecture.endswith(task.architecture):
-                return task.name
-    raise UsageError(
-        "task",
-        expected=f"an adapter task type or a base architecture for one of: {', '.join(TASKS)}",
-        found=f"task type {task_type}, architecture {architecture}",
-        remedy="name the task with --task (task=...)",
-    )
+    if architecture is None:
+        return None
+    if architecture.endswith(_CAUSAL_ENDINGS):
+        return BY_NAME["causal-lm"]
+    if architecture.endswith("EncoderModel"):
+        return BY_NAME["seq2seq-encoder"]
+    return next((task for task in _ALL if architecture.endswith(task.architecture)), None)
+
+
+def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
+    """The transformers class that loads a model of this config for `task`.
+
+    It is the task's own, but for a sequence-to-sequence model of which only the encoder was saved.
+    """
+    if task.encoder_only and (_architecture(config) or "").endswith("EncoderModel"):
+        return "AutoModelForTextEncoding"
+    return task.auto_class
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -115,7 +180,7 @@ def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
     if task.name == "causal-lm" and architecture.endswith(_CAUSAL_ENDINGS):
         return architecture
     family = architecture
-    for ending in ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "Model"):
+    for ending in ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "EncoderModel", "Model"):
         family = family.removesuffix(ending)
     family = family.split("For")[0]
     return family + task.architecture

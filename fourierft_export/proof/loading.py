@@ -15,7 +15,8 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
-from ..models.task import Task
+from ..models.base import read_config
+from ..models.task import Task, auto_class_for
 from .compare import Array
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load(directory: Path, task: Task, num_labels: int | None = None) -> Loaded:
 
     # transformers follows whatever paths an index names: the strict reader looks first.
     Checkpoint.open(directory)
-    auto = getattr(transformers, task.auto_class)
+    auto = getattr(transformers, auto_class_for(read_config(directory), task))
     options = {} if num_labels is None else {"num_labels": num_labels}
     with quiet_transformers():
         try:
@@ -117,7 +118,8 @@ def run_model(
 
     Args:
         model: in the precision in which it is to compute.
-        task: whose outputs to keep; those that the model gives as None are left out.
+        task: whose outputs to keep; those that the model gives as None are left out. For one of
+            the encoder alone, only that is run.
         inputs: name -> (rows, ...); names that the model does not take are left out.
         batch_size: rows per call.
         forward: whose signature to read, if `model` is a wrapper that takes anything.
@@ -131,6 +133,9 @@ def run_model(
     """
     import torch
 
+    if task.encoder_only:
+        # Through PEFT's wrapper too: it hands on what it does not have itself.
+        model = forward = model.get_encoder()  # type: ignore[operator]
     known = inspect.signature((forward or model).forward).parameters
     taken = {name: array for name, array in inputs.items() if name in known}
     if not taken:

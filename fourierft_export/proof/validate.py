@@ -63,8 +63,7 @@ def validate(
             "base" is what the adapter must change; all others must agree.
         inputs: an .npz file or a mapping, input name -> array with the batch as first axis.
             Default: sentences shipped with the package, as the model's tokenizer reads them.
-        task: "feature-extraction", "sequence-classification" or "causal-lm"; default as the
-            adapter or the config says.
+        task: one of `models.task.TASKS`; default as the adapter or the config says.
         tolerances: precision ("float32", ...) -> a `Tolerance`, or a number for its `scale`.
         tokenizer: directory of the tokenizer, if neither base nor merged has one.
         samples: rows of the default inputs; fewer, down to four, where a causal model's
@@ -175,6 +174,13 @@ def _ready_inputs(
         return given_inputs(given)
     if tokenizer is not None and not has_tokenizer(Path(tokenizer)):
         raise UsageError(tokenizer, expected="a directory with a tokenizer", found="none in it")
+    if artifacts.task is not None and artifacts.task.name == "image-classification":
+        raise UsageError(
+            "validate",
+            expected="images to run the models on",
+            found="no inputs",
+            remedy="give pixel_values (images, channels, height, width) as an .npz file (--inputs)",
+        )
     vocabulary = artifacts.config_number("vocab_size")
     if artifacts.task is not None and artifacts.task.name == "causal-lm" and vocabulary:
         samples = min(samples, max(4, LOGITS_PER_SIDE // (MAX_TOKENS * vocabulary)))

@@ -152,12 +152,12 @@ def test_a_head_of_an_unknown_kind_is_added_with_a_note(
     save_file({"layer.0.query.weight": np.ones((6, 4), np.float32)}, base / "model.safetensors")
     (base / "config.json").write_text('{"architectures": ["MadeModel"]}')
     saved = {"tagger.weight": np.full((5, 4), 2, np.float32)}
-    bundle = make_bundle(base, ["made.layer.0.query"], saved=saved, task_type="TOKEN_CLS")
+    bundle = make_bundle(base, ["made.layer.0.query"], saved=saved, task_type=None)
     report = merge_checkpoint(base, bundle, tmp_path / "out")
     found = Checkpoint.open(tmp_path / "out")
     assert set(found.tensors) == {"made.layer.0.query.weight", "tagger.weight"}
     np.testing.assert_array_equal(found.read("tagger.weight"), saved["tagger.weight"])
-    assert any("tagger.weight added" in note and "TOKEN_CLS" in note for note in report.notes)
+    assert any("tagger.weight added" in note and "task type None" in note for note in report.notes)
 
 
 def test_a_head_with_other_labels_replaces_the_bases(

@@ -8,9 +8,16 @@ import pytest
 
 from fourierft_export.errors import UsageError
 from fourierft_export.models.heads import head_labels
-from fourierft_export.models.task import BY_NAME, TASKS, architecture_for, get_task, infer_task
+from fourierft_export.models.task import (
+    BY_NAME,
+    TASKS,
+    architecture_for,
+    auto_class_for,
+    get_task,
+    infer_task,
+)
 
-FEATURES, CLASSES, CAUSAL = TASKS
+FEATURES, CLASSES, CAUSAL, TOKENS, ANSWERS, IMAGES, ENCODER = TASKS
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,16 @@ FEATURES, CLASSES, CAUSAL = TASKS
         (["LlamaForCausalLM"], None, CAUSAL),
         (["GPT2LMHeadModel"], None, CAUSAL),
         (["GPT2Model"], None, FEATURES),
+        (["BertModel"], "TOKEN_CLS", TOKENS),
+        (["BertForTokenClassification"], None, TOKENS),
+        (["BertModel"], "QUESTION_ANS", ANSWERS),
+        (["DistilBertForQuestionAnswering"], None, ANSWERS),
+        (["ViTForImageClassification"], None, IMAGES),
+        (["ViTModel"], None, FEATURES),
+        (["T5ForConditionalGeneration"], None, ENCODER),
+        (["T5ForConditionalGeneration"], "SEQ_2_SEQ_LM", ENCODER),
+        (["T5EncoderModel"], None, ENCODER),
+        (["T5EncoderModel"], "FEATURE_EXTRACTION", FEATURES),
     ],
 )
 def test_infer(architectures: list[str], task_type: str | None, task: str) -> None:
@@ -52,7 +69,15 @@ def test_what_does_not_tell_is_an_error_that_names_the_option(config: dict[str, 
 def test_unknown_tasks() -> None:
     with pytest.raises(UsageError, match="found 'causal'"):
         get_task("causal")
-    assert list(BY_NAME) == ["feature-extraction", "sequence-classification", "causal-lm"]
+    assert list(BY_NAME) == [
+        "feature-extraction",
+        "sequence-classification",
+        "causal-lm",
+        "token-classification",
+        "question-answering",
+        "image-classification",
+        "seq2seq-encoder",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +97,12 @@ def test_unknown_tasks() -> None:
         ("GPT2LMHeadModel", FEATURES, "GPT2Model"),
         ("GPT2LMHeadModel", CLASSES, "GPT2ForSequenceClassification"),
         ("XLMRobertaModel", CLASSES, "XLMRobertaForSequenceClassification"),
+        ("BertModel", TOKENS, "BertForTokenClassification"),
+        ("GPT2LMHeadModel", TOKENS, "GPT2ForTokenClassification"),
+        ("DistilBertModel", ANSWERS, "DistilBertForQuestionAnswering"),
+        ("ViTModel", IMAGES, "ViTForImageClassification"),
+        ("T5Model", ENCODER, "T5ForConditionalGeneration"),
+        ("T5EncoderModel", TOKENS, "T5ForTokenClassification"),
     ],
 )
 def test_architectures_are_classes_of_transformers(
@@ -82,6 +113,24 @@ def test_architectures_are_classes_of_transformers(
     assert architecture_for({"architectures": [architecture]}, get_task(task)) == wanted
     if wanted != "BertForCausalLM":  # transformers calls that one BertLMHeadModel
         assert hasattr(transformers, wanted)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_classes_that_load_a_task_are_there(task: str) -> None:
+    import transformers
+
+    whole = {"architectures": ["T5ForConditionalGeneration"]}
+    assert auto_class_for(whole, get_task(task)) == get_task(task).auto_class
+    assert hasattr(transformers, get_task(task).auto_class)
+
+
+def test_an_encoder_saved_alone_is_loaded_alone() -> None:
+    import transformers
+
+    alone = {"architectures": ["T5EncoderModel"]}
+    assert auto_class_for(alone, get_task(ENCODER)) == "AutoModelForTextEncoding"
+    assert auto_class_for(alone, get_task(FEATURES)) == "AutoModel"
+    assert hasattr(transformers, "AutoModelForTextEncoding")
 
 
 @pytest.mark.parametrize("named", [None, [], 5, "BertModel", [None]])
