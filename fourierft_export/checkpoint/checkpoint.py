@@ -20,6 +20,7 @@ from .container import TensorInfo, open_regular, read_exactly, read_header
 from .dtypes import to_numpy
 from .layout import PICKLED, SUFFIX, pickled_error, read_index, weights_file
 from .links import checked_file
+from .pipe import Hash
 
 BLOCK = 8 << 20
 
@@ -166,6 +167,21 @@ class Checkpoint:
             BadInputError: no such tensor; a dtype that numpy cannot hold; the file changed since
                 it was opened.
         """
+        array = self.read_new(name)
+        array.setflags(write=False)
+        return array
+
+    def read_new(self, name: str, digest: Hash | None = None) -> np.ndarray:
+        """One tensor as `read`, as an array that may be changed.
+
+        Args:
+            name: the tensor's name.
+            digest: a hash to update with its bytes.
+
+        Raises:
+            BadInputError: no such tensor; a dtype that numpy cannot hold; the file changed since
+                it was opened.
+        """
         info = self.info(name)
         try:
             dtype = to_numpy(info.dtype)
@@ -175,8 +191,14 @@ class Checkpoint:
                 expected="a dtype with whole bytes per element",
                 found=info.dtype,
             ) from None
-        data = b"".join(self.blocks(name, max(info.nbytes, 1)))
-        return np.frombuffer(data, dtype=dtype).reshape(info.shape)
+        array = np.empty(info.shape, dtype)
+        at, memory = 0, array.reshape(-1).view(np.uint8)
+        for block in self.blocks(name):
+            memory[at : at + len(block)] = np.frombuffer(block, np.uint8)
+            at += len(block)
+            if digest is not None:
+                digest.update(memoryview(block))
+        return array
 
     def blocks(self, name: str, size: int = BLOCK) -> Iterator[bytes]:
         """The bytes of one tensor in pieces of at most `size`, whatever its dtype.

@@ -6,9 +6,7 @@ holds one.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -20,6 +18,7 @@ import numpy as np
 
 from ..errors import FileAccessError
 from .container import DTYPE_BITS, encode_header
+from .pipe import FileWriter, Hash
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 
@@ -65,23 +64,22 @@ class TensorWriter:
         self.slots = tuple(slots)
         self._header = encode_header(self.slots, metadata)
         self._next = 0
-        self._hash = hashlib.sha256()
+        self._hashes: dict[str, Hash] = {}
         self.size = len(self._header) + sum(slot.nbytes for slot in self.slots)
+        self._file = FileWriter(path, self.size)
 
     def __enter__(self) -> TensorWriter:
-        try:
-            self._file = open(self.path, "xb", buffering=0)
-        except OSError as error:
-            raise _not_writable(self.path, error, self.size) from error
-        self._put(self._header)
+        self._file.__enter__()
+        self._file.put(memoryview(self._header))
         return self
 
-    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+    def write(self, name: str, pieces: Iterable[Buffer], *, hashed: bool = False) -> None:
         """Append the payload of the next tensor.
 
         Args:
             name: the tensor's name; it must be the next slot's.
-            pieces: its bytes, little-endian, in C order.
+            pieces: its bytes, little-endian, in C order; they must not change afterwards.
+            hashed: also take the sha256 of this payload (`digests`).
 
         Raises:
             ValueError: not the next tensor, or not its number of bytes.
@@ -90,20 +88,26 @@ class TensorWriter:
         slot = self.slots[self._next] if self._next < len(self.slots) else None
         if slot is None or slot.name != name:
             raise ValueError(f"{self.path}: {name!r} is not the next tensor to write ({slot})")
-        done = sum(self._put(piece) for piece in pieces)
+        own = self._hashes.setdefault(name, hashlib.sha256()) if hashed else None
+        done = sum(self._file.put(as_bytes(piece), own) for piece in pieces)
         if done != slot.nbytes:
             raise ValueError(f"{self.path}: {name!r} takes {slot.nbytes} bytes, not {done}")
         self._next += 1
 
     def digest(self) -> str:
-        """The sha256 of the whole file, in hex.
+        """The sha256 of the whole file, in hex, once it is on the disk.
 
         Raises:
             ValueError: a tensor has not been written yet.
+            FileAccessError: the disk is full, or gone.
         """
         if self._next != len(self.slots):
             raise ValueError(f"{self.path}: {self.slots[self._next].name!r} was never written")
-        return self._hash.hexdigest()
+        return self._file.finish()
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each payload that was written with `hashed`; after `digest`."""
+        return {name: own.hexdigest() for name, own in self._hashes.items()}
 
     def __exit__(
         self,
@@ -111,14 +115,7 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-
-    def _put(self, piece: Buffer) -> int:
-        """Write and hash one buffer; returns its number of bytes."""
-        view = as_bytes(piece)
-        self._hash.update(view)
-        write_all(self._file.fileno(), view, self.path, self.size)
-        return len(view)
+        self._file.__exit__(kind, error, trace)
 
 
 def as_bytes(piece: Buffer) -> memoryview:
@@ -140,28 +137,10 @@ def copy_file(target: Path, pieces: Iterable[bytes], size: int) -> str:
     Raises:
         FileAccessError: it cannot be written.
     """
-    digest = hashlib.sha256()
-    try:
-        with open(target, "xb", buffering=0) as file:
-            for piece in pieces:
-                digest.update(piece)
-                write_all(file.fileno(), memoryview(piece), target, size)
-    except OSError as error:
-        raise _not_writable(target, error, size) from error
-    return digest.hexdigest()
-
-
-def write_all(fd: int, view: memoryview, path: Path, size: int) -> None:
-    """Write all of `view`; a single call may write less (and stops at 2 GiB).
-
-    Raises:
-        FileAccessError: naming `path` and the `size` bytes that it needs.
-    """
-    try:
-        while len(view):
-            view = view[os.write(fd, view) :]
-    except OSError as error:
-        raise _not_writable(path, error, size) from error
+    with FileWriter(target, size) as file:
+        for piece in pieces:
+            file.put(memoryview(piece))
+        return file.finish()
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -182,13 +161,3 @@ def check_space(directory: Path, needed: int) -> None:
             found=f"{free:,} bytes",
             remedy="free some, or write elsewhere",
         )
-
-
-def _not_writable(path: Path, error: OSError, size: int) -> FileAccessError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return FileAccessError(
-        path,
-        expected=f"to write {size:,} bytes" if full else "a place to write to",
-        found="no space left" if full else (error.strerror or str(error)),
-        remedy="free some space and run again; nothing is left behind" if full else "",
-    )

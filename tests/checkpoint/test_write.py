@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 from fourierft_export.checkpoint import write
+from fourierft_export.checkpoint.pipe import IN_FLIGHT, PIECE, FileWriter, write_all
 from fourierft_export.checkpoint.write import Slot, TensorWriter, copy_file, in_file_order
 from fourierft_export.errors import FileAccessError
 
@@ -89,7 +91,7 @@ def test_a_full_disk_is_told_with_what_was_needed() -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(FileAccessError, match="no space left") as caught:
-            write.write_all(fd, memoryview(b"x" * 10), Path("out.safetensors"), 12_345)
+            write_all(fd, memoryview(b"x" * 10), Path("out.safetensors"), 12_345)
     finally:
         os.close(fd)
     assert "12,345 bytes" in caught.value.expected
@@ -106,3 +108,48 @@ def test_order_keeps_every_payload_aligned() -> None:
     slots = [Slot("half", "F16", (3,)), Slot("long", "I64", (1,)), Slot("byte", "U8", (1,)),
              Slot("half2", "BF16", (1,)), Slot("float", "F32", (1,))]  # fmt: skip
     assert [s.name for s in in_file_order(slots)] == ["long", "float", "half", "half2", "byte"]
+
+
+def test_pieces_of_any_size_arrive_in_order_and_are_hashed(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    sizes = [0, 1, PIECE, PIECE + 3, 5, IN_FLIGHT + 7, 2]
+    pieces = [random.integers(0, 256, size, np.uint8).tobytes() for size in sizes]
+    own = hashlib.sha256()
+    with FileWriter(tmp_path / "x", sum(sizes)) as file:
+        for number, piece in enumerate(pieces):
+            file.put(memoryview(piece), own if number % 2 else None)
+        digest = file.finish()
+    assert (tmp_path / "x").read_bytes() == b"".join(pieces)
+    assert digest == hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert own.hexdigest() == hashlib.sha256(b"".join(pieces[1::2])).hexdigest()
+
+
+def test_a_write_that_fails_in_its_thread_is_raised_by_the_next_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with (
+        pytest.raises(FileAccessError, match="expected to write 1,000 bytes, found no space left"),
+        FileWriter(tmp_path / "x", 1000) as file,
+    ):
+        for _ in range(100):
+            file.put(memoryview(bytes(PIECE)))
+    with (
+        pytest.raises(FileAccessError, match="no space left"),
+        FileWriter(tmp_path / "y", 1) as file,
+    ):
+        file.put(memoryview(b"x"))
+        file.finish()
+
+
+def test_digests_of_single_tensors(tmp_path: Path) -> None:
+    slots = [Slot("a", "F32", (2,)), Slot("b", "F32", (3,))]
+    b = np.arange(3, dtype=np.float32)
+    with TensorWriter(tmp_path / "x", slots) as writer:
+        writer.write("a", [bytes(8)])
+        writer.write("b", [b[:1], b[1:]], hashed=True)
+        writer.digest()
+        assert writer.digests() == {"b": hashlib.sha256(b.tobytes()).hexdigest()}
