@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MAX_OFFENDERS_SHOWN, printable
+from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ class Outcome:
     data: Mapping[str, Any]
     shown: Iterable[RenderableType] = ()
     notes: Iterable[str] = field(default_factory=tuple)
-    failure: Exception | None = None
+    failure: FourierFTError | None = None
 
 
 def verb(function: Callable[..., Outcome]) -> click.Command:
@@ -51,7 +51,7 @@ def verb(function: Callable[..., Outcome]) -> click.Command:
     wants_progress = "progress" in function.__annotations__
 
     @wraps(function)
-    def command(*, as_json: bool, debug: bool, **options: Any) -> None:
+    def command(*, as_json: bool, debug: bool, **options: Any) -> int:
         del debug  # main() looks for it, since it also concerns errors before this point
         if wants_progress:
             with progress_bar() as progress:
@@ -59,8 +59,11 @@ def verb(function: Callable[..., Outcome]) -> click.Command:
         else:
             outcome = function(**options)
         _emit(outcome, as_json=as_json)
-        if outcome.failure:
-            raise outcome.failure
+        if outcome.failure is None:
+            return 0
+        error = outcome.failure
+        emit_error(error.to_dict(), error.summary, as_json=as_json, data=outcome.data)
+        return error.exit_code
 
     for option in (
         click.option("--debug", is_flag=True, help="Show tracebacks and libraries' messages."),
@@ -73,9 +76,10 @@ def verb(function: Callable[..., Outcome]) -> click.Command:
 def _emit(outcome: Outcome, *, as_json: bool) -> None:
     errors = _console(stderr=True)
     if as_json:
-        # A failed verb's object is the error's, which main() prints.
+        # A failed verb prints one object too, with the error in it (`emit_error`).
         if outcome.failure is None:
-            print(json.dumps({"schema": SCHEMA, "ok": True, **outcome.data}))
+            found = {"schema": SCHEMA, "ok": True, **outcome.data, "notes": list(outcome.notes)}
+            print(json.dumps(found))
     else:
         console = _console(stderr=False)
         for item in outcome.shown:
@@ -87,10 +91,24 @@ def _emit(outcome: Outcome, *, as_json: bool) -> None:
         errors.print(f"note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def emit_error(fields: Mapping[str, Any], summary: str, *, as_json: bool) -> None:
-    """One summary line on stderr, then at most 20 offenders; the object on stdout with --json."""
+def emit_error(
+    fields: Mapping[str, Any],
+    summary: str,
+    *,
+    as_json: bool,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """One summary line on stderr, then at most 20 offenders; the object on stdout with --json.
+
+    Args:
+        fields: of the error, as `FourierFTError.to_dict` gives them.
+        summary: the line.
+        as_json: whether --json was given.
+        data: what a verb found before it failed, for the object.
+    """
     if as_json:
-        print(json.dumps({"schema": SCHEMA, "ok": False, "error": dict(fields)}))
+        found = {"schema": SCHEMA, "ok": False, "error": dict(fields), **(data or {})}
+        print(json.dumps(found))
     offenders = list(fields["offenders"])
     lines = [f"error: {printable(summary)}"]
     lines += [f"  {line}" for line in offenders[:MAX_OFFENDERS_SHOWN]]

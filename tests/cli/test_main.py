@@ -170,7 +170,9 @@ def test_text_is_shown_as_it_is(add: Add, capsys: pytest.CaptureFixture[str]) ->
     assert shown.err == "note: note [b]\\x1b[31m\n"
     assert run(["say", "--json"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == '{"schema": 1, "ok": true, "a": 1}\n'
+    notes = [f"note [b]{ESC}"]
+    assert json.loads(shown.out) == {"schema": 1, "ok": True, "a": 1, "notes": notes}
+    assert ESC not in shown.out
     assert shown.err == "note: note [b]\\x1b[31m\n"
 
 
@@ -191,6 +193,7 @@ def test_a_failed_result_is_shown_before_its_error(
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is False
     assert answer["error"]["kind"] == "validation"
+    assert answer["prove"] == 1
 
 
 def test_progress_is_silent_where_nobody_watches(

@@ -75,7 +75,7 @@ def subprocess_free_json(command: list[str]) -> dict[str, Any]:
 
 def test_pack(made: Made, stories_adapter: Path, stories260k: Path) -> None:
     said = made.said["pack"]
-    assert set(said) == {"schema", "ok", "bundle", "source"}
+    assert set(said) == {"schema", "ok", "bundle", "source", "notes"}
     facts, bundle = said["bundle"], Bundle.load(made.bundle)
     assert facts["bytes"] == made.bundle.stat().st_size
     assert facts["sha256"] == bundle.sha256
@@ -92,6 +92,7 @@ def test_pack(made: Made, stories_adapter: Path, stories260k: Path) -> None:
 def test_unpack(made: Made, stories_adapter: Path) -> None:
     assert made.said["unpack"] == {
         "schema": 1, "ok": True, "output": str(made.unpacked), "layers": 10, "saved": [],
+        "notes": [],
     }  # fmt: skip
     before, after = (
         load_file(d / "adapter_model.safetensors") for d in (stories_adapter, made.unpacked)
@@ -101,7 +102,7 @@ def test_unpack(made: Made, stories_adapter: Path) -> None:
 
 def test_merge(made: Made, stories260k: Path) -> None:
     said = made.said["merge"]
-    assert set(said) == {"schema", "ok", "merge"}
+    assert set(said) == {"schema", "ok", "merge", "notes"}
     facts = said["merge"]
     assert facts["out"] == str(made.merged)
     assert facts["dry_run"] is False
@@ -125,7 +126,7 @@ def test_export(made: Made) -> None:
 
 def test_validate(made: Made) -> None:
     said = made.said["validate"]
-    assert set(said) == {"schema", "ok", "validate"}
+    assert set(said) == {"schema", "ok", "validate", "notes"}
     assert said["validate"]["ok"] is True
 
 
