@@ -108,7 +108,7 @@ def write_unmerged(
     """
     functions.add_functions(model)
     names = {term.adapter for layer in layers.values() for term in layer.terms}
-    writer = _Writer(model, several=len(names) > 1)
+    writer = Writer(model, several=len(names) > 1)
     written = [writer.write(site, layers[site.layer]) for site in sites]
     writer.finish()
     return written
@@ -121,34 +121,63 @@ def _put_weight(site: WeightSite, layer: AdaptedLayer, weight: npt.NDArray[Any])
     return Written(site.layer, name, site.turned != layer.fan_in_fan_out, {})
 
 
-class _Writer:
+class Writer:
     """Collects the new nodes of a graph; equal entries and their tables are made once."""
 
     def __init__(self, model: ir.Model, several: bool) -> None:
         self.model = model
         self.several = several
         self.nodes: list[ir.Node] = []
-        self.names: set[str] = set()
+        self.names = {str(value.name) for node in model.graph for value in node.outputs}
         self.entries: dict[bytes, ir.Value] = {}
         self.tables: dict[tuple[str, int, int], Sequence[ir.Value]] = {}
         self.inputs: dict[tuple[str, str], dict[str, ir.Value]] = {}
 
     def write(self, site: WeightSite, layer: AdaptedLayer) -> Written:
+        """Put W in the site's initializer, and feed its users W + delta_W."""
+        users = tuple(site.value.uses())
+        return self.feed(_put_weight(site, layer, layer.weight), site.value, users, layer)
+
+    def feed(
+        self,
+        written: Written,
+        weight: ir.Value,
+        users: Sequence[tuple[ir.Node, int]],
+        layer: AdaptedLayer,
+        *,
+        pads: Sequence[int] | None = None,
+    ) -> Written:
+        """Feed `users` of a weight that is in the graph W + delta_W.
+
+        Args:
+            written: the layer, and how the graph holds its weight.
+            weight: the constant, or what else stands for the weight.
+            users: (node, index of the input) each.
+            layer: its shape and terms count, its weight does not.
+            pads: rows and columns before, rows and columns after, by which a packed weight is
+                larger than the layer's part of it.
+
+        Returns:
+            `written` with the names of the adapters' tensors.
+        """
         import onnx_ir as ir
 
-        weight, name = site.value, f"{site.layer}.weight"
-        users = tuple(weight.uses())
-        written = _put_weight(site, layer, layer.weight)
-        inputs = [self._inputs(site.layer, term) for term in layer.terms]
-        deltas = [
-            self._delta(f"{self._prefix(site.layer, term.adapter)}.delta", layer, given, written)
-            for term, given in zip(layer.terms, inputs, strict=True)
-        ]
+        name = f"{written.layer}.weight"
+        inputs = [self._inputs(written.layer, term) for term in layer.terms]
+        deltas = []
+        for term, given in zip(layer.terms, inputs, strict=True):
+            prefix = f"{self._prefix(written.layer, term.adapter)}.delta"
+            delta = self._delta(prefix, layer, given, written)
+            if pads is not None:
+                sizes = self._initializer(f"{prefix}.pads", np.array(pads, np.int64))
+                delta = self._op("Pad", [delta, sizes], f"{prefix}.padded")
+            deltas.append(delta)
         exact = weight.dtype == ir.DataType.FLOAT
         start = weight if exact else self._op("Cast", [weight], f"{name}.float32", to=FLOAT32)
         total = self._op("Sum", [start, *deltas], f"{name}.adapted")
         if not exact and weight.dtype is not None:
             total = self._op("Cast", [total], f"{name}.rounded", to=int(weight.dtype))
+        total.dtype, total.shape = weight.dtype, weight.shape
         for node, index in users:
             node.replace_input_with(index, total)
         terms = {
