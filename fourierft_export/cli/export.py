@@ -30,7 +30,31 @@ from .options import (
 )
 @output_option("FILE.onnx", "The ONNX file to write.")
 @task_option
+@click.option(
+    "--cache",
+    is_flag=True,
+    help="causal-lm: with the key-value cache as inputs past_key_values.N.key and .value and "
+    "outputs present.N.key and .value.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights and of the computation.",
+)
 @click.option("--opset", type=int, metavar="N", help="ONNX opset.  [default: the exporter's]")
+@click.option(
+    "--ir-version",
+    type=int,
+    metavar="N",
+    help="Version of the ONNX file format, for older readers.  [default: 10, or what the opset needs]",
+)
+@click.option(
+    "--inline",
+    is_flag=True,
+    help="No model-local functions: standard operators only, for tools that cannot read functions.",
+)
 @allow_mismatch_option
 @force_option
 def export(
@@ -41,7 +65,11 @@ def export(
     mode: str,
     output: str,
     task: str | None,
+    cache: bool,
+    dtype: str,
     opset: int | None,
+    ir_version: int | None,
+    inline: bool,
     allow_base_mismatch: bool,
     force: bool,
 ) -> Outcome:
@@ -62,7 +90,11 @@ def export(
         mode=mode,
         weights=weights or None,
         task=task,
+        cache=cache,
+        dtype=dtype,
         opset=opset,
+        ir_version=ir_version,
+        inline=inline,
         allow_base_mismatch=allow_base_mismatch,
         force=force,
         progress=progress,

@@ -20,11 +20,13 @@ from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from ..spectral.delta import Term
+from .inline import inline_functions
 from .locate import locate_marks
 from .metadata import describe
 from .report import ExportReport
 from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from .trace import Inputs, trace
+from .versions import check_ir_version, check_opset, set_ir_version
 from .write import write_model
 
 Progress = Callable[[str, int, int], None]
@@ -42,6 +44,8 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
+    ir_version: int | None = None,
+    inline: bool = False,
     external_data: bool | None = None,
     bundles: Mapping[str, Bundle] | None = None,
     force: bool = False,
@@ -65,6 +69,9 @@ def export_onnx(
         dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
             fixed to the example's by default.
         opset: of the standard operators, 18 or newer; torch's default if not given.
+        ir_version: of the file format; by default 10, or more where the opset needs it.
+        inline: leave no model-local functions: a graph of standard operators only, which other
+            tools (float16 and version converters) can change.
         external_data: True writes weights to `path` + ".data", False never does; by default only
             where the model would pass protobuf's 2 GiB.
         bundles: adapter name -> the bundle it came from, whose hash is written into the file; by
@@ -76,14 +83,16 @@ def export_onnx(
         What was written.
 
     Raises:
-        UsageError: unknown mode, no active adapter, an unsuitable opset or dtype, an output that
-            exists, or a model that torch.onnx cannot export.
+        UsageError: unknown mode, no active adapter, an unsuitable opset, IR version or dtype, an
+            output that exists, or a model that torch.onnx cannot export.
         BadInputError: an adapted layer's weight is not in the graph.
         FileAccessError: the file cannot be written.
     """
     report = progress or _silent
     layers = {p: layer for p, layer in fourier_layers(model).items() if layer.active}
-    _check(model, mode, layers, opset)
+    _check(model, mode, layers)
+    check_opset(opset)
+    check_ir_version(ir_version, opset, functions=mode != MERGED and not inline)
     check_output(path, force=force)
     adapters = {name: capture(model, name) for name in active_adapters(model)}
     report("trace", 0, 3)
@@ -117,6 +126,9 @@ def export_onnx(
             written=written,
         )
     )
+    if inline:
+        inline_functions(graph)
+    set_ir_version(graph, ir_version)
     report("save", 2, 3)
     files = write_model(graph, path, external_data=external_data, force=force)
     report("save", 3, 3)
@@ -135,13 +147,9 @@ def export_onnx(
     )
 
 
-def _check(
-    model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], opset: int | None
-) -> None:
+def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear]) -> None:
     if mode not in MODES:
         raise UsageError("export mode", expected=" or ".join(MODES), found=repr(mode))
-    if opset is not None and opset < 18:
-        raise UsageError("opset", expected="18 or newer", found=str(opset))
     if not layers:
         raise UsageError(
             f"export of {type(model).__name__}",

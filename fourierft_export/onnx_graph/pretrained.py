@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..adapt.active import activate
 from ..adapt.attach import attach
+from ..adapt.tree import fourier_layers
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from ..merge.check import check
 from ..models.base import open_base
-from ..models.examples import BATCH_AXIS, SEQUENCE_AXIS, example_inputs, output_names
+from ..models.examples import dynamic_axes, example_inputs, output_names
 from ..models.heads import head_labels
 from ..models.load import load_model
-from ..models.task import infer_task
+from ..models.task import get_task, infer_task
+from .cache import CachedModel
+from .encoder import EncoderView
 from .export import Progress, export_onnx
 from .report import ExportReport
 from .rewrite import MERGED
@@ -38,8 +41,11 @@ def export_pretrained(
     mode: str = MERGED,
     weights: Sequence[float] | None = None,
     task: str | None = None,
+    cache: bool = False,
     dtype: str | None = "float32",
     opset: int | None = None,
+    ir_version: int | None = None,
+    inline: bool = False,
     external_data: bool | None = None,
     allow_base_mismatch: bool = False,
     force: bool = False,
@@ -48,8 +54,9 @@ def export_pretrained(
     """Export a transformers model with its adapters: dynamic batch and sequence, usual names.
 
     Inputs are input_ids, attention_mask and, where the model tells token types apart,
-    token_type_ids; outputs are logits (sequence-classification, causal-lm without cache), or
-    last_hidden_state and pooler_output (feature-extraction).
+    token_type_ids; or pixel_values (image-classification). Outputs are logits; start_logits and
+    end_logits (question-answering); or last_hidden_state (seq2seq-encoder), with pooler_output
+    (feature-extraction).
 
     Args:
         base: a Hugging Face model directory.
@@ -59,8 +66,11 @@ def export_pretrained(
         weights: one factor per bundle, by which its change counts; 1 by default.
         task: one of `models.task.TASKS`; by default from the adapter's task type, else from the
             base's architecture.
-        dtype: name of the torch dtype to export in; None keeps the checkpoint's.
-        opset, external_data, force, progress: as in `export_onnx`.
+        cache: of a causal model (see `CachedModel`): inputs past_key_values.N.key and .value and
+            position_ids, outputs present.N.key and .value.
+        dtype: name of the torch dtype to export in, weights and computation; None keeps the
+            checkpoint's. delta_W is float32 and the sum is rounded once.
+        opset, ir_version, inline, external_data, force, progress: as in `export_onnx`.
         allow_base_mismatch: accept base weights other than those the adapter was trained on.
 
     Returns:
@@ -81,6 +91,12 @@ def export_pretrained(
         progress=progress,
     )
     task = task or infer_task(opened.config, _task_type(named))
+    if cache and task != "causal-lm":
+        raise UsageError(
+            "export with a key-value cache",
+            expected="the task causal-lm",
+            found=get_task(task).name,
+        )
     if progress:
         progress("load", 0, 1)
     model = load_model(
@@ -93,22 +109,50 @@ def export_pretrained(
     if progress:
         progress("load", 1, 1)
     attach_all(model, _weighted(named, weights), allow_base_mismatch=True)
-    inputs = example_inputs(model, task)
-    axes = {0: BATCH_AXIS, 1: SEQUENCE_AXIS}
+    traced = _to_trace(model, task, cache)
     report = export_onnx(
-        model,
-        inputs,
+        traced.model,
+        traced.inputs,
         path,
         mode=mode,
-        output_names=output_names(model, task),
-        dynamic_shapes={name: dict(axes) for name in inputs},
+        input_names=traced.input_names,
+        output_names=traced.output_names,
+        dynamic_shapes=traced.axes,
         opset=opset,
+        ir_version=ir_version,
+        inline=inline,
         external_data=external_data,
         bundles=named,
         force=force,
         progress=progress,
     )
-    return replace(report, notes=(*(note for one in checked for note in one.notes), *report.notes))
+    notes = [note for one in checked for note in one.notes]
+    outside = len(fourier_layers(model)) - len(report.layers)
+    if outside:
+        notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
+    return replace(report, notes=(*notes, *report.notes))
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What `export_onnx` gets."""
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    input_names: list[str] | None
+    output_names: list[str]
+    axes: Mapping[str, Any]
+
+
+def _to_trace(model: nn.Module, task: str, cache: bool) -> _Traced:
+    if cache:
+        cached = CachedModel(model)
+        return _Traced(
+            cached, cached.example(), cached.input_names(), cached.output_names(), cached.axes()
+        )
+    inputs = example_inputs(model, task)
+    view = EncoderView(model) if get_task(task).encoder_only else model
+    return _Traced(view, inputs, None, output_names(model, task), dynamic_axes(inputs))
 
 
 def attach_all(

@@ -43,17 +43,18 @@ def trace(
         example_inputs: one tensor, positional arguments, or keyword arguments by name.
         input_names: names of the graph's inputs; by default the arguments' own.
         output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
-            else "output", or "output_0", "output_1", ...
+            else "output", or "output_0", "output_1", ... Some of those keys: only these outputs.
         dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
             fixed to the example's by default.
         opset: of the standard operators; torch's default if not given.
 
     Raises:
-        UsageError: torch cannot export the model, or a size asked to be dynamic became fixed.
+        UsageError: torch cannot export the model in this opset, or a size asked to be dynamic
+            became fixed.
     """
     args, kwargs = _arguments(example_inputs)
     with evaluating(model), _plain_outputs(model), torch.no_grad():
-        names = output_names or _output_names(model(*args, **kwargs))
+        every = _output_names(model(*args, **kwargs), output_names)
         with _quiet():
             try:
                 program = torch.onnx.export(
@@ -61,7 +62,7 @@ def trace(
                     args,
                     kwargs=kwargs,
                     input_names=input_names,
-                    output_names=names,
+                    output_names=every,
                     dynamic_shapes=dynamic_shapes,
                     opset_version=opset,
                     dynamo=True,
@@ -78,7 +79,15 @@ def trace(
     if program is None:
         raise UsageError(f"export of {type(model).__name__}", found="no graph from torch.onnx")
     graph = program.model
-    _check_names(graph, names)
+    _check_names(graph, every)
+    if opset is not None and graph.opset_imports[""] != opset:
+        raise UsageError(
+            "opset",
+            expected=f"{opset}, as asked",
+            found=f"{graph.opset_imports['']}: torch cannot write this model in that one",
+            remedy="choose another opset",
+        )
+    _keep_outputs(graph, output_names or every)
     return graph
 
 
@@ -88,9 +97,13 @@ def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)), {}
 
 
-def _output_names(outputs: Any) -> list[str]:
+def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
+    """A name for every output: those given, unless they are some keys of a mapping with more."""
     if isinstance(outputs, Mapping):
-        return [str(name) for name, value in outputs.items() if value is not None]
+        keys = [str(name) for name, value in outputs.items() if value is not None]
+        return keys if names is None or set(names) < set(keys) else list(names)
+    if names is not None:
+        return list(names)
     if isinstance(outputs, torch.Tensor):
         return ["output"]
     if isinstance(outputs, Sequence) and all(isinstance(o, torch.Tensor) for o in outputs):
@@ -101,6 +114,16 @@ def _output_names(outputs: Any) -> list[str]:
         found=type(outputs).__name__,
         remedy="name the outputs (output_names=...), or wrap the model",
     )
+
+
+def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:
+    """Leave only these outputs, in this order, and what they need."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    outputs = {str(value.name): value for value in graph.graph.outputs}
+    if list(outputs) != list(names):
+        graph.graph.outputs[:] = [outputs[name] for name in names]
+        RemoveUnusedNodesPass()(graph)
 
 
 def _check_names(graph: ir.Model, names: Sequence[str]) -> None:
