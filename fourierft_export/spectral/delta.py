@@ -5,26 +5,22 @@ FourierFT (arXiv 2405.03003, eq. 2-4; PEFT: tuners/fourierft/layer.py, get_delta
     delta_W = Re(ifft2(S)) * scaling,   S[u_k, v_k] = c_k, else 0
 
 The fast forms make a block of rows at a time (`half_spectrum`), and add it and its mirror image
-where they belong: no delta_W is ever allocated, and layers that share entries share their tables.
+where they belong (`blocks`): no delta_W is ever allocated, and layers that share entries share
+their tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from .cost import choose_delta_path, useful_threads
+from .blocks import AnyFloat, Float32, Put, adder, rebuild_blocks
+from .cost import choose_delta_path
 from .entries import Entries, check_shape
-from .half_spectrum import ROW_MAKERS, half_spectrum
-from .threads import default_threads, run_shares
-
-Float32 = npt.NDArray[np.float32]
-AnyFloat = npt.NDArray[Any]  # numpy's own floats or ml_dtypes.bfloat16
-Put = Callable[[int, slice, Float32], None]
 
 
 class Term(NamedTuple):
@@ -72,7 +68,7 @@ def delta_weight(
     """
     check_term(spectrum, entries, shape)
     (delta,) = delta_weights(spectrum[None], entries, shape, scaling, threads=threads)
-    return np.asarray(delta)
+    return delta
 
 
 def delta_weights(
@@ -82,7 +78,7 @@ def delta_weights(
     scaling: float,
     *,
     threads: int | None = None,
-) -> Float32:
+) -> list[Float32]:
     """The delta_W of each of several layers over the same entries, all at once.
 
     Args:
@@ -93,14 +89,14 @@ def delta_weights(
         threads: at most this many; see `delta_weight`.
 
     Returns:
-        float32 (L, M, N).
+        L arrays, float32 (M, N).
 
     Raises:
         UsageError: sizes that do not fit together.
     """
     rows, columns = _check_stack(spectra, entries, shape)
-    deltas = np.empty((len(spectra), rows, columns), np.float32)
-    rebuild(None, list(deltas), spectra, entries, scaling, threads)
+    deltas = [np.empty((rows, columns), np.float32) for _ in spectra]
+    rebuild(None, deltas, spectra, entries, scaling, threads)
     return deltas
 
 
@@ -222,7 +218,7 @@ def _add_terms(
         if target is not source:
             target[...] = source
         return
-    each_block(source.shape, terms, _adder([source], [target]), transposed, threads)
+    each_block(source.shape, terms, adder([source], [target]), transposed, threads)
 
 
 def each_block(
@@ -252,7 +248,7 @@ def each_block(
     entries = np.concatenate([term.entries for term in terms])
     shape = (stored[0], stored[1])
     path = choose_delta_path(shape, len(entries))
-    _each_block(shape, spectrum[None], _upright(entries, transposed), 1.0, threads, put, path)
+    rebuild_blocks(shape, spectrum[None], _upright(entries, transposed), 1.0, threads, put, path)
 
 
 def rebuild(
@@ -265,60 +261,4 @@ def rebuild(
 ) -> None:
     """targets[l] = sources[l] + delta_W of spectra[l] (without sources: delta_W itself)."""
     shape = (targets[0].shape[0], targets[0].shape[1])
-    _each_block(shape, spectra, entries, scaling, threads, _adder(sources, targets))
-
-
-def _adder(sources: Sequence[AnyFloat] | None, targets: Sequence[AnyFloat]) -> Put:
-    """What puts delta_W, added to its source if there are any, where it belongs."""
-
-    def put(layer: int, where: slice, values: Float32) -> None:
-        target = targets[layer][where]
-        if sources is None:
-            target[...] = values
-        elif target.dtype == sources[layer].dtype in (np.float32, np.float64):
-            np.add(sources[layer][where], values, out=target)
-        else:
-            values += sources[layer][where].astype(np.float32)
-            target[...] = values
-
-    return put
-
-
-def _each_block(
-    shape: tuple[int, int],
-    spectra: AnyFloat,
-    entries: Entries,
-    scaling: float,
-    threads: int | None,
-    put: Put,
-    path: str | None = None,
-) -> None:
-    """Call `put` with (layer, rows, float32 values) until every delta_W is complete."""
-    rows, columns = shape
-    shared = half_spectrum(entries, shape)
-    amplitudes = shared.amplitudes(spectra, float(scaling))
-    count, blocks = len(spectra), range(shared.block_count)
-    limit = default_threads() if threads is None else threads
-    used = useful_threads(shape, count, limit)
-    path = path or choose_delta_path(shape, len(entries), layers=count, threads=used)
-    make_rows = ROW_MAKERS[path]
-
-    def work(layers: range, blocks: range) -> None:
-        for where, index, values in make_rows(shared, amplitudes[layers], blocks):
-            layer = layers[index]
-            # Rows 1 .. (M-1)//2 have a mirror image: row M-p holds columns -q.
-            first, last = max(where.start, 1), min(where.stop, (rows + 1) // 2)
-            if first < last:
-                mirrored = np.empty((last - first, columns), np.float32)
-                upside_down = values[first - where.start : last - where.start][::-1]
-                mirrored[:, 0] = upside_down[:, 0]
-                mirrored[:, 1:] = upside_down[:, :0:-1]
-                put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
-            put(layer, where, values)
-
-    if path == "products":  # the library beneath has threads of its own
-        work(range(count), blocks)
-    elif path == "columns" or count >= used:
-        run_shares(lambda layers: work(layers, blocks), count, min(used, count))
-    else:
-        run_shares(lambda share: work(range(count), share), len(blocks), used)
+    rebuild_blocks(shape, spectra, entries, scaling, threads, adder(sources, targets))

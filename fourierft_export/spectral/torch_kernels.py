@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import delta as numpy_delta
+from .blocks import AnyFloat
 from .token import TokenTables, token_tables
 
 Shape = tuple[int, int]
@@ -181,7 +182,7 @@ def _token_tables(
     return tables
 
 
-def host_array(tensor: Tensor) -> numpy_delta.AnyFloat:
+def host_array(tensor: Tensor) -> AnyFloat:
     """A CPU tensor as the numpy array over the same memory, bfloat16 included."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:

@@ -81,7 +81,7 @@ def many_small(size: int, bar: float, n: int = 1000, count: int = 24) -> Row:
     entries = spectral_entries(SEED, (size, size), n)
     spectra = np.stack([layer.fourierft_spectrum["default"].detach() for layer in layers])
 
-    def ours() -> np.ndarray:
+    def ours() -> list[np.ndarray]:
         return delta_weights(spectra, entries, (size, size), SCALING)
 
     def peer() -> list[torch.Tensor]:
