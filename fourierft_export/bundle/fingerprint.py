@@ -32,15 +32,28 @@ def sample_positions(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return (2 * np.arange(SAMPLES, dtype=np.int64) + 1) * count // (2 * SAMPLES)
 
 
-def fingerprint(weight: np.ndarray[Any, Any]) -> Fingerprint:
+def fingerprint(weight: np.ndarray[Any, Any], sha256: bytes | None = None) -> Fingerprint:
     """The fingerprint of a weight as its checkpoint stores it.
 
     Args:
         weight: any float dtype that safetensors knows, at least one element.
+        sha256: of its bytes, where it is known already.
     """
     stored = np.ascontiguousarray(weight)
-    digest = hashlib.sha256(stored.reshape(-1).view(np.uint8).data).digest()[:DIGEST_BYTES]
-    return Fingerprint(dtypes.to_name(stored.dtype), digest, _samples(stored))
+    digest = sha256 or hashlib.sha256(stored.reshape(-1).view(np.uint8).data).digest()
+    return Fingerprint(dtypes.to_name(stored.dtype), digest[:DIGEST_BYTES], _samples(stored))
+
+
+def fingerprint_of_samples(expected: Fingerprint, values: np.ndarray[Any, Any]) -> Fingerprint:
+    """What the fingerprint of a weight is for all that its samples tell.
+
+    Args:
+        expected: what it is going to be compared with.
+        values: (8,), the weight's values at `sample_positions`, in its own dtype.
+    """
+    samples = _samples(values)  # the eight sampled values of eight values are themselves
+    digest = expected.digest if samples == expected.samples else bytes(DIGEST_BYTES)
+    return Fingerprint(dtypes.to_name(values.dtype), digest, samples)
 
 
 def _samples(weight: np.ndarray[Any, Any]) -> bytes:
@@ -51,13 +64,17 @@ def _samples(weight: np.ndarray[Any, Any]) -> bytes:
 
 
 def compare(expected: Fingerprint, weight: np.ndarray[Any, Any]) -> Verdict:
-    """Whether `weight` is the one that was fingerprinted.
+    """Whether `weight` is the one that was fingerprinted; see `judge`."""
+    return judge(expected, fingerprint(weight))
+
+
+def judge(expected: Fingerprint, found: Fingerprint) -> Verdict:
+    """Whether two fingerprints are of one weight.
 
     Returns:
         "same" for equal bytes of equal dtype; "precision" when the dtype differs and the sampled
         values agree to a bfloat16's precision; "different" otherwise.
     """
-    found = fingerprint(weight)
     if (found.dtype, found.digest) == (expected.dtype, expected.digest):
         return "same"
     if found.dtype == expected.dtype:

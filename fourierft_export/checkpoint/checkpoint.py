@@ -7,7 +7,7 @@ with it (SIGBUS), a short read is an error that can be told.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -199,6 +199,15 @@ class Checkpoint:
             if digest is not None:
                 digest.update(memoryview(block))
         return array
+
+    def read_elements(self, name: str, positions: Iterable[int]) -> np.ndarray:
+        """Single elements of a tensor, by their flat positions; errors as `read`."""
+        info = self.info(name)
+        dtype = to_numpy(info.dtype)
+        starts = [info.start + dtype.itemsize * int(position) for position in positions]
+        path = _path_of(info)
+        pieces = [b"".join(self._span(path, at, at + dtype.itemsize, BLOCK)) for at in starts]
+        return np.frombuffer(b"".join(pieces), dtype)
 
     def blocks(self, name: str, size: int = BLOCK) -> Iterator[bytes]:
         """The bytes of one tensor in pieces of at most `size`, whatever its dtype.

@@ -67,23 +67,23 @@ def companions(directory: Path, weights: tuple[Path, ...]) -> Companions:
     return Companions(tuple(carried), tuple(stale))
 
 
-def file_size(directory: Path, name: str) -> int:
+def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
     """The bytes of a file to be carried, once it is known that it may be and can be read.
 
     Raises:
         FileAccessError: it cannot be read.
         BadInputError: it is a link that may not be followed, or no regular file.
     """
-    fd = open_regular(checked_file(directory / name, directory))
+    fd = open_regular(checked_file(directory / name, directory, allow_links=allow_links))
     try:
         return os.fstat(fd).st_size
     finally:
         os.close(fd)
 
 
-def file_blocks(directory: Path, name: str) -> Iterator[bytes]:
+def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
     """The content of a carried file, in pieces; errors as `file_size`."""
-    path = checked_file(directory / name, directory)
+    path = checked_file(directory / name, directory, allow_links=allow_links)
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size

@@ -6,36 +6,70 @@ It holds no time and no machine, so the same merge gives the same bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
+from ..checkpoint.checkpoint import Checkpoint
 from .report import MergeReport
+from .shard import WrittenTensor
 
 SCHEMA = 1
+KIND = "fourierft_export.merge"
 
 
-def manifest_text(report: MergeReport, allow_base_mismatch: bool) -> str:
+def manifest_text(
+    report: MergeReport,
+    base: Checkpoint,
+    tensors: Mapping[str, WrittenTensor],
+    sources: Mapping[str, str],
+    files: Mapping[str, tuple[str, int]],
+    *,
+    allow_base_mismatch: bool,
+) -> str:
     """The manifest of a merge, as JSON text.
 
     Args:
         report: of the finished merge.
+        base: what was merged into.
+        tensors: the weights that got delta_W, by their names in the output.
+        sources: the base's names of these.
+        files: sha256 and bytes of every other file of the output, by its path with "/".
         allow_base_mismatch: whether the caller let another base pass.
     """
+    layers = {layer.tensor: layer.name for layer in report.layers}
     content = {
         "schema": SCHEMA,
-        "kind": "fourierft_export.merge",
+        "kind": KIND,
         "versions": {"fourierft_export": __version__, "numpy": np.__version__},
-        "base": report.base.name,
+        "base": {
+            "name": report.base.name,
+            "shards": {shard.path.name: shard.size for shard in base.parts},
+        },
         "bundles": [asdict(b) | {"name": Path(b.name).name} for b in report.bundles],
         "dtype": report.dtype,
         "allow_base_mismatch": allow_base_mismatch,
-        "layers": {layer.tensor: layer.survival for layer in report.layers},
+        "tensors": {
+            name: {
+                "layer": layers[name],
+                "sha256": tensor.sha256,
+                "source": sources[name],
+                "source_sha256": tensor.source_sha256,
+                "survival": tensor.survival,
+                "error": tensor.error,
+            }
+            for name, tensor in sorted(tensors.items())
+        },
         "replaced": list(report.replaced),
         "added": list(report.added),
         "notes": list(report.notes),
         "shards": dict(sorted(report.shards.items())),
+        "files": {
+            name: {"sha256": sha256, "bytes": size}
+            for name, (sha256, size) in sorted(files.items())
+        },
     }
     return json.dumps(content, indent=2) + "\n"

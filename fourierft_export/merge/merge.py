@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..bundle.file import Bundle
-from ..bundle.names import natural_key
-from ..checkpoint.staging import check_output, staged_directory, staged_file
-from ..checkpoint.write import check_space, copy_file
+from ..checkpoint.staging import check_output
+from ..checkpoint.write import check_space
 from ..errors import UsageError
 from ..models.base import Base, open_base
 from . import carry
 from .changes import collect
 from .check import Checked, Progress, check
 from .config import merged_config
-from .manifest import manifest_text
-from .plan import DTYPES, OutShard, index_text, lay_out, out_name
-from .report import BundleReport, LayerReport, MergeReport, survival_notes
-from .shard import Count, WrittenShard, write_shard
+from .estimate import SMALL_FILES, check_memory, memory_needed
+from .executors import OpenExecutor, dask_cluster, local_processes
+from .job import Job
+from .plan import DTYPES, lay_out, out_name
+from .report import MergeReport
+from .run import carry_out, layer_reports, with_verdicts
 
 Source = str | os.PathLike[str] | Bundle
-
-# Headers, config, index and manifest, on top of what is counted byte by byte.
-_SMALL_FILES = 1 << 20
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A merge that has been checked and laid out; nothing is written yet."""
-
-    base: Base
-    shards: tuple[OutShard, ...]
-    config: Mapping[str, Any]
-    companions: carry.Companions
-    report: MergeReport
-    allow_base_mismatch: bool
 
 
 def merge_checkpoint(
@@ -54,13 +39,17 @@ def merge_checkpoint(
     force: bool = False,
     dry_run: bool = False,
     allow_base_mismatch: bool = False,
+    allow_links: bool = False,
+    workers: int = 0,
+    scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Add adapters to a checkpoint: a plain model, which needs nothing of this package.
 
     W' = W + sum of weight_i * delta_W_i, computed in float32 or better and rounded once. Heads and
     biases that the adapters carry replace the base's, or are added. The output is absent or
-    complete. Peak memory is a few times the largest tensor that changes.
+    complete; after a kill, the same call goes on where it was and ends with the same bytes. Peak
+    memory is about twice the largest tensor that changes, whatever the checkpoint's size.
 
     Args:
         base: a Hugging Face folder (one safetensors file or shards), or one safetensors file.
@@ -72,6 +61,9 @@ def merge_checkpoint(
         force: replace an existing output.
         dry_run: check and plan only.
         allow_base_mismatch: merge even when the base's values are not those the adapter knows.
+        allow_links: follow links between files of the base's folder.
+        workers: write weight files in this many processes; 0 for this one alone.
+        scheduler: write them by a Dask cluster, whose workers see the same files: its address.
         progress: called with (what, done, total); bytes while writing.
 
     Returns:
@@ -85,30 +77,40 @@ def merge_checkpoint(
     """
     given = [bundles] if isinstance(bundles, (str, os.PathLike, Bundle)) else list(bundles)
     factors = _checked_options(given, weights, dtype)
+    if workers < 0 or (workers and scheduler is not None):
+        raise UsageError(
+            "workers",
+            expected="a number of processes, or a scheduler",
+            found=f"workers {workers}, scheduler {scheduler}",
+        )
     paths = [source for source in given if not isinstance(source, Bundle)]
     target = check_output(out, force=force, inputs=(base, *paths))
     _refuse_inside(target, Path(base))
-    opened = open_base(base)
+    opened = open_base(base, allow_links=allow_links)
     named = [
         (str(source), Bundle.load(source), factor)
         if not isinstance(source, Bundle)
         else (f"bundle {number}", source, factor)
         for number, (source, factor) in enumerate(zip(given, factors, strict=True), 1)
     ]
-    checked = check(opened, named, allow_base_mismatch=allow_base_mismatch, progress=progress)
-    job = _plan(opened, checked, target, dtype, labels, allow_base_mismatch)
-    carried = sum(carry.file_size(opened.directory, name) for name in job.companions.carried)
-    check_space(target.parent, job.report.nbytes + carried + _SMALL_FILES)
+    checked = check(
+        opened,
+        named,
+        allow_base_mismatch=allow_base_mismatch,
+        thorough=dry_run,
+        progress=progress,
+    )
+    job = _plan(opened, checked, target, dtype, labels, allow_links, allow_base_mismatch)
+    check_memory(job.report.memory_bytes, max(workers, 1))
     if dry_run:
-        return replace(job.report, dry_run=True)
-    if opened.directory.is_file():
-        with staged_file(target, force=force) as partial:
-            written = (
-                write_shard(job.shards[0], partial, opened.checkpoint, _meter(job, progress)),
-            )
-        return _finished(job, written)
-    with staged_directory(target, force=force) as partial:
-        return _write_folder(job, partial, _meter(job, progress))
+        check_space(target.parent, job.report.disk_bytes)
+        return replace(with_verdicts(job.report, checked), dry_run=True)
+    executor: OpenExecutor | None = None
+    if scheduler is not None:
+        executor = partial(dask_cluster, scheduler)
+    elif workers:
+        executor = partial(local_processes, workers)
+    return carry_out(job, executor, force=force, progress=progress)
 
 
 def _checked_options(
@@ -141,12 +143,13 @@ def _refuse_inside(target: Path, base: Path) -> None:
 
 def _plan(
     base: Base,
-    checked: Sequence[Checked],
+    checked: tuple[Checked, ...],
     target: Path,
     dtype: str,
     labels: Sequence[str] | None,
+    allow_links: bool,
     allow_base_mismatch: bool,
-) -> _Job:
+) -> Job:
     """Lay the output out. Reads the base's folder, writes nothing."""
     ingredients = [item.ingredient for item in checked]
     changes = collect(base, ingredients)
@@ -166,86 +169,26 @@ def _plan(
         carry.companions(base.directory, weight_files) if is_folder else carry.Companions((), ())
     )
     new = sorted({*changes.layers, *changes.dense, *changes.aliases} - {*base.tensors})
+    carried = sum(
+        carry.file_size(base.directory, name, allow_links=allow_links)
+        for name in companions.carried
+    )
+    nbytes = sum(shard.nbytes for shard in shards)
     report = MergeReport(
         out=target,
         base=Path(os.path.abspath(base.directory)),
         dtype=dtype,
-        bundles=tuple(_bundle_report(item) for item in checked),
-        layers=_layer_reports(shards),
+        bundles=(),
+        layers=layer_reports(shards),
         replaced=tuple(out_name(k, changes) for k in sorted(changes.dense) if k in base.tensors),
         added=tuple(out_name(key, changes) for key in new),
         carried=companions.carried,
         left_behind=companions.stale,
-        nbytes=sum(shard.nbytes for shard in shards),
-        notes=tuple(note for item in checked for note in item.notes) + notes,
+        nbytes=nbytes,
+        disk_bytes=nbytes + carried + SMALL_FILES,
+        memory_bytes=memory_needed(shards),
+        notes=notes,
     )
-    return _Job(base, shards, settings, companions, report, allow_base_mismatch)
-
-
-def _bundle_report(item: Checked) -> BundleReport:
-    name, bundle, weight, layers, _ = item.ingredient
-    return BundleReport(name, bundle.sha256, weight, len(layers), item.verdict)
-
-
-def _layer_reports(
-    shards: Sequence[OutShard], survival: Mapping[str, float] | None = None
-) -> tuple[LayerReport, ...]:
-    reports = [
-        LayerReport(
-            tensor.change.name,
-            tensor.slot.name,
-            tensor.slot.shape,
-            tensor.slot.dtype,
-            (survival or {}).get(tensor.slot.name),
-        )
-        for shard in shards
-        for tensor in shard.tensors
-        if tensor.change is not None
-    ]
-    return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
-
-
-def _write_folder(job: _Job, folder: Path, count: Count) -> MergeReport:
-    """Fill a staged folder."""
-    checkpoint = job.base.checkpoint
-    written = tuple(write_shard(s, folder / s.name, checkpoint, count) for s in job.shards)
-    texts = {}
-    if checkpoint.index is not None:
-        texts[checkpoint.index.name] = index_text(checkpoint, job.shards)
-    if job.config != job.base.config:
-        texts["config.json"] = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
-    report = _finished(job, written)
-    texts[carry.MANIFEST] = manifest_text(report, job.allow_base_mismatch)
-    for name in job.companions.carried:
-        if name not in texts:
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            source = job.base.directory
-            copy_file(place, carry.file_blocks(source, name), carry.file_size(source, name))
-    for name, text in texts.items():
-        copy_file(folder / name, [text.encode()], len(text))
-    return report
-
-
-def _finished(job: _Job, written: Sequence[WrittenShard]) -> MergeReport:
-    survival = {name: share for shard in written for name, share in shard.survival.items()}
-    layers = _layer_reports(job.shards, survival)
-    return replace(
-        job.report,
-        layers=layers,
-        shards={shard.name: shard.sha256 for shard in written},
-        notes=(*job.report.notes, *survival_notes(layers, job.report.dtype)),
+    return Job(
+        base, checked, shards, settings, companions, report, dtype, allow_links, allow_base_mismatch
     )
-
-
-def _meter(job: _Job, progress: Progress | None) -> Count:
-    """A counter of bytes that reports to `progress`."""
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress("merging", min(done, job.report.nbytes), job.report.nbytes)
-
-    return count

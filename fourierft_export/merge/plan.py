@@ -31,12 +31,14 @@ class OutTensor:
         source: the base's tensor, copied (and converted where the dtype differs).
         change: the base's tensor plus delta_W.
         value: a dense tensor of a bundle.
+        converts: the changed tensor has another dtype in the base.
     """
 
     slot: Slot
     source: TensorInfo | None = None
     change: LayerChange | None = None
     value: Array | None = None
+    converts: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _existing(info: TensorInfo, changes: Changes, dtype: str) -> OutTensor:
         return _dense(name, changes.dense[info.name], kind)
     slot = Slot(name, kind, info.shape)
     if info.name in changes.layers:
-        return OutTensor(slot, change=changes.layers[info.name])
+        return OutTensor(slot, change=changes.layers[info.name], converts=kind != info.dtype)
     return OutTensor(slot, source=info)
 
 
@@ -124,7 +126,8 @@ def _added(checkpoint: Checkpoint, changes: Changes, common: str) -> list[OutTen
         change = changes.layers.get(key)
         source = checkpoint.tensors[change.source if change else changes.aliases[key]]
         slot = Slot(name, common, source.shape)
-        added.append(OutTensor(slot, change=change, source=None if change else source))
+        converts = source.dtype != common
+        added.append(OutTensor(slot, None if change else source, change, converts=converts))
     return added
 
 

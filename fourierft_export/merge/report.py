@@ -40,6 +40,7 @@ class LayerReport:
         shape: as stored.
         dtype: safetensors dtype in the output.
         survival: share of its weights that changed once rounded to `dtype`; None in a dry run.
+        error: of what was really added, relative to delta_W (Frobenius norms); None in a dry run.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LayerReport:
     shape: tuple[int, ...]
     dtype: str
     survival: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ class MergeReport:
         carried: files that are not weights, copied as they are.
         left_behind: weights of the base folder in other formats, which would be stale.
         shards: sha256 of every weight file; empty in a dry run.
-        nbytes: size of all weight files.
+        nbytes: size of the weights.
+        disk_bytes: space that the whole output needs.
+        memory_bytes: an estimate of one process's peak memory.
+        resumed: weight files that a killed run had finished.
         notes: what a person should know.
         dry_run: whether nothing was written.
     """
@@ -80,6 +85,9 @@ class MergeReport:
     left_behind: tuple[str, ...] = ()
     shards: Mapping[str, str] = field(default_factory=dict)
     nbytes: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    resumed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dry_run: bool = False
 

@@ -152,6 +152,11 @@ def _square_sum(values: Array) -> float:
     return small if math.isfinite(small) else float(np.square(flat.astype(np.float64)).sum())
 
 
+def as_array(data: bytes, dtype: str) -> Array:
+    """Bytes as a flat array of a safetensors dtype."""
+    return np.frombuffer(data, to_numpy(dtype))
+
+
 def converted(value: Array, dtype: str, name: str) -> Array:
     """A float tensor in another float dtype; any other tensor as it is.
 

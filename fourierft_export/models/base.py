@@ -236,8 +236,12 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def open_base(path: str | os.PathLike[str]) -> Base:
+def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
     """Open a model directory or a single safetensors file; no tensor is read yet.
+
+    Args:
+        path: the directory or the file.
+        allow_links: follow links between files of the directory.
 
     Raises:
         FileAccessError: missing or unreadable.
@@ -245,4 +249,4 @@ def open_base(path: str | os.PathLike[str]) -> Base:
     """
     directory = Path(path)
     config = read_config(directory) if directory.is_dir() else {}
-    return Base(Checkpoint.open(directory), directory, config)
+    return Base(Checkpoint.open(directory, allow_links=allow_links), directory, config)

@@ -134,7 +134,21 @@ def test_manifest_and_report_state_the_hashes(
     for shard in SHARDS:
         digest = hashlib.sha256((tmp_path / "out" / shard).read_bytes()).hexdigest()
         assert manifest["shards"][shard] == report.shards[shard] == digest
-    assert manifest["base"] == "base"
+    sizes = {shard: (base / shard).stat().st_size for shard in SHARDS}
+    assert manifest["base"] == {"name": "base", "shards": sizes}
+    files = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == {p.as_posix() for p in files} - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        data = (tmp_path / "out" / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    assert set(manifest["tensors"]) == {f"{name}.weight" for name in TARGETS}
+    for shard, shapes, seed in zip(SHARDS, (FIRST, SECOND), (1, 2), strict=True):
+        after, before = load_file(tmp_path / "out" / shard), values(shapes, seed)
+        for name in set(shapes) & set(manifest["tensors"]):
+            entry = manifest["tensors"][name]
+            assert entry["sha256"] == hashlib.sha256(after[name].tobytes()).hexdigest()
+            assert entry["source_sha256"] == hashlib.sha256(before[name].tobytes()).hexdigest()
+            assert entry["layer"] == name.removesuffix(".weight") and entry["source"] == name
     assert manifest["dtype"] == "keep"
     assert manifest["allow_base_mismatch"] is False
     (entry,) = manifest["bundles"]

@@ -1,0 +1,136 @@
+"""Where the shards of a merge are written: in processes of this machine, or by a Dask cluster.
+
+One task is one shard; it says what is to be done by two plain values, the folder that all workers
+see and the shard's number, so that any `concurrent.futures.Executor` can carry it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+from ..errors import FileAccessError, missing_extra
+
+T = TypeVar("T")
+OpenExecutor = Callable[[], AbstractContextManager[Executor]]
+ATTEMPTS = 5
+
+
+def run_tasks(
+    task: Callable[[str, int], T],
+    folder: str,
+    numbers: Sequence[int],
+    open_executor: OpenExecutor,
+    done: Callable[[int, T], None],
+) -> None:
+    """Run `task(folder, number)` for every number; those whose worker died are run again.
+
+    Args:
+        task: importable by its name; may be run more than once for a number.
+        folder: first argument of all tasks.
+        numbers: second arguments.
+        open_executor: called again after a worker has broken its executor.
+        done: told of every result, here, as they come.
+
+    Raises:
+        FileAccessError: workers died at the same task time and again.
+        Exception: what a task raises.
+    """
+    left = set(numbers)
+    for _ in range(ATTEMPTS):
+        if not left:
+            return
+        with open_executor() as executor:
+            futures = {executor.submit(task, folder, number): number for number in sorted(left)}
+            for future in as_completed(futures):
+                error = future.exception() if not future.cancelled() else CancelledError()
+                if error is None:
+                    left.discard(futures[future])
+                    done(futures[future], future.result())
+                elif not _worker_is_lost(error):
+                    raise error
+    if left:
+        raise FileAccessError(
+            f"tasks {', '.join(map(str, sorted(left)))}",
+            expected="workers that stay alive",
+            found=f"some that died, {ATTEMPTS} times",
+            remedy="they may lack memory: use fewer workers",
+        )
+
+
+def _worker_is_lost(error: BaseException) -> bool:
+    """Whether a task failed because its worker died, not by itself."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    # By name: distributed need not be installed to tell its errors apart from others.
+    return isinstance(error, (BrokenExecutor, CancelledError)) or bool(
+        names & {"KilledWorker", "FutureCancelledError", "CommClosedError"}
+    )
+
+
+@contextmanager
+def local_processes(workers: int) -> Iterator[Executor]:
+    """`workers` fresh processes of this machine; they die with this one, whatever kills it."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave interrupts to the parent, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def dask_cluster(address: str) -> Iterator[Executor]:
+    """The workers of a Dask scheduler, which see this file system and have this package.
+
+    Args:
+        address: of the scheduler, as "tcp://host:8786".
+
+    Raises:
+        MissingExtraError: distributed is not installed.
+        FileAccessError: no scheduler answers there.
+    """
+    try:
+        from distributed import Client
+    except ModuleNotFoundError:
+        raise missing_extra("distributed", "dask", "--scheduler") from None
+    try:
+        client = Client(address, set_as_default=False, timeout="20s")
+    except (OSError, ValueError) as error:
+        raise FileAccessError(
+            address,
+            expected="the address of a Dask scheduler",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy="start one (dask scheduler), or check the address",
+        ) from None
+    try:
+        yield client.get_executor(pure=False)
+    finally:
+        client.close()
