@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.external import external_ranges
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
 from .compare import Array
 
@@ -41,7 +42,7 @@ class Graph:
         Raises:
             MissingExtraError: onnxruntime is not installed.
             FileAccessError: there is no such file.
-            BadInputError: ONNX Runtime cannot load it.
+            BadInputError: ONNX Runtime cannot load it, or it names external data that it must not.
         """
         try:
             import onnxruntime
@@ -179,6 +180,8 @@ def _weights_precision(path: Path) -> str:
         raise BadInputError(path, expected="an ONNX model", found=_first_line(error)) from error
     except OSError as error:
         raise FileAccessError(path, found=error.strerror or str(error)) from error
+    # ONNX Runtime follows links and any name: nothing is opened before this.
+    external_ranges(model, path)
     kinds = {
         onnx.TensorProto.DOUBLE: "float64",
         onnx.TensorProto.FLOAT: "float32",

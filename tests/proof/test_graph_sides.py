@@ -14,9 +14,11 @@ import torch
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.spec import LayerSpec
 from fourierft_export.errors import (
+    BadInputError,
     UsageError,
 )
 from fourierft_export.onnx_graph.pretrained import export_pretrained
+from fourierft_export.proof.graphs import Graph
 from fourierft_export.proof.validate import validate
 
 
@@ -139,3 +141,24 @@ def test_a_graph_with_an_output_for_the_whole_batch(tmp_path: Path) -> None:
     floats = inputs | {"input_ids": np.ones((10, 4))}
     with pytest.raises(UsageError, match="input input_ids: expected int64"):
         validate(sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=floats)
+
+
+def test_external_data_behind_a_link_is_not_opened(tmp_path: Path) -> None:
+    """ONNX Runtime itself would follow it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / "model.onnx"
+    torch.onnx.export(
+        torch.nn.Linear(64, 64),
+        (torch.ones(2, 64),),
+        path,
+        dynamo=True,
+        verbose=False,
+        external_data=True,
+    )
+    data = folder / "model.onnx.data"
+    assert Graph(path).precision == "float32"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadInputError, match="a link to"):
+        Graph(path)
