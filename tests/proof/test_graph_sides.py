@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.spec import LayerSpec
@@ -148,13 +150,16 @@ def test_external_data_behind_a_link_is_not_opened(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     path = folder / "model.onnx"
-    torch.onnx.export(
-        torch.nn.Linear(64, 64),
-        (torch.ones(2, 64),),
+    weight = numpy_helper.from_array(np.ones((8, 8), np.float32), "w")
+    io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in "xy"]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "g", io[:1], io[1:], [weight])
+    onnx.save_model(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)]),
         path,
-        dynamo=True,
-        verbose=False,
-        external_data=True,
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=0,
     )
     data = folder / "model.onnx.data"
     assert Graph(path).precision == "float32"
