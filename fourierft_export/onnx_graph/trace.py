@@ -24,6 +24,9 @@ _PLAIN_OUTPUT = {
     "output_hidden_states": False,
     "return_dict": True,
 }
+# From opset 23 on torch writes fused operators. Its RotaryEmbedding leaves out the broadcast over
+# the batch, which ONNX wants and ONNX Runtime checks: so newer graphs are those of 22, converted.
+_TRACED_OPSET = 22
 _NOISY = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -46,7 +49,7 @@ def trace(
             else "output", or "output_0", "output_1", ... Some of those keys: only these outputs.
         dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
             fixed to the example's by default.
-        opset: of the standard operators; torch's default if not given.
+        opset: of the standard operators, 18 to 25; torch's default if not given.
 
     Raises:
         UsageError: torch cannot export the model in this opset, or a size asked to be dynamic
@@ -64,7 +67,7 @@ def trace(
                     input_names=input_names,
                     output_names=every,
                     dynamic_shapes=dynamic_shapes,
-                    opset_version=opset,
+                    opset_version=None if opset is None else min(opset, _TRACED_OPSET),
                     dynamo=True,
                     optimize=True,
                     verbose=False,
@@ -80,13 +83,8 @@ def trace(
         raise UsageError(f"export of {type(model).__name__}", found="no graph from torch.onnx")
     graph = program.model
     _check_names(graph, every)
-    if opset is not None and graph.opset_imports[""] != opset:
-        raise UsageError(
-            "opset",
-            expected=f"{opset}, as asked",
-            found=f"{graph.opset_imports['']}: torch cannot write this model in that one",
-            remedy="choose another opset",
-        )
+    if opset is not None:
+        _raise_opset(graph, opset)
     _keep_outputs(graph, output_names or every)
     return graph
 
@@ -114,6 +112,22 @@ def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
         found=type(outputs).__name__,
         remedy="name the outputs (output_names=...), or wrap the model",
     )
+
+
+def _raise_opset(graph: ir.Model, opset: int) -> None:
+    """Convert a graph in place to `opset`, which is not older than its own."""
+    from onnxscript import version_converter
+
+    if graph.opset_imports[""] < opset:
+        with _quiet():
+            version_converter.convert_version(graph, opset)
+    if graph.opset_imports[""] != opset:
+        raise UsageError(
+            "opset",
+            expected=f"{opset}, as asked",
+            found=f"{graph.opset_imports['']}: this model cannot be written in that one",
+            remedy="choose another opset",
+        )
 
 
 def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:

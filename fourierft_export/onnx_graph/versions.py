@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 MIN_OPSET = 18
 """torch.onnx writes no older one, and the functions of the adapters need it."""
 
+MAX_OPSET = 25
+"""The newest that onnxscript's converter writes."""
+
 FUNCTIONS_IR_VERSION = 8
 """The first with model-local functions."""
 
@@ -23,16 +26,10 @@ def check_opset(opset: int | None) -> None:
         opset: of the standard operators; None for the exporter's choice.
 
     Raises:
-        UsageError: older than 18, or newer than the installed onnx knows.
+        UsageError: older than 18 or newer than 25.
     """
-    from onnx.defs import onnx_opset_version
-
-    if opset is not None and not MIN_OPSET <= opset <= onnx_opset_version():
-        raise UsageError(
-            "opset",
-            expected=f"{MIN_OPSET} or newer, up to {onnx_opset_version()}",
-            found=str(opset),
-        )
+    if opset is not None and not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError("opset", expected=f"{MIN_OPSET} to {MAX_OPSET}", found=str(opset))
 
 
 def check_ir_version(version: int | None, opset: int | None = None, *, functions: bool) -> None:
