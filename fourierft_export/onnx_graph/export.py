@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -23,11 +24,13 @@ from ..spectral.delta import Term
 from .inline import inline_functions
 from .locate import locate_marks
 from .metadata import describe
+from .modes import RUNTIME_MODES
 from .report import ExportReport
 from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
+from .runtime_export import build_runtime, expander_path, runtime_layers
 from .trace import Inputs, trace
 from .versions import check_ir_version, check_opset, set_ir_version
-from .write import write_model
+from .write import data_path, write_model
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,6 +51,8 @@ def export_onnx(
     inline: bool = False,
     external_data: bool | None = None,
     bundles: Mapping[str, Bundle] | None = None,
+    defaults: bool = True,
+    base_saved: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -62,18 +67,22 @@ def export_onnx(
         model: a module with `FourierLinear` layers; it is as it was afterwards.
         example_inputs: one tensor, positional arguments, or keyword arguments by name.
         path: the file to write.
-        mode: "merged" or "unmerged".
+        mode: "merged", "unmerged", "swappable", "paired" (with PATH.expand.onnx beside) or "bank".
         input_names: names of the graph's inputs; by default the arguments' own.
         output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
             else "output", or "output_0", "output_1", ...
         dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
             fixed to the example's by default.
-        opset: of the standard operators, 18 or newer; torch's default if not given.
+        opset: of the standard operators, 18 to 25; torch's default if not given.
         ir_version: of the file format; by default 10, or more where the opset needs it.
         inline: leave no model-local functions: a graph of standard operators only, which other
             tools (float16 and version converters) can change.
         external_data: True writes weights to `path` + ".data", False never does; by default only
             where the model would pass protobuf's 2 GiB.
+        defaults: in the modes whose adapter is an input, the one on the model is its default;
+            False leaves the base there.
+        base_saved: in those modes, arrays by name: what the base has for saved tensors; by default
+            what the model has under the adapter.
         bundles: adapter name -> the bundle it came from, whose hash is written into the file; by
             default that of the adapter as `capture` gives it.
         force: replace an existing file.
@@ -89,11 +98,44 @@ def export_onnx(
         FileAccessError: the file cannot be written.
     """
     report = progress or _silent
-    layers = {p: layer for p, layer in fourier_layers(model).items() if layer.active}
+    if mode in RUNTIME_MODES:
+        layers = runtime_layers(model, mode)
+    else:
+        layers = {p: layer for p, layer in fourier_layers(model).items() if layer.active}
     _check(model, mode, layers)
     check_opset(opset)
     check_ir_version(ir_version, opset, functions=mode != MERGED and not inline)
     check_output(path, force=force)
+    if mode in RUNTIME_MODES:
+        report("trace", 0, 3)
+        built = build_runtime(
+            model,
+            example_inputs,
+            mode,
+            defaults=defaults,
+            bundles=bundles,
+            base_saved=base_saved,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=dynamic_shapes,
+            opset=opset,
+        )
+        report("save", 2, 3)
+        done = _save(
+            built.model,
+            path,
+            mode,
+            built.layers,
+            built.adapters,
+            (),
+            beside=built.expander,
+            inline=inline,
+            ir_version=ir_version,
+            external_data=external_data,
+            force=force,
+        )
+        report("save", 3, 3)
+        return done
     adapters = {name: capture(model, name) for name in active_adapters(model)}
     report("trace", 0, 3)
     marks = _marks(layers)
@@ -126,30 +168,68 @@ def export_onnx(
             written=written,
         )
     )
-    if inline:
-        inline_functions(graph)
-    set_ir_version(graph, ir_version)
     report("save", 2, 3)
-    files = write_model(graph, path, external_data=external_data, force=force)
+    done = _save(
+        graph,
+        path,
+        mode,
+        tuple(layers),
+        tuple(adapters),
+        _notes(content, mode),
+        inline=inline,
+        ir_version=ir_version,
+        external_data=external_data,
+        force=force,
+    )
     report("save", 3, 3)
+    return done
+
+
+def _save(
+    graph: ir.Model,
+    path: str | os.PathLike[str],
+    mode: str,
+    layers: tuple[str, ...],
+    adapters: tuple[str, ...],
+    notes: tuple[str, ...],
+    *,
+    beside: ir.Model | None = None,
+    inline: bool,
+    ir_version: int | None,
+    external_data: bool | None,
+    force: bool,
+) -> ExportReport:
+    """Write the graph, and the expander beside a paired one, which comes first."""
+    if beside is not None:
+        check_output(expander_path(path), force=force)
+    files: list[Path] = []
+    for one, to in ((beside, expander_path(path)), (graph, path)):
+        if one is not None:
+            if inline:
+                inline_functions(one)
+            set_ir_version(one, ir_version)
+            files = [*write_model(one, to, external_data=external_data, force=force), *files]
+    data = data_path(files[0])
     return ExportReport(
         path=str(files[0]),
-        data=str(files[1]) if len(files) > 1 else None,
+        data=str(data) if data in files else None,
         bytes=sum(file.stat().st_size for file in files),
         mode=mode,
         opset=graph.opset_imports[""],
         nodes=len(graph.graph),
         inputs=_shapes(graph.graph.inputs),
         outputs=_shapes(graph.graph.outputs),
-        layers=tuple(layers),
-        adapters=tuple(adapters),
-        notes=_notes(content, mode),
+        layers=layers,
+        adapters=adapters,
+        notes=notes,
     )
 
 
 def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear]) -> None:
-    if mode not in MODES:
-        raise UsageError("export mode", expected=" or ".join(MODES), found=repr(mode))
+    if mode not in (*MODES, *RUNTIME_MODES):
+        raise UsageError(
+            "export mode", expected=" or ".join((*MODES, *RUNTIME_MODES)), found=repr(mode)
+        )
     if not layers:
         raise UsageError(
             f"export of {type(model).__name__}",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..bundle.file import Bundle
+from .groups import Interface
 from .rewrite import Written
 
 KEY = "fourierft_export"
@@ -20,6 +21,7 @@ def describe(
     adapters: Mapping[str, Bundle],
     sources: Mapping[str, Bundle],
     written: Iterable[Written],
+    interface: Interface | None = None,
 ) -> dict[str, str]:
     """The `metadata_props` of a model: one entry, `KEY`, a canonical JSON object.
 
@@ -29,6 +31,7 @@ def describe(
         adapters: adapter name -> the adapter as it is in the model.
         sources: adapter name -> the bundle it came from, where there is one.
         written: where each layer's weight and, unmerged, its adapters' tensors are.
+        interface: the graph's adapter inputs, where it has any.
 
     Returns:
         {KEY: text} with "schema", "version", "mode"; "weights", per layer the initializers that
@@ -36,7 +39,8 @@ def describe(
         (a bundle's own times its weight), "bundle_scaling", "bundle_sha256", "task_type", "saved"
         (names of its dense tensors, which are baked in) and "layers": name, shape, n_frequency,
         entry_rule, entries_sha256, dtype of the spectrum, and unmerged the names of the
-        initializers "spectrum", "entries", "scaling".
+        initializers "spectrum", "entries", "scaling"; "inputs", the adapter inputs
+        (`Interface.to_dict`), with "rows", the adapters' names in the order of a bank's table.
     """
     sites = list(written)
     weights: dict[str, list[dict[str, Any]]] = {}
@@ -45,7 +49,7 @@ def describe(
             {"initializer": one.weight, "transposed": one.transposed}
         )
     tensors = {(one.layer, name): names for one in sites for name, names in one.terms.items()}
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "version": version,
         "mode": mode,
@@ -55,6 +59,8 @@ def describe(
             for name, bundle in adapters.items()
         },
     }
+    if interface is not None:
+        content["inputs"] = {**interface.to_dict(), "rows": list(adapters)}
     return {KEY: json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)}
 
 

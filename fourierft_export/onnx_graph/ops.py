@@ -40,18 +40,28 @@ class Ops:
         self._names.add(name)
         return name
 
+    def release(self, name: str) -> None:
+        """Let `name` be taken again."""
+        self._names.discard(name)
+
     def op(self, kind: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
         """The output of a new node; node and output are called `name`."""
         return self.ops(kind, inputs, name, 1, **attributes)[0]
 
     def ops(
-        self, kind: str, inputs: Sequence[ir.Value], name: str, outputs: int, **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        outputs: int,
+        domain: str = "",
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
         """The outputs of a new node."""
         import onnx_ir as ir
 
         name = self.free(name)
-        node = ir.node(kind, inputs, attributes, num_outputs=outputs, name=name)
+        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for index, output in enumerate(node.outputs):
             output.name = name if outputs == 1 else self.free(f"{name}.{index}")
         self.graph.append(node)
@@ -74,10 +84,12 @@ class Ops:
     def overridable(
         self, array: Array, name: str, shape: Sequence[int | str] | None = None
     ) -> ir.Value:
-        """A new graph input with a default; sizes given by name in `shape` are the caller's."""
+        """A new graph input of this very name with a default; sizes by name are the caller's."""
         import onnx_ir as ir
 
-        value = self.initializer(array, name)
+        value = constant_value(array, name)
+        self._names.add(name)
+        self.graph.register_initializer(value)
         if shape is not None:
             value.shape = ir.Shape(shape)
         self.graph.inputs.append(value)

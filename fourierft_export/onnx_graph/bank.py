@@ -1,0 +1,227 @@
+"""Mode bank: a table of adapters as inputs, and per row of the batch the number of its adapter.
+
+The table is the groups' inputs with the number of adapters in front: spectrum [A, L, n], entries
+[A, n, 2], scaling [A, L], saved tensors [A, ...]. `adapter_id` [batch] counts its rows from 1; 0 is
+the base, which is not in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from .groups import ADAPTER_ID, BASE_PREFIX, PREFIX, Interface
+from .linears import SavedSite
+from .ops import FLOAT32, Ops, replace_uses
+from .side_branch import SideBranches
+from .swappable import group_inputs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+
+ADAPTERS = f"{PREFIX}adapters"
+
+
+def write_bank(
+    model: ir.Model,
+    linears: Mapping[str, Sequence[ir.Node]],
+    interface: Interface,
+    defaults: Mapping[str, Array],
+    saved: Iterable[SavedSite] = (),
+    base_saved: Mapping[str, Array] | None = None,
+) -> None:
+    """Give a graph a table of adapters, and every row of its batch the one it asks for.
+
+    Args:
+        model, linears, interface, saved: as in `swappable.write_swappable`; the first dimension of
+            the graph's first input is the batch, and that of every adapted layer's input.
+        defaults: input name -> default table, from `groups.table`.
+        base_saved: the base's own saved tensors, for id 0.
+
+    Raises:
+        UsageError: a layer or saved tensor works on something whose first dimension is not the
+            batch, or an operator cannot have one saved tensor per row.
+    """
+    graph = model.graph
+    first = graph.inputs[0].shape
+    if first is None or not len(first):
+        raise UsageError("bank", expected="a batch as the first dimension of the first input")
+    _check_batched(linears, first[0])
+    ops = Ops(graph)
+    ids = ops.overridable(np.zeros(1, np.int64), ADAPTER_ID, [_size(first[0])])
+    ops.graph.initializers.pop(ADAPTER_ID)
+    ids.const_value = None
+    rows = _Rows(ops, ids)
+    _write_saved(rows, interface, defaults, list(saved), base_saved or {}, first[0])
+    branches = SideBranches(ops)
+    for group in interface.groups:
+        inputs = group_inputs(ops, group, defaults, [ADAPTERS])
+        spectrum, entries, scaling = (rows.pick(value) for value in inputs)
+        if group.dtype != "float32":
+            spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
+        scaling = ops.op("Mul", [scaling, rows.adapted], f"{group.scaling}.or_none")
+        name = f"fourierft.group.{group.index}"
+        frequencies = branches.group(
+            spectrum, entries, scaling, group.shape, name=name, batch=rows.batch
+        )
+        for row, layer in enumerate(group.layers):
+            for number, node in enumerate(linears[layer]):
+                suffix = f".{number}" if number else ""
+                x, y = node.inputs[0], node.outputs[0]
+                if x is not None:
+                    branches.add(frequencies, row, x, y, name=f"{layer}.adapter{suffix}")
+    branches.finish()
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _check_batched(linears: Mapping[str, Sequence[ir.Node]], batch: Any) -> None:
+    wrong = []
+    for layer, nodes in linears.items():
+        for node in nodes:
+            shape = node.inputs[0].shape if node.inputs[0] is not None else None
+            if shape is not None and len(shape) and not _leads(shape[0], batch):
+                wrong.append(f"{layer}: input {[str(size) for size in shape]}")
+    if wrong:
+        raise UsageError(
+            "bank",
+            expected=f"the batch ({batch}) first in the input of every adapted layer",
+            found=f"{len(wrong)} layers without",
+            remedy="export in mode swappable, or make the batch a dynamic size",
+            offenders=wrong,
+        )
+
+
+def _leads(size: Any, batch: Any) -> bool:
+    """Whether a first dimension is the batch, or the batch times something."""
+    if isinstance(batch, int):
+        return isinstance(size, int) and size % batch == 0
+    return size == batch or str(batch) in str(size)
+
+
+class _Rows:
+    """What each row of the batch takes from the table."""
+
+    def __init__(self, ops: Ops, ids: ir.Value) -> None:
+        self.ops = ops
+        one = ops.constant(np.array(1), f"{PREFIX}one")
+        zero = ops.constant(np.array(0), f"{PREFIX}zero")
+        self.ids = ids
+        self.batch = ops.op("Shape", [ids], f"{PREFIX}batch")
+        before = ops.op("Sub", [ids, one], f"{PREFIX}row")
+        self.index = ops.op("Max", [before, zero], f"{PREFIX}table_row")
+        adapted = ops.op("Greater", [ids, zero], f"{PREFIX}adapted")
+        factor = ops.op("Cast", [adapted], f"{PREFIX}factor", to=FLOAT32)
+        axis = ops.constant(np.array([1]), f"{PREFIX}layer_axis")
+        self.adapted = ops.op("Unsqueeze", [factor, axis], f"{PREFIX}factors")
+
+    def pick(self, table: ir.Value) -> ir.Value:
+        """[A, ...] -> [B, ...]; some row for id 0."""
+        return self.ops.op("Gather", [table, self.index], f"{table.name}.picked", axis=0)
+
+    def pick_or_base(self, table: ir.Value, base: Array) -> ir.Value:
+        """[A, ...] -> [B, ...]; the base's own for id 0."""
+        own = self.ops.constant(base[None], BASE_PREFIX + str(table.name))
+        both = self.ops.op("Concat", [own, table], f"{table.name}.with_base", axis=0)
+        return self.ops.op("Gather", [both, self.ids], f"{table.name}.picked", axis=0)
+
+
+def _write_saved(
+    rows: _Rows,
+    interface: Interface,
+    defaults: Mapping[str, Array],
+    sites: Sequence[SavedSite],
+    base_saved: Mapping[str, Array],
+    batch: Any,
+) -> None:
+    """One version of each saved tensor per row, where an operator can have that."""
+    ops = rows.ops
+    wrong = []
+    at: dict[str, list[SavedSite]] = {}
+    for site in sites:
+        at.setdefault(site.name, []).append(site)
+        for node, index in site.value.uses():
+            x = node.outputs[0].shape
+            if _kind(node, index) is None or x is None or len(x) < 2 or x[0] != batch:
+                wrong.append(f"{site.name}: used by {node.op_type}")
+    if wrong:
+        raise UsageError(
+            "bank",
+            expected="saved tensors that are weights or biases of linear layers over the batch",
+            found=f"{len(wrong)} uses of another kind",
+            remedy="export in mode swappable",
+            offenders=wrong,
+        )
+    for tensor in interface.saved:
+        for site in at[tensor.name]:
+            # The numbers of the mark are in use no longer; id 0 has the base's.
+            base = base_saved[tensor.name]
+            site.value.name = ops.free(f"{PREFIX}unused.{site.value.name}")
+        table = ops.overridable(defaults[tensor.name], tensor.name, [ADAPTERS, *tensor.shape])
+        picked = rows.pick_or_base(table, base)
+        for site in at[tensor.name]:
+            for node, index in tuple(site.value.uses()):
+                _use(ops, rows, node, index, picked, site.turned)
+            ops.graph.initializers.pop(str(site.value.name), None)
+
+
+def _kind(node: ir.Node, index: int) -> str | None:
+    """How a node uses a saved tensor: as a weight, as a bias, or in a way that has no rows."""
+    if node.domain != "":
+        return None
+    if node.op_type in ("MatMul", "Gemm") and index == 1:
+        return "weight"
+    return "bias" if node.op_type == "Add" or (node.op_type == "Gemm" and index == 2) else None
+
+
+def _use(ops: Ops, rows: _Rows, node: ir.Node, index: int, picked: ir.Value, turned: bool) -> None:
+    """Let `node` use the rows' own tensors [B, ...] in place of the one at `index`."""
+    name = str(picked.name)
+    y = node.outputs[0]
+    users = tuple(y.uses())
+    if _kind(node, index) == "bias":
+        rank = len(y.shape or ())
+        own = ops.constant(np.array([0, *[1] * (rank - 2), -1]), f"{PREFIX}bias{rank}")
+        bias = ops.op("Reshape", [picked, own], f"{name}.broadcast")
+        if node.op_type == "Add":
+            node.replace_input_with(index, bias)
+            return
+        node.replace_input_with(index, None)
+        replace_uses(users, y, ops.op("Add", [y, bias], f"{name}.added"))
+        return
+    x, fixed = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    if x is None:
+        return
+    by_columns = node.op_type == "MatMul" or not _flag(node, "transB")
+    weight = picked
+    if by_columns == turned:
+        weight = ops.op("Transpose", [picked], f"{name}.turned", perm=[0, 2, 1])
+    tokens = ops.constant(np.array([-1]), f"{PREFIX}tokens")
+    sizes = [ops.op("Shape", [x], f"{name}.{what}", **at) for what, at in _LEADING.items()]
+    three = ops.op("Concat", [rows.batch, tokens, sizes[1]], f"{name}.sizes", axis=0)
+    product = ops.op(
+        "MatMul", [ops.op("Reshape", [x, three], f"{name}.rows"), weight], f"{name}.product"
+    )
+    width = ops.op("Shape", [weight], f"{name}.width", start=-1)
+    shape = ops.op("Concat", [sizes[0], width], f"{name}.shape", axis=0)
+    result = ops.op("Reshape", [product, shape], f"{name}.output")
+    if fixed is not None:
+        result.type, result.shape = y.type, y.shape
+        result = ops.op("Add", [result, fixed], f"{name}.with_bias")
+    replace_uses(users, y, result)
+    ops.graph.remove(node)
+
+
+_LEADING: dict[str, dict[str, int]] = {"leading": {"end": -1}, "last": {"start": -1}}
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    return name in node.attributes and bool(node.attributes[name].value)

@@ -1,0 +1,247 @@
+"""The adapter inputs of a graph: which there are, and what an adapter feeds them.
+
+Layers of one shape and n_frequency form a group with three inputs, as in the bundle: `spectrum`
+[L, n] raw, `entries` [n, 2], `scaling` [L]. Saved heads and biases are inputs under their own
+names. n is the adapter's own affair: an adapter whose layers differ in n or in entries where the
+graph has one group is fed with zeros in between. A bank has the number of adapters in front.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.file import Bundle
+from ..bundle.spec import Fingerprint
+
+PREFIX = "fourierft."
+ADAPTER_ID = "adapter_id"
+BASE_PREFIX = f"{PREFIX}base."
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share their inputs.
+
+    Attributes:
+        index: its number among the groups.
+        shape: (out_features, in_features).
+        layers: module paths; row i of spectrum and scaling is that of the i-th.
+        dtype: "float32", or "float64" if spectra that need it were exported.
+    """
+
+    index: int
+    shape: tuple[int, int]
+    layers: tuple[str, ...]
+    dtype: str = "float32"
+
+    @property
+    def spectrum(self) -> str:
+        """Name of the input [L, n]."""
+        return f"{PREFIX}spectrum.{self.index}"
+
+    @property
+    def entries(self) -> str:
+        """Name of the input [n, 2], int64."""
+        return f"{PREFIX}entries.{self.index}"
+
+    @property
+    def scaling(self) -> str:
+        """Name of the input [L], float32."""
+        return f"{PREFIX}scaling.{self.index}"
+
+    @property
+    def size(self) -> str:
+        """Name of the symbolic size n."""
+        return f"{PREFIX}n.{self.index}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A dense tensor (head, bias) that adapters bring along.
+
+    Attributes:
+        name: of the input, and in the adapted model.
+        shape: of the tensor.
+        dtype: numpy's name of the graph's dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Interface:
+    """All adapter inputs of a graph.
+
+    Attributes:
+        groups, saved: the inputs.
+        fingerprints: layer -> that of the base weight in the graph; an adapter trained on another
+            one is refused.
+    """
+
+    groups: tuple[Group, ...]
+    saved: tuple[Saved, ...] = ()
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, Group]:
+        """Layer -> its group."""
+        return {layer: group for group in self.groups for layer in group.layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, for a graph's metadata."""
+        return {
+            "groups": [
+                {
+                    "spectrum": g.spectrum,
+                    "entries": g.entries,
+                    "scaling": g.scaling,
+                    "shape": list(g.shape),
+                    "layers": list(g.layers),
+                    "dtype": g.dtype,
+                }
+                for g in self.groups
+            ],
+            "saved": [
+                {"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in self.saved
+            ],
+            "fingerprints": {
+                layer: {
+                    "dtype": f.dtype,
+                    "digest": f.digest.hex(),
+                    "samples": base64.b64encode(f.samples).decode("ascii"),
+                }
+                for layer, f in self.fingerprints.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Interface:
+        """The inverse of `to_dict`; KeyError, TypeError or ValueError where it is not one."""
+        return cls(
+            tuple(
+                Group(i, (int(g["shape"][0]), int(g["shape"][1])), tuple(g["layers"]), g["dtype"])
+                for i, g in enumerate(content["groups"])
+            ),
+            tuple(Saved(s["name"], tuple(s["shape"]), s["dtype"]) for s in content["saved"]),
+            {
+                layer: Fingerprint(
+                    f["dtype"], bytes.fromhex(f["digest"]), base64.b64decode(f["samples"])
+                )
+                for layer, f in content["fingerprints"].items()
+            },
+        )
+
+
+def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:
+    """The groups for these adapters: the first one's, then what the others adapt besides."""
+    members: dict[tuple[object, ...], list[str]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for bundle in bundles:
+        for layer in bundle.layers:
+            if layer.shape is not None and layer.name not in shapes:
+                key = layer.shape, layer.n_frequency, layer.entries_sha256
+                members.setdefault(key, []).append(layer.name)
+                shapes[layer.name] = layer.shape
+    wide = {
+        name
+        for b in bundles
+        for name, spectrum in b.spectra.items()
+        if spectrum.dtype == np.float64
+    }
+    groups = []
+    for index, layers in enumerate(members.values()):
+        shape = shapes[layers[0]]
+        dtype = "float64" if wide & set(layers) else "float32"
+        groups.append(Group(index, shape, tuple(layers), dtype))
+    return tuple(groups)
+
+
+def spectral_feeds(groups: Iterable[Group], bundle: Bundle) -> dict[str, Array]:
+    """What a bound adapter feeds the groups' inputs; layers that it lacks get zeros.
+
+    Args:
+        groups: of the graph.
+        bundle: bound, with the graph's layer names.
+    """
+    feeds: dict[str, Array] = {}
+    for group in groups:
+        feeds |= _group_feeds(group, bundle)
+    return feeds
+
+
+def base_feeds(groups: Iterable[Group]) -> dict[str, Array]:
+    """What makes no change: one coefficient of zero."""
+    return {
+        name: array
+        for group in groups
+        for name, array in (
+            (group.spectrum, np.zeros((len(group.layers), 1), group.dtype)),
+            (group.entries, np.zeros((1, 2), np.int64)),
+            (group.scaling, np.zeros(len(group.layers), np.float32)),
+        )
+    }
+
+
+def _group_feeds(group: Group, bundle: Bundle) -> dict[str, Array]:
+    spectra = {name: bundle.spectra[name] for name in group.layers if name in bundle.spectra}
+    if not spectra:
+        return base_feeds([group])
+    entries, columns = _joined({name: bundle.entries(name) for name in spectra})
+    spectrum = np.zeros((len(group.layers), len(entries)), group.dtype)
+    scaling = np.zeros(len(group.layers), np.float32)
+    for row, name in enumerate(group.layers):
+        if name in spectra:
+            spectrum[row, columns[name]] = spectra[name]
+            scaling[row] = bundle.spec.scaling
+    return {group.spectrum: spectrum, group.entries: entries, group.scaling: scaling}
+
+
+def _joined(entries: Mapping[str, Array]) -> tuple[Array, dict[str, slice]]:
+    """One list of entries for several layers, and where each finds its own in it.
+
+    A shorter list that begins a longer one (same seed, smaller n) needs no room of its own.
+    """
+    lists: list[Array] = []
+    for own in sorted(entries.values(), key=len, reverse=True):
+        if not any(np.array_equal(own, other[: len(own)]) for other in lists):
+            lists.append(own)
+    starts = np.cumsum([0, *(len(one) for one in lists)])
+    places = {}
+    for name, own in entries.items():
+        which = next(i for i, one in enumerate(lists) if np.array_equal(own, one[: len(own)]))
+        places[name] = slice(int(starts[which]), int(starts[which]) + len(own))
+    return np.concatenate(lists).astype(np.int64), places
+
+
+def table(groups: Iterable[Group], adapters: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The inputs of a bank: those of each adapter, one above the other, n filled up with zeros.
+
+    Args:
+        groups: of the graph.
+        adapters: per row its feeds by name, at least one.
+    """
+    stacked: dict[str, Array] = {}
+    names = {name for group in groups for name in (group.spectrum, group.entries)}
+    for name in adapters[0]:
+        arrays = [adapter[name] for adapter in adapters]
+        if name in names:
+            axis = 1 if name.startswith(f"{PREFIX}spectrum.") else 0
+            longest = max(array.shape[axis] for array in arrays)
+            arrays = [_filled(array, axis, longest) for array in arrays]
+        stacked[name] = np.stack(arrays)
+    return stacked
+
+
+def _filled(array: Array, axis: int, size: int) -> Array:
+    widths = [(0, size - array.shape[axis]) if i == axis else (0, 0) for i in range(array.ndim)]
+    return np.pad(array, widths)

@@ -1,0 +1,276 @@
+"""From a torch model to the modes whose adapter is an input: swappable, paired, bank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from .. import __version__
+from ..adapt.attach import capture
+from ..adapt.layer import FourierLinear
+from ..adapt.linear import stored_weight, to_array
+from ..adapt.plain import swapped_layers, with_weight
+from ..adapt.tree import active_adapters, adapted_modules, adapter_names, fourier_layers
+from ..bundle.file import Bundle
+from ..bundle.fingerprint import fingerprint
+from ..errors import UsageError
+from ..spectral.delta import Term
+from .bank import write_bank
+from .groups import Interface, Saved, base_feeds, group_layers, spectral_feeds, table
+from .linears import SavedSite, linear_nodes, locate_saved
+from .locate import WeightSite, locate_marks
+from .metadata import describe
+from .modes import BANK, PAIRED, SWAPPABLE
+from .paired import WeightInput, expander, write_paired
+from .rewrite import Written
+from .swappable import write_swappable
+from .trace import Inputs, trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+EXPAND_SUFFIX = ".expand.onnx"
+
+
+def expander_path(path: str | os.PathLike[str]) -> Path:
+    """Where the expander of a paired graph lies: FILE.onnx -> FILE.expand.onnx."""
+    return Path(path).with_suffix(EXPAND_SUFFIX)
+
+
+@dataclass(frozen=True, eq=False)
+class RuntimeGraphs:
+    """What `build_runtime` made.
+
+    Attributes:
+        model: the graph.
+        expander: of mode paired.
+        layers: module paths of the adapted layers.
+        adapters: names of the adapters in it.
+    """
+
+    model: ir.Model
+    expander: ir.Model | None
+    layers: tuple[str, ...]
+    adapters: tuple[str, ...]
+
+
+def runtime_layers(model: nn.Module, mode: str) -> dict[str, FourierLinear]:
+    """The layers that a graph of this mode adapts: in a bank those of every attached adapter.
+
+    Raises:
+        UsageError: several adapters are active, and it is no bank.
+    """
+    names = active_adapters(model)
+    if mode == BANK:
+        names = adapter_names(model)
+    elif len(names) > 1:
+        raise UsageError(
+            f"export in mode {mode}",
+            expected="one active adapter",
+            found=", ".join(names),
+            remedy="activate one: others can be loaded into the same graph; or export a bank",
+        )
+    return {
+        path: layer
+        for path, layer in fourier_layers(model).items()
+        if any(name in layer.adapters for name in names)
+    }
+
+
+def build_runtime(
+    model: nn.Module,
+    example_inputs: Inputs,
+    mode: str,
+    *,
+    defaults: bool = True,
+    bundles: Mapping[str, Bundle] | None = None,
+    base_saved: Mapping[str, Array] | None = None,
+    **tracing: Any,
+) -> RuntimeGraphs:
+    """The graph of `model`, with inputs for an adapter.
+
+    Args:
+        model: with `FourierLinear` layers; as it was afterwards.
+        example_inputs: as in `export_onnx`.
+        mode: "swappable", "paired" or "bank".
+        defaults: the adapter on the model is the inputs' default; else the base is.
+        bundles: as in `export_onnx`.
+        base_saved: what the base has for saved tensors; by default what the model has.
+        tracing: options of `trace`.
+
+    Raises:
+        UsageError, BadInputError: as in `export_onnx`.
+    """
+    layers = runtime_layers(model, mode)
+    names = adapter_names(model) if mode == BANK else active_adapters(model)
+    adapters = {name: capture(model, name) for name in names}
+    base = _base_tensors(model, adapters)
+    base |= {name: array for name, array in (base_saved or {}).items() if name in base}
+    marks = _Marks(layers, base)
+    with marks.on(model):
+        graph = trace(model, example_inputs, **tracing)
+    sites = locate_marks(graph, {path: to_array(mark) for path, mark in marks.layers.items()})
+    saved = locate_saved(graph, {name: to_array(mark) for name, mark in marks.saved.items()})
+    weights = {
+        path: (to_array(stored_weight(layer.linear)), layer.fan_in_fan_out)
+        for path, layer in layers.items()
+    }
+    interface = Interface(
+        group_layers([*adapters.values()]),
+        tuple(Saved(name, array.shape, array.dtype.name) for name, array in base.items()),
+        {path: fingerprint(weight) for path, (weight, _) in weights.items()},
+    )
+    given = [adapter_feeds(interface, bundle, base) for bundle in adapters.values()]
+    nothing = base_feeds(interface.groups) | base
+    first = given[0] if defaults else nothing
+    made: ir.Model | None = None
+    if mode == BANK:
+        put_weights(sites, weights)
+        feeds = table(interface.groups, given if defaults else [nothing])
+        write_bank(graph, _nodes(sites), interface, feeds, saved, base)
+    elif mode == SWAPPABLE:
+        put_weights(sites, weights)
+        write_swappable(graph, _nodes(sites), interface, first, saved, base)
+    elif mode == PAIRED:
+        made = _pair(
+            graph, sites, weights, interface, adapters if defaults else {}, first, saved, base
+        )
+    content = describe(
+        version=__version__,
+        mode=mode,
+        adapters=adapters if defaults else {},
+        sources=bundles or {},
+        written=_written(sites, weights, mode),
+        interface=interface,
+    )
+    for one in (graph, made):
+        if one is not None:
+            one.metadata_props.update(content)
+    return RuntimeGraphs(graph, made, tuple(layers), tuple(adapters))
+
+
+def adapter_feeds(
+    interface: Interface, bundle: Bundle, base: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Everything that a bundle with the graph's names feeds: tensors it lacks are the base's."""
+    return spectral_feeds(interface.groups, bundle) | {
+        saved.name: np.asarray(bundle.saved.get(saved.name, base[saved.name])).astype(saved.dtype)
+        for saved in interface.saved
+    }
+
+
+def put_weights(sites: Sequence[WeightSite], weights: Mapping[str, tuple[Array, bool]]) -> None:
+    """The base weights in place of the marks."""
+    import onnx_ir as ir
+
+    for site in sites:
+        stored = weights[site.layer][0]
+        array = np.ascontiguousarray(stored.T if site.turned else stored)
+        site.value.const_value = ir.tensor(array, name=site.value.name)
+
+
+def _nodes(sites: Sequence[WeightSite]) -> dict[str, list[ir.Node]]:
+    nodes: dict[str, list[ir.Node]] = {}
+    for site in sites:
+        nodes.setdefault(site.layer, []).extend(linear_nodes(site))
+    return nodes
+
+
+def _pair(
+    graph: ir.Model,
+    sites: Sequence[WeightSite],
+    weights: Mapping[str, tuple[Array, bool]],
+    interface: Interface,
+    adapters: Mapping[str, Bundle],
+    defaults: Mapping[str, Array],
+    saved: Sequence[SavedSite],
+    base: Mapping[str, Array],
+) -> ir.Model:
+    terms = {
+        layer: [bundle_term(bundle, layer)]
+        for bundle in adapters.values()
+        for layer in bundle.spectra
+    }
+    inputs: list[WeightInput] = write_paired(
+        graph, sites, weights, interface, terms, defaults, saved, base
+    )
+    return expander(
+        inputs,
+        interface,
+        defaults,
+        opset=graph.opset_imports[""],
+        ir_version=graph.ir_version,
+    )
+
+
+def bundle_term(bundle: Bundle, layer: str) -> Term:
+    """One layer's share of an adapter."""
+    return Term(bundle.spectra[layer], bundle.entries(layer), float(bundle.spec.scaling))
+
+
+def _written(
+    sites: Sequence[WeightSite], weights: Mapping[str, tuple[Array, bool]], mode: str
+) -> Iterator[Written]:
+    for site in sites:
+        name = f"{site.layer}.weight" if mode == PAIRED else str(site.value.name)
+        yield Written(site.layer, name, site.turned != weights[site.layer][1], {})
+
+
+def _base_tensors(model: nn.Module, adapters: Mapping[str, Bundle]) -> dict[str, Array]:
+    """What the base has under the names of the adapters' saved tensors, in natural order."""
+    modules = {path: module.original for path, module in adapted_modules(model).items()}
+    base = {}
+    for name in sorted({name for bundle in adapters.values() for name in bundle.saved}):
+        path, _, leaf = name.rpartition(".")
+        array = to_array(getattr(modules[path], leaf))
+        if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+            base[name] = array
+    return base
+
+
+class _Marks:
+    """Random tensors that stand for the adapted weights and the saved tensors while tracing."""
+
+    def __init__(self, layers: Mapping[str, FourierLinear], base: Mapping[str, Array]) -> None:
+        random = torch.Generator().manual_seed(0)
+        weights = {path: stored_weight(layer.linear) for path, layer in layers.items()}
+        self.layers = {p: torch.randn(w.shape, generator=random).to(w) for p, w in weights.items()}
+        self._random = random
+        self.saved: dict[str, torch.Tensor] = {}
+        self._names = tuple(base)
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, `model` is its base with the marks in it."""
+
+        def stand_in(path: str, layer: FourierLinear) -> nn.Module:
+            mark = self.layers.get(path, stored_weight(layer.linear))
+            return with_weight(layer.linear, mark)
+
+        with swapped_layers(model, stand_in):
+            before: list[tuple[dict[str, Any], str, Any]] = []
+            try:
+                for name in self._names:
+                    path, _, leaf = name.rpartition(".")
+                    module = model.get_submodule(path)
+                    is_parameter = leaf in module._parameters
+                    store: dict[str, Any] = module._parameters if is_parameter else module._buffers
+                    value = store[leaf]
+                    mark = torch.randn(value.shape, generator=self._random).to(value)
+                    before.append((store, leaf, value))
+                    store[leaf] = nn.Parameter(mark, requires_grad=False) if is_parameter else mark
+                    self.saved[name] = mark
+                yield
+            finally:
+                for store, leaf, value in reversed(before):
+                    store[leaf] = value
