@@ -11,12 +11,14 @@ import numpy as np
 
 from ..adapt.active import activate
 from ..adapt.attach import attach
-from ..adapt.tree import fourier_layers
+from ..adapt.linear import to_array
+from ..adapt.saved import own_state
+from ..adapt.tree import adapted_modules, fourier_layers
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from ..merge.check import check
-from ..models.base import open_base
+from ..models.base import Base, open_base
 from ..models.examples import dynamic_axes, example_inputs, output_names
 from ..models.heads import head_labels
 from ..models.load import load_model
@@ -24,6 +26,7 @@ from ..models.task import get_task, infer_task
 from .cache import CachedModel
 from .encoder import EncoderView
 from .export import Progress, export_onnx
+from .modes import BANK, RUNTIME_MODES
 from .report import ExportReport
 from .rewrite import MERGED
 
@@ -47,6 +50,7 @@ def export_pretrained(
     ir_version: int | None = None,
     inline: bool = False,
     external_data: bool | None = None,
+    defaults: bool = True,
     allow_base_mismatch: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -62,7 +66,7 @@ def export_pretrained(
         base: a Hugging Face model directory.
         bundles: one adapter, several that add up, or several by name.
         path: the file to write.
-        mode: "merged" or "unmerged".
+        mode: one of `export_onnx`'s. A bank holds a row per bundle, swappable and paired take one.
         weights: one factor per bundle, by which its change counts; 1 by default.
         task: one of `models.task.TASKS`; by default from the adapter's task type, else from the
             base's architecture.
@@ -70,7 +74,7 @@ def export_pretrained(
             position_ids, outputs present.N.key and .value.
         dtype: name of the torch dtype to export in, weights and computation; None keeps the
             checkpoint's. delta_W is float32 and the sum is rounded once.
-        opset, ir_version, inline, external_data, force, progress: as in `export_onnx`.
+        opset, ir_version, inline, external_data, defaults, force, progress: as in `export_onnx`.
         allow_base_mismatch: accept base weights other than those the adapter was trained on.
 
     Returns:
@@ -88,6 +92,7 @@ def export_pretrained(
         opened,
         [(f"adapter {name}", bundle, 1.0) for name, bundle in named.items()],
         allow_base_mismatch=allow_base_mismatch,
+        thorough=True,
         progress=progress,
     )
     task = task or infer_task(opened.config, _task_type(named))
@@ -108,7 +113,7 @@ def export_pretrained(
     )
     if progress:
         progress("load", 1, 1)
-    attach_all(model, _weighted(named, weights), allow_base_mismatch=True)
+    attach_all(model, _weighted(named, weights), allow_base_mismatch=True, active=mode != BANK)
     traced = _to_trace(model, task, cache)
     report = export_onnx(
         traced.model,
@@ -123,10 +128,12 @@ def export_pretrained(
         inline=inline,
         external_data=external_data,
         bundles=named,
+        defaults=defaults,
+        base_saved=_absent(model, opened, named) if mode in RUNTIME_MODES else None,
         force=force,
         progress=progress,
     )
-    notes = [note for one in checked for note in one.notes]
+    notes = [note for one in checked for note in one.summary()[1]]
     outside = len(fourier_layers(model)) - len(report.layers)
     if outside:
         notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
@@ -156,12 +163,34 @@ def _to_trace(model: nn.Module, task: str, cache: bool) -> _Traced:
 
 
 def attach_all(
-    model: nn.Module, bundles: Mapping[str, Bundle], *, allow_base_mismatch: bool = False
+    model: nn.Module,
+    bundles: Mapping[str, Bundle],
+    *,
+    allow_base_mismatch: bool = False,
+    active: bool = True,
 ) -> None:
-    """Attach every bundle under its name and make all of them active."""
+    """Attach every bundle under its name; make all of them active, or leave the last one so."""
     for name, bundle in bundles.items():
         attach(model, bundle, name, allow_base_mismatch=allow_base_mismatch)
-    activate(model, tuple(bundles))
+    if active:
+        activate(model, tuple(bundles))
+
+
+def _absent(
+    model: nn.Module, base: Base, bundles: Mapping[str, Bundle]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Zeros for saved tensors that the base lacks, as a bare encoder lacks a head.
+
+    What the model has there is random, and must not pass for the base's.
+    """
+    bridge = base.bridge(layer.name for bundle in bundles.values() for layer in bundle.layers)
+    absent = {}
+    for path, module in adapted_modules(model).items():
+        for leaf, tensor in own_state(module.original).items():
+            name = f"{path}.{leaf}"
+            if bridge.to_base(name) not in base.tensors and name not in base.tensors:
+                absent[name] = np.zeros_like(to_array(tensor))
+    return absent
 
 
 def _named(bundles: Bundles) -> dict[str, Bundle]:
