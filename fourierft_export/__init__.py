@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.merge.merge import merge_checkpoint
+    from fourierft_export.onnx_graph.apply import apply_onnx
     from fourierft_export.onnx_graph.export import export_onnx
     from fourierft_export.onnx_graph.pretrained import export_pretrained
     from fourierft_export.proof.validate import validate
@@ -32,6 +33,7 @@ __all__ = [
     "FourierFTConfig",
     "FourierLinear",
     "activate",
+    "apply_onnx",
     "attach",
     "capture",
     "detach",
@@ -52,6 +54,7 @@ _HOMES = {
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
     "activate": "adapt.active",
+    "apply_onnx": "onnx_graph.apply",
     "attach": "adapt.attach",
     "capture": "adapt.attach",
     "detach": "adapt.attach",

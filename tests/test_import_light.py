@@ -119,3 +119,43 @@ def test_merge_without_torch(bundle: Path, stories260k: Path, tmp_path: Path) ->
     run(argv, poisoned=["torch"])
     assert (out / "config.json").is_file()
     assert (out / "model.safetensors").stat().st_size > 1_000_000
+
+
+def test_apply_without_torch(bundle: Path, stories260k: Path, tmp_path: Path) -> None:
+    """Into an existing ONNX file with anonymous weights, which the base's content finds."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from safetensors.numpy import load_file
+
+    from fourierft_export import Bundle
+    from fourierft_export.spectral.delta import reference_delta
+    from fourierft_export.spectral.entries import spectral_entries
+
+    weights = load_file(stories260k / "model.safetensors")
+    layers = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(5) for p in "qv"]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])
+    nodes, tensors, outputs = [], [], []
+    for i, layer in enumerate(layers):
+        weight = np.ascontiguousarray(weights[f"{layer}.weight"].T)
+        tensors.append(numpy_helper.from_array(weight, f"w{i}"))
+        nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
+        size = weight.shape[1]
+        outputs.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["n", size]))
+    graph = helper.make_graph(nodes, "g", [x], outputs, tensors)
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    opset = helper.make_opsetid("", 9)
+    onnx.save(helper.make_model(graph, ir_version=4, opset_imports=[opset]), path)
+    argv = ["apply", "--onnx", str(path), "--bundle", str(bundle), "--mode", "merged"]
+    argv += ["--base", str(stories260k), "-o", str(out), "--json"]
+    stdout, _ = run(argv, poisoned=["torch", "onnxruntime", "transformers"])
+    report = json.loads(stdout)["apply"]
+    assert sorted(report["layers"]) == sorted(layers)
+    got = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
+    loaded = Bundle.load(bundle)
+    for i, layer in enumerate(layers):
+        weight = weights[f"{layer}.weight"]
+        entries = spectral_entries(loaded.spec.entry_seed, weight.shape, 100)
+        delta = reference_delta(loaded.spectra[layer], entries, weight.shape, loaded.spec.scaling)
+        np.testing.assert_allclose(got[f"w{i}"].T, weight + delta, rtol=0, atol=1e-5)
+        assert abs(delta).max() > 1e-3

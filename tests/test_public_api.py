@@ -19,6 +19,7 @@ PUBLIC = [
     "FourierFTConfig",
     "FourierLinear",
     "activate",
+    "apply_onnx",
     "attach",
     "capture",
     "detach",

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import FourierFTError, extra_of
+from .apply import apply
 from .console import emit_error
 from .demo import demo
 from .export import export
@@ -28,12 +29,12 @@ INTERRUPTED = 130
 def verbs() -> None:
     """FourierFT adapters, from PEFT checkpoints to deployable models.
 
-    pack a PEFT adapter into one small file, merge it into its base, export it to ONNX, and prove
-    that all of them agree.
+    pack a PEFT adapter into one small file, merge it into its base, export it to ONNX, apply it to
+    an ONNX file, and prove that all of them agree.
     """
 
 
-for _verb in (demo, pack, unpack, inspect, merge, export, validate):
+for _verb in (demo, pack, unpack, inspect, merge, export, apply, validate):
     verbs.add_command(_verb)
 
 

@@ -177,7 +177,7 @@ class Writer:
         total = self._op("Sum", [start, *deltas], f"{name}.adapted")
         if not exact and weight.dtype is not None:
             total = self._op("Cast", [total], f"{name}.rounded", to=int(weight.dtype))
-        total.dtype, total.shape = weight.dtype, weight.shape
+        total.type, total.shape = weight.type, weight.shape
         for node, index in users:
             node.replace_input_with(index, total)
         terms = {

@@ -68,10 +68,10 @@ def write_model(
         staged = folder / out.name
         ir.save(model, staged, external_data=beside.name if external else None)
         onnx.checker.check_model(str(staged))
-        return _publish(staged, out)
+        return publish_model(staged, out)
 
 
-def _publish(staged: Path, out: Path) -> tuple[Path, ...]:
+def publish_model(staged: Path, out: Path) -> tuple[Path, ...]:
     """Move model and data to their place.
 
     The model goes last, and an old one goes away first: a model never meets another's data.

@@ -70,3 +70,52 @@ def node_list() -> Callable[[onnx.ModelProto], list[tuple[object, ...]]]:
         ]
 
     return nodes
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., Any]:
+    """`make(layers, weights=None, saved=None, n=12, seed=7, scaling=9.0)`: random-normal spectra.
+
+    With `weights` (layer -> (out, in) array) the bundle is bound to them, otherwise unbound.
+    """
+    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.fingerprint import fingerprint
+    from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
+    from fourierft_export.spectral.entries import entries_sha256, spectral_entries
+
+    def make(
+        layers: list[str],
+        weights: dict[str, np.ndarray] | None = None,
+        saved: dict[str, np.ndarray] | None = None,
+        n: int = 12,
+        seed: int = 7,
+        scaling: float = 9.0,
+    ) -> Bundle:
+        rng = np.random.default_rng(seed)
+        specs = []
+        for name in layers:
+            if weights is None:
+                specs.append(LayerSpec(name, n))
+                continue
+            shape = weights[name].shape
+            digest = entries_sha256(spectral_entries(seed, shape, n, "small"))
+            mark = fingerprint(weights[name])
+            specs.append(LayerSpec(name, n, shape, False, "small", digest, mark))
+        spectra = {name: rng.standard_normal(n).astype(np.float32) for name in layers}
+        return Bundle.build(AdapterSpec(seed, scaling, tuple(specs)), spectra, saved)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exact_delta() -> Callable[..., np.ndarray]:
+    """`delta(bundle, layer, shape)`: delta_W in float64, straight from its definition."""
+    from fourierft_export.spectral.delta import reference_delta
+    from fourierft_export.spectral.entries import spectral_entries
+
+    def delta(bundle: Any, layer: str, shape: tuple[int, int]) -> np.ndarray:
+        spectrum = bundle.spectra[layer]
+        entries = spectral_entries(bundle.spec.entry_seed, shape, len(spectrum), "small")
+        return reference_delta(spectrum, entries, shape, bundle.spec.scaling)
+
+    return delta

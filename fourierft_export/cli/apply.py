@@ -1,0 +1,96 @@
+"""apply: existing ONNX + bundles -> ONNX."""
+
+from __future__ import annotations
+
+import click
+
+from .console import Outcome, Progress, size_text, verb
+from .options import (
+    PATH,
+    allow_mismatch_option,
+    base_option,
+    bundles_option,
+    force_option,
+    output_option,
+    read_bundle,
+    weights_option,
+)
+
+
+@verb
+@click.option(
+    "--onnx", "onnx_in", type=PATH, required=True, metavar="IN.onnx", help="The model to adapt."
+)
+@bundles_option
+@weights_option
+@click.option(
+    "--mode",
+    type=click.Choice(["merged", "unmerged"]),
+    required=True,
+    help="merged: delta_W baked into the weights. unmerged: base weights and spectra, which ONNX "
+    "Runtime merges once when it loads the file; beside quantised weights a float branch.",
+)
+@base_option
+@click.option(
+    "--map",
+    "mapped",
+    multiple=True,
+    metavar="LAYER=INITIALIZER",
+    help="Where a layer's weight is, when it is not found; INITIALIZER[START:STOP] for some "
+    "outputs of a packed weight. May be repeated.",
+)
+@output_option("OUT.onnx", "The ONNX file to write.")
+@allow_mismatch_option
+@click.option(
+    "--allow-links", is_flag=True, help="Follow links of external data within the model's folder."
+)
+@force_option
+def apply(
+    progress: Progress,
+    onnx_in: str,
+    bundles: tuple[str, ...],
+    weights: tuple[float, ...],
+    mode: str,
+    base: str | None,
+    mapped: tuple[str, ...],
+    output: str,
+    allow_base_mismatch: bool,
+    allow_links: bool,
+    force: bool,
+) -> Outcome:
+    """Put adapters into an ONNX file that other tools made; PyTorch is not needed."""
+    from ..checkpoint.staging import check_output
+    from ..errors import UsageError
+    from ..onnx_graph.apply import apply_onnx
+
+    if weights and len(weights) != len(bundles):
+        raise UsageError(
+            "--weight", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
+        )
+    wrong = [text for text in mapped if "=" not in text]
+    if wrong:
+        raise UsageError("--map", expected="LAYER=INITIALIZER", found=wrong[0])
+    inputs = (onnx_in, *bundles) if base is None else (onnx_in, base, *bundles)
+    check_output(output, force=force, inputs=inputs)
+    report = apply_onnx(
+        onnx_in,
+        [read_bundle(path) for path in bundles],
+        output,
+        mode=mode,
+        weights=weights or None,
+        base=base,
+        mapping=dict(text.split("=", 1) for text in mapped),
+        allow_base_mismatch=allow_base_mismatch,
+        allow_links=allow_links,
+        force=force,
+        progress=progress,
+    )
+    return Outcome(
+        {"apply": report.to_dict()},
+        [
+            f"{output}: {mode}, opset {report.opset}, {len(report.layers)} layers adapted, "
+            f"{report.nodes} nodes, {size_text(report.bytes)}",
+            f"  inputs: {', '.join(report.inputs)}; outputs: {', '.join(report.outputs)}",
+        ],
+        report.notes,
+    )

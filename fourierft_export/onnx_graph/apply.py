@@ -1,0 +1,162 @@
+"""Bundles into an ONNX file that exists already, without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..bundle.file import Bundle
+from ..checkpoint.staging import check_output
+from ..errors import UsageError
+from ..models.base import open_base
+from .dense import put_saved
+from .edits import Edits, Progress
+from .find import Finder
+from .fit import bound_to, judge, wanted_layers
+from .metadata import KEY, describe
+from .report import ExportReport
+from .rewrite import MERGED, UNMERGED
+from .several import Bundles, named_bundles, weighted
+from .sites import Job, feed_sites, merge_sites
+from .source import Source, open_onnx
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+APPLY_MODES = (MERGED, UNMERGED)
+MIN_OPSET = {UNMERGED: 13}
+
+
+def apply_onnx(
+    onnx_in: str | os.PathLike[str],
+    bundles: Bundles,
+    onnx_out: str | os.PathLike[str],
+    *,
+    mode: str = MERGED,
+    weights: Sequence[float] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    mapping: Mapping[str, str] | None = None,
+    allow_base_mismatch: bool = False,
+    allow_links: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Put adapters into an ONNX file that other tools made; several add up.
+
+    Each layer's weight is found by its name, by the scope or name of the node that uses it, by the
+    bias beside it, or by its content, which a bound bundle (or `base`) tells; never by shape alone.
+    A weight that other nodes use too is changed for the adapter's layers only. Weights in external
+    data stay on disk: memory holds one at a time.
+
+    Args:
+        onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer).
+        bundles: one adapter, several that add up, or several by name.
+        onnx_out: the file to write; external data goes to `onnx_out` + ".data".
+        mode: "merged" or "unmerged", as in `export_onnx`.
+        weights: one factor per bundle, by which its change counts; 1 by default.
+        base: the checkpoint that the graph was made from: binds unbound bundles, and finds
+            weights by content.
+        mapping: layer -> initializer, or `initializer[start:stop]` (outputs) in a packed weight,
+            for layers that are not found otherwise.
+        allow_base_mismatch: accept weights other than those the adapter was trained on.
+        allow_links: follow links of external data that end inside the model's folder.
+        force: replace an existing output.
+        progress: called with (what, done, total).
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError: unknown mode or mapping, an output that exists, an opset too old for the mode.
+        BadInputError: not an ONNX model, external data that must not be read, or weights that
+            overflow their dtype.
+        BaseMismatchError: layers that are not found, have another shape, or hold another weight
+            than the adapter's: all of them listed, with the candidates.
+        FileAccessError: a file is missing, or the output cannot be written.
+    """
+    named = named_bundles(bundles)
+    _check_arguments(mode, named, mapping or {})
+    inputs = (onnx_in,) if base is None else (onnx_in, base)
+    check_output(onnx_out, force=force, inputs=inputs)
+    source = open_onnx(onnx_in, allow_links=allow_links)
+    _check_source(source, mode)
+    opened = None if base is None else open_base(base)
+    bound = {
+        name: bundle if opened is None or bundle.is_bound else bundle.bind(opened)
+        for name, bundle in named.items()
+    }
+    if progress:
+        progress("find weights", 0, 1)
+    finder = Finder(source)
+    found = finder.find(wanted_layers(bound, opened), mapping or {})
+    notes = judge(source, found, allow_base_mismatch)
+    bound = {name: bound_to(bundle, found.sites) for name, bundle in bound.items()}
+    edits = Edits(source)
+    put_saved(finder, edits, found.bridge, bound)
+    job = Job(source, edits, weighted(bound, weights), found.sites)
+    written = (merge_sites if mode == MERGED else feed_sites)(job)
+    source.model.metadata_props.update(
+        describe(
+            version=__version__, mode=mode, adapters=job.bundles, sources=named, written=written
+        )
+    )
+    files = edits.write(onnx_out, force=force, progress=progress)
+    return ExportReport(
+        path=str(files[0]),
+        data=str(files[1]) if len(files) > 1 else None,
+        bytes=sum(file.stat().st_size for file in files),
+        mode=mode,
+        opset=source.opset,
+        nodes=len(source.model.graph),
+        inputs=_shapes(source.model, source.model.graph.inputs),
+        outputs=_shapes(source.model, source.model.graph.outputs),
+        layers=tuple(found.sites),
+        adapters=tuple(named),
+        notes=notes,
+    )
+
+
+def _check_arguments(mode: str, bundles: Mapping[str, Bundle], mapping: Mapping[str, str]) -> None:
+    if mode not in APPLY_MODES:
+        raise UsageError("apply mode", expected=" or ".join(APPLY_MODES), found=repr(mode))
+    layers = {layer.name for bundle in bundles.values() for layer in bundle.layers}
+    unknown = sorted(mapping.keys() - layers)
+    if unknown:
+        raise UsageError(
+            "mapping",
+            expected="layers of the adapter",
+            found=", ".join(unknown[:3]),
+            remedy="see the adapter's layers with: fourierft-export inspect BUNDLE",
+        )
+
+
+def _check_source(source: Source, mode: str) -> None:
+    needed = MIN_OPSET.get(mode, 0)
+    if source.opset < needed:
+        raise UsageError(
+            source.path,
+            expected=f"opset {needed} or newer for mode {mode}",
+            found=f"opset {source.opset}",
+            remedy="use --mode merged, or convert the model with onnx.version_converter first",
+        )
+    if (
+        KEY in source.model.metadata_props
+        and '"mode":"merged"' not in (source.model.metadata_props[KEY])
+    ):
+        raise UsageError(
+            source.path,
+            expected="a model without adapters of its own",
+            found="one that holds some, unmerged",
+            remedy="apply all bundles together to the base's model",
+        )
+
+
+def _shapes(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
+    """Name -> shape of inputs (defaults aside) or outputs."""
+    return {
+        str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
+        for value in values
+        if value.name not in model.graph.initializers
+    }

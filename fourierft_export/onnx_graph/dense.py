@@ -1,0 +1,137 @@
+"""An adapter's dense tensors (heads, biases) in a graph that somebody else made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..bundle.file import Bundle
+from ..errors import BadInputError, BaseMismatchError, UsageError
+from ..models.base import Bridge
+from .consumers import belongs, bias_of, same_path
+from .edits import Edits
+from .find import Finder, Wanted
+from .source import Array, constant_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a dense tensor goes.
+
+    Attributes:
+        value: the constant.
+        uses: its consumers that shall see the new content.
+        turned: the graph holds the transpose.
+    """
+
+    value: ir.Value
+    uses: tuple[tuple[ir.Node, int], ...]
+    turned: bool = False
+
+
+def put_saved(
+    finder: Finder, edits: Edits, bridge: Bridge, bundles: Mapping[str, Bundle]
+) -> dict[str, tuple[str, bool]]:
+    """Replace the graph's heads and biases by the bundles' own.
+
+    Args:
+        finder: of the graph.
+        edits: of the same graph.
+        bridge: from the adapter's paths to the graph's.
+        bundles: adapter name -> bundle.
+
+    Returns:
+        Tensor name -> (initializer, whether it holds the transpose).
+
+    Raises:
+        BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
+        UsageError: two bundles set one tensor to different values.
+        BadInputError: a value that the graph's dtype cannot hold.
+    """
+    wanted: dict[str, Array] = {}
+    for name, bundle in bundles.items():
+        for key, array in bundle.saved.items():
+            if key in wanted and wanted[key].tobytes() != array.tobytes():
+                raise UsageError(
+                    key,
+                    expected="one value",
+                    found=f"another in adapter {name}",
+                    remedy="apply adapters with heads of their own one at a time",
+                )
+            wanted[key] = array
+    places: dict[str, Place] = {}
+    offenders = []
+    for key, array in wanted.items():
+        place = _find(finder, bridge.to_base(key), array.shape)
+        if isinstance(place, str):
+            offenders.append(f"{key}: {place}")
+        else:
+            places[key] = place
+    if offenders:
+        raise BaseMismatchError(
+            finder.source.path,
+            expected="a graph with the heads and biases of the adapter",
+            found=f"{len(offenders)} of {len(wanted)} tensors that it does not have so",
+            remedy="export the base with its head from PyTorch, or use an adapter without one",
+            offenders=offenders,
+        )
+    done = {}
+    for key, place in places.items():
+        value = edits.own(place.value, place.uses)
+        content = _cast(wanted[key].T if place.turned else wanted[key], value, key)
+        edits.put(value, lambda content=content: content)  # type: ignore[misc]
+        done[key] = str(value.name), place.turned
+    return done
+
+
+def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:
+    """Where a tensor of this name (in the graph's language) is, or why nowhere."""
+    module, _, kind = name.rpartition(".")
+    if kind == "weight" and len(shape) == 2:
+        result = finder.by_path(Wanted(module, (shape[0], shape[1])), Bridge())
+        if isinstance(result, str):
+            return result
+        if result:
+            site = result[0]
+            uses = tuple((use.node, use.index) for use in site.uses)
+            # Whoever asks for an embedding by its name means the table itself.
+            everyone = uses if uses else tuple(site.candidate.value.uses())
+            return Place(site.candidate.value, everyone, site.in_out)
+    graph = finder.source.model.graph
+    value = graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        linear = finder.linear_at(same_path(module)) if kind == "bias" else None
+        bias = bias_of(linear) if linear is not None else None
+        found = bias[0].inputs[bias[1]] if bias else None
+        if bias is None or found is None or constant_of(found) is None:
+            return "no such tensor in the graph"
+        return _fitting(Place(found, (bias,)), shape)
+    mine = tuple((node, index) for node, index in value.uses() if belongs(node, module))
+    return _fitting(Place(value, mine or tuple(value.uses())), shape)
+
+
+def _fitting(place: Place, shape: tuple[int, ...]) -> Place | str:
+    tensor = constant_of(place.value)
+    found = tuple(int(size) for size in tensor.shape.numpy()) if tensor else ()
+    if found != shape:
+        return f"shape {list(shape)} expected, the graph's {place.value.name} has {list(found)}"
+    if tensor is None or tensor.dtype.name not in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"):
+        return f"the graph's {place.value.name} is quantised"
+    return place
+
+
+def _cast(array: Array, value: ir.Value, name: str) -> Array:
+    tensor = constant_of(value)
+    if tensor is None:
+        raise ValueError(f"{value.name} is no constant")
+    with np.errstate(over="ignore"):
+        cast = array.astype(tensor.dtype.numpy())
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise BadInputError(name, expected=f"values that {cast.dtype} holds", found="larger ones")
+    return cast

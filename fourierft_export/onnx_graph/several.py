@@ -1,0 +1,48 @@
+"""One adapter, several in a row or several by name: always a mapping from name to bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..bundle.file import Bundle
+from ..errors import UsageError
+
+Bundles = Bundle | Sequence[Bundle] | Mapping[str, Bundle]
+
+
+def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
+    """The bundles by name: "default" for one, "adapter_0", "adapter_1", ... for several.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if isinstance(bundles, Bundle):
+        return {"default": bundles}
+    if isinstance(bundles, Mapping):
+        named = dict(bundles)
+    elif len(bundles) == 1:
+        named = {"default": bundles[0]}
+    else:
+        named = {f"adapter_{i}": bundle for i, bundle in enumerate(bundles)}
+    if not named:
+        raise UsageError("bundles", expected="at least one", found="none")
+    return named
+
+
+def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float] | None) -> dict[str, Bundle]:
+    """The bundles with their scaling times their weight: delta_W is linear in it.
+
+    Raises:
+        UsageError: another number of weights than of bundles.
+    """
+    if weights is None:
+        return dict(bundles)
+    if len(weights) != len(bundles):
+        raise UsageError(
+            "weights", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
+        )
+    return {
+        name: replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
+        for (name, bundle), weight in zip(bundles.items(), weights, strict=True)
+    }

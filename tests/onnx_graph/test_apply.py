@@ -1,0 +1,369 @@
+"""Bundles into ONNX files that exist already, against W + delta_W computed in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
+from fourierft_export.onnx_graph.apply import apply_onnx
+
+MODES = ("merged", "unmerged")
+EXPORTERS = ("torchscript", "dynamo", "dynamo-unoptimised")
+
+Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.k = nn.Linear(8, 8, bias=False)
+        self.ff = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ff(self.q(x) + self.k(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+LAYERS = ["blocks.0.q", "blocks.1.k", "blocks.0.ff.0", "blocks.1.ff.2", "head"]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+@pytest.fixture(scope="module")
+def exports(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model by every exporter."""
+    folder = tmp_path_factory.mktemp("exports")
+    options: dict[str, dict[str, Any]] = {
+        "torchscript": {"dynamo": False, "dynamic_axes": {"x": {0: "batch"}}},
+        "dynamo": {"dynamo": True, "dynamic_shapes": {"x": {0: "batch"}}},
+        "dynamo-unoptimised": {"dynamo": True, "optimize": False},
+    }
+    for name, fields in options.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (torch.zeros(2, 5, 8),),
+                folder / f"{name}.onnx",
+                input_names=["x"],
+                output_names=["y"],
+                verbose=False,
+                external_data=False,
+                **fields,
+            )
+    return {name: folder / f"{name}.onnx" for name in options}
+
+
+def weights_of(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: model.get_submodule(name).weight.detach().numpy() for name in LAYERS}
+
+
+def exact(model: nn.Module, bundle: Any, delta: Any, x: np.ndarray) -> np.ndarray:
+    """The model with W + delta_W, all in float64."""
+    changed = copy.deepcopy(model).double()
+    for name in bundle.spectra:
+        weight = changed.get_submodule(name).weight
+        weight.data += torch.from_numpy(delta(bundle, name, tuple(weight.shape)))
+    for name, value in bundle.saved.items():
+        changed.get_parameter(name).data = torch.tensor(value).double()
+    return changed(torch.from_numpy(x).double()).detach().numpy()
+
+
+@pytest.fixture(scope="module")
+def x() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((2, 5, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_every_exporters_file(
+    exporter: str,
+    mode: str,
+    exports: dict[str, Path],
+    model: nn.Module,
+    make_bundle: Any,
+    exact_delta: Any,
+    x: np.ndarray,
+    tmp_path: Path,
+    run: Run,
+    node_list: Any,
+) -> None:
+    bundle = make_bundle(LAYERS)
+    out = tmp_path / "out.onnx"
+    report = apply_onnx(exports[exporter], bundle, out, mode=mode)
+    got, base = (run(path, {"x": x})["y"] for path in (out, exports[exporter]))
+    np.testing.assert_allclose(got, exact(model, bundle, exact_delta, x), rtol=0, atol=1e-6)
+    assert np.abs(got - base).max() > 0.1
+    assert set(report.layers) == set(LAYERS)
+    assert any("no check was possible" in note for note in report.notes)
+    if mode == "merged":
+        assert node_list(onnx.load(out)) == node_list(onnx.load(exports[exporter]))
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_heads_and_biases_go_in(
+    exporter: str,
+    exports: dict[str, Path],
+    model: nn.Module,
+    make_bundle: Any,
+    exact_delta: Any,
+    x: np.ndarray,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    rng = np.random.default_rng(3)
+    saved = {
+        "head.weight": rng.standard_normal((3, 8)).astype(np.float32),
+        "head.bias": rng.standard_normal(3).astype(np.float32),
+        "blocks.1.q.weight": rng.standard_normal((8, 8)).astype(np.float32),
+        "blocks.1.ff.2.bias": rng.standard_normal(8).astype(np.float32),
+    }
+    bundle = make_bundle(["blocks.0.q"], weights_of(model), saved)
+    out = tmp_path / "out.onnx"
+    report = apply_onnx(exports[exporter], bundle, out)
+    got = run(out, {"x": x})["y"]
+    np.testing.assert_allclose(got, exact(model, bundle, exact_delta, x), rtol=0, atol=1e-5)
+    assert report.notes == ()
+    absent = make_bundle(["blocks.0.q"], saved={"classifier.weight": np.ones((2, 8), np.float32)})
+    with pytest.raises(BaseMismatchError, match="head") as caught:
+        apply_onnx(exports[exporter], absent, tmp_path / "absent.onnx")
+    assert "classifier.weight: no such tensor in the graph" in caught.value.offenders
+    other = make_bundle(["blocks.0.q"], saved={"head.weight": np.ones((2, 8), np.float32)})
+    with pytest.raises(BaseMismatchError, match="head") as caught:
+        apply_onnx(exports[exporter], other, tmp_path / "other.onnx")
+    assert "shape [2, 8] expected" in caught.value.offenders[0]
+    assert not (tmp_path / "other.onnx").exists()
+
+
+def test_several_bundles_with_weights_add_up(
+    exports: dict[str, Path],
+    model: nn.Module,
+    make_bundle: Any,
+    exact_delta: Any,
+    x: np.ndarray,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    one, two = make_bundle(LAYERS[:3]), make_bundle(LAYERS[1:4], seed=11, n=20)
+    changed = copy.deepcopy(model).double()
+    for bundle, factor in ((one, 0.5), (two, -2.0)):
+        for name in bundle.spectra:
+            weight = changed.get_submodule(name).weight
+            weight.data += factor * torch.from_numpy(exact_delta(bundle, name, weight.shape))
+    want = changed(torch.from_numpy(x).double()).detach().numpy()
+    for mode in MODES:
+        out = tmp_path / f"{mode}.onnx"
+        apply_onnx(exports["dynamo"], {"a": one, "b": two}, out, mode=mode, weights=[0.5, -2.0])
+        np.testing.assert_allclose(run(out, {"x": x})["y"], want, rtol=0, atol=2e-6)
+        text = {p.key: p.value for p in onnx.load(out).metadata_props}["fourierft_export"]
+        assert [a["scaling"] for a in json.loads(text)["adapters"].values()] == [4.5, -18.0]
+
+
+def test_prefixes_are_bridged(
+    exports: dict[str, Path], make_bundle: Any, tmp_path: Path, run: Run, x: np.ndarray
+) -> None:
+    plain, prefixed = make_bundle(LAYERS), make_bundle([f"encoder.{name}" for name in LAYERS])
+    outputs = []
+    for bundle in (plain, prefixed):
+        out = tmp_path / f"{len(outputs)}.onnx"
+        apply_onnx(exports["torchscript"], bundle, out)
+        outputs.append(run(out, {"x": x})["y"])
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_another_base_is_refused_by_content_not_by_shape(
+    exports: dict[str, Path], model: nn.Module, make_bundle: Any, tmp_path: Path
+) -> None:
+    weights = weights_of(model)
+    weights["blocks.0.q"] = weights["blocks.0.q"] + np.float32(0.5)
+    out = tmp_path / "out.onnx"
+    bundle = make_bundle(LAYERS, weights)
+    with pytest.raises(BaseMismatchError, match="allow-base-mismatch") as caught:
+        apply_onnx(exports["dynamo"], bundle, out)
+    assert len(caught.value.offenders) == 1
+    assert caught.value.offenders[0].startswith("blocks.0.q: val_")
+    assert not out.exists()
+    report = apply_onnx(exports["dynamo"], bundle, out, allow_base_mismatch=True)
+    assert any("as allowed" in note for note in report.notes)
+    shapes = weights_of(model) | {"head": np.zeros((4, 8), np.float32)}
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(
+            exports["dynamo"],
+            make_bundle(LAYERS, shapes),
+            tmp_path / "shape.onnx",
+            allow_base_mismatch=True,
+        )
+    assert caught.value.offenders[0].startswith("head: shape [4, 8] expected")
+
+
+def test_mistakes_leave_nothing(exports: dict[str, Path], make_bundle: Any, tmp_path: Path) -> None:
+    out, bundle, source = tmp_path / "out.onnx", make_bundle(LAYERS), exports["dynamo"]
+    with pytest.raises(UsageError, match="apply mode"):
+        apply_onnx(source, bundle, out, mode="melted")
+    with pytest.raises(UsageError, match="mapping"):
+        apply_onnx(source, bundle, out, mapping={"no.such": "val_0"})
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(source, bundle, out, mapping={"head": "no_such"})
+    assert "head: --map names no_such" in caught.value.offenders[0]
+    with pytest.raises(UsageError, match="at least one"):
+        apply_onnx(source, [], out)
+    with pytest.raises(UsageError, match="apart from the inputs"):
+        apply_onnx(source, bundle, source, force=True)
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(source, make_bundle(["head"], n=25), out)
+    assert "n_frequency 25 above the size of [3, 8]" in caught.value.offenders[0]
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(BadInputError, match="an ONNX model"):
+        apply_onnx(tmp_path / "text.onnx", bundle, out)
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(BadInputError, match="an ONNX model"):
+        apply_onnx(tmp_path / "empty.onnx", bundle, out)
+    apply_onnx(source, bundle, out, mode="unmerged")
+    with pytest.raises(UsageError, match="without adapters of its own"):
+        apply_onnx(out, bundle, tmp_path / "twice.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.onnx", "out.onnx", "text.onnx"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_16_bit_weights(
+    mode: str, dtype: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, folded: Any
+) -> None:
+    kind = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[dtype]
+    numpy_type = helper.tensor_dtype_to_np_dtype(kind)
+    full = np.random.default_rng(2).standard_normal((6, 10)).astype(np.float32)
+    weight = full.astype(numpy_type)
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    nodes = [helper.make_node("MatMul", ["x", "lin.weight"], ["y"], "/lin/MatMul")]
+    io = [helper.make_tensor_value_info(n, kind, [2, s]) for n, s in (("x", 10), ("y", 6))]
+    tensor = numpy_helper.from_array(np.ascontiguousarray(weight.T), "lin.weight")
+    graph = helper.make_graph(nodes, "g", io[:1], io[1:], [tensor])
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
+    bundle = make_bundle(["lin"], {"lin": full})
+    report = apply_onnx(path, bundle, out, mode=mode)
+    assert any("another precision" in note for note in report.notes)
+    want = weight.astype(np.float64) + exact_delta(bundle, "lin", (6, 10))
+    constants = onnx.load(out).graph.initializer if mode == "merged" else []
+    if mode == "unmerged" and dtype == "float16":
+        constants = folded(out).graph.initializer
+    elif mode == "unmerged":  # ONNX Runtime's CPU has no bfloat16 MatMul
+        names = {t.name: t for t in onnx.load(out).graph.initializer}
+        assert numpy_helper.to_array(names["lin.weight"]).tobytes() == weight.T.tobytes()
+        onnx.checker.check_model(onnx.load(out), full_check=True)
+        return
+    (got,) = (numpy_helper.to_array(t) for t in constants if list(t.dims) == [10, 6])
+    step = np.finfo(np.float16).eps if dtype == "float16" else 2.0**-7
+    error = np.abs(got.T.astype(np.float64) - want)
+    assert (error <= 0.5 * step * np.maximum(np.abs(want), 2.0**-14) * 1.0001 + 1e-6).all()
+
+
+def test_overflow_names_the_tensor(make_bundle: Any, tmp_path: Path) -> None:
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    linear_file(path, np.zeros((6, 10), np.float16))
+    with pytest.raises(BadInputError, match=r"weight lin\.weight.*overflow"):
+        apply_onnx(path, make_bundle(["lin"], scaling=1e7), out)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+OPSET = helper.make_opsetid("", 18)
+
+
+def linear_file(path: Path, weight: np.ndarray) -> None:
+    """One Gemm with transB=1 over `lin.weight` (out, in)."""
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    node = helper.make_node("Gemm", ["x", "lin.weight"], ["y"], transB=1)
+    rows, columns = weight.shape
+    io = [helper.make_tensor_value_info(n, kind, [2, s]) for n, s in (("x", columns), ("y", rows))]
+    tensor = numpy_helper.from_array(weight, "lin.weight")
+    graph = helper.make_graph([node], "g", io[:1], io[1:], [tensor])
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
+
+
+@pytest.mark.parametrize("layout", ["one file", "a file per tensor", "offsets"])
+@pytest.mark.parametrize("mode", MODES)
+def test_external_data(
+    mode: str,
+    layout: str,
+    exports: dict[str, Path],
+    make_bundle: Any,
+    x: np.ndarray,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """The same numbers as from the file with everything in it; untouched weights are copied."""
+    path, out, plain = (tmp_path / name for name in ("in.onnx", "out.onnx", "plain.onnx"))
+    source = onnx.load(exports["torchscript"])
+    onnx.save_model(
+        source,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=layout != "a file per tensor",
+        location="weights" if layout == "one file" else None,
+        size_threshold=100 if layout == "offsets" else 0,
+    )
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    bundle = make_bundle(LAYERS)
+    apply_onnx(exports["torchscript"], bundle, plain, mode=mode)
+    report = apply_onnx(path, bundle, out, mode=mode)
+    assert report.data == str(tmp_path / "out.onnx.data")
+    assert report.bytes == sum(Path(p).stat().st_size for p in (out, report.data))
+    a, b = (onnx.load(p) for p in (plain, out))
+    constants = [{t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in (a, b)]
+    assert constants[0].keys() == constants[1].keys()
+    assert all((constants[0][k] == constants[1][k]).all() for k in constants[0])
+    np.testing.assert_array_equal(run(out, {"x": x})["y"], run(plain, {"x": x})["y"])
+    assert {k: (tmp_path / k).read_bytes() for k in before} == before
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_a_file_that_shrinks_is_an_error(
+    exports: dict[str, Path], make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fourierft_export.onnx_graph import apply
+
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save_model(
+        onnx.load(exports["torchscript"]),
+        path,
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=0,
+    )
+    put_saved = apply.put_saved
+
+    def shrink(*arguments: Any) -> Any:
+        (tmp_path / "weights").write_bytes(b"")
+        return put_saved(*arguments)
+
+    monkeypatch.setattr(apply, "put_saved", shrink)
+    with pytest.raises(BadInputError, match="weights"):
+        apply_onnx(path, make_bundle(LAYERS), out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "weights"]
