@@ -11,10 +11,10 @@ from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from ..models.base import open_base
+from .belonging import bound_to, judge, wanted_layers
 from .dense import put_saved
 from .edits import Edits, Progress
 from .find import Finder
-from .fit import bound_to, judge, wanted_layers
 from .metadata import KEY, describe
 from .report import ExportReport
 from .rewrite import MERGED, UNMERGED

@@ -1,4 +1,4 @@
-"""Do the adapters belong to a graph? What is looked for, what was found, bundles bound by it."""
+"""What a bundle or an .onnx_adapter file feeds a graph, checked against the graph."""
 
 from __future__ import annotations
 

@@ -1,0 +1,355 @@
+"""Weights in graphs that others made: layouts, packed, tied and shared weights, ambiguity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fourierft_export.errors import BaseMismatchError
+from fourierft_export.onnx_graph.apply import apply_onnx
+from fourierft_export.onnx_graph.consumers import scope_of_name
+
+MODES = ("merged", "unmerged")
+RNG = np.random.default_rng(0)
+A, B, C = (RNG.standard_normal((8, 8)).astype(np.float32) for _ in range(3))
+WIDE = RNG.standard_normal((12, 8)).astype(np.float32)
+X = RNG.standard_normal((3, 8)).astype(np.float32)
+
+Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+Array = np.ndarray
+
+
+def save(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    constants: dict[str, Array],
+    outputs: dict[str, Sequence[int]],
+    functions: Sequence[onnx.FunctionProto] = (),
+    opset: int = 18,
+    ir_version: int = 8,
+) -> Path:
+    """A model of one float input x [3, 8]."""
+    io = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+        for name, shape in {"x": [3, 8], **outputs}.items()
+    ]
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in constants.items()]
+    graph = helper.make_graph(list(nodes), "g", io[:1], io[1:], tensors)
+    opsets = [helper.make_opsetid("", opset)]
+    opsets += [helper.make_opsetid("local", 1)] if functions else []
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=ir_version, functions=list(functions)
+    )
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+node = helper.make_node
+
+
+class Case:
+    """A way to hold weights: the file, and what each output is as a function of the weights."""
+
+    def __init__(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        constants: dict[str, Array],
+        want: Callable[[dict[str, Array]], dict[str, Array]],
+        layers: dict[str, Array],
+        functions: Sequence[onnx.FunctionProto] = (),
+    ) -> None:
+        self.nodes, self.constants, self.want = nodes, constants, want
+        self.layers, self.functions = layers, functions
+
+
+def one(w: dict[str, Array]) -> dict[str, Array]:
+    return {"y": X @ w["a"].T}
+
+
+def subgraph(weight_inside: bool) -> list[onnx.NodeProto]:
+    """If(true) whose branches multiply by `w`, an initializer within or without."""
+    inner = [numpy_helper.from_array(np.ascontiguousarray(A.T), "w")] if weight_inside else []
+    out = [helper.make_tensor_value_info("z", TensorProto.FLOAT, [3, 8])]
+    then = helper.make_graph([node("MatMul", ["x", "w"], ["z"], "/a/MatMul")], "t", [], out, inner)
+    otherwise = helper.make_graph([node("Identity", ["x"], ["z"])], "e", [], out)
+    yes = numpy_helper.from_array(np.array(True), "yes")
+    return [
+        node("Constant", [], ["c"], value=yes),
+        node("If", ["c"], ["y"], then_branch=then, else_branch=otherwise),
+    ]
+
+
+LINEAR = helper.make_function(
+    "local",
+    "Linear",
+    ["u", "k"],
+    ["v"],
+    [node("Transpose", ["k"], ["t"], perm=[1, 0]), node("MatMul", ["u", "t"], ["v"])],
+    [helper.make_opsetid("", 18)],
+)
+
+CASES = {
+    "Gemm transB=1": Case(
+        [node("Gemm", ["x", "a.weight"], ["y"], transB=1)], {"a.weight": A}, one, {"a": A}
+    ),
+    "Gemm transB=0": Case(
+        [node("Gemm", ["x", "a.weight"], ["y"])], {"a.weight": A.T}, one, {"a": A}
+    ),
+    "MatMul": Case([node("MatMul", ["x", "a.weight"], ["y"])], {"a.weight": A.T}, one, {"a": A}),
+    "genai's names": Case(
+        [node("MatMul", ["x", "model.layers.0.attn.q_proj.MatMul.weight"], ["y"])],
+        {"model.layers.0.attn.q_proj.MatMul.weight": A.T},
+        lambda w: {"y": X @ w["model.layers.0.self_attn.q_proj"].T},
+        {"model.layers.0.self_attn.q_proj": A},
+    ),
+    "Transpose": Case(
+        [node("Transpose", ["a.weight"], ["t"], perm=[1, 0]), node("MatMul", ["x", "t"], ["y"])],
+        {"a.weight": A},
+        one,
+        {"a": A},
+    ),
+    "weight first": Case(
+        [
+            node("Transpose", ["x"], ["t"], perm=[1, 0]),
+            node("MatMul", ["a.weight", "t"], ["u"]),
+            node("Transpose", ["u"], ["y"], perm=[1, 0]),
+        ],
+        {"a.weight": A},
+        one,
+        {"a": A},
+    ),
+    "Cast": Case(
+        [node("Cast", ["w"], ["t"], to=1), node("MatMul", ["x", "t"], ["y"], "/a/MatMul")],
+        {"w": A.T.astype(np.float16)},
+        one,
+        {"a": A.astype(np.float16)},
+    ),
+    "bias": Case(
+        [node("MatMul", ["x", "w"], ["m"]), node("Add", ["a.bias", "m"], ["y"])],
+        {"w": A.T, "a.bias": np.zeros(8, np.float32)},
+        one,
+        {"a": A},
+    ),
+    "tied with an embedding": Case(
+        [
+            node("Constant", [], ["ids"], value_ints=[2, 0]),
+            node("Gather", ["embed.weight", "ids"], ["e"]),
+            node("Transpose", ["embed.weight"], ["t"], perm=[1, 0]),
+            node("MatMul", ["x", "t"], ["y"], "/lm_head/MatMul"),
+        ],
+        {"embed.weight": A},
+        lambda w: {"y": X @ w["lm_head"].T, "e": A[[2, 0]]},
+        {"lm_head": A},
+    ),
+    "shared by two layers": Case(
+        [
+            node("MatMul", ["x", "w"], ["y"], "/a/MatMul"),
+            node("MatMul", ["x", "w"], ["z"], "/b/MatMul"),
+        ],
+        {"w": A.T},
+        lambda w: {"y": X @ w["a"].T, "z": X @ A.T},
+        {"a": A},
+    ),
+    "shared by two adapted layers": Case(
+        [
+            node("MatMul", ["x", "w"], ["y"], "/a/MatMul"),
+            node("MatMul", ["x", "w"], ["z"], "/b/MatMul"),
+        ],
+        {"w": A.T},
+        lambda w: {"y": X @ w["a"].T, "z": X @ w["b"].T},
+        {"a": A, "b": A},
+    ),
+    "one layer, two copies of its weight": Case(
+        [
+            node("MatMul", ["x", "v"], ["y"], "/a/MatMul"),
+            node("MatMul", ["x", "w"], ["z"], "/a/MatMul_1"),
+        ],
+        {"v": A.T, "w": A.T},
+        lambda w: {"y": X @ w["a"].T, "z": X @ w["a"].T},
+        {"a": A},
+    ),
+    "packed, by content": Case(
+        [node("MatMul", ["x", "qkv"], ["y"])],
+        {"qkv": np.concatenate([WIDE, A, B]).T},
+        lambda w: {"y": X @ np.concatenate([w["q"], A, w["v"]]).T},
+        {"q": WIDE, "v": B},
+    ),
+    "packed, (out, in)": Case(
+        [node("Gemm", ["x", "qkv"], ["y"], transB=1)],
+        {"qkv": np.concatenate([A, B, C])},
+        lambda w: {"y": X @ np.concatenate([w["q"], w["k"], C]).T},
+        {"q": A, "k": B},
+    ),
+    "anonymous, by content": Case(
+        [node("MatMul", ["x", "w"], ["y"]), node("MatMul", ["x", "v"], ["z"])],
+        {"v": A.T, "w": B.T},
+        lambda w: {"y": X @ B.T, "z": X @ w["a"].T},
+        {"a": A},
+    ),
+    "a Constant node": Case(
+        [
+            node("Constant", [], ["w"], value=numpy_helper.from_array(np.ascontiguousarray(A.T))),
+            node("MatMul", ["x", "w"], ["y"], "/a/MatMul"),
+        ],
+        {},
+        one,
+        {"a": A},
+    ),
+    "used in a subgraph": Case(subgraph(False), {"w": A.T}, one, {"a": A}),
+    "held in a subgraph": Case(subgraph(True), {}, one, {"a": A}),
+    "used in a function": Case(
+        [node("Linear", ["x", "a.weight"], ["y"], domain="local")],
+        {"a.weight": A},
+        one,
+        {"a": A},
+        [LINEAR],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_to_hold_a_weight(
+    name: str, mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    case = CASES[name]
+    base = {key: value.astype(np.float64) for key, value in case.layers.items()}
+    plain = case.want(base)
+    outputs = {key: value.shape for key, value in plain.items()}
+    path = save(tmp_path / "in.onnx", case.nodes, case.constants, outputs, case.functions)
+    bundle = make_bundle(list(case.layers), case.layers)
+    out = tmp_path / "out.onnx"
+    report = apply_onnx(path, bundle, out, mode=mode)
+    changed = {key: w + exact_delta(bundle, key, w.shape) for key, w in base.items()}
+    got, before = (run(file, {"x": X}) for file in (out, path))
+    half = any(a.dtype == np.float16 for a in case.layers.values())
+    for key, want in case.want(changed).items():
+        np.testing.assert_allclose(got[key], want, rtol=0, atol=2e-2 if half else 1e-5)
+    assert any(np.abs(got[key] - before[key]).max() > 0.1 for key in got)
+    told = [note for note in report.notes if "used elsewhere" in note]
+    shared = name.startswith(("tied", "shared by two layers"))
+    assert bool(told) == (shared or name == "shared by two adapted layers")
+    assert not [note for note in report.notes if "no check" in note]
+
+
+def test_a_packed_weight_by_map(
+    make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    case = CASES["packed, by content"]
+    path = save(tmp_path / "in.onnx", case.nodes, case.constants, {"y": [3, 28]})
+    bundle, out = make_bundle(["q", "v"]), tmp_path / "out.onnx"
+    with pytest.raises(BaseMismatchError, match="--map") as caught:
+        apply_onnx(path, bundle, out)
+    assert "candidates: qkv [8, 28]" in caught.value.offenders[0]
+    mapping = {"q": "qkv[0:12]", "v": "qkv[20:28]"}
+    for mode in MODES:
+        apply_onnx(path, bundle, out, mode=mode, mapping=mapping, force=True)
+        want = {n: w + exact_delta(bundle, n, w.shape) for n, w in case.layers.items()}
+        got = run(out, {"x": X})["y"]
+        np.testing.assert_allclose(got, case.want(want)["y"], rtol=0, atol=1e-5)
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, bundle, out, mapping=mapping | {"v": "qkv[20:29]"}, force=True)
+    assert "has no outputs 20 to 29" in caught.value.offenders[0]
+
+
+def test_shape_alone_settles_nothing(make_bundle: Any, tmp_path: Path) -> None:
+    """One weight of the right size is there: it may be another layer's."""
+    path = save(
+        tmp_path / "in.onnx", [node("MatMul", ["x", "w"], ["y"])], {"w": WIDE.T}, {"y": [3, 12]}
+    )
+    for bundle in (make_bundle(["a"]), make_bundle(["a"], {"a": WIDE + 1})):
+        with pytest.raises(BaseMismatchError) as caught:
+            apply_onnx(path, bundle, tmp_path / "out.onnx")
+        assert "a: no weight of this name" in caught.value.offenders[0]
+        assert "candidates: w [8, 12]" in caught.value.offenders[0]
+
+
+def test_equal_weights_without_names_are_ambiguous(make_bundle: Any, tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "v"], ["y"]), node("MatMul", ["x", "w"], ["z"])]
+    path = save(tmp_path / "in.onnx", nodes, {"v": A.T, "w": A.T}, {"y": [3, 8], "z": [3, 8]})
+    bundle = make_bundle(["a"], {"a": A})
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, bundle, tmp_path / "out.onnx")
+    assert "several weights have its content: v [8, 8], w [8, 8]" in caught.value.offenders[0]
+    apply_onnx(path, bundle, tmp_path / "out.onnx", mapping={"a": "w"})
+    constants = {t.name: t for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert (numpy_helper.to_array(constants["v"]) == A.T).all()
+    assert np.abs(numpy_helper.to_array(constants["w"]) - A.T).max() > 0.1
+
+
+def test_two_layers_cannot_be_one_weight(make_bundle: Any, tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "in.onnx", [node("MatMul", ["x", "w"], ["y"])], {"w": A.T}, {"y": [3, 8]}
+    )
+    bundle = make_bundle(["a", "b"], {"a": A, "b": A})
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, bundle, tmp_path / "out.onnx")
+    assert "found for a, too" in caught.value.offenders[0]
+
+
+def test_a_product_with_alpha_is_no_plain_layer(make_bundle: Any, tmp_path: Path) -> None:
+    nodes = [node("Gemm", ["x", "a.weight"], ["y"], transB=1, alpha=2.0)]
+    path = save(tmp_path / "in.onnx", nodes, {"a.weight": A}, {"y": [3, 8]})
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, make_bundle(["a"]), tmp_path / "out.onnx")
+    assert "in none that is known" in caught.value.offenders[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("/encoder/layer.0/attention/self/query/MatMul", "encoder.layer.0.attention.self.query"),
+        ("/1/1.0/1.0.0/fn/fn.1/query/MatMul", "1.0.0.fn.1.query"),
+        ("/blocks.0/ff/ff.2/MatMul_1", "blocks.0.ff.2"),
+        ("/MatMul", None),
+        ("node_MatMul_3", None),
+        ("", None),
+    ],
+)
+def test_module_paths_in_node_names(name: str, path: str | None) -> None:
+    assert scope_of_name(name) == path
+
+
+def test_old_opsets_are_merged_and_not_more(make_bundle: Any, tmp_path: Path, run: Run) -> None:
+    from fourierft_export.errors import UsageError
+
+    path = save(
+        tmp_path / "in.onnx",
+        [node("MatMul", ["x", "a.weight"], ["y"])],
+        {"a.weight": A.T},
+        {"y": [3, 8]},
+        opset=9,
+        ir_version=4,
+    )
+    bundle = make_bundle(["a"])
+    with pytest.raises(UsageError, match="opset 13 or newer"):
+        apply_onnx(path, bundle, tmp_path / "out.onnx", mode="unmerged")
+    apply_onnx(path, bundle, tmp_path / "out.onnx")
+    model = onnx.load(tmp_path / "out.onnx")
+    assert (model.ir_version, model.opset_import[0].version) == (4, 9)
+    assert np.abs(run(tmp_path / "out.onnx", {"x": X})["y"] - X @ A.T).max() > 0.1
+
+
+@pytest.mark.parametrize("opset", [13, 16, 20])
+def test_unmerged_at_several_opsets(
+    opset: int, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    path = save(
+        tmp_path / "in.onnx",
+        [node("MatMul", ["x", "a.weight"], ["y"])],
+        {"a.weight": A.T},
+        {"y": [3, 8]},
+        opset=opset,
+        ir_version=7 if opset == 13 else 9,
+    )
+    bundle = make_bundle(["a"])
+    apply_onnx(path, bundle, tmp_path / "out.onnx", mode="unmerged")
+    want = X @ (A + exact_delta(bundle, "a", (8, 8))).T
+    np.testing.assert_allclose(run(tmp_path / "out.onnx", {"x": X})["y"], want, rtol=0, atol=1e-5)
