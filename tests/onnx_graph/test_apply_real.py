@@ -1,0 +1,182 @@
+"""Bundles into real files: vision transformers that others exported, MiniLM by two exporters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import fourierft_export as ff
+from fourierft_export.errors import BaseMismatchError
+from fourierft_export.onnx_graph.apply import apply_onnx
+
+Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+
+# File -> accuracy of the base on the 242 images, blocks, and the number of the first weight.
+VIT = {"ibp_3_3_8": (1.0, 3, 293, 17), "pgd_2_3_16": (144 / 242, 2, 209, 17)}
+
+
+@pytest.fixture(scope="module")
+def images(larger_data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """242 CIFAR-10 images, normalised, and their labels."""
+    with np.load(larger_data_dir / "models/vit_cifar/cifar_242.npz") as file:
+        arrays = {array.ndim: array for array in (file[name] for name in file.files)}
+    mean, std = np.array([[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]])[:, :, None, None]
+    return ((arrays[4] / 255 - mean) / std).astype(np.float32), arrays[1]
+
+
+def vit_layers(blocks: int) -> list[str]:
+    return [f"1.{i}.0.fn.1.{kind}" for i in range(blocks) for kind in ("query", "value")]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", VIT)
+def test_vision_transformers_by_others(
+    name: str,
+    larger_data_dir: Path,
+    images: tuple[np.ndarray, np.ndarray],
+    make_bundle: Any,
+    exact_delta: Any,
+    node_list: Any,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """Anonymous weights, opset 9: outputs are those of W + delta_W computed in float64."""
+    accuracy, blocks, first, step = VIT[name]
+    path, out = larger_data_dir / "models/vit_cifar" / f"{name}.onnx", tmp_path / "out.onnx"
+    pixels, labels = images
+    before = run(path, {"input": pixels})["output"]
+    assert (before.argmax(1) == labels).mean() == accuracy
+    layers = vit_layers(blocks)
+    bundle = make_bundle(layers, n=100, scaling=100.0)
+    report = apply_onnx(path, bundle, out)
+    assert set(report.layers) == set(layers)
+    model, want = onnx.load(out), onnx.load(path)
+    assert node_list(model) == node_list(want)
+    # Query, key and value of a block have consecutive numbers; block by block.
+    by_hand = {t.name: t for t in want.graph.initializer}
+    for i, layer in enumerate(layers):
+        tensor = by_hand[f"onnx::MatMul_{first + step * (i // 2) + 2 * (i % 2)}"]
+        weight = numpy_helper.to_array(tensor).astype(np.float64)
+        weight += exact_delta(bundle, layer, (48, 48)).T
+        tensor.CopyFrom(numpy_helper.from_array(weight.astype(np.float32), tensor.name))
+    got = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for tensor in want.graph.initializer:
+        np.testing.assert_allclose(
+            got[tensor.name], numpy_helper.to_array(tensor), rtol=1e-6, atol=1e-7
+        )
+    onnx.save(want, tmp_path / "want.onnx")
+    after = run(out, {"input": pixels})["output"]
+    expected = run(tmp_path / "want.onnx", {"input": pixels})["output"]
+    np.testing.assert_allclose(after, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert (after.argmax(1) == expected.argmax(1)).all()
+    assert np.abs(after - before).max() > 0.05 * np.abs(before).max()
+    assert (after.argmax(1) == labels).mean() != accuracy
+
+
+@pytest.mark.data
+def test_weights_without_node_names_are_told_by_biases_then_by_hand(
+    larger_data_dir: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    path = larger_data_dir / "models/vit_cifar/pgd_2_3_16.onnx"
+    layers = vit_layers(2)
+    bundle = make_bundle(layers, n=100, scaling=100.0)
+    apply_onnx(path, bundle, tmp_path / "names.onnx")
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "unnamed.onnx")
+    apply_onnx(tmp_path / "unnamed.onnx", bundle, tmp_path / "biases.onnx")
+    for node in model.graph.node:
+        node.input[:] = [n.replace(".bias", ".other") for n in node.input]
+    for tensor in model.graph.initializer:
+        tensor.name = tensor.name.replace(".bias", ".other")
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(tmp_path / "bare.onnx", bundle, tmp_path / "out.onnx")
+    assert len(caught.value.offenders) == 4
+    mapping = {
+        layer: f"onnx::MatMul_{209 + 17 * (i // 2) + 2 * (i % 2)}" for i, layer in enumerate(layers)
+    }
+    apply_onnx(tmp_path / "bare.onnx", bundle, tmp_path / "mapped.onnx", mapping=mapping)
+    contents = [
+        {
+            t.name: t.raw_data
+            for t in onnx.load(tmp_path / f"{name}.onnx").graph.initializer
+            if t.name.startswith("onnx::MatMul")
+        }
+        for name in ("names", "biases", "mapped")
+    ]
+    assert len(contents[0]) == 12
+    assert contents[0] == contents[1] == contents[2]
+
+
+@pytest.fixture(scope="module")
+def minilm_exports(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """MiniLM with a fresh head of two labels, by both of torch's exporters."""
+    from fourierft_export.models.load import load_model
+
+    folder = tmp_path_factory.mktemp("minilm_exports")
+    torch.manual_seed(0)
+    head = {"classifier.weight", "classifier.bias"}
+    model = load_model(minilm_dir, "sequence-classification", provided=head)
+    model.classifier.bias.data.fill_(0.25)
+    model.config.return_dict = False
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    axes = {name: {0: "batch", 1: "sequence"} for name in names}
+    inputs = {name: torch.ones(2, 16, dtype=torch.int64) for name in names}
+    for exporter, fields in {
+        "torchscript": {"dynamo": False, "dynamic_axes": axes},
+        "dynamo": {"dynamo": True, "dynamic_shapes": axes},
+    }.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (),
+                folder / f"{exporter}.onnx",
+                kwargs=inputs,
+                input_names=names,
+                output_names=["logits"],
+                verbose=False,
+                external_data=exporter == "dynamo",
+                **fields,
+            )
+    return {name: folder / f"{name}.onnx" for name in ("torchscript", "dynamo")}
+
+
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_minilm_equals_peft(
+    exporter: str,
+    minilm_exports: dict[str, Path],
+    minilm_dir: Path,
+    peft_minilm_adapter: Any,
+    load_peft_minilm: Any,
+    tokenize: Any,
+    sst2_sentences: list[str],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    adapter = peft_minilm_adapter()
+    model = load_peft_minilm(adapter)
+    inputs = tokenize(sst2_sentences[:32])
+    with torch.no_grad():
+        want = model(**inputs).logits.numpy()
+    base = run(minilm_exports[exporter], inputs)["logits"]
+    bundle = ff.from_peft(adapter, minilm_dir)
+    for mode in ("merged", "unmerged"):
+        out = tmp_path / f"{mode}.onnx"
+        report = apply_onnx(minilm_exports[exporter], bundle, out, mode=mode)
+        assert len(report.layers) == 12
+        assert report.notes == ()
+        got = run(out, inputs)["logits"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+        assert (got.argmax(1) == want.argmax(1)).all()
+        assert np.abs(got - base).max() > 1e-3
