@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.merge.merge import merge_checkpoint
+    from fourierft_export.merge.recover import recover_bundle
+    from fourierft_export.merge.verify import verify_merged
     from fourierft_export.onnx_graph.apply import apply_onnx
     from fourierft_export.onnx_graph.export import export_onnx
     from fourierft_export.onnx_graph.pretrained import export_pretrained
+    from fourierft_export.onnx_graph.session import AdapterSession
     from fourierft_export.proof.validate import validate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterSession",
     "Bundle",
     "FourierFTConfig",
     "FourierLinear",
@@ -44,12 +48,15 @@ __all__ = [
     "fuse",
     "inject",
     "merge_checkpoint",
+    "recover_bundle",
     "restore",
     "to_peft",
     "validate",
+    "verify_merged",
 ]
 
 _HOMES = {
+    "AdapterSession": "onnx_graph.session",
     "Bundle": "bundle.file",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
@@ -64,9 +71,11 @@ _HOMES = {
     "fuse": "adapt.fuse",
     "inject": "adapt.inject",
     "merge_checkpoint": "merge.merge",
+    "recover_bundle": "merge.recover",
     "restore": "adapt.fuse",
     "to_peft": "bundle.peft",
     "validate": "proof.validate",
+    "verify_merged": "merge.verify",
 }
 
 

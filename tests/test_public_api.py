@@ -15,6 +15,7 @@ import pytest
 import fourierft_export as ff
 
 PUBLIC = [
+    "AdapterSession",
     "Bundle",
     "FourierFTConfig",
     "FourierLinear",
@@ -30,9 +31,11 @@ PUBLIC = [
     "fuse",
     "inject",
     "merge_checkpoint",
+    "recover_bundle",
     "restore",
     "to_peft",
     "validate",
+    "verify_merged",
 ]
 CALLABLES = [name for name in PUBLIC if name != "errors"]
 

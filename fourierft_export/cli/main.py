@@ -18,8 +18,10 @@ from .export import export
 from .inspect import inspect
 from .merge import merge
 from .pack import pack
+from .recover import recover
 from .unpack import unpack
 from .validate import validate
+from .verify import verify
 
 INTERRUPTED = 130
 
@@ -34,7 +36,9 @@ def verbs() -> None:
     """
 
 
-for _verb in (demo, pack, unpack, inspect, merge, export, apply, validate):
+for _verb in (
+    demo, pack, unpack, inspect, merge, verify, recover, export, apply, validate,
+):  # fmt: skip
     verbs.add_command(_verb)
 
 

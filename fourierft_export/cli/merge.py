@@ -10,6 +10,7 @@ from .options import (
     allow_mismatch_option,
     bundles_option,
     force_option,
+    links_option,
     output_option,
     read_bundle,
     weights_option,
@@ -29,7 +30,20 @@ from .options import (
     help="Of the float weights that are written.",
 )
 @allow_mismatch_option
-@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@links_option
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing; say what it needs.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Write weight files in this many processes; 0 for this one alone.",
+)
+@click.option(
+    "--scheduler",
+    metavar="tcp://HOST:PORT",
+    help="Write weight files by a Dask cluster that sees the same files.",
+)
 @force_option
 def merge(
     progress: Progress,
@@ -39,10 +53,17 @@ def merge(
     output: str,
     dtype: str,
     allow_base_mismatch: bool,
+    allow_links: bool,
     dry_run: bool,
+    workers: int,
+    scheduler: str | None,
     force: bool,
 ) -> Outcome:
-    """Merge adapters into a checkpoint; the result needs nothing but transformers to load."""
+    """Merge adapters into a checkpoint; the result needs nothing but transformers to load.
+
+    After a kill, the same command goes on where it was. The output's manifest.json says what it was
+    made of; verify checks it.
+    """
     from ..checkpoint.staging import check_output
     from ..errors import UsageError
     from ..merge.merge import merge_checkpoint
@@ -62,10 +83,21 @@ def merge(
         force=force,
         dry_run=dry_run,
         allow_base_mismatch=allow_base_mismatch,
+        allow_links=allow_links,
+        workers=workers,
+        scheduler=scheduler,
         progress=progress,
     )
     did = "would change" if dry_run else "changed"
     line = f"{output}: {did} {len(report.layers)} layers, {size_text(report.nbytes)} of weights"
     if report.added or report.replaced:
         line += f", {len(report.added)} tensors added, {len(report.replaced)} replaced"
-    return Outcome({"merge": report.to_dict()}, [line], report.notes)
+    lines = [line]
+    if dry_run:
+        lines.append(
+            f"needs {size_text(report.disk_bytes)} of space and about "
+            f"{size_text(report.memory_bytes)} of memory"
+        )
+    if report.resumed:
+        lines.append(f"{len(report.resumed)} weight files were there from a run that was killed")
+    return Outcome({"merge": report.to_dict()}, lines, report.notes)

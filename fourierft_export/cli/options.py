@@ -57,6 +57,11 @@ allow_mismatch_option = click.option(
     is_flag=True,
     help="Go on although the base's weights are not those the adapter was trained on.",
 )
+links_option = click.option(
+    "--allow-links",
+    is_flag=True,
+    help="Follow links between files of a model's directory.",
+)
 
 
 def read_bundle(path: str) -> Bundle:

@@ -1,0 +1,27 @@
+"""verify: is a merged directory what its manifest says?"""
+
+from __future__ import annotations
+
+import click
+
+from ..errors import ValidationError
+from .console import Outcome, Progress, size_text, verb
+from .options import PATH
+
+
+@verb
+@click.argument("directory", type=PATH)
+def verify(progress: Progress, directory: str) -> Outcome:
+    """Check every file of a merged DIRECTORY against the hashes in its manifest.json."""
+    from ..merge.verify import verify_merged
+
+    report = verify_merged(directory, progress=progress)
+    failure = None
+    try:
+        report.raise_for_failure()
+    except ValidationError as error:
+        failure = error
+    state = "as they were written" if report.ok else "NOT as they were written"
+    line = f"{directory}: {report.files} files, {size_text(report.nbytes)}, {state}"
+    notes = [f"{name} is not in the manifest" for name in report.unlisted if report.ok]
+    return Outcome({"verify": report.to_dict()}, [line], notes, failure)

@@ -1,0 +1,137 @@
+"""The spectrum of a difference of weights: the way back from delta_W, and how much to trust it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..spectral.delta import Term, each_block
+from ..spectral.half_spectrum import fold, roots
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Values of a block of rows: 2 MB as float64.
+_BLOCK = 1 << 18
+# What summing delta_W in float32 may cost, relative to delta_W.
+ARITHMETIC = 2e-6
+# An element further off than this many half units was not rounded, it was changed.
+FAR = 6.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a spectrum explains the difference of two weights.
+
+    Attributes:
+        changed: share of the weights that differ.
+        residual: what is left of the difference, relative to what rounding to the merged dtype
+            leaves (both as root mean squares): near 1 or below for a true FourierFT delta.
+        signal: mean energy in the spectrum's directions relative to that in all others: near 1
+            where the difference has nothing to do with these entries, infinite if nothing is left.
+        far: elements that are further off than rounding can explain.
+        uncertainty: expected error of the spectrum from rounding, relative to its size.
+    """
+
+    changed: float
+    residual: float
+    signal: float
+    far: int
+    uncertainty: float
+
+
+def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> Array:
+    """The coefficients at `entries` of delta_W = after - before.
+
+    By orthogonality of the cosines: sum over p, q of delta_W cos(2 pi (u p / M + v q / N)) is
+    scaling * c / 2, or scaling * c where the entry is its own mirror image. Entries that mirror
+    each other are one degree of freedom, and share it equally.
+
+    Args:
+        before, after: (M, N), any float dtype.
+        entries: int64 (n, 2), pairs (u, v).
+        scaling: not zero.
+
+    Returns:
+        float64 (n,).
+    """
+    rows, columns = before.shape
+    u, v = fold(entries, (rows, columns))
+    own_mirror = (v == 0) | (2 * v == columns)
+    u = np.where(own_mirror, np.minimum(u, -u % rows), u)
+    table = roots(rows).conj()
+    total = np.zeros(len(u))
+    step = max(1, _BLOCK // columns)
+    for at in range(0, rows, step):
+        part = slice(at, min(at + step, rows))
+        half = np.fft.rfft(_difference(before[part], after[part]), axis=1)[:, v]
+        half *= table[np.arange(part.start, part.stop)[:, None] * u % rows]
+        total += half.real.sum(axis=0)
+    itself = own_mirror & (2 * u % rows == 0)
+    _, group, sizes = np.unique(u * columns + v, return_inverse=True, return_counts=True)
+    shares = sizes[group.reshape(-1)]
+    return np.asarray(total * np.where(itself, 1.0, 2.0) / (scaling * shares))
+
+
+def fit(before: Array, after: Array, term: Term) -> Fit:
+    """How well a term explains `after` - `before`, judged by the rounding of `after`'s dtype.
+
+    Args:
+        before, after: (M, N), any float dtype.
+        term: its entries are pairs (u, v) of these axes.
+    """
+    sums: list[tuple[int, int, float, float, float]] = []
+    count, n = before.size, len(term.spectrum)
+    rounding = _rounding(after)
+    # The spectrum has errors from rounding, too: this far they reach in delta_W itself.
+    reach = FAR * math.sqrt(rounding * n) / count
+
+    def put(_layer: int, rows: slice, delta: Array) -> None:
+        difference = _difference(before[rows], after[rows])
+        left = difference - delta
+        largest = float(np.abs(delta).max(initial=0.0))
+        far = np.abs(left) > FAR * half_unit(after[rows]) + reach + 10 * ARITHMETIC * largest
+        changed = int(np.count_nonzero(difference))
+        squares = (float(np.square(x, dtype=np.float64).sum()) for x in (left, delta))
+        sums.append((rows.start, changed, float(np.count_nonzero(far)), *squares))
+
+    each_block(before.shape, [term], put)
+    _, changed, far, left, delta = (math.fsum(c) for c in zip(*sorted(sums), strict=True))
+    noise = rounding + ARITHMETIC**2 * delta
+    others = left / max(count - n, 1)
+    power = math.fsum(np.square(term.spectrum.astype(np.float64)).tolist())
+    # Rounding errors of variance noise/count at every element, seen through the sum above.
+    variance = 2 * noise * n / term.scaling**2
+    return Fit(
+        changed=changed / count,
+        residual=math.sqrt(left / noise) if noise else math.inf if left else 0.0,
+        signal=delta / n / others if others else math.inf,
+        far=int(far),
+        uncertainty=math.sqrt(variance / power) if power else math.inf,
+    )
+
+
+def _rounding(values: Array) -> float:
+    """The sum of the squares of what rounding to these values may have cost, as expected."""
+    step = max(1, _BLOCK // values.shape[1])
+    blocks = (half_unit(values[at : at + step]) for at in range(0, len(values), step))
+    return math.fsum(float(np.square(block).sum()) for block in blocks) / 3
+
+
+def half_unit(values: Array) -> Array:
+    """Half the distance of each value to its neighbour in its dtype, as float64."""
+    if values.dtype == np.float64:
+        return np.asarray(np.spacing(np.abs(values)) / 2)
+    spacing = np.spacing(np.abs(values.astype(np.float32))).astype(np.float64)
+    if values.dtype == ml_dtypes.bfloat16:
+        spacing *= 2.0**16
+    elif values.dtype == np.float16:
+        spacing = np.maximum(spacing * 2.0**13, 2.0**-24)
+    return np.asarray(spacing / 2)
+
+
+def _difference(before: Array, after: Array) -> Array:
+    return np.asarray(after.astype(np.float64) - before.astype(np.float64))

@@ -1,0 +1,180 @@
+"""Is a merged folder still what its manifest says? Reads files and hashes, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..checkpoint import strict_json
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.container import read_file
+from ..errors import BadInputError, FileAccessError, FourierFTError, ValidationError
+from .carry import MANIFEST, companions
+from .journal import file_sha256
+from .manifest import KIND, SCHEMA
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of a merged folder found.
+
+    Attributes:
+        directory: the folder.
+        files: how many its manifest lists.
+        nbytes: their size, as it should be.
+        problems: one line for each file that is missing, changed, or would be loaded unasked.
+        unlisted: files that are there and that the manifest does not list.
+    """
+
+    directory: Path
+    files: int
+    nbytes: int
+    problems: tuple[str, ...]
+    unlisted: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the folder is what its manifest says."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "directory": str(self.directory),
+            "ok": self.ok,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "problems": list(self.problems),
+            "unlisted": list(self.unlisted),
+        }
+
+    def raise_for_failure(self) -> None:
+        """Raise if there are problems.
+
+        Raises:
+            ValidationError: listing them.
+        """
+        if self.problems:
+            raise ValidationError(
+                self.directory,
+                expected=f"the {self.files} files that its {MANIFEST} lists",
+                found=f"{len(self.problems)} that are missing, changed or not listed",
+                remedy="merge again",
+                offenders=self.problems,
+            )
+
+
+def verify_merged(
+    directory: str | os.PathLike[str], *, progress: Progress | None = None
+) -> VerifyReport:
+    """Check a folder that `merge_checkpoint` wrote against its manifest.
+
+    Args:
+        directory: the folder.
+        progress: called with ("verifying", bytes done, bytes in all).
+
+    Raises:
+        FileAccessError: the folder or its manifest is missing or unreadable.
+        BadInputError: the manifest is damaged, or names files outside of the folder.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileAccessError(folder, expected="a merged folder", found="none")
+    manifest = _read_manifest(folder / MANIFEST)
+    listed: Mapping[str, tuple[str, int]] = {
+        name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()
+    }
+    total, done = sum(size for _, size in listed.values()), 0
+    problems: list[str] = []
+    for name, expected in sorted(listed.items()):
+        problems += _problems(folder, name, expected, manifest["tensors"])
+        done += expected[1]
+        if progress:
+            progress("verifying", done, total)
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    unlisted = sorted(there - listed.keys() - {MANIFEST})
+    weights = {*companions(folder, ()).stale}
+    problems += [f"{name}: weights that the manifest does not list" for name in unlisted
+                 if name in weights]  # fmt: skip
+    return VerifyReport(folder, len(listed), total, tuple(problems), tuple(unlisted))
+
+
+def _problems(
+    folder: Path, name: str, expected: tuple[str, int], tensors: Mapping[str, Any]
+) -> list[str]:
+    path = folder / name
+    if not os.path.lexists(path):
+        return [f"{name}: missing"]
+    size = path.stat().st_size if path.is_file() else -1
+    if size != expected[1]:
+        return [f"{name}: {size:,} bytes instead of {expected[1]:,}"]
+    if file_sha256(path) == expected:
+        return []
+    return [f"{name}: other bytes than were written", *_changed_tensors(path, tensors)]
+
+
+def _changed_tensors(path: Path, tensors: Mapping[str, Any]) -> list[str]:
+    """Which of the merged weights in a damaged weight file are not what they were."""
+    if not path.name.endswith(".safetensors"):
+        return []
+    try:
+        checkpoint = Checkpoint.open(path)
+    except FourierFTError as error:
+        return [f"{path.name}: {error.summary}"]
+    changed = []
+    for name in sorted(checkpoint.tensors.keys() & tensors.keys()):
+        digest = hashlib.sha256()
+        for block in checkpoint.blocks(name):
+            digest.update(block)
+        if digest.hexdigest() != tensors[name]["sha256"]:
+            changed.append(f"{path.name}: tensor {name} has changed")
+    return changed
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = strict_json.loads(read_file(path), os.fspath(path))
+    bad = ""
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        bad = "something else"
+    elif manifest.get("schema") != SCHEMA:
+        bad = f"schema {manifest.get('schema')!r}"
+    elif not all(isinstance(manifest.get(key), dict) for key in ("files", "tensors")):
+        bad = "one without files and tensors"
+    else:
+        entries = [*manifest["files"].items(), *manifest["tensors"].items()]
+        wrong = [name for name, entry in entries if not _has_hash(entry)]
+        wrong += [n for n, e in manifest["files"].items() if not (_is_inside(n) and _has_size(e))]
+        bad = f"a bad entry {wrong[0]!r}" if wrong else ""
+    if bad:
+        raise BadInputError(
+            path,
+            expected=f"a manifest of a merge, schema {SCHEMA}",
+            found=bad,
+            remedy="merge again",
+        )
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _has_hash(entry: object) -> bool:
+    sha256 = entry.get("sha256") if isinstance(entry, dict) else None
+    return isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
+
+
+def _has_size(entry: Mapping[str, object]) -> bool:
+    size = entry.get("bytes")
+    return type(size) is int and 0 <= size < 2**63
+
+
+def _is_inside(name: str) -> bool:
+    """Whether `name` is a plain relative path, on every system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    plain = not posix.is_absolute() and not windows.drive and ".." not in posix.parts
+    return bool(name) and plain and "\\" not in name and name.isprintable()
