@@ -153,7 +153,7 @@ _EXTRA_OF = {
     "dask": "dask",
     "distributed": "dask",
     "sklearn": "demo",
-    "peft": "test",
+    "peft": "peft",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..errors import BaseMismatchError
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
 from . import fingerprint
-from .layout import Array
+from .content import Array
 from .spec import AdapterSpec, LayerSpec
 
 

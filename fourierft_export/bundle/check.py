@@ -10,7 +10,7 @@ import numpy as np
 from ..checkpoint import dtypes
 from ..checkpoint.container import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
-from .layout import RESERVED, Array
+from .content import RESERVED, Array
 from .names import MAX_NAMES, why_not
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 

@@ -18,8 +18,7 @@ from ..checkpoint.strict_json import canonical
 from ..errors import BadInputError
 from ..spectral.entries import ENTRY_RULES
 from . import names, peft_config
-from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
-from .layout import (
+from .content import (
     HASH_KEY,
     RESERVED,
     SPEC_KEY,
@@ -30,6 +29,7 @@ from .layout import (
     likely_peft_config,
     place,
 )
+from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
 from .spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
 
 

@@ -10,8 +10,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.container import encode_header
 from ..checkpoint.strict_json import canonical
 from . import names, peft_config
-from .fingerprint import FINGERPRINT_BYTES
-from .layout import (
+from .content import (
     HASH_KEY,
     RESERVED,
     SPEC_KEY,
@@ -22,6 +21,7 @@ from .layout import (
     likely_peft_config,
     place,
 )
+from .fingerprint import FINGERPRINT_BYTES
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
 

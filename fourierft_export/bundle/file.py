@@ -17,9 +17,9 @@ from ..errors import BadInputError
 from ..spectral.entries import entries_sha256, spectral_entries
 from .bind import BaseLike, bound_spec
 from .check import layer_offenders, saved_offenders, spec_offenders
+from .content import HASH_KEY, Array, Content
 from .decode import check_kind, decode
 from .encode import encode
-from .layout import HASH_KEY, Array, Content
 from .names import natural_key
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 

@@ -19,11 +19,11 @@ from ..checkpoint import dtypes, strict_json
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import encode_header, read_file
 from ..checkpoint.staging import staged_directory
-from ..errors import BadInputError, FileAccessError, UsageError
+from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from . import peft_config
 from .bind import BaseLike
+from .content import likely_peft_config
 from .file import Bundle
-from .layout import likely_peft_config
 from .spec import AdapterSpec, LayerSpec
 
 CONFIG_FILE = "adapter_config.json"
@@ -126,7 +126,7 @@ def from_peft(
     Args:
         directory: what `PeftModel.save_pretrained` wrote, or a folder of such folders.
         base: binds the bundle (`Bundle.bind`); without it the bundle is unbound, unless the
-            config's base_model_name_or_path is a readable local directory.
+            config's base_model_name_or_path is a readable local directory that fits.
         adapter: subfolder, for a directory with several adapters.
         entry_rule: "small" for adapters of large layers trained before torch 2.6.
 
@@ -135,9 +135,16 @@ def from_peft(
         BaseMismatchError: the base lacks layers, or they do not fit.
     """
     bundle = read_adapter(find_adapter(directory, adapter))
-    if base is None:
-        base = _local_base(bundle.spec.base_model)
-    return bundle if base is None else bundle.bind(base, entry_rule)
+    if base is not None:
+        return bundle.bind(base, entry_rule)
+    implied = _local_base(bundle.spec.base_model)
+    if implied is None:
+        return bundle
+    try:
+        return bundle.bind(implied, entry_rule)
+    except BaseMismatchError:
+        # Nobody asked for this base: a folder that happens to have its name settles nothing.
+        return bundle
 
 
 def read_adapter(folder: Path) -> Bundle:

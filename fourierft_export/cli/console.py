@@ -149,15 +149,13 @@ def progress_bar() -> Iterator[Progress]:
         transient=True,
     )
     began = time.monotonic()
-    tasks: dict[str, Any] = {}
+    task = bar.add_task("")
 
     def progress(what: str, done: int, total: int) -> None:
         if time.monotonic() - began < SHOW_PROGRESS_AFTER:
             return
         bar.start()
-        if what not in tasks:
-            tasks[what] = bar.add_task(printable(what), total=total)
-        bar.update(tasks[what], completed=done, total=total)
+        bar.update(task, description=printable(what), completed=done, total=total)
 
     try:
         yield progress

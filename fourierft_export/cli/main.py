@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -62,25 +63,31 @@ def run(words: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except FourierFTError as error:
         if debug:
-            raise
+            traceback.print_exc()
         emit_error(error.to_dict(), error.summary, as_json=as_json)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "fourierft-export"
-        text = f"{where}: {error.format_message()}; see {where} --help"
-        _emit_plain("usage", 2, where, error.format_message(), text, as_json=as_json)
+        found = error.format_message().rstrip(".")
+        text = f"{where}: {found}; see {where} --help"
+        _emit_plain("usage", 2, where, found, text, as_json=as_json)
         return 2
     except (click.Abort, KeyboardInterrupt):
         _emit_plain("interrupted", INTERRUPTED, "", "an interrupt", "interrupted", as_json=as_json)
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit):
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         # The reader went away (`| head`), which click and rich make an exit: nothing is wrong, and
         # there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # the last resort: a person sees a line, not a stack
+    except Exception as error:  # noqa: BLE001 - the last resort: a person sees a line
         if debug:
-            raise
+            traceback.print_exc()
         verb = " ".join(["fourierft-export", *words[:1]])
         missing = extra_of(error, verb) if isinstance(error, ModuleNotFoundError) else None
         if missing:

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=str)
 
 base_option = click.option(
-    "--base", type=PATH, metavar="DIR", help="Base model: a directory or a safetensors file."
+    "--base", type=PATH, metavar="DIR", help="Base model directory."
 )
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
@@ -67,6 +67,7 @@ links_option = click.option(
 def read_bundle(path: str) -> Bundle:
     """A bundle file, or a PEFT adapter directory taken as one."""
     from ..bundle.file import Bundle
-    from ..bundle.peft import from_peft
+    from ..bundle.peft import find_adapter, read_adapter
 
-    return from_peft(path) if os.path.isdir(path) else Bundle.load(path)
+    # Unbound, so that the verb's own base binds it, not one that the adapter's config names.
+    return read_adapter(find_adapter(path)) if os.path.isdir(path) else Bundle.load(path)

@@ -55,6 +55,8 @@ class Artifacts:
         """
         if base is not None or merged is not None:
             loading.require_transformers()
+        if peft is not None:
+            peft_side.check_installed()
         base_dir = None if base is None else loading.model_directory(base)
         merged_dir = None if merged is None else loading.model_directory(merged)
         peft_dir = None if peft is None else peft_side.adapter_directory(peft)

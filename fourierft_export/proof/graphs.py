@@ -55,7 +55,7 @@ class Graph:
             )
         self.precision = _weights_precision(self.path)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised, and told by us
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -53,6 +53,13 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
         BadInputError: it holds no config.json.
     """
     directory = Path(path)
+    if directory.is_file():
+        raise BadInputError(
+            directory,
+            expected="a model directory",
+            found="a file",
+            remedy="give the folder that holds its config.json",
+        )
     if not directory.is_dir():
         raise FileAccessError(
             directory,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,12 @@ def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
+def check_installed() -> None:
+    """Raise MissingExtraError if peft is not there, before any model is loaded."""
+    if find_spec("peft") is None:
+        raise missing_extra("peft", "peft", "validate with PEFT's own model")
+
+
 def peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module, list[str]]:
     """PEFT's model, unmerged, in eval mode. `base` is changed: PEFT puts its layers into it.
 
@@ -68,13 +75,10 @@ def peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module,
         directory: from `adapter_directory`.
 
     Raises:
-        MissingExtraError: peft is not installed.
         BaseMismatchError: PEFT cannot put the adapter on this base.
     """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise missing_extra("peft", "test", "validate with PEFT's own model") from error
+    from peft import PeftModel
+
     with quiet_transformers(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -12,7 +12,11 @@ from ..errors import missing_extra, printable
 from .report import Comparison, Difference, OutputComparison, Report
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table
+
+WIDE = 120
+"""Columns from which a terminal gets every figure."""
 
 
 class Row(NamedTuple):
@@ -34,33 +38,71 @@ class Row(NamedTuple):
 
 
 def render_text(report: Report) -> RenderableType:
-    """The sides, the comparisons and the verdict, for `rich.print` or a rich console."""
-    from rich.console import Group
+    """The sides, the comparisons and the verdict, for `rich.print` or a rich console.
+
+    Narrow terminals get fewer columns, so that a pair stays on one line; the page and `to_dict`
+    have all figures.
+    """
+    return _Text(report)
+
+
+class _Text:
+    """A report that knows the console's width when it is drawn."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        del console
+        yield _sides_table(self.report)
+        yield Text("")
+        yield _pairs_table(self.report, wide=options.max_width >= WIDE)
+        yield Text("")
+        yield from (Text(line) for line in _verdict(self.report))
+
+
+def _sides_table(report: Report) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    sides = Table(title=_title(report), title_justify="left", box=None)
+    table = Table(title=_title(report), title_justify="left", box=None)
     for name in ("side", "weights", "outputs", "seconds", "from"):
-        sides.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
     for side in report.sides:
         cells = (side.name, side.precision, _shapes(side.outputs), f"{side.seconds:.1f}")
         # Text objects, so that no name from a file is taken for markup.
-        sides.add_row(*(Text(printable(cell)) for cell in (*cells, side.source)))
+        table.add_row(*(Text(printable(cell)) for cell in (*cells, side.source)))
+    return table
 
-    pairs = Table(box=None)
-    for name in ("pair", "output", "max abs", "max rel", "rms", "allowed", "cosine", "argmax", ""):
-        left = name in ("pair", "output", "")
-        pairs.add_column(name, justify="left" if left else "right", overflow="fold")
-    for row in _rows(report):
+
+def _pairs_table(report: Report, *, wide: bool) -> Table:
+    """One line per output of a pair; the output is named where there are several."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(_rows(report))
+    several = len({row.output for row in rows}) > 1
+    figures = (
+        ("max_abs", "max_rel", "mean_abs", "rms", "allowed") if wide else ("max_abs", "mean_abs")
+    )
+    columns = ("output",) * several + figures + ("cosine", "argmax")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("pair", overflow="fold")
+    for name in columns:
+        left = name == "output"
+        table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
         sign = "=" if row.expect == "equal" else "≠"
         good = row.verdict == "ok"
-        pairs.add_row(
+        table.add_row(
             Text(f"{row.left} {sign} {row.right}"),
-            *(Text(cell) for cell in (row.output, row.max_abs, row.max_rel, row.rms)),
-            *(Text(cell) for cell in (row.allowed, row.cosine, row.argmax)),
+            *(Text(getattr(row, name)) for name in columns),
             Text(row.verdict, style="" if good else "bold red" if row.reason else "dim"),
         )
-    return Group(sides, Text(""), pairs, Text(""), *(Text(line) for line in _verdict(report)))
+    return table
 
 
 def render_html(report: Report) -> str:
@@ -147,7 +189,7 @@ def _numbers(
         f"{found.mean_abs:.2e}",
         f"{found.rms:.2e}",
         allowed,
-        f"{found.cosine:.7f}",
+        f"{found.cosine:.6f}",
         "-" if found.argmax is None else f"{found.argmax:.1%}",
     )
 

@@ -111,7 +111,7 @@ def validate(
         tolerances=limits,
         noise=models.noise,
     )
-    steps.next("done")
+    steps.next("comparing")
     notes = [*models.notes, *_limits_of(references, comparisons)]
     return Report(
         task=artifacts.task.name if artifacts.task else None,

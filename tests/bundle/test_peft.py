@@ -390,6 +390,15 @@ def base_dir(tmp_path: Path) -> Path:
     return directory
 
 
+def test_a_local_base_that_does_not_fit_is_not_taken(
+    adapter_dir: MakeAdapter, stories260k: Path
+) -> None:
+    """A folder may just happen to have the name that the config gives its base."""
+    assert not from_peft(adapter_dir("e", base_model_name_or_path=str(stories260k))).is_bound
+    with pytest.raises(BaseMismatchError):
+        from_peft(adapter_dir("f"), stories260k)
+
+
 def test_a_local_base_is_taken_by_itself(adapter_dir: MakeAdapter, base_dir: Path) -> None:
     assert not from_peft(adapter_dir("a")).is_bound
     bundle = from_peft(adapter_dir("b", base_model_name_or_path=str(base_dir)))

@@ -109,14 +109,28 @@ def test_an_unexpected_error_is_a_line_and_debug_shows_it(
     )
     assert run(["fail", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "unexpected"
-    with pytest.raises(ZeroDivisionError):
-        run(["fail", "--debug"])
+    assert run(["fail", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
-def test_debug_shows_the_packages_own_errors_too(add: Add) -> None:
+@pytest.mark.parametrize("words", [["--debug"], ["--debug", "--json"]])
+def test_debug_adds_the_traceback_and_changes_nothing_else(
+    words: list[str], add: Add, capsys: pytest.CaptureFixture[str]
+) -> None:
     add(failing(errors.BadInputError("x")))
-    with pytest.raises(errors.BadInputError):
-        run(["fail", "--debug"])
+    assert run(["fail", *words]) == 3
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err
+    assert shown.err.endswith("error: x\n")
+    if "--json" in words:
+        assert json.loads(shown.out)["error"]["code"] == 3
+
+
+def test_an_exit_that_is_no_closed_pipe_keeps_its_code(add: Add) -> None:
+    add(failing(SystemExit(7)))
+    with pytest.raises(SystemExit) as caught:
+        run(["fail"])
+    assert caught.value.code == 7
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
@@ -141,8 +155,11 @@ def test_usage_errors_are_json_as_well(capsys: pytest.CaptureFixture[str]) -> No
 def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     shown = capsys.readouterr()
-    assert "Traceback" not in shown.err
-    assert "pack" in shown.out + shown.err
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert lines[0].startswith("Usage: fourierft-export")
+    assert "Commands:" in lines
+    assert not any("\\n" in line for line in lines)
 
 
 def test_main_exits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

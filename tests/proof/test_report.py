@@ -113,6 +113,15 @@ def test_the_terminal_shows_every_pair_and_the_verdict() -> None:
     assert "FAILED: torch against other, output y: y[0, 0] is -2 against -2.1" in bad
 
 
+def test_a_pair_takes_one_line_of_eighty_columns() -> None:
+    console = Console(file=StringIO(), width=80)
+    console.print(render_text(report_of(**{"onnx:merged.onnx": 2.0, "onnx:unmerged.onnx": 2.0})))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    pair = next(line for line in lines if "onnx:merged.onnx = onnx:unmerged.onnx" in line)
+    for figure in ("0.00e+00", "1.000000", "100.0%", "ok"):
+        assert figure in pair
+
+
 def test_names_from_files_reach_neither_terminal_nor_page_unescaped() -> None:
     name = "evil\x1b[31m [red]<script>alert(1)</script>"
     report = report_of(**{name: 2.0, "other": 2.1})
