@@ -23,10 +23,17 @@ from .options import (
 @weights_option
 @click.option(
     "--mode",
-    type=click.Choice(["merged", "unmerged"]),
+    type=click.Choice(["merged", "unmerged", "swappable", "paired", "bank"]),
     required=True,
     help="merged: delta_W baked into the weights. unmerged: base weights and spectra, which ONNX "
-    "Runtime merges once when it loads the file.",
+    "Runtime merges once when it loads the file. swappable: the adapter is an input of a few KB. "
+    "paired: the adapted weights are inputs, which FILE.expand.onnx makes of an adapter. bank: a "
+    "table of adapters, and adapter_id per row of the batch, 0 being the base.",
+)
+@click.option(
+    "--no-default",
+    is_flag=True,
+    help="swappable, paired, bank: what is not fed is the base's, not that of the given bundles.",
 )
 @output_option("FILE.onnx", "The ONNX file to write.")
 @task_option
@@ -48,7 +55,8 @@ from .options import (
     "--ir-version",
     type=int,
     metavar="N",
-    help="Version of the ONNX file format, for older readers.  [default: 10, or what the opset needs]",
+    help="Version of the ONNX file format, for older readers.  [default: 10, or what the opset "
+    "needs]",
 )
 @click.option(
     "--inline",
@@ -63,6 +71,7 @@ def export(
     bundles: tuple[str, ...],
     weights: tuple[float, ...],
     mode: str,
+    no_default: bool,
     output: str,
     task: str | None,
     cache: bool,
@@ -95,6 +104,7 @@ def export(
         opset=opset,
         ir_version=ir_version,
         inline=inline,
+        defaults=not no_default,
         allow_base_mismatch=allow_base_mismatch,
         force=force,
         progress=progress,

@@ -1,4 +1,4 @@
-"""pack: PEFT adapter directory -> bundle."""
+"""pack: PEFT adapter directory -> bundle; adapter -> ONNX Runtime's adapter file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import click
 
 from .console import Outcome, size_text, verb
-from .options import PATH, base_option, force_option, output_option
+from .options import PATH, base_option, force_option, output_option, read_bundle
 
 
 @verb
@@ -21,6 +21,21 @@ from .options import PATH, base_option, force_option, output_option
     help="How the seed gave the entries; 'small' for layers above 214 million weights that were "
     "trained before torch 2.6.  [default: what torch does today]",
 )
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["bundle", "onnx-adapter"]),
+    default="bundle",
+    show_default=True,
+    help="onnx-adapter: the inputs of the graph --onnx as a file for ONNX Runtime's adapter API; "
+    "SOURCE may then be a bundle, too.",
+)
+@click.option(
+    "--onnx",
+    type=PATH,
+    metavar="FILE.onnx",
+    help="onnx-adapter: the swappable graph, or the expander of a paired one, that it is for.",
+)
 @force_option
 def pack(
     source: str,
@@ -28,6 +43,8 @@ def pack(
     base: str | None,
     adapter: str | None,
     entry_rule: str | None,
+    target: str,
+    onnx: str | None,
     force: bool,
 ) -> Outcome:
     """Pack the PEFT FourierFT adapter in SOURCE into one small, checked file.
@@ -38,7 +55,9 @@ def pack(
     from ..bundle.peft import find_adapter, from_peft, left_out
     from ..checkpoint.staging import check_output
 
-    check_output(output, force=force, inputs=(source, *([base] if base else [])))
+    check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
+    if target == "onnx-adapter" or onnx is not None:
+        return _onnx_adapter(source, output, base, adapter, entry_rule, target, onnx, force)
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
@@ -62,3 +81,39 @@ def pack(
         ],
         notes,
     )
+
+
+def _onnx_adapter(
+    source: str,
+    output: str,
+    base: str | None,
+    adapter: str | None,
+    entry_rule: str | None,
+    target: str,
+    onnx: str | None,
+    force: bool,
+) -> Outcome:
+    from ..bundle.peft import from_peft
+    from ..errors import UsageError
+    from ..onnx_graph.adapter_file import write_adapter
+    from ..onnx_graph.graph_file import parameters_for
+
+    if onnx is None or target != "onnx-adapter":
+        raise UsageError(
+            "pack",
+            expected="--to onnx-adapter and --onnx FILE.onnx together",
+            found="one of them",
+            remedy="an .onnx_adapter file holds the inputs of one graph: name it with --onnx",
+        )
+    if os.path.isdir(source):
+        bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+    else:
+        bundle = read_bundle(source)
+        bundle = bundle.bind(base, entry_rule) if base else bundle
+    parameters = parameters_for(onnx, bundle)
+    write_adapter(output, parameters, force=force)
+    size = os.stat(output).st_size
+    facts = {"path": output, "bytes": size, "inputs": sorted(parameters)}
+    lines = [f"{output}: {len(parameters)} inputs of {onnx}, {size_text(size)}"]
+    notes = ["ONNX Runtime does not check such a file against the base: it was done here"]
+    return Outcome({"onnx_adapter": facts}, lines, notes if bundle.is_bound else ())

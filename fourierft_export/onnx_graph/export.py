@@ -27,7 +27,8 @@ from .metadata import describe
 from .modes import RUNTIME_MODES
 from .report import ExportReport
 from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
-from .runtime_export import build_runtime, expander_path, runtime_layers
+from .runtime_export import build_runtime, runtime_layers
+from .runtime_paths import expander_path
 from .trace import Inputs, trace
 from .versions import check_ir_version, check_opset, set_ir_version
 from .write import data_path, write_model

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.file import Bundle
-from ..bundle.fingerprint import SAMPLE_ATOL, SAMPLE_RTOL
-from ..bundle.spec import Fingerprint, LayerSpec
+from ..bundle.fingerprint import judge
+from ..bundle.spec import LayerSpec
 from ..errors import BadInputError, BaseMismatchError
 from ..models.base import find_bridge
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
@@ -69,7 +69,7 @@ def fit(
             wrong.append(f"{layer.name}: n_frequency {layer.n_frequency} above its size")
         else:
             there = interface.fingerprints.get(name)
-            if there and layer.fingerprint and not agree(layer.fingerprint, there):
+            if there and layer.fingerprint and judge(layer.fingerprint, there) == "different":
                 others.append(f"{layer.name}: another weight than it was trained on")
             layers.append(_bound(bundle, replace(layer, name=name), group))
     saved: dict[str, Array] = {}
@@ -107,9 +107,7 @@ def fit(
     return full_feeds(interface, bound, base)
 
 
-def full_feeds(
-    interface: Interface, bundle: Bundle, base: Mapping[str, Array]
-) -> dict[str, Array]:
+def full_feeds(interface: Interface, bundle: Bundle, base: Mapping[str, Array]) -> dict[str, Array]:
     """Everything that a bound bundle with the graph's names feeds."""
     return spectral_feeds(interface.groups, bundle) | {
         saved.name: _as_dtype(bundle.saved.get(saved.name, base[saved.name]), saved.dtype)
@@ -131,20 +129,7 @@ def _bound(bundle: Bundle, layer: LayerSpec, group: Group) -> LayerSpec:
     )
 
 
-def agree(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two fingerprints may be of the same weight, perhaps in another precision."""
-    if one.dtype == other.dtype:
-        return one.digest == other.digest
-    a, b = (
-        np.frombuffer(f.samples, "<u2").view(ml_dtypes.bfloat16).astype(np.float64)
-        for f in (one, other)
-    )
-    return bool(np.allclose(a, b, rtol=SAMPLE_RTOL, atol=SAMPLE_ATOL))
-
-
-def check_parameters(
-    interface: Interface, parameters: Mapping[str, Array], where: str
-) -> None:
+def check_parameters(interface: Interface, parameters: Mapping[str, Array], where: str) -> None:
     """Refuse parameters (of an .onnx_adapter file) that the graph cannot take.
 
     Raises:
@@ -176,9 +161,9 @@ def _misfits(interface: Interface, parameters: Mapping[str, Array]) -> Iterable[
         known[group.spectrum] = group.dtype, (count, *n)
         known[group.entries] = "int64", (*n, 2)
         known[group.scaling] = "float32", (count,)
-        if entries.dtype.kind == "i" and entries.shape[-1:] == (2,) and n != (0,):
-            if (entries < 0).any() or (entries >= np.array(group.shape)).any():
-                yield f"{group.entries}: entries outside {list(group.shape)}"
+        fits = entries.dtype.kind == "i" and entries.shape[-1:] == (2,)
+        if fits and ((entries < 0) | (entries >= np.array(group.shape))).any():
+            yield f"{group.entries}: entries outside {list(group.shape)}"
     for name, array in parameters.items():
         if name not in known:
             yield f"{name}: no such input"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +23,8 @@ from ..bundle.fingerprint import fingerprint
 from ..errors import UsageError
 from ..spectral.delta import Term
 from .bank import write_bank
-from .groups import Interface, Saved, base_feeds, group_layers, spectral_feeds, table
+from .fit import full_feeds
+from .groups import Interface, Saved, base_feeds, group_layers, table
 from .linears import SavedSite, linear_nodes, locate_saved
 from .locate import WeightSite, locate_marks
 from .metadata import describe
@@ -39,12 +38,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Array = npt.NDArray[Any]
-EXPAND_SUFFIX = ".expand.onnx"
-
-
-def expander_path(path: str | os.PathLike[str]) -> Path:
-    """Where the expander of a paired graph lies: FILE.onnx -> FILE.expand.onnx."""
-    return Path(path).with_suffix(EXPAND_SUFFIX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +123,7 @@ def build_runtime(
         tuple(Saved(name, array.shape, array.dtype.name) for name, array in base.items()),
         {path: fingerprint(weight) for path, (weight, _) in weights.items()},
     )
-    given = [adapter_feeds(interface, bundle, base) for bundle in adapters.values()]
+    given = [full_feeds(interface, bundle, base) for bundle in adapters.values()]
     nothing = base_feeds(interface.groups) | base
     first = given[0] if defaults else nothing
     made: ir.Model | None = None
@@ -157,16 +150,6 @@ def build_runtime(
         if one is not None:
             one.metadata_props.update(content)
     return RuntimeGraphs(graph, made, tuple(layers), tuple(adapters))
-
-
-def adapter_feeds(
-    interface: Interface, bundle: Bundle, base: Mapping[str, Array]
-) -> dict[str, Array]:
-    """Everything that a bundle with the graph's names feeds: tensors it lacks are the base's."""
-    return spectral_feeds(interface.groups, bundle) | {
-        saved.name: np.asarray(bundle.saved.get(saved.name, base[saved.name])).astype(saved.dtype)
-        for saved in interface.saved
-    }
 
 
 def put_weights(sites: Sequence[WeightSite], weights: Mapping[str, tuple[Array, bool]]) -> None:

@@ -1,0 +1,199 @@
+"""What a session needs to know of an exported file before it runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.file import Bundle
+from ..checkpoint.container import open_regular
+from ..errors import BadInputError, UsageError
+from .fit import fit
+from .groups import BASE_PREFIX, Interface
+from .metadata import KEY
+from .modes import BANK
+from .paired import WeightInput
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = npt.NDArray[Any]
+
+
+def parameters_for(
+    path: str | os.PathLike[str], bundle: Bundle, *, allow_base_mismatch: bool = False
+) -> dict[str, Array]:
+    """What an adapter feeds a swappable graph, or the expander of a paired one, input by input.
+
+    Of a paired graph itself these are its saved heads and biases.
+
+    Raises:
+        UsageError: the graph takes no single adapter.
+        BaseMismatchError: the adapter does not fit the graph.
+        BadInputError, FileAccessError: not a file that this package made.
+    """
+    model = read_model(path)
+    facts = facts_of({p.key: p.value for p in model.metadata_props}, os.fspath(path))
+    taken = {value.name for value in model.graph.input}
+    if facts.interface is None or facts.mode == BANK:
+        raise UsageError(
+            path,
+            expected="a graph of mode swappable, or the expander of a paired one",
+            found=f"mode {facts.mode}",
+            remedy="export the base with --mode swappable",
+        )
+    expands = not any(saved.name in taken for saved in facts.interface.saved)
+    zeros = {s.name: np.zeros(s.shape, s.dtype) for s in facts.interface.saved}
+    base = zeros if expands else base_saved(path, facts)
+    feeds = fit(
+        facts.interface,
+        bundle,
+        base,
+        where=os.fspath(path),
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    return {name: array for name, array in feeds.items() if name in taken}
+
+
+@dataclass(frozen=True, eq=False)
+class GraphFacts:
+    """An exported file's own account of itself.
+
+    Attributes:
+        mode: how it was exported.
+        interface: its adapter inputs; None where it has none.
+        adapters: names of the adapters in it, in the order of a bank's rows.
+        weights: layer -> (name of its weight, whether that is (in, out)), one or several each.
+    """
+
+    mode: str
+    interface: Interface | None
+    adapters: tuple[str, ...]
+    weights: Mapping[str, tuple[tuple[str, bool], ...]]
+
+
+def facts_of(metadata: Mapping[str, str], where: str) -> GraphFacts:
+    """The facts in a model's metadata.
+
+    Raises:
+        BadInputError: it has none of ours, or they are damaged.
+    """
+    try:
+        content = json.loads(metadata[KEY])
+        inputs = content.get("inputs")
+        names = inputs["rows"] if inputs else content["adapters"]
+        return GraphFacts(
+            content["mode"],
+            Interface.from_dict(inputs) if inputs else None,
+            tuple(map(str, names)),
+            {
+                layer: tuple((str(s["initializer"]), bool(s["transposed"])) for s in sites)
+                for layer, sites in content["weights"].items()
+            },
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise BadInputError(
+            where,
+            expected=f"an ONNX file made by this package, with its metadata under {KEY!r}",
+            found="none" if KEY not in metadata else f"other metadata ({error})",
+            remedy="export or apply the adapter again; tools that rewrite a file may drop metadata",
+        ) from None
+
+
+def base_saved(path: str | os.PathLike[str], facts: GraphFacts) -> dict[str, Array]:
+    """The base's saved tensors, which an exported file keeps beside the adapter's.
+
+    Raises:
+        BadInputError: they are not in the file.
+    """
+    if facts.interface is None or not facts.interface.saved:
+        return {}
+    constants = _constants(path)
+    found = {}
+    missing = []
+    for saved in facts.interface.saved:
+        array = constants.get(BASE_PREFIX + saved.name)
+        if array is None and facts.mode != BANK:
+            array = constants.get(saved.name)
+        if array is None:
+            missing.append(saved.name)
+        else:
+            found[saved.name] = array.reshape(saved.shape)
+    if missing:
+        raise BadInputError(
+            path,
+            expected="the base's saved tensors",
+            found=f"{len(missing)} that are not in the file",
+            offenders=missing,
+        )
+    return found
+
+
+def weight_inputs(path: str | os.PathLike[str], facts: GraphFacts) -> list[WeightInput]:
+    """The weights that an expander makes, with their base values.
+
+    Raises:
+        BadInputError: the expander lacks some.
+    """
+    constants = _constants(path)
+    inputs = []
+    missing = []
+    for layer, sites in facts.weights.items():
+        for name, transposed in sites:
+            array = constants.get(f"{name}.base")
+            if array is None:
+                missing.append(f"{name}.base")
+            else:
+                inputs.append(WeightInput(name, layer, array, transposed))
+    if missing:
+        raise BadInputError(
+            path,
+            expected="the base weights of every adapted layer",
+            found=f"{len(missing)} that are not in the file",
+            offenders=missing,
+        )
+    return inputs
+
+
+class _Constants(dict[str, Any]):
+    """Initializers by name, made arrays when asked for."""
+
+    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self._folder = os.path.dirname(os.path.abspath(path))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The array of this name."""
+        from onnx import numpy_helper
+
+        if name not in self:
+            return default
+        return np.array(numpy_helper.to_array(self[name], self._folder))
+
+
+def _constants(path: str | os.PathLike[str]) -> _Constants:
+    initializers = read_model(path).graph.initializer
+    return _Constants(path, {tensor.name: tensor for tensor in initializers})
+
+
+def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """An ONNX file without its external data.
+
+    Raises:
+        FileAccessError: missing or unreadable.
+        BadInputError: not an ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    os.close(open_regular(path))
+    try:
+        return onnx.load(os.fspath(path), load_external_data=False)
+    except DecodeError:
+        raise BadInputError(path, expected="an ONNX model", found="something else") from None
