@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..checkpoint import strict_json
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.container import FLOAT_DTYPES, TensorInfo, read_file
 from ..errors import MAX_OFFENDERS_SHOWN, BadInputError, BaseMismatchError
+from .renaming import renamed_modules
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.
 _GPT_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -72,16 +73,21 @@ class Bridge:
     Attributes:
         strip: prefix that the adapter has and the checkpoint lacks ("bert"), or "".
         add: prefix that the checkpoint has and the adapter lacks, or "".
+        renamed: module paths that the checkpoint calls otherwise (see `renaming`), after that.
     """
 
     strip: str = ""
     add: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_base(self, name: str) -> str:
         """An adapter's module path or tensor name as the checkpoint has it."""
         if self.strip and name.startswith(f"{self.strip}."):
-            return name[len(self.strip) + 1 :]
-        return f"{self.add}.{name}" if self.add else name
+            name = name[len(self.strip) + 1 :]
+        elif self.add:
+            name = f"{self.add}.{name}"
+        path, dot, leaf = name.rpartition(".")
+        return self.renamed.get(name) or self.renamed.get(path, path) + dot + leaf
 
 
 def _kind(name: str) -> str:
@@ -147,9 +153,28 @@ class Base:
         return None
 
     def bridge(self, modules: Iterable[str]) -> Bridge:
-        """The prefix difference under which most of `modules` have a weight here."""
+        """The prefix difference under which most of `modules` have a weight here.
+
+        Names that transformers changes while loading are looked up only where others are not
+        found.
+        """
+        paths = list(modules)
         roots = {tensor.split(".")[0] for tensor in self.tensors}
-        return find_bridge(modules, roots, lambda path: f"{path}.weight" in self.tensors)
+        bridge = find_bridge(paths, roots, lambda path: f"{path}.weight" in self.tensors)
+        lost = (p for p in paths if f"{bridge.to_base(p)}.weight" not in self.tensors)
+        if all(path.split(".")[-1] in _OUTPUT_EMBEDDINGS for path in lost) or not self._renamed:
+            return bridge
+        roots |= {path.split(".")[0] for path in self._renamed}
+        has = {f"{path}.weight" for path in self._renamed} | set(self.tensors)
+        bridge = find_bridge(paths, roots, lambda path: f"{path}.weight" in has)
+        return replace(bridge, renamed=self._renamed)
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Module paths that differ from the stored ones; takes transformers, and a moment."""
+        if not self.directory.is_dir():
+            return {}
+        return renamed_modules(self.directory, self.config, self.tensors)
 
     def layers(self, modules: Iterable[str]) -> dict[str, BaseLayer]:
         """The linear layers at these module paths.

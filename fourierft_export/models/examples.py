@@ -49,6 +49,8 @@ def example_inputs(
 ) -> dict[str, torch.Tensor]:
     """Deterministic inputs; the last row is padded by a quarter, so that the mask counts.
 
+    Every row ends in the end-of-text token, where there is one: BART's classifiers look for it.
+
     Args:
         model: a transformers model.
         task: one of `models.task.TASKS`.
@@ -70,9 +72,14 @@ def example_inputs(
         return {IMAGES: _images(config, batch).to(next(model.parameters()).dtype)}
     vocabulary = int(config.get_text_config().vocab_size)
     ids = torch.arange(batch * length).reshape(batch, length) * 7919 % max(vocabulary - 1, 1) + 1
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < vocabulary:
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
     mask = torch.ones(batch, length, dtype=torch.int64)
     padding = length // 4
     if padding:
+        ids[-1] = torch.roll(ids[-1], -padding)
         mask[-1, -padding:] = 0
         ids[-1, -padding:] = getattr(config, "pad_token_id", None) or 0
     every = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}

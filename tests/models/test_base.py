@@ -268,3 +268,36 @@ def test_describe(stories260k: Path) -> None:
     assert facts["bytes"] == 260_032 * 4
     assert (facts["shards"], facts["model_type"]) == (1, "llama")
     assert facts["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_modules_that_transformers_renames_while_loading(bare: bool, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        image_size=8,
+        patch_size=4,
+    )
+    model = ViTForImageClassification(config)
+    (model.vit if bare else model).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    paths = [p for p, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)][:-1]
+    base = open_base(tmp_path)
+    layers = base.layers(paths)
+    assert len(paths) == 12
+    assert not {f"{path}.weight" for path in paths} & set(base.tensors)
+    for path in paths:
+        there = base.checkpoint.read(layers[path].tensor)
+        np.testing.assert_array_equal(there, loaded.get_parameter(f"{path}.weight").detach())
+    bias = base.bridge(paths).to_base(f"{paths[0]}.bias")
+    np.testing.assert_array_equal(
+        base.checkpoint.read(bias), loaded.get_parameter(f"{paths[0]}.bias").detach()
+    )
+    with pytest.raises(BaseMismatchError, match="1 of 13 layers"):
+        base.layers([*paths, "vit.layers.2.attention.q_proj"])
