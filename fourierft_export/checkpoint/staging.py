@@ -51,6 +51,7 @@ def check_output(
                 remedy="choose another output",
             )
     if os.path.lexists(path) and not force:
+        clean_leftovers(path)  # of a run that was killed after it had finished
         raise UsageError(
             path,
             expected="an output that does not exist yet",
@@ -92,7 +93,7 @@ def work_folder(
         lock = _take(folder)
     try:
         with os_errors_named(path, folder):
-            _clean_leftovers(path, folder)
+            clean_leftovers(path, folder)
             if not keep:
                 _empty(folder)
         yield folder
@@ -210,8 +211,8 @@ def _take(folder: Path) -> int:
         return lock
 
 
-def _clean_leftovers(out: Path, own: Path) -> None:
-    """Remove the work folders of `out` that killed processes have left."""
+def clean_leftovers(out: Path, own: Path | None = None) -> None:
+    """Remove the work folders of `out`, all but `own`, that killed processes have left."""
     for folder in out.parent.glob(f"{glob.escape(out.name)}{_PARTIAL}*"):
         if folder == own or folder.is_symlink() or not folder.is_dir():
             continue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
@@ -102,3 +104,39 @@ def load_peft_causal() -> Callable[[Path, Path], Any]:
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
 
     return load
+
+
+@pytest.fixture
+def make_base() -> Callable[..., Path]:
+    """`make(folder, shards=4, size=128)`: a checkpoint of layers "layers.I.q" and "layers.I.k"."""
+
+    def make(folder: Path, shards: int = 4, size: int = 128, dtype: Any = np.float32) -> Path:
+        random = np.random.default_rng(0)
+        folder.mkdir()
+        weight_map = {}
+        for number in range(shards):
+            name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+            tensors = {
+                f"layers.{number}.{part}.weight": (random.standard_normal((size, size)) * 0.02)
+                .astype(dtype) for part in ("q", "k")
+            }  # fmt: skip
+            save_file(tensors, folder / name, {"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, name))
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text('{"model_type": "made"}')
+        (folder / "tokenizer.json").write_text("{}")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def files_of() -> Callable[[Path], dict[str, bytes]]:
+    """The bytes of every file below a folder, by its relative path."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        paths = (p for p in folder.rglob("*") if p.is_file())
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+    return read
