@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -177,14 +178,25 @@ class Edits:
             for name, value in (("location", path.name), ("offset", start), ("length", length)):
                 tensor.external_data.add(key=name, value=str(value))
         check_space(path.parent, end)
-        with open(path, "xb", buffering=0) as file:
+        # One thread writes while this one makes the next content: two of them in memory at most.
+        with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
+            pending: Future[None] | None = None
             for start, part in work:
                 if progress:
                     progress("copy", start, end)
-                if isinstance(part, Patch):
-                    _write_at(file.fileno(), start, as_bytes(part.make()))
-                else:
-                    _copy(part, file.fileno(), start)
+                data = as_bytes(part.make()) if isinstance(part, Patch) else None
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(_put, file.fileno(), start, part, data)
+            if pending is not None:
+                pending.result()
+
+
+def _put(fd: int, start: int, part: Range | Patch, data: memoryview | None) -> None:
+    if data is not None:
+        _write_at(fd, start, data)
+    elif isinstance(part, Range):
+        _copy(part, fd, start)
 
 
 def _write_at(fd: int, start: int, view: memoryview) -> None:
