@@ -25,10 +25,11 @@ from .options import (
 @weights_option
 @click.option(
     "--mode",
-    type=click.Choice(["merged", "unmerged"]),
+    type=click.Choice(["merged", "unmerged", "swappable", "bank"]),
     required=True,
     help="merged: delta_W baked into the weights. unmerged: base weights and spectra, which ONNX "
-    "Runtime merges once when it loads the file; beside quantised weights a float branch.",
+    "Runtime merges once when it loads the file. swappable: the adapter as graph inputs. bank: a "
+    "table of adapters, and adapter_id per row. Quantised weights get a float branch, not merged.",
 )
 @base_option
 @click.option(

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
-from ..errors import UsageError
+from ..errors import BaseMismatchError, UsageError
 from ..models.base import open_base
 from .belonging import bound_to, judge, wanted_layers
-from .dense import put_saved
+from .beside import write_beside
+from .dense import find_saved, put_saved
 from .edits import Edits, Progress
 from .find import Finder
 from .metadata import KEY, describe
+from .modes import BANK, MERGED, SWAPPABLE, UNMERGED
+from .quantised import QuantisedLinear, all_paths, find_quantised, quantised_linears
 from .report import ExportReport
-from .rewrite import MERGED, UNMERGED
+from .rewrite import Written
 from .several import Bundles, named_bundles, weighted
 from .sites import Job, feed_sites, merge_sites
 from .source import Source, open_onnx
@@ -25,7 +28,7 @@ from .source import Source, open_onnx
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-APPLY_MODES = (MERGED, UNMERGED)
+APPLY_MODES = (MERGED, UNMERGED, SWAPPABLE, BANK)
 MIN_OPSET = {UNMERGED: 13}
 
 
@@ -51,10 +54,12 @@ def apply_onnx(
     data stay on disk: memory holds one at a time.
 
     Args:
-        onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer).
+        onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; beside
+            quantised weights, swappable and bank: 18 or newer).
         bundles: one adapter, several that add up, or several by name.
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
-        mode: "merged" or "unmerged", as in `export_onnx`.
+        mode: "merged", "unmerged", "swappable" or "bank", as in `export_onnx`. Beside a quantised
+            weight, which stays as it is, the adapter is a float branch (not in mode merged).
         weights: one factor per bundle, by which its change counts; 1 by default.
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.
@@ -89,17 +94,42 @@ def apply_onnx(
     }
     if progress:
         progress("find weights", 0, 1)
-    finder = Finder(source)
-    found = finder.find(wanted_layers(bound, opened), mapping or {})
-    notes = judge(source, found, allow_base_mismatch)
-    bound = {name: bound_to(bundle, found.sites) for name, bundle in bound.items()}
+    wanted = wanted_layers(bound, opened)
+    linears = quantised_linears(source)
+    finder = Finder(source, all_paths(linears))
+    found = finder.find(wanted, mapping or {})
+    lost = [want for want in wanted if want.name in found.missing]
+    quantised = find_quantised(linears, lost, found.bridge, mapping or {})
+    for layer in quantised:
+        del found.missing[layer]
+    notes = judge(source, found, quantised, allow_base_mismatch)
+    _check_quantised(source, mode, {layer: each for layer, (each, _) in quantised.items()})
+    shapes = {layer: sites[0].shape for layer, sites in found.sites.items()}
+    shapes |= {layer: each[0].shape for layer, (each, _) in quantised.items()}
+    bound = {name: bound_to(bundle, shapes) for name, bundle in bound.items()}
     edits = Edits(source)
-    put_saved(finder, edits, found.bridge, bound)
-    job = Job(source, edits, weighted(bound, weights), found.sites)
-    written = (merge_sites if mode == MERGED else feed_sites)(job)
+    places = find_saved(finder, found.bridge, bound)
+    adapters = weighted(bound, weights)
+    beside = bool(quantised) or mode in (SWAPPABLE, BANK)
+    interface = None
+    written: list[Written] = []
+    if mode in (MERGED, UNMERGED):
+        put_saved(places, edits, bound)
+        places = {}
+    if beside:
+        each = {layer: several for layer, (several, _) in quantised.items()}
+        interface = write_beside(edits, mode, adapters, found.sites, each, places)
+    else:
+        job = Job(source, edits, adapters, found.sites)
+        written = (merge_sites if mode == MERGED else feed_sites)(job)
     source.model.metadata_props.update(
         describe(
-            version=__version__, mode=mode, adapters=job.bundles, sources=named, written=written
+            version=__version__,
+            mode=mode,
+            adapters=adapters,
+            sources=named,
+            written=written,
+            interface=interface,
         )
     )
     files = edits.write(onnx_out, force=force, progress=progress)
@@ -112,7 +142,7 @@ def apply_onnx(
         nodes=len(source.model.graph),
         inputs=_shapes(source.model, source.model.graph.inputs),
         outputs=_shapes(source.model, source.model.graph.outputs),
-        layers=tuple(found.sites),
+        layers=tuple(shapes),
         adapters=tuple(named),
         notes=notes,
     )
@@ -120,7 +150,7 @@ def apply_onnx(
 
 def _check_arguments(mode: str, bundles: Mapping[str, Bundle], mapping: Mapping[str, str]) -> None:
     if mode not in APPLY_MODES:
-        raise UsageError("apply mode", expected=" or ".join(APPLY_MODES), found=repr(mode))
+        raise UsageError("apply mode", expected=", ".join(APPLY_MODES), found=repr(mode))
     layers = {layer.name for bundle in bundles.values() for layer in bundle.layers}
     unknown = sorted(mapping.keys() - layers)
     if unknown:
@@ -150,6 +180,21 @@ def _check_source(source: Source, mode: str) -> None:
             expected="a model without adapters of its own",
             found="one that holds some, unmerged",
             remedy="apply all bundles together to the base's model",
+        )
+
+
+def _check_quantised(
+    source: Source, mode: str, quantised: Mapping[str, Sequence[QuantisedLinear]]
+) -> None:
+    if mode == MERGED and quantised:
+        raise BaseMismatchError(
+            source.path,
+            expected="float weights to merge into",
+            found=f"{len(quantised)} quantised ones, which merging would quantise again",
+            remedy="use --mode unmerged, swappable or bank: the adapter becomes a float branch",
+            offenders=[
+                f"{layer}: {each[0].weight} ({each[0].kind})" for layer, each in quantised.items()
+            ],
         )
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from .groups import ADAPTER_ID, BASE_PREFIX, PREFIX, Interface
-from .linears import SavedSite
+from .linears import HasEnds, SavedSite
 from .ops import FLOAT32, Ops, replace_uses
 from .side_branch import SideBranches
 from .swappable import group_inputs
@@ -30,7 +30,7 @@ ADAPTERS = f"{PREFIX}adapters"
 
 def write_bank(
     model: ir.Model,
-    linears: Mapping[str, Sequence[ir.Node]],
+    linears: Mapping[str, Sequence[HasEnds]],
     interface: Interface,
     defaults: Mapping[str, Array],
     saved: Iterable[SavedSite] = (),
@@ -83,7 +83,7 @@ def _size(size: Any) -> int | str:
     return size if isinstance(size, int) else str(size)
 
 
-def _check_batched(linears: Mapping[str, Sequence[ir.Node]], batch: Any) -> None:
+def _check_batched(linears: Mapping[str, Sequence[HasEnds]], batch: Any) -> None:
     wrong = []
     for layer, nodes in linears.items():
         for node in nodes:

@@ -170,15 +170,38 @@ def bias_of(linear: ir.Node) -> tuple[ir.Node, int] | None:
     return None
 
 
+_BETWEEN = ("Cast", "Mul", "QuantizeLinear", "DequantizeLinear")
+
+
 def _bias(linear: ir.Node) -> str | None:
-    found = bias_of(linear)
-    value = found[0].inputs[found[1]] if found else None
-    if value is None:
-        return None
-    producer = value.producer()
+    """The module path in the name of the bias that is added, also a quantised one."""
+    if linear.op_type in ("Gemm", "FusedGemm"):
+        return _bias_name(linear.inputs[2]) if len(linear.inputs) > 2 else None
+    output = linear.outputs[0]
+    for _ in range(6):
+        users = list(output.uses())
+        if len(users) != 1:
+            return None
+        node, index = users[0]
+        if node.op_type == "Add" and len(node.inputs) == 2:
+            return _bias_name(node.inputs[1 - index])
+        if node.op_type not in _BETWEEN:
+            return None
+        output = node.outputs[0]
+    return None
+
+
+def _bias_name(value: ir.Value | None) -> str | None:
+    producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear":
         value = producer.inputs[0]
     return scope_of_bias(str(value.name)) if value is not None else None
+
+
+def paths_of(linear: ir.Node, weight: str) -> list[str]:
+    """The module paths that a linear node's traces tell, strongest first."""
+    told = (scope_of_weight(weight), _scope(linear), _bias(linear))
+    return [path for path in told if path]
 
 
 def same_path(path: str) -> str:

@@ -35,22 +35,43 @@ class Place:
     turned: bool = False
 
 
-def put_saved(
-    finder: Finder, edits: Edits, bridge: Bridge, bundles: Mapping[str, Bundle]
-) -> dict[str, tuple[str, bool]]:
-    """Replace the graph's heads and biases by the bundles' own.
+def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) -> dict[str, Place]:
+    """Where the adapters' dense tensors go.
 
     Args:
         finder: of the graph.
-        edits: of the same graph.
         bridge: from the adapter's paths to the graph's.
         bundles: adapter name -> bundle.
 
-    Returns:
-        Tensor name -> (initializer, whether it holds the transpose).
-
     Raises:
         BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
+    """
+    shapes = {
+        key: array.shape for bundle in bundles.values() for key, array in bundle.saved.items()
+    }
+    places: dict[str, Place] = {}
+    offenders = []
+    for key, shape in shapes.items():
+        place = _find(finder, bridge.to_base(key), shape)
+        if isinstance(place, str):
+            offenders.append(f"{key}: {place}")
+        else:
+            places[key] = place
+    if offenders:
+        raise BaseMismatchError(
+            finder.source.path,
+            expected="a graph with the heads and biases of the adapter",
+            found=f"{len(offenders)} of {len(shapes)} tensors that it does not have so",
+            remedy="export the base with its head from PyTorch, or use an adapter without one",
+            offenders=offenders,
+        )
+    return places
+
+
+def put_saved(places: Mapping[str, Place], edits: Edits, bundles: Mapping[str, Bundle]) -> None:
+    """Replace the graph's heads and biases by the bundles' own.
+
+    Raises:
         UsageError: two bundles set one tensor to different values.
         BadInputError: a value that the graph's dtype cannot hold.
     """
@@ -65,29 +86,10 @@ def put_saved(
                     remedy="apply adapters with heads of their own one at a time",
                 )
             wanted[key] = array
-    places: dict[str, Place] = {}
-    offenders = []
-    for key, array in wanted.items():
-        place = _find(finder, bridge.to_base(key), array.shape)
-        if isinstance(place, str):
-            offenders.append(f"{key}: {place}")
-        else:
-            places[key] = place
-    if offenders:
-        raise BaseMismatchError(
-            finder.source.path,
-            expected="a graph with the heads and biases of the adapter",
-            found=f"{len(offenders)} of {len(wanted)} tensors that it does not have so",
-            remedy="export the base with its head from PyTorch, or use an adapter without one",
-            offenders=offenders,
-        )
-    done = {}
     for key, place in places.items():
         value = edits.own(place.value, place.uses)
         content = _cast(wanted[key].T if place.turned else wanted[key], value, key)
         edits.put(value, lambda content=content: content)  # type: ignore[misc]
-        done[key] = str(value.name), place.turned
-    return done
 
 
 def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:

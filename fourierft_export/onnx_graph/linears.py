@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Array = npt.NDArray[Any]
+
+
+class HasEnds(Protocol):
+    """A linear layer in a graph: a node, or whatever stands for several that are one layer."""
+
+    @property
+    def inputs(self) -> Sequence[ir.Value | None]:
+        """X comes first."""
+
+    @property
+    def outputs(self) -> Sequence[ir.Value]:
+        """Y comes first."""
 
 
 def linear_nodes(site: WeightSite) -> list[ir.Node]:

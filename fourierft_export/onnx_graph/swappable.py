@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .groups import BASE_PREFIX, Group, Interface
-from .linears import SavedSite
+from .linears import HasEnds, SavedSite
 from .ops import FLOAT32, Ops
 from .side_branch import Frequencies, SideBranches
 
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 def write_swappable(
     model: ir.Model,
-    linears: Mapping[str, Sequence[ir.Node]],
+    linears: Mapping[str, Sequence[HasEnds]],
     interface: Interface,
     defaults: Mapping[str, Array],
     saved: Iterable[SavedSite] = (),

@@ -357,13 +357,13 @@ def test_a_file_that_shrinks_is_an_error(
         location="weights",
         size_threshold=0,
     )
-    put_saved = apply.put_saved
+    find_saved = apply.find_saved
 
     def shrink(*arguments: Any) -> Any:
         (tmp_path / "weights").write_bytes(b"")
-        return put_saved(*arguments)
+        return find_saved(*arguments)
 
-    monkeypatch.setattr(apply, "put_saved", shrink)
+    monkeypatch.setattr(apply, "find_saved", shrink)
     with pytest.raises(BadInputError, match="weights"):
         apply_onnx(path, make_bundle(LAYERS), out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "weights"]

@@ -1,0 +1,287 @@
+"""Linear layers with quantised weights: MatMulNBits, QDQ and dynamic int8.
+
+Their weights stay as they are. What an adapter needs of them is where x comes in and y goes out in
+float, and whether they are the layers it was trained on: dequantised samples against the bundle's
+fingerprint, within a quantisation step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+
+from ..bundle.fingerprint import SAMPLE_RTOL, sample_positions
+from ..models.base import Bridge
+from .consumers import STANDARD, paths_of, same_path
+from .find import Wanted
+from .source import Array, Source, constant_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedLinear:
+    """A linear layer with a quantised weight.
+
+    Attributes:
+        weight: name of the constant that holds its integers.
+        kind: "MatMulNBits", "QDQ" or "MatMulInteger".
+        shape: (out, in).
+        x: its input (..., in), float.
+        y: its output (..., out), float, without bias.
+        paths: module paths that the graph tells of it.
+        dequantised: gives W (out, in) float32 and the quantisation step of each element; None for
+            a form that is not understood.
+    """
+
+    weight: str
+    kind: str
+    shape: tuple[int, int]
+    x: ir.Value
+    y: ir.Value
+    paths: tuple[str, ...]
+    dequantised: Callable[[], tuple[Array, Array]] | None
+
+    def verdict(self, want: Wanted) -> str | None:
+        """What the fingerprint says: "precision", "different", or None without one."""
+        if want.fingerprint is None or self.dequantised is None:
+            return None
+        if want.shape is not None and want.shape != self.shape:
+            return "different"
+        weight, step = self.dequantised()
+        if want.stored_in_out:
+            weight, step = weight.T, step.T
+        at = sample_positions(weight.size)
+        expected = np.frombuffer(want.fingerprint.samples, "<u2").view(ml_dtypes.bfloat16)
+        exact = expected.astype(np.float64)
+        error = np.abs(weight.reshape(-1)[at] - exact)
+        # The largest value of a block may be clipped by up to a step.
+        fits = error <= step.reshape(-1)[at] * 1.01 + SAMPLE_RTOL * np.abs(exact)
+        return "precision" if fits.all() else "different"
+
+
+def quantised_linears(source: Source) -> list[QuantisedLinear]:
+    """Every linear layer with a constant quantised weight in the main graph."""
+    found = []
+    for node in source.model.graph:
+        if node.op_type == "MatMulNBits":
+            one = _n_bits(source, node)
+        elif node.op_type == "MatMulInteger" and node.domain in STANDARD:
+            one = _integer(source, node)
+        elif node.op_type in ("MatMul", "Gemm") and node.domain in STANDARD:
+            one = _qdq(source, node)
+        else:
+            continue
+        if one is not None:
+            found.append(one)
+    return found
+
+
+def find_quantised(
+    linears: Sequence[QuantisedLinear],
+    wanted: Iterable[Wanted],
+    bridge: Bridge,
+    mapping: Mapping[str, str],
+) -> dict[str, tuple[list[QuantisedLinear], str | None]]:
+    """The layers that are among `linears`, each with what its fingerprint says.
+
+    Args:
+        linears: of the graph.
+        wanted: layers that have no float weight in it.
+        bridge: from the adapter's paths to the graph's.
+        mapping: layer -> name of a constant of integers.
+    """
+    found: dict[str, tuple[list[QuantisedLinear], str | None]] = {}
+    for want in wanted:
+        path = same_path(bridge.to_base(want.name))
+        if want.name in mapping:
+            hits = [one for one in linears if one.weight == mapping[want.name]]
+        else:
+            hits = [one for one in linears if path in map(same_path, one.paths)]
+        if not hits and want.fingerprint is not None and want.name not in mapping:
+            hits = [one for one in linears if one.verdict(want) == "precision"]
+            hits = hits if len({one.weight for one in hits}) == 1 else []
+        if hits:
+            verdicts = {one.verdict(want) for one in hits}
+            worst = "different" if "different" in verdicts else verdicts.pop()
+            found[want.name] = hits, worst
+    return found
+
+
+def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
+    """com.microsoft MatMulNBits: B [N, blocks, bytes] uint8, scales per block of inputs."""
+    x, weight = node.inputs[0], node.inputs[1]
+    packed = constant_of(weight) if weight is not None else None
+    if x is None or weight is None or packed is None:
+        return None
+    rows, columns = (int(node.attributes[name].as_int()) for name in ("N", "K"))
+    bits = int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
+    size = int(node.attributes["block_size"].as_int())
+
+    def dequantised() -> tuple[Array, Array]:
+        blocks = -(-columns // size)
+        values = _unpacked(source.read(packed), bits).reshape(rows, -1)[:, : blocks * size]
+        scales = _input(source, node, 2)
+        zeros = _input(source, node, 3)
+        if scales is None:
+            raise ValueError("MatMulNBits without constant scales")
+        scale = scales.astype(np.float32).reshape(rows, blocks)
+        if zeros is None:
+            zero = np.full((rows, blocks), 2 ** (bits - 1), np.float32)
+        elif zeros.dtype == np.uint8:
+            zero = _unpacked(zeros, bits).reshape(rows, -1)[:, :blocks].astype(np.float32)
+        else:
+            zero = zeros.astype(np.float32).reshape(rows, blocks)
+        step = np.repeat(np.abs(scale), size, axis=1)[:, :columns]
+        centred = values.reshape(rows, blocks, size) - zero[:, :, None]
+        weights = (centred * scale[:, :, None]).reshape(rows, -1)[:, :columns]
+        return weights, step
+
+    # Columns in another order (g_idx) are not taken apart here.
+    ordered = len(node.inputs) > 4 and node.inputs[4] is not None
+    known = not ordered and bits in (4, 8) and _is_constant(node, 2) and _is_constant(node, 3)
+    name = str(weight.name)
+    return QuantisedLinear(
+        name,
+        "MatMulNBits",
+        (rows, columns),
+        x,
+        node.outputs[0],
+        tuple(paths_of(node, name)),
+        dequantised if known else None,
+    )
+
+
+def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
+    """DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul, weight (in, out)."""
+    quantise = node.inputs[0].producer() if node.inputs[0] is not None else None
+    weight = node.inputs[1]
+    tensor = constant_of(weight) if weight is not None else None
+    if quantise is None or quantise.op_type != "DynamicQuantizeLinear":
+        return None
+    x = quantise.inputs[0]
+    if x is None or weight is None or tensor is None or len(tensor.shape) != 2:
+        return None
+    cast = _only_user(node.outputs[0], "Cast")
+    scaled = _only_user(cast.outputs[0], "Mul") if cast is not None else None
+    if cast is None or scaled is None:
+        return None
+    other = next(v for v in scaled.inputs if v is not cast.outputs[0])
+    both = other.producer() if other is not None else None
+    factors = [constant_of(value) for value in (both.inputs if both else ()) if value is not None]
+    scales = [constant for constant in factors if constant is not None]
+
+    def dequantised() -> tuple[Array, Array]:
+        values = source.read(tensor).astype(np.float32)
+        zero = _input(source, node, 3)
+        scale = np.abs(source.read(scales[0]).astype(np.float32))
+        weights = (values - (0 if zero is None else zero.astype(np.float32))) * scale
+        return weights.T, np.broadcast_to(scale, weights.shape).T
+
+    rows, columns = (int(size) for size in tensor.shape.numpy())
+    name = str(weight.name)
+    return QuantisedLinear(
+        name,
+        "MatMulInteger",
+        (columns, rows),
+        x,
+        scaled.outputs[0],
+        tuple(paths_of(node, name)),
+        dequantised if len(scales) == 1 else None,
+    )
+
+
+def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
+    """MatMul or Gemm whose weight comes out of a DequantizeLinear, perhaps through a Transpose."""
+    x, weight = node.inputs[0], node.inputs[1]
+    producer = weight.producer() if weight is not None else None
+    turned = producer is not None and producer.op_type == "Transpose"
+    if producer is not None and turned and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    if x is None or producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    integers = producer.inputs[0]
+    tensor = constant_of(integers) if integers is not None else None
+    if integers is None or tensor is None or len(tensor.shape) != 2:
+        return None
+    dequantise = producer
+    by_rows = bool("transB" in node.attributes and node.attributes["transB"].as_int())
+    in_out = by_rows == turned
+
+    def dequantised() -> tuple[Array, Array]:
+        values = source.read(tensor).astype(np.float32)
+        scale, zero = _input(source, dequantise, 1), _input(source, dequantise, 2)
+        if scale is None:
+            raise ValueError("DequantizeLinear without a constant scale")
+        axis = dequantise.attributes["axis"].as_int() if "axis" in dequantise.attributes else 1
+        along = [-1, 1] if axis == 0 else [1, -1]
+        scale = np.abs(scale.astype(np.float32).reshape(along))
+        offset = 0 if zero is None else zero.astype(np.float32).reshape(along)
+        weights, step = (values - offset) * scale, np.broadcast_to(scale, values.shape)
+        return (weights.T, step.T) if in_out else (weights, step)
+
+    first, second = (int(size) for size in tensor.shape.numpy())
+    known = _is_constant(dequantise, 1) and "block_size" not in dequantise.attributes
+    name = str(integers.name)
+    return QuantisedLinear(
+        name,
+        "QDQ",
+        (second, first) if in_out else (first, second),
+        _before_qdq(x),
+        _after_qdq(node.outputs[0]),
+        tuple(paths_of(node, name)),
+        dequantised if known else None,
+    )
+
+
+def _before_qdq(x: ir.Value) -> ir.Value:
+    """The float value that was quantised and dequantised on its way here."""
+    dequantise = x.producer()
+    if dequantise is None or dequantise.op_type != "DequantizeLinear":
+        return x
+    quantise = dequantise.inputs[0].producer() if dequantise.inputs[0] is not None else None
+    before = quantise.inputs[0] if quantise and quantise.op_type == "QuantizeLinear" else None
+    return x if before is None else before
+
+
+def _after_qdq(y: ir.Value) -> ir.Value:
+    """Y behind its quantisation: the range that was measured for the base would clip the sum."""
+    quantise = _only_user(y, "QuantizeLinear")
+    after = _only_user(quantise.outputs[0], "DequantizeLinear") if quantise is not None else None
+    return y if after is None else after.outputs[0]
+
+
+def _only_user(value: ir.Value, kind: str) -> ir.Node | None:
+    users = list(value.uses())
+    return users[0][0] if len(users) == 1 and users[0][0].op_type == kind else None
+
+
+def _input(source: Source, node: ir.Node, index: int) -> Array | None:
+    value = node.inputs[index] if len(node.inputs) > index else None
+    tensor = constant_of(value) if value is not None else None
+    return None if tensor is None else source.read(tensor)
+
+
+def _is_constant(node: ir.Node, index: int) -> bool:
+    """Whether an input is absent or a constant."""
+    value = node.inputs[index] if len(node.inputs) > index else None
+    return value is None or constant_of(value) is not None
+
+
+def _unpacked(packed: Array, bits: int) -> Array:
+    """Unsigned integers out of bytes, the low ones first."""
+    if bits == 8:
+        return packed
+    both = np.stack([packed & 0xF, packed >> 4], axis=-1)
+    return both.reshape(*packed.shape[:-1], -1)
+
+
+def all_paths(linears: Iterable[QuantisedLinear]) -> Iterator[str]:
+    """Module paths of quantised layers."""
+    for one in linears:
+        yield from one.paths
