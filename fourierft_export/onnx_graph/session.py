@@ -155,6 +155,21 @@ class AdapterSession:
             self._expanded.pop(name, None)
             self._table = None
 
+    def prepare(self, name: str | None) -> None:
+        """Make an adapter's inputs ready (mode paired: its weights), so that its next run is not
+        the one that waits for it.
+
+        Raises:
+            UsageError: no adapter of that name.
+        """
+        if self._facts.interface is None:
+            self._check_baked_in(name)
+        elif self.mode == BANK:
+            _, ids = self._bank()
+            self._check_known([name], ids)
+        else:
+            self._values(name)
+
     def unload(self, name: str) -> None:
         """Forget an adapter; runs that are under way keep what they need.
 

@@ -119,3 +119,134 @@ def exact_delta() -> Callable[..., np.ndarray]:
         return reference_delta(spectrum, entries, shape, bundle.spec.scaling)
 
     return delta
+
+
+class Tenants:
+    """A base with two adapters that differ in seed, n, scaling and head, exported in each mode.
+
+    Attributes:
+        folder: where the files are.
+        bundles: adapter name -> bundle.
+        inputs: by name.
+        want: adapter name, or None for the base -> the model's output in PyTorch.
+        output: its name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        bundles: dict[str, Any],
+        inputs: dict[str, np.ndarray],
+        want: dict[str | None, np.ndarray],
+        output: str,
+        export: Callable[[str, Path], None],
+    ) -> None:
+        self.folder, self.bundles, self.inputs = folder, bundles, inputs
+        self.want, self.output = want, output
+        self._export = export
+        for name, bundle in bundles.items():
+            bundle.save(self.bundle_file(name))
+
+    def bundle_file(self, name: str) -> Path:
+        return self.folder / f"{name}.fourierft.safetensors"
+
+    def file(self, mode: str) -> Path:
+        """The model in this mode, exported with the first adapter (a bank: with all)."""
+        path = self.folder / f"{mode}.onnx"
+        if not path.exists():
+            self._export(mode, path)
+        return path
+
+    def check(self, got: np.ndarray, name: str | None, rows: Any = slice(None)) -> None:
+        """The bar: 1e-4 of the output's scale, and the same argmax."""
+        want = self.want[name][rows]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(self.want[name]).max())
+        np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.fixture(scope="session")
+def small_tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
+    """Three layers in two groups, one of them without a bias, and a head that the base has, too."""
+    import torch
+    from torch import nn
+
+    import fourierft_export as ff
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 20), nn.Linear(20, 12)
+            self.c, self.head = nn.Linear(12, 20, bias=False), nn.Linear(20, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = torch.tanh(self.b(torch.tanh(self.a(x))))
+            return self.head(torch.tanh(self.c(inner)).mean(1))
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(5, 4, 12)
+    bundles, want = {}, {}
+    with torch.no_grad():
+        want[None] = net(x).numpy()
+    for name, seed, n, scaling in (("one", 1, 40, 30.0), ("two", 2, 25, 50.0)):
+        config = ff.FourierFTConfig(
+            n_frequency=n,
+            scaling=scaling,
+            random_loc_seed=seed,
+            target_modules=["a", "b", "c"],
+            modules_to_save=["head"],
+            n_frequency_pattern={"b": n - 5},
+            bias="fourier_only",
+        )
+        ff.inject(net, config)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        bundles[name] = ff.capture(net)
+        with torch.no_grad():
+            want[name] = net(x).numpy()
+        ff.detach(net)
+
+    def export(mode: str, path: Path) -> None:
+        for name, bundle in bundles.items():
+            if mode == "bank" or name == "one":
+                ff.attach(net, bundle, name)
+        axes = {"x": {0: "batch", 1: "tokens"}}
+        ff.export_onnx(net, {"x": x[:2]}, path, mode=mode, dynamic_shapes=axes)
+        ff.detach(net)
+
+    folder = tmp_path_factory.mktemp("small_tenants")
+    return Tenants(folder, bundles, {"x": x.numpy()}, want, "output", export)
+
+
+@pytest.fixture(scope="session")
+def minilm_tenants(
+    minilm_dir: Path,
+    peft_minilm_adapter: Any,
+    load_peft_minilm: Any,
+    tokenize: Any,
+    sst2_sentences: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tenants:
+    """MiniLM on real sentences with two of PEFT's adapters; the base has no head of its own."""
+    import torch
+
+    import fourierft_export as ff
+
+    inputs = tokenize(sst2_sentences[:12])
+    directories = {
+        "one": peft_minilm_adapter(),
+        "two": peft_minilm_adapter(7, random_loc_seed=99, n_frequency=300, scaling=110.0),
+    }
+    want = {}
+    for name, directory in directories.items():
+        with torch.no_grad():
+            want[name] = load_peft_minilm(directory)(**inputs).logits.numpy()
+    bundles = {name: ff.from_peft(path, minilm_dir) for name, path in directories.items()}
+
+    def export(mode: str, path: Path) -> None:
+        given = bundles if mode == "bank" else bundles["one"]
+        ff.export_pretrained(minilm_dir, given, path, mode=mode)
+
+    folder = tmp_path_factory.mktemp("minilm_tenants")
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    return Tenants(folder, bundles, arrays, want, "logits", export)

@@ -1,0 +1,107 @@
+"""Mode bank: rows of one batch with different adapters equal each row on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+import fourierft_export as ff
+from fourierft_export.errors import UsageError
+
+NAMES = (None, "one", "two")
+
+
+@pytest.mark.parametrize("evaluator", ["ort", "reference"])
+def test_mixed_rows_equal_each_row_alone(small_tenants: Any, run: Any, evaluator: str) -> None:
+    path = small_tenants.file("bank")
+    ids = np.array([2, 0, 1, 2, 1])
+    feeds = {**small_tenants.inputs, "adapter_id": ids}
+    if evaluator == "ort":
+        got = run(path, feeds)["output"]
+        for row in range(len(ids)):
+            one = {
+                "x": small_tenants.inputs["x"][row : row + 1],
+                "adapter_id": ids[row : row + 1],
+            }
+            alone = run(path, one)["output"]
+            np.testing.assert_allclose(got[row], alone[0], atol=1e-6 * np.abs(got).max())
+    else:
+        got = ReferenceEvaluator(str(path)).run(None, feeds)[0]
+    for row, number in enumerate(ids):
+        small_tenants.check(got[row], NAMES[number], rows=row)
+
+
+def test_minilm_rows_equal_peft(minilm_tenants: Any, run: Any) -> None:
+    path = minilm_tenants.file("bank")
+    ids = np.arange(12) % 3
+    got = run(path, {**minilm_tenants.inputs, "adapter_id": ids})["logits"]
+    for row, number in enumerate(ids):
+        if number:
+            minilm_tenants.check(got[row], NAMES[number], rows=row)
+        else:  # the bare encoder has no head
+            np.testing.assert_array_equal(got[row], 0)
+
+
+def test_a_new_table_needs_no_new_graph(small_tenants: Any, run: Any) -> None:
+    """Three rows where the file has two, the new one with the largest n."""
+    from fourierft_export.onnx_graph.fit import fit
+    from fourierft_export.onnx_graph.graph_file import base_saved, facts_of
+    from fourierft_export.onnx_graph.groups import table
+
+    path = small_tenants.file("bank")
+    facts = facts_of({p.key: p.value for p in onnx.load(path).metadata_props}, str(path))
+    assert facts.interface is not None
+    assert facts.adapters == ("one", "two")
+    base = base_saved(path, facts)
+    order = ["two", "one", "two"]
+    feeds = [fit(facts.interface, small_tenants.bundles[name], base) for name in order]
+    tables = table(facts.interface.groups, feeds)
+    assert tables["fourierft.spectrum.0"].shape == (3, 2, 40)
+    ids = np.array([3, 2, 1, 0, 3])
+    got = run(path, {**small_tenants.inputs, **tables, "adapter_id": ids})["output"]
+    for row, number in enumerate(ids):
+        small_tenants.check(got[row], [None, *order][number], rows=row)
+
+
+def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
+    class Positions(nn.Module):
+        """A layer that works on something without a batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Parameter(torch.randn(5, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.layer(self.table * x.mean())
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.layer(x))
+
+    for model, match in ((Positions(), "the batch"), (Normed(), "saved tensors")):
+        config = ff.FourierFTConfig(
+            n_frequency=9,
+            target_modules=["layer"],
+            modules_to_save=["norm"] if isinstance(model, Normed) else None,
+        )
+        ff.inject(model.eval(), config)
+        with pytest.raises(UsageError, match=match):
+            ff.export_onnx(
+                model,
+                {"x": torch.randn(3, 5, 8)},
+                tmp_path / "m.onnx",
+                mode="bank",
+                dynamic_shapes={"x": {0: "batch"}},
+            )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,83 @@
+"""Mode paired: the expander makes the weights, the graph runs with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from fourierft_export.onnx_graph.fit import fit
+from fourierft_export.onnx_graph.graph_file import base_saved, facts_of
+from fourierft_export.spectral.delta import reference_delta
+
+
+def feeds_of(tenants: Any, name: str) -> dict[str, np.ndarray]:
+    """Everything an adapter feeds the two graphs together."""
+    path = tenants.file("paired")
+    metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
+    facts = facts_of(metadata, str(path))
+    assert facts.interface is not None
+    return fit(facts.interface, tenants.bundles[name], base_saved(path, facts))
+
+
+def swapped(tenants: Any, name: str, evaluate: Any) -> np.ndarray:
+    """The output of one graph after the other, as any language would do it."""
+    path = tenants.file("paired")
+    feeds = feeds_of(tenants, name)
+    spectral = {k: v for k, v in feeds.items() if k.startswith("fourierft.")}
+    saved = {k: v for k, v in feeds.items() if k not in spectral}
+    weights = evaluate(path.with_suffix(".expand.onnx"), spectral)
+    return evaluate(path, {**tenants.inputs, **saved, **weights})[tenants.output]
+
+
+def reference(path: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    evaluator = ReferenceEvaluator(str(path))
+    return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_minilm_equals_peft(minilm_tenants: Any, name: str, run: Any) -> None:
+    minilm_tenants.check(swapped(minilm_tenants, name, run), name)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_in_two_runtimes(small_tenants: Any, name: str, run: Any) -> None:
+    for evaluate in (run, reference):
+        small_tenants.check(swapped(small_tenants, name, evaluate), name)
+
+
+def test_the_graph_alone_runs_with_the_exported_adapter(small_tenants: Any, run: Any) -> None:
+    small_tenants.check(run(small_tenants.file("paired"), small_tenants.inputs)["output"], "one")
+
+
+def test_the_expander_holds_the_base_and_gives_what_the_graph_takes(
+    small_tenants: Any, run: Any
+) -> None:
+    path = small_tenants.file("paired")
+    graph, expand = onnx.load(path).graph, onnx.load(path.with_suffix(".expand.onnx")).graph
+    takes = {v.name: v.type.SerializeToString() for v in graph.input}
+    gives = {v.name: v.type.SerializeToString() for v in expand.output}
+    assert gives.keys() == {"a.weight", "b.weight", "c.weight"}
+    assert all(takes[name] == kind for name, kind in gives.items())
+    base = {t.name: numpy_helper.to_array(t) for t in expand.initializer}
+    bundle = small_tenants.bundles["one"]
+    for name, got in run(path.with_suffix(".expand.onnx"), {}).items():
+        layer = bundle.layer(name.removesuffix(".weight"))
+        delta = reference_delta(
+            bundle.spectra[layer.name], bundle.entries(layer.name), layer.shape, bundle.spec.scaling
+        )
+        want = base[f"{name}.base"] + delta.T
+        np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+        assert np.abs(delta).max() > 0.01
+
+
+def test_the_graph_has_the_nodes_of_merged(small_tenants: Any) -> None:
+    graphs = [onnx.load(small_tenants.file(mode)).graph for mode in ("paired", "merged")]
+    paired, merged = ([node.op_type for node in graph.node] for graph in graphs)
+    # A head that is fed is turned at every run.
+    assert sorted(set(paired) - {"Transpose"}) == sorted(set(merged) - {"Transpose"})
+    assert len(paired) - len(merged) in (0, 1)

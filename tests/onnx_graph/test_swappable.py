@@ -1,0 +1,190 @@
+"""Mode swappable: one graph, any adapter, fed by name or through ONNX Runtime's adapter API."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+import fourierft_export as ff
+from fourierft_export.cli.main import run as run_command
+from fourierft_export.errors import UsageError
+from fourierft_export.onnx_graph.adapter_file import read_adapter
+from fourierft_export.onnx_graph.graph_file import parameters_for
+
+
+def by_hand(bundle: ff.Bundle) -> dict[str, np.ndarray]:
+    """What FORMAT.md says the small model is fed: groups in the order of their first layers."""
+    groups: dict[Any, list[str]] = {}
+    for layer in bundle.layers:
+        groups.setdefault((layer.shape, layer.n_frequency), []).append(layer.name)
+    feeds: dict[str, np.ndarray] = dict(bundle.saved)
+    for i, names in enumerate(groups.values()):
+        feeds[f"fourierft.spectrum.{i}"] = np.stack([bundle.spectra[name] for name in names])
+        feeds[f"fourierft.entries.{i}"] = bundle.entries(names[0])
+        feeds[f"fourierft.scaling.{i}"] = np.full(len(names), bundle.spec.scaling, np.float32)
+    return feeds
+
+
+def test_inputs_mirror_the_bundles_groups(small_tenants: Any) -> None:
+    model = onnx.load(small_tenants.file("swappable"))
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in model.graph.input
+    }
+    assert shapes == {
+        "x": ["batch", "tokens", 12],
+        "a.bias": [20],
+        "b.bias": [12],
+        "head.bias": [3],
+        "head.weight": [3, 20],
+        "fourierft.spectrum.0": [2, "fourierft.n.0"],
+        "fourierft.entries.0": ["fourierft.n.0", 2],
+        "fourierft.scaling.0": [2],
+        "fourierft.spectrum.1": [1, "fourierft.n.1"],
+        "fourierft.entries.1": ["fourierft.n.1", 2],
+        "fourierft.scaling.1": [1],
+    }
+    assert model.ir_version >= 4
+    assert not model.functions
+
+
+@pytest.mark.parametrize("evaluator", ["ort", "reference"])
+def test_two_adapters_fed_by_hand(small_tenants: Any, run: Any, evaluator: str) -> None:
+    path = small_tenants.file("swappable")
+
+    def output(feeds: dict[str, np.ndarray]) -> np.ndarray:
+        if evaluator == "ort":
+            return run(path, feeds)["output"]
+        return ReferenceEvaluator(str(path)).run(None, feeds)[0]
+
+    feeds = small_tenants.inputs
+    for name, bundle in small_tenants.bundles.items():
+        small_tenants.check(output({**feeds, **by_hand(bundle)}), name)
+    if evaluator == "ort":
+        small_tenants.check(output(feeds), "one")
+
+
+def test_defaults_are_the_bundles_own_bit_for_bit(small_tenants: Any) -> None:
+    model = onnx.load(small_tenants.file("swappable"))
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for name, array in by_hand(small_tenants.bundles["one"]).items():
+        assert constants[name].dtype == array.dtype
+        np.testing.assert_array_equal(constants[name], array)
+
+
+def test_without_defaults_it_is_the_base(small_tenants: Any, tmp_path: Path, run: Any) -> None:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).eval(), torch.randn(3, 6)
+    with torch.no_grad():
+        base = model(x).numpy()
+    config = ff.FourierFTConfig(n_frequency=9, target_modules=["0"], modules_to_save=["2"])
+    ff.inject(model, config)
+    model[2].version("default").own_tensors()["weight"].data.normal_()
+    for mode in ("swappable", "paired", "bank"):
+        path = tmp_path / f"{mode}.onnx"
+        ff.export_onnx(
+            model, (x,), path, mode=mode, defaults=False, dynamic_shapes={"input": {0: "b"}}
+        )
+        ids = {"adapter_id": np.array([1, 0, 1])} if mode == "bank" else {}
+        got = run(path, {"input": x.numpy(), **ids})["output"]
+        np.testing.assert_allclose(got, base, atol=1e-6)
+
+
+def test_minilm_adapters_equal_peft(minilm_tenants: Any, run: Any) -> None:
+    path = minilm_tenants.file("swappable")
+    for name, bundle in minilm_tenants.bundles.items():
+        feeds = parameters_for(path, bundle)
+        minilm_tenants.check(run(path, {**minilm_tenants.inputs, **feeds})["logits"], name)
+
+
+def test_onnx_adapter_files_through_onnx_runtimes_own_api(
+    minilm_tenants: Any, tmp_path: Path
+) -> None:
+    """Without this package: a session, an adapter file, run options."""
+    path = minilm_tenants.file("swappable")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for name in minilm_tenants.bundles:
+        out = tmp_path / f"{name}.onnx_adapter"
+        source = str(minilm_tenants.bundle_file(name))
+        arguments = ["--to", "onnx-adapter", "--onnx", str(path), "-o", str(out)]
+        assert run_command(["pack", source, *arguments]) == 0
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(out))
+        run_options = ort.RunOptions()
+        run_options.add_active_adapter(adapter)
+        (got,) = session.run(None, minilm_tenants.inputs, run_options)
+        minilm_tenants.check(got, name)
+        parameters = read_adapter(out)
+        assert {a.dtype.name for a in parameters.values()} == {"float32", "int64"}
+
+
+def test_metadata_tells_the_interface(small_tenants: Any) -> None:
+    model = onnx.load(small_tenants.file("swappable"))
+    content = json.loads({p.key: p.value for p in model.metadata_props}["fourierft_export"])
+    inputs = content["inputs"]
+    assert content["mode"] == "swappable"
+    assert [g["layers"] for g in inputs["groups"]] == [["a", "c"], ["b"]]
+    assert [s["name"] for s in inputs["saved"]] == ["a.bias", "b.bias", "head.bias", "head.weight"]
+    assert inputs["rows"] == ["one"]
+    layers = small_tenants.bundles["one"].layers
+    digests = {layer.name: layer.fingerprint.digest.hex() for layer in layers}
+    assert {k: f["digest"] for k, f in inputs["fingerprints"].items()} == digests
+
+
+def test_several_active_adapters_do_not_fit(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(6, 6))
+    for name in "ab":
+        ff.inject(model, ff.FourierFTConfig(n_frequency=9, target_modules=["0"]), name)
+    ff.activate(model, ["a", "b"])
+    with pytest.raises(UsageError, match="one active adapter"):
+        ff.export_onnx(model, torch.zeros(2, 6), tmp_path / "m.onnx", mode="swappable")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_of_several_seeds_share_one_graph(small_tenants: Any, run: Any) -> None:
+    """Layers whose entries differ where the graph has one group: zeros fill what is not theirs."""
+    from dataclasses import replace
+
+    from fourierft_export.spectral.entries import entries_sha256
+
+    bundle = small_tenants.bundles["two"]
+    other = {"c": np.array([[0, 1], [5, 7], [19, 11]])}
+    layers = tuple(
+        replace(
+            layer, n_frequency=3, entry_rule="explicit", entries_sha256=entries_sha256(other["c"])
+        )
+        if layer.name == "c"
+        else layer
+        for layer in bundle.layers
+    )
+    spectra = {**bundle.spectra, "c": np.zeros(3, np.float32)}
+    mixed = ff.Bundle.build(replace(bundle.spec, layers=layers), spectra, bundle.saved, other)
+    without_c = {**by_hand(bundle)}
+    without_c["fourierft.spectrum.0"] = without_c["fourierft.spectrum.0"] * [[1], [0]]
+    without_c["fourierft.spectrum.0"] = without_c["fourierft.spectrum.0"].astype(np.float32)
+    path = small_tenants.file("swappable")
+    feeds = parameters_for(path, mixed)
+    assert feeds["fourierft.spectrum.0"].shape == (2, 28)
+    got = run(path, {**small_tenants.inputs, **feeds})["output"]
+    want = run(path, {**small_tenants.inputs, **without_c})["output"]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    changed = {**spectra, "c": np.array([3.0, 2.0, 1.0], np.float32)}
+    again = ff.Bundle.build(mixed.spec, changed, bundle.saved, other)
+    moved = run(path, {**small_tenants.inputs, **parameters_for(path, again)})["output"]
+    assert np.abs(moved - want).max() > 1e-3
