@@ -25,25 +25,25 @@ Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 SMALL = {"vocab_size": 90, "max_position_embeddings": 64}
 BERT = SMALL | {
     "hidden_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 40,
 }
-DISTILBERT = SMALL | {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 40}
+DISTILBERT = SMALL | {"dim": 24, "n_layers": 1, "n_heads": 2, "hidden_dim": 40}
 VIT = {
     "hidden_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 40,
     "image_size": 16,
     "patch_size": 8,
     "num_labels": 5,
 }
-T5 = {"vocab_size": 90, "d_model": 24, "d_kv": 12, "d_ff": 40, "num_layers": 2, "num_heads": 2}
+T5 = {"vocab_size": 90, "d_model": 24, "d_kv": 12, "d_ff": 40, "num_layers": 1, "num_heads": 2}
 BART = SMALL | {
     "d_model": 24,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 40,
@@ -73,7 +73,7 @@ class Case:
     task_type: str | None
     options: dict[str, Any]
     outputs: dict[str, tuple[int | str, ...]]
-    layers: int = 4
+    layers: int = 2
     num_labels: int | None = None
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     note: str | None = None
@@ -116,7 +116,7 @@ CASES = {
         "SEQ_2_SEQ_LM",
         {"target_modules": ["q", "v"]},
         {"last_hidden_state": (*TOKENS, 24)},
-        note="8 adapted layers are outside the encoder",
+        note="4 adapted layers are outside the encoder",
     ),
     "an encoder alone": Case(
         "T5EncoderModel",
@@ -133,7 +133,7 @@ CASES = {
         "SEQ_2_SEQ_LM",
         {"target_modules": ["q_proj", "fc1"]},
         {"last_hidden_state": (*TOKENS, 24)},
-        note="6 adapted layers are outside the encoder",
+        note="3 adapted layers are outside the encoder",
     ),
 }
 
