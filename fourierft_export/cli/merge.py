@@ -78,6 +78,7 @@ def merge(
         base,
         [read_bundle(path) for path in bundles],
         output,
+        names=bundles,
         weights=weights or None,
         dtype=dtype,
         force=force,

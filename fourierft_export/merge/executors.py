@@ -20,6 +20,7 @@ from ..errors import FileAccessError, missing_extra
 T = TypeVar("T")
 OpenExecutor = Callable[[], AbstractContextManager[Executor]]
 ATTEMPTS = 5
+CONNECT_SECONDS = 20
 
 
 def run_tasks(
@@ -88,6 +89,7 @@ def local_processes(workers: int) -> Iterator[Executor]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
+            process.join()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -122,7 +124,7 @@ def dask_cluster(address: str) -> Iterator[Executor]:
     except ModuleNotFoundError:
         raise missing_extra("distributed", "dask", "--scheduler") from None
     try:
-        client = Client(address, set_as_default=False, timeout="20s")
+        client = Client(address, set_as_default=False, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise FileAccessError(
             address,

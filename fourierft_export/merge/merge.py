@@ -36,6 +36,7 @@ def merge_checkpoint(
     weights: Sequence[float] | None = None,
     dtype: str = "keep",
     labels: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     allow_base_mismatch: bool = False,
@@ -58,6 +59,7 @@ def merge_checkpoint(
         weights: a factor on each bundle's delta_W; 1 by default.
         dtype: "keep", "float32", "float16" or "bfloat16", for all float tensors.
         labels: names of a classification head's labels, for config.json.
+        names: how to speak of the bundles, in errors and in the manifest; their paths by default.
         force: replace an existing output.
         dry_run: check and plan only.
         allow_base_mismatch: merge even when the base's values are not those the adapter knows.
@@ -88,10 +90,8 @@ def merge_checkpoint(
     _refuse_inside(target, Path(base))
     opened = open_base(base, allow_links=allow_links)
     named = [
-        (str(source), Bundle.load(source), factor)
-        if not isinstance(source, Bundle)
-        else (f"bundle {number}", source, factor)
-        for number, (source, factor) in enumerate(zip(given, factors, strict=True), 1)
+        (name, source if isinstance(source, Bundle) else Bundle.load(source), factor)
+        for name, source, factor in zip(_names(given, names), given, factors, strict=True)
     ]
     checked = check(
         opened,
@@ -129,6 +129,17 @@ def _checked_options(
             found=", ".join(map(str, factors)) or "none",
         )
     return factors
+
+
+def _names(given: Sequence[Source], names: Sequence[str] | None) -> Sequence[str]:
+    if names is not None and len(names) != len(given):
+        raise UsageError(
+            "names", expected=f"{len(given)}, one for each bundle", found=str(len(names))
+        )
+    return names or [
+        f"bundle {number}" if isinstance(source, Bundle) else str(source)
+        for number, source in enumerate(given, 1)
+    ]
 
 
 def _refuse_inside(target: Path, base: Path) -> None:

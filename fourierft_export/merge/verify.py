@@ -168,8 +168,8 @@ def _has_hash(entry: object) -> bool:
     return isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
 
 
-def _has_size(entry: Mapping[str, object]) -> bool:
-    size = entry.get("bytes")
+def _has_size(entry: object) -> bool:
+    size = entry.get("bytes") if isinstance(entry, dict) else None
     return type(size) is int and 0 <= size < 2**63
 
 

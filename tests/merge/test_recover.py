@@ -1,0 +1,272 @@
+"""The bundle back out of a merged checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fourierft_export.bundle.file import Bundle
+from fourierft_export.bundle.peft import from_peft
+from fourierft_export.errors import BaseMismatchError, UsageError, ValidationError
+from fourierft_export.merge.merge import merge_checkpoint
+from fourierft_export.merge.recover import recover_bundle
+from fourierft_export.merge.spectrum import fit, half_unit, spectrum_of
+from fourierft_export.spectral.delta import Term, reference_delta
+from fourierft_export.spectral.entries import spectral_entries
+
+Array = np.ndarray[Any, Any]
+MakeBase = Callable[..., Path]
+MakeBundle = Callable[..., Bundle]
+LAYERS = [f"layers.{number}.q" for number in range(2)]
+
+
+def known(bundle: Bundle, name: str) -> Array:
+    """A layer's spectrum as far as delta_W tells it: entries that mirror each other share."""
+    rows, columns = bundle.layer(name).shape or (0, 0)
+    index = {tuple(entry): k for k, entry in enumerate(bundle.entries(name).tolist())}
+    mirrors = [index.get((-u % rows, -v % columns), k) for k, (u, v) in enumerate(index)]
+    spectrum = bundle.spectra[name].astype(np.float64)
+    return (spectrum + spectrum[mirrors]) / 2
+
+
+def error_of(found: Bundle, expected: Bundle) -> float:
+    """The largest relative error of a layer's spectrum."""
+    pairs = [(found.spectra[n].astype(np.float64), known(expected, n)) for n in expected.spectra]
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+
+
+SHAPES = [(1, 1), (1, 8), (7, 1), (2, 2), (8, 6), (9, 15), (16, 16), (5, 12)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_delta_gives_back_its_spectrum(shape: tuple[int, int], share: float) -> None:
+    """Mirrored pairs are in these entries: only their sums are known, and shared equally."""
+    n = max(1, int(share * shape[0] * shape[1]))
+    entries = spectral_entries(3, shape, n)
+    random = np.random.default_rng(0)
+    spectrum = random.standard_normal(n)
+    weight = random.standard_normal(shape)
+    delta = reference_delta(spectrum, entries, shape, 5.0)
+    found = spectrum_of(weight, weight + delta, entries, 5.0)
+    index = {tuple(entry): k for k, entry in enumerate(entries.tolist())}
+    mirrors = [index.get((-u % shape[0], -v % shape[1]), k) for k, (u, v) in enumerate(index)]
+    expected = np.array([(spectrum[k] + spectrum[m]) / 2 for k, m in enumerate(mirrors)])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * max(shape) ** 2)
+    assert share < 1 or min(shape) < 3 or any(m != k for k, m in enumerate(mirrors))
+    again = reference_delta(found, entries, shape, 5.0)
+    np.testing.assert_allclose(again, delta, rtol=0, atol=1e-12 * max(shape) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_half_a_unit_is_half_the_way_to_the_neighbour(dtype: Any) -> None:
+    values = np.array([1.0, 1.5, -3.0, 0.02, 1e-3, 60000.0], dtype)
+    bits = np.dtype(f"u{values.itemsize}")
+    above = np.abs(values).view(bits) + bits.type(1)
+    expected = above.view(dtype).astype(np.float64) - np.abs(values).astype(np.float64)
+    np.testing.assert_allclose(half_unit(values), expected / 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 2e-5), ("float16", 1e-2), ("bfloat16", 6e-2)]
+)
+def test_a_merged_checkpoint_gives_back_its_bundle(
+    tmp_path: Path, make_base: MakeBase, make_bundle: MakeBundle, dtype: str, most: float
+) -> None:
+    base = make_base(tmp_path / "base", shards=2, size=256)
+    bundle = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
+    merge_checkpoint(base, bundle, tmp_path / "out", dtype=dtype)
+    for options in ({"like": bundle}, {"seed": 11, "n_frequency": 64, "targets": ["q"]}):
+        found, report = recover_bundle(base, tmp_path / "out", **options)  # type: ignore[arg-type]
+        error = error_of(found, bundle)
+        assert error < most
+        # The uncertainty that is told is what really came of rounding.
+        worst = max(layer.uncertainty for layer in report.layers)
+        assert error < 2 * worst and (dtype == "float32" or error > worst / 4)
+        assert all(0.5 < layer.residual < 1.2 for layer in report.layers) or dtype == "float32"
+        assert [layer.name for layer in report.layers] == LAYERS
+        assert [replace(layer, fingerprint=None) for layer in found.layers] == [
+            replace(layer, fingerprint=None) for layer in bundle.layers
+        ]
+        assert found.is_bound and not found.saved
+    again = merge_checkpoint(base, found, tmp_path / "again", dtype="float32")
+    assert again.bundles[0].base_check == "same"
+
+
+def test_what_peft_merges_is_recovered_with_its_head(
+    tmp_path: Path, minilm_dir: Path, trained_minilm_adapter: Path,
+    load_peft_minilm: Callable[[Path], Any],
+) -> None:  # fmt: skip
+    """PEFT's own merge, whose names have a prefix that the bare base lacks."""
+    merged = load_peft_minilm(trained_minilm_adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    adapter = from_peft(trained_minilm_adapter, minilm_dir)
+    found, report = recover_bundle(minilm_dir, tmp_path / "merged", like=adapter)
+    assert error_of(found, adapter) < 1e-3
+    assert set(found.saved) == set(adapter.saved)
+    for name, value in adapter.saved.items():
+        np.testing.assert_array_equal(found.saved[name], value)
+    assert found.spec.peft_config == adapter.spec.peft_config
+    spec = adapter.spec
+    blind, _ = recover_bundle(
+        minilm_dir, tmp_path / "merged", seed=spec.seed, n_frequency=1000,
+        targets=["query", "value"], scaling=float(spec.scaling),
+    )  # fmt: skip
+    assert error_of(blind, adapter) < 1e-3
+    assert set(blind.saved) == set(adapter.saved)
+    assert report.saved == tuple(found.saved)
+
+
+def test_transposed_weights(tmp_path: Path, tiny_gpt2: Path, make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(tiny_gpt2, ["transformer.h.0.attn.c_attn"], n_frequency=100, scaling=300.0)
+    merge_checkpoint(tiny_gpt2, bundle, tmp_path / "out")
+    found, _ = recover_bundle(tiny_gpt2, tmp_path / "out", like=bundle)
+    delta, expected = (
+        reference_delta(b.spectra[n], b.entries(n), (96, 32), 300.0)
+        for b in (found, bundle)
+        for n in b.spectra
+    )
+    np.testing.assert_allclose(delta, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.fixture
+def merged(tmp_path: Path, make_base: MakeBase, make_bundle: MakeBundle) -> tuple[Path, Path]:
+    """A base and what a merge of seed 11, n 64, made of it in bfloat16."""
+    base = make_base(tmp_path / "base", shards=2, size=256, dtype=ml_dtypes.bfloat16)
+    bundle = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
+    merge_checkpoint(base, bundle, tmp_path / "out")
+    return base, tmp_path / "out"
+
+
+RIGHT: dict[str, Any] = {"seed": 11, "n_frequency": 64, "targets": ["q"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seed": 12}, "the difference leaves"),
+        ({"n_frequency": 32}, "the difference leaves"),
+        ({"targets": ["layers.0.q"]}, "layers.1.q.weight: changed, but no layer"),
+        ({"targets": ["k"]}, "as in the base"),
+    ],
+)
+def test_a_difference_of_another_kind_is_refused(
+    merged: tuple[Path, Path], options: dict[str, Any], says: str
+) -> None:
+    base, out = merged
+    recover_bundle(base, out, **RIGHT)
+    with pytest.raises(ValidationError) as caught:
+        recover_bundle(base, out, **{**RIGHT, **options})
+    assert says in "\n".join(caught.value.offenders)
+    assert caught.value.exit_code == 5
+
+
+def edit(folder: Path, name: str, change: Callable[[Array], Array]) -> None:
+    (file,) = (f for f in folder.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_fine_tune_is_refused(merged: tuple[Path, Path]) -> None:
+    base, out = merged
+    random = np.random.default_rng(5)
+    noise = (random.standard_normal((256, 256)) * 3e-3).astype(np.float32)
+    edit(out, "layers.1.q.weight", lambda w: (w.astype(np.float32) + noise).astype(w.dtype))
+    with pytest.raises(ValidationError) as caught:
+        recover_bundle(base, out, **RIGHT)
+    assert [line.split(":")[0] for line in caught.value.offenders] == ["layers.1.q"]
+
+
+def test_one_element_changed_by_hand_is_refused(merged: tuple[Path, Path]) -> None:
+    base, out = merged
+
+    def nudge(weight: Array) -> Array:
+        weight[3, 4] += ml_dtypes.bfloat16(0.125)
+        return weight
+
+    edit(out, "layers.0.q.weight", nudge)
+    with pytest.raises(ValidationError, match="1 weights") as caught:
+        recover_bundle(base, out, **RIGHT)
+    assert "layers.0.q" in caught.value.offenders[0]
+
+
+def test_noise_below_rounding_is_not_taken_for_an_adapter(merged: tuple[Path, Path]) -> None:
+    """A change that rounding could explain, but that has nothing to do with the entries."""
+    weight = np.random.default_rng(0).standard_normal((256, 256)).astype(ml_dtypes.bfloat16)
+    random = np.random.default_rng(1)
+    bits = weight.view(np.uint16) + (random.random((256, 256)) < 0.02).astype(np.uint16)
+    entries = spectral_entries(11, (256, 256), 64)
+    after = bits.view(ml_dtypes.bfloat16)
+    spectrum = spectrum_of(weight, after, entries, 150.0)
+    found = fit(weight, after, Term(spectrum, entries, 150.0))
+    assert found.residual < 1.5
+    assert found.signal < 4.0
+
+
+def test_unchanged_layers_have_zero_spectra(
+    merged: tuple[Path, Path], make_bundle: MakeBundle
+) -> None:
+    base, out = merged
+    edit(out, "layers.1.q.weight", lambda w: load_file(
+        base / "model-00002-of-00002.safetensors")["layers.1.q.weight"])  # fmt: skip
+    found, report = recover_bundle(base, out, **RIGHT)
+    assert not found.spectra["layers.1.q"].any() and found.spectra["layers.0.q"].any()
+    assert any("1 of 2 layers are as in the base" in note for note in report.notes)
+    shutil.rmtree(out)
+    shutil.copytree(base, out)
+    with pytest.raises(ValidationError, match="2 weights"):
+        recover_bundle(base, out, **RIGHT)
+
+
+def test_biases_come_along_and_other_tensors_are_refused(
+    tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    random = np.random.default_rng(0)
+    tensors = {
+        "a.weight": random.standard_normal((64, 48)).astype(np.float32),
+        "a.bias": np.zeros(64, np.float32), "norm.weight": np.ones(48, np.float32),
+        "ids": np.arange(3),
+    }  # fmt: skip
+    for folder in ("base", "out"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text('{"model_type": "made"}')
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    bias = np.ones(64, np.float32)
+    bundle = make_bundle(tmp_path / "base", ["a"], saved={"a.bias": bias}, n_frequency=20)
+    merge_checkpoint(tmp_path / "base", bundle, tmp_path / "out", force=True)
+    options: dict[str, Any] = {"seed": 777, "n_frequency": 20, "targets": ["a"], "scaling": 50.0}
+    for chosen in (options, {"like": bundle}):
+        found, report = recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
+        assert report.saved == ("a.bias",)
+        np.testing.assert_array_equal(found.saved["a.bias"], bias)
+    edit(tmp_path / "out", "norm.weight", lambda w: w * 2)
+    edit(tmp_path / "out", "ids", lambda w: w + 1)
+    for chosen in (options, {"like": bundle}):
+        with pytest.raises(ValidationError) as caught:
+            recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
+        assert {line.split(":")[0] for line in caught.value.offenders} == {"norm.weight", "ids"}
+
+
+def test_options_that_do_not_make_sense(
+    merged: tuple[Path, Path], make_bundle: MakeBundle, tmp_path: Path, make_base: MakeBase
+) -> None:
+    base, out = merged
+    for wrong in (
+        {"seed": None}, {"n_frequency": None}, {"targets": []}, {"targets": ["nothing"]},
+        {"scaling": 0.0}, {"scaling": float("inf")}, {"like": make_bundle(base, LAYERS)},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            recover_bundle(base, out, **{**RIGHT, **wrong})
+    other = make_base(tmp_path / "other", shards=2, size=128)
+    with pytest.raises(BaseMismatchError) as caught:
+        recover_bundle(other, out, **RIGHT)
+    assert len(caught.value.offenders) == 2
