@@ -65,12 +65,12 @@ def verb(function: Callable[..., Outcome]) -> click.Command:
         emit_error(error.to_dict(), error.summary, as_json=as_json, data=outcome.data)
         return error.exit_code
 
-    for option in (
-        click.option("--debug", is_flag=True, help="Show tracebacks and libraries' messages."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
-    ):
-        command = option(command)
-    return click.command(function.__name__)(command)
+    made = click.command(function.__name__)(command)
+    made.params += [
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout."),
+        click.Option(["--debug"], is_flag=True, help="Show tracebacks and libraries' messages."),
+    ]
+    return made
 
 
 def _emit(outcome: Outcome, *, as_json: bool) -> None:

@@ -27,7 +27,20 @@ from .verify import verify
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _InOrder(click.Group):
+    """Lists the verbs in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 2 usage; 3 bad or hostile input; 4 the bundle does not belong to "
+    "this base; 5 validation failed; 6 files, paths or space; 130 interrupted.",
+)
 @click.version_option(__version__, package_name="fourierft-export")
 def verbs() -> None:
     """FourierFT adapters, from PEFT checkpoints to deployable models.
@@ -37,9 +50,19 @@ def verbs() -> None:
     """
 
 
-for _verb in (
-    demo, pack, unpack, inspect, merge, verify, recover, export, apply, validate,
-):  # fmt: skip
+for _verb, _does in (
+    (demo, "The whole job on real images, without a download."),
+    (pack, "PEFT adapter directory -> one small, checked file."),
+    (unpack, "Bundle -> PEFT adapter directory."),
+    (inspect, "What a bundle, adapter, checkpoint or ONNX file holds."),
+    (merge, "Checkpoint + bundles -> checkpoint."),
+    (verify, "A merged directory against its manifest."),
+    (recover, "The bundle back out of what it was merged into."),
+    (export, "Model + bundles -> ONNX."),
+    (apply, "Existing ONNX file + bundles -> ONNX, without PyTorch."),
+    (validate, "Proof that artifacts agree, or the first pair that does not."),
+):
+    _verb.short_help = _does
     verbs.add_command(_verb)
 
 
