@@ -31,9 +31,12 @@ from .options import (
     "table of adapters, and adapter_id per row of the batch, 0 being the base.",
 )
 @click.option(
-    "--no-default",
-    is_flag=True,
-    help="swappable, paired, bank: what is not fed is the base's, not that of the given bundles.",
+    "--defaults",
+    type=click.Choice(["bundle", "base", "required"]),
+    default="bundle",
+    show_default=True,
+    help="swappable, paired, bank: what counts when no adapter is fed; required: one must be, as "
+    "for onnxruntime-node, which ignores what is fed to inputs that have a default.",
 )
 @output_option("FILE.onnx", "The ONNX file to write.")
 @task_option
@@ -71,7 +74,7 @@ def export(
     bundles: tuple[str, ...],
     weights: tuple[float, ...],
     mode: str,
-    no_default: bool,
+    defaults: str,
     output: str,
     task: str | None,
     cache: bool,
@@ -104,7 +107,7 @@ def export(
         opset=opset,
         ir_version=ir_version,
         inline=inline,
-        defaults=not no_default,
+        defaults=defaults,
         allow_base_mismatch=allow_base_mismatch,
         force=force,
         progress=progress,

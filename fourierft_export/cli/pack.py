@@ -24,17 +24,18 @@ from .options import PATH, base_option, force_option, output_option, read_bundle
 @click.option(
     "--to",
     "target",
-    type=click.Choice(["bundle", "onnx-adapter"]),
+    type=click.Choice(["bundle", "onnx-adapter", "onnx-inputs"]),
     default="bundle",
     show_default=True,
-    help="onnx-adapter: the inputs of the graph --onnx as a file for ONNX Runtime's adapter API; "
-    "SOURCE may then be a bundle, too.",
+    help="onnx-adapter: the inputs of the graph --onnx, for ONNX Runtime's adapter API. "
+    "onnx-inputs: the same as plain safetensors, for languages that lack it. SOURCE may then be a "
+    "bundle, too.",
 )
 @click.option(
     "--onnx",
     type=PATH,
     metavar="FILE.onnx",
-    help="onnx-adapter: the swappable graph, or the expander of a paired one, that it is for.",
+    help="For onnx-adapter and onnx-inputs: the swappable graph, the paired graph or its expander.",
 )
 @force_option
 def pack(
@@ -56,8 +57,8 @@ def pack(
     from ..checkpoint.staging import check_output
 
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
-    if target == "onnx-adapter" or onnx is not None:
-        return _onnx_adapter(source, output, base, adapter, entry_rule, target, onnx, force)
+    if target != "bundle" or onnx is not None:
+        return _for_onnx(source, output, base, adapter, entry_rule, target, onnx, force)
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
@@ -83,7 +84,7 @@ def pack(
     )
 
 
-def _onnx_adapter(
+def _for_onnx(
     source: str,
     output: str,
     base: str | None,
@@ -95,25 +96,26 @@ def _onnx_adapter(
 ) -> Outcome:
     from ..bundle.peft import from_peft
     from ..errors import UsageError
-    from ..onnx_graph.adapter_file import write_adapter
+    from ..onnx_graph.adapter_file import write_adapter, write_inputs
     from ..onnx_graph.graph_file import parameters_for
 
-    if onnx is None or target != "onnx-adapter":
+    if onnx is None or target == "bundle":
         raise UsageError(
             "pack",
-            expected="--to onnx-adapter and --onnx FILE.onnx together",
+            expected="--onnx FILE.onnx together with --to onnx-adapter or --to onnx-inputs",
             found="one of them",
-            remedy="an .onnx_adapter file holds the inputs of one graph: name it with --onnx",
+            remedy="such a file holds the inputs of one graph: name it with --onnx",
         )
     if os.path.isdir(source):
         bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
     else:
         bundle = read_bundle(source)
         bundle = bundle.bind(base, entry_rule) if base else bundle
-    parameters = parameters_for(onnx, bundle)
-    write_adapter(output, parameters, force=force)
+    plain = target == "onnx-inputs"
+    parameters = parameters_for(onnx, bundle, both_graphs=plain)
+    (write_inputs if plain else write_adapter)(output, parameters, force=force)
     size = os.stat(output).st_size
-    facts = {"path": output, "bytes": size, "inputs": sorted(parameters)}
+    facts = {"path": output, "to": target, "bytes": size, "inputs": sorted(parameters)}
     lines = [f"{output}: {len(parameters)} inputs of {onnx}, {size_text(size)}"]
-    notes = ["ONNX Runtime does not check such a file against the base: it was done here"]
-    return Outcome({"onnx_adapter": facts}, lines, notes if bundle.is_bound else ())
+    notes = ["nothing checks such a file against the base later: it was done here"]
+    return Outcome({"onnx": facts}, lines, notes if bundle.is_bound else ())

@@ -50,6 +50,21 @@ def write_adapter(
     return Path(path)
 
 
+def write_inputs(
+    path: str | os.PathLike[str], parameters: Mapping[str, Array], *, force: bool = False
+) -> Path:
+    """Write an adapter's inputs as a plain safetensors file, which any language can read.
+
+    Args and errors: as in `write_adapter`; onnxruntime is not needed.
+    """
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in parameters.items()}
+    with staged_file(path, force=force) as partial:
+        partial.write_bytes(save(arrays))
+    return Path(path)
+
+
 def read_adapter(path: str | os.PathLike[str]) -> dict[str, Array]:
     """The inputs in an `.onnx_adapter` file, copied out of it.
 

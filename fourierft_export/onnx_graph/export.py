@@ -24,7 +24,7 @@ from ..spectral.delta import Term
 from .inline import inline_functions
 from .locate import locate_marks
 from .metadata import describe
-from .modes import RUNTIME_MODES
+from .modes import DEFAULTS, RUNTIME_MODES
 from .report import ExportReport
 from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from .runtime_export import build_runtime, runtime_layers
@@ -52,7 +52,7 @@ def export_onnx(
     inline: bool = False,
     external_data: bool | None = None,
     bundles: Mapping[str, Bundle] | None = None,
-    defaults: bool = True,
+    defaults: str = DEFAULTS[0],
     base_saved: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -80,8 +80,9 @@ def export_onnx(
             tools (float16 and version converters) can change.
         external_data: True writes weights to `path` + ".data", False never does; by default only
             where the model would pass protobuf's 2 GiB.
-        defaults: in the modes whose adapter is an input, the one on the model is its default;
-            False leaves the base there.
+        defaults: in the modes whose adapter is an input, what counts when it is not fed: "bundle"
+            (the adapter on the model), "base", or "required" (it must be fed; onnxruntime-node
+            ignores what is fed to inputs that have a default).
         base_saved: in those modes, arrays by name: what the base has for saved tensors; by default
             what the model has under the adapter.
         bundles: adapter name -> the bundle it came from, whose hash is written into the file; by
@@ -103,7 +104,7 @@ def export_onnx(
         layers = runtime_layers(model, mode)
     else:
         layers = {p: layer for p, layer in fourier_layers(model).items() if layer.active}
-    _check(model, mode, layers)
+    _check(model, mode, layers, defaults)
     check_opset(opset)
     check_ir_version(ir_version, opset, functions=mode != MERGED and not inline)
     check_output(path, force=force)
@@ -226,7 +227,9 @@ def _save(
     )
 
 
-def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear]) -> None:
+def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], defaults: str) -> None:
+    if defaults not in DEFAULTS:
+        raise UsageError("defaults", expected=" or ".join(DEFAULTS), found=repr(defaults))
     if mode not in (*MODES, *RUNTIME_MODES):
         raise UsageError(
             "export mode", expected=" or ".join((*MODES, *RUNTIME_MODES)), found=repr(mode)

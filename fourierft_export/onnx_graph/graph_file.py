@@ -27,11 +27,16 @@ Array = npt.NDArray[Any]
 
 
 def parameters_for(
-    path: str | os.PathLike[str], bundle: Bundle, *, allow_base_mismatch: bool = False
+    path: str | os.PathLike[str],
+    bundle: Bundle,
+    *,
+    both_graphs: bool = False,
+    allow_base_mismatch: bool = False,
 ) -> dict[str, Array]:
     """What an adapter feeds a swappable graph, or the expander of a paired one, input by input.
 
-    Of a paired graph itself these are its saved heads and biases.
+    Of a paired graph itself these are its saved heads and biases; with `both_graphs` also what its
+    expander takes.
 
     Raises:
         UsageError: the graph takes no single adapter.
@@ -58,7 +63,8 @@ def parameters_for(
         where=os.fspath(path),
         allow_base_mismatch=allow_base_mismatch,
     )
-    return {name: array for name, array in feeds.items() if name in taken}
+    wanted = taken | {name for name in feeds if both_graphs and not expands}
+    return {name: array for name, array in feeds.items() if name in wanted}
 
 
 @dataclass(frozen=True, eq=False)

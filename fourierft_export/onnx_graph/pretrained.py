@@ -26,7 +26,7 @@ from ..models.task import get_task, infer_task
 from .cache import CachedModel
 from .encoder import EncoderView
 from .export import Progress, export_onnx
-from .modes import BANK, RUNTIME_MODES
+from .modes import BANK, DEFAULTS, RUNTIME_MODES
 from .report import ExportReport
 from .rewrite import MERGED
 
@@ -50,7 +50,7 @@ def export_pretrained(
     ir_version: int | None = None,
     inline: bool = False,
     external_data: bool | None = None,
-    defaults: bool = True,
+    defaults: str = DEFAULTS[0],
     allow_base_mismatch: bool = False,
     force: bool = False,
     progress: Progress | None = None,

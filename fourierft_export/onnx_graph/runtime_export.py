@@ -24,11 +24,12 @@ from ..errors import UsageError
 from ..spectral.delta import Term
 from .bank import write_bank
 from .fit import full_feeds
-from .groups import Interface, Saved, base_feeds, group_layers, table
+from .groups import BASE_PREFIX, Interface, Saved, base_feeds, group_layers, table
 from .linears import SavedSite, linear_nodes, locate_saved
 from .locate import WeightSite, locate_marks
 from .metadata import describe
-from .modes import BANK, PAIRED, SWAPPABLE
+from .modes import BANK, DEFAULTS, PAIRED, REQUIRED, SWAPPABLE
+from .ops import constant_value
 from .paired import WeightInput, expander, write_paired
 from .rewrite import Written
 from .swappable import write_swappable
@@ -85,7 +86,7 @@ def build_runtime(
     example_inputs: Inputs,
     mode: str,
     *,
-    defaults: bool = True,
+    defaults: str = DEFAULTS[0],
     bundles: Mapping[str, Bundle] | None = None,
     base_saved: Mapping[str, Array] | None = None,
     **tracing: Any,
@@ -96,7 +97,7 @@ def build_runtime(
         model: with `FourierLinear` layers; as it was afterwards.
         example_inputs: as in `export_onnx`.
         mode: "swappable", "paired" or "bank".
-        defaults: the adapter on the model is the inputs' default; else the base is.
+        defaults: one of `modes.DEFAULTS`.
         bundles: as in `export_onnx`.
         base_saved: what the base has for saved tensors; by default what the model has.
         tracing: options of `trace`.
@@ -125,23 +126,22 @@ def build_runtime(
     )
     given = [full_feeds(interface, bundle, base) for bundle in adapters.values()]
     nothing = base_feeds(interface.groups) | base
-    first = given[0] if defaults else nothing
+    kept = adapters if defaults == DEFAULTS[0] else {}
+    first = given[0] if kept else nothing
     made: ir.Model | None = None
     if mode == BANK:
         put_weights(sites, weights)
-        feeds = table(interface.groups, given if defaults else [nothing])
+        feeds = table(interface.groups, given if kept else [nothing])
         write_bank(graph, _nodes(sites), interface, feeds, saved, base)
     elif mode == SWAPPABLE:
         put_weights(sites, weights)
         write_swappable(graph, _nodes(sites), interface, first, saved, base)
     elif mode == PAIRED:
-        made = _pair(
-            graph, sites, weights, interface, adapters if defaults else {}, first, saved, base
-        )
+        made = _pair(graph, sites, weights, interface, kept, first, saved, base)
     content = describe(
         version=__version__,
         mode=mode,
-        adapters=adapters if defaults else {},
+        adapters=kept,
         sources=bundles or {},
         written=_written(sites, weights, mode),
         interface=interface,
@@ -149,7 +149,19 @@ def build_runtime(
     for one in (graph, made):
         if one is not None:
             one.metadata_props.update(content)
+            if defaults == REQUIRED:
+                require_inputs(one.graph, base)
     return RuntimeGraphs(graph, made, tuple(layers), tuple(adapters))
+
+
+def require_inputs(graph: ir.Graph, base: Mapping[str, Array]) -> None:
+    """Take the defaults of all inputs away; the base's saved tensors stay as constants."""
+    for value in graph.inputs:
+        if graph.initializers.pop(str(value.name), None) is not None:
+            value.const_value = None
+            kept = BASE_PREFIX + str(value.name)
+            if value.name in base and kept not in graph.initializers:
+                graph.register_initializer(constant_value(base[str(value.name)], kept))
 
 
 def put_weights(sites: Sequence[WeightSite], weights: Mapping[str, tuple[Array, bool]]) -> None:

@@ -139,11 +139,11 @@ class Tenants:
         inputs: dict[str, np.ndarray],
         want: dict[str | None, np.ndarray],
         output: str,
-        export: Callable[[str, Path], None],
+        export: Callable[..., None],
     ) -> None:
         self.folder, self.bundles, self.inputs = folder, bundles, inputs
         self.want, self.output = want, output
-        self._export = export
+        self.export = export
         for name, bundle in bundles.items():
             bundle.save(self.bundle_file(name))
 
@@ -154,7 +154,7 @@ class Tenants:
         """The model in this mode, exported with the first adapter (a bank: with all)."""
         path = self.folder / f"{mode}.onnx"
         if not path.exists():
-            self._export(mode, path)
+            self.export(mode, path)
         return path
 
     def check(self, got: np.ndarray, name: str | None, rows: Any = slice(None)) -> None:
@@ -206,12 +206,12 @@ def small_tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
             want[name] = net(x).numpy()
         ff.detach(net)
 
-    def export(mode: str, path: Path) -> None:
+    def export(mode: str, path: Path, **options: Any) -> None:
         for name, bundle in bundles.items():
             if mode == "bank" or name == "one":
                 ff.attach(net, bundle, name)
         axes = {"x": {0: "batch", 1: "tokens"}}
-        ff.export_onnx(net, {"x": x[:2]}, path, mode=mode, dynamic_shapes=axes)
+        ff.export_onnx(net, {"x": x[:2]}, path, mode=mode, dynamic_shapes=axes, **options)
         ff.detach(net)
 
     folder = tmp_path_factory.mktemp("small_tenants")

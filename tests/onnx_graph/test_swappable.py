@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import UsageError
 from fourierft_export.onnx_graph.adapter_file import read_adapter
 from fourierft_export.onnx_graph.graph_file import parameters_for
+
+SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "onnx_swap" / "swap.py"
 
 
 def by_hand(bundle: ff.Bundle) -> dict[str, np.ndarray]:
@@ -94,11 +98,24 @@ def test_without_defaults_it_is_the_base(small_tenants: Any, tmp_path: Path, run
     for mode in ("swappable", "paired", "bank"):
         path = tmp_path / f"{mode}.onnx"
         ff.export_onnx(
-            model, (x,), path, mode=mode, defaults=False, dynamic_shapes={"input": {0: "b"}}
+            model, (x,), path, mode=mode, defaults="base", dynamic_shapes={"input": {0: "b"}}
         )
         ids = {"adapter_id": np.array([1, 0, 1])} if mode == "bank" else {}
         got = run(path, {"input": x.numpy(), **ids})["output"]
         np.testing.assert_allclose(got, base, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
+def test_inputs_that_must_be_fed(small_tenants: Any, mode: str, tmp_path: Path) -> None:
+    """For runtimes that cannot feed inputs with a default, such as onnxruntime-node."""
+    path = tmp_path / "required.onnx"
+    small_tenants.export(mode, path, defaults="required")
+    model = onnx.load(path)
+    assert not {v.name for v in model.graph.input} & {t.name for t in model.graph.initializer}
+    session = ff.AdapterSession(path)
+    session.load("two", small_tenants.bundles["two"])
+    for name in (None, "two"):
+        small_tenants.check(session.run(small_tenants.inputs, name)["output"], name)
 
 
 def test_minilm_adapters_equal_peft(minilm_tenants: Any, run: Any) -> None:
@@ -188,3 +205,29 @@ def test_layers_of_several_seeds_share_one_graph(small_tenants: Any, run: Any) -
     again = ff.Bundle.build(mixed.spec, changed, bundle.saved, other)
     moved = run(path, {**small_tenants.inputs, **parameters_for(path, again)})["output"]
     assert np.abs(moved - want).max() > 1e-3
+
+
+def test_the_sample_without_this_package(
+    minilm_tenants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """samples/onnx_swap/swap.py prints what AdapterSession computes, in both modes."""
+    sample = runpy.run_path(str(SAMPLE))
+    for mode, target in (("swappable", "onnx-adapter"), ("paired", "onnx-inputs")):
+        path = minilm_tenants.file(mode)
+        session = ff.AdapterSession(path)
+        files = []
+        for name in minilm_tenants.bundles:
+            files.append(str(tmp_path / f"{name}.{mode}"))
+            source = str(minilm_tenants.bundle_file(name))
+            arguments = ["--to", target, "--onnx", str(path), "-o", files[-1]]
+            assert run_command(["pack", source, *arguments]) == 0
+            session.load(name, minilm_tenants.bundles[name])
+        inputs = sample["example"](sample["session"](str(path)))
+        capsys.readouterr()
+        sample[mode](str(path), files)
+        printed = capsys.readouterr().out
+        for name, file in zip(minilm_tenants.bundles, files, strict=True):
+            _, _, rest = printed.partition(file)
+            numbers = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", rest)[:4]
+            want = session.run(inputs, name)["logits"].ravel()
+            np.testing.assert_allclose(np.array(numbers, float), want, atol=1e-5)
