@@ -1,4 +1,4 @@
-"""recover: merged checkpoint - base -> bundle."""
+"""recover: merged checkpoint - base -> bundle; or ONNX file -> bundle."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from .options import PATH, force_option, links_option, output_option, read_bundl
 
 
 @verb
-@click.option("--base", type=PATH, required=True, metavar="DIR", help="What was merged into.")
-@click.option("--merged", type=PATH, required=True, metavar="DIR", help="What came out.")
+@click.option("--base", type=PATH, metavar="DIR", help="What was merged into.")
+@click.option("--merged", type=PATH, metavar="DIR", help="What came out.")
+@click.option(
+    "--onnx",
+    type=PATH,
+    metavar="FILE.onnx",
+    help="In place of both: a file of mode unmerged, swappable or bank, or FILE.expand.onnx.",
+)
+@click.option("--adapter", metavar="NAME", help="Which one, of an ONNX file that holds several.")
 @output_option("BUNDLE", "The bundle to write, *.fourierft.safetensors by custom.")
 @click.option(
     "--like",
@@ -38,8 +45,10 @@ from .options import PATH, force_option, links_option, output_option, read_bundl
 @force_option
 def recover(
     progress: Progress,
-    base: str,
-    merged: str,
+    base: str | None,
+    merged: str | None,
+    onnx: str | None,
+    adapter: str | None,
     output: str,
     like: str | None,
     seed: int | None,
@@ -53,9 +62,18 @@ def recover(
     """Get the bundle back out of a merged checkpoint: the spectrum of what was added to its base.
 
     Either --like, or --seed, --n-frequency and --targets, say where the coefficients are. A
-    difference that no FourierFT adapter with these entries makes is refused.
+    difference that no FourierFT adapter with these entries makes is refused. With --onnx, the
+    bundle that was exported, bit for bit.
     """
     from ..checkpoint.staging import check_output
+    from ..errors import UsageError
+
+    if onnx is not None:
+        if base or merged or like:
+            raise UsageError("--onnx", expected="no --base, --merged or --like beside it")
+        return _from_onnx(onnx, adapter, output, allow_links=allow_links, force=force)
+    if base is None or merged is None:
+        raise UsageError("recover", expected="--base and --merged, or --onnx", found="neither")
     from ..merge.recover import recover_bundle
 
     inputs = (base, merged, *([like] if like else []))
@@ -81,3 +99,24 @@ def recover(
         f"{worst.dtype} leaves, at most ({worst.name})",
     ]
     return Outcome({"recover": {"out": output, **report.to_dict()}}, lines, report.notes)
+
+
+def _from_onnx(
+    path: str, adapter: str | None, output: str, *, allow_links: bool, force: bool
+) -> Outcome:
+    from ..checkpoint.staging import check_output
+    from ..errors import UsageError
+    from ..onnx_graph.recover import recover_onnx
+
+    check_output(output, force=force, inputs=(path,))
+    bundles = recover_onnx(path, allow_links=allow_links)
+    if (adapter is None and len(bundles) > 1) or (adapter is not None and adapter not in bundles):
+        raise UsageError(
+            "--adapter", expected=f"one of {', '.join(bundles)}", found=adapter or "none"
+        )
+    name = next(iter(bundles)) if adapter is None else adapter
+    bundle = bundles[name]
+    bundle.save(output, force=force)
+    facts = {"out": output, "adapter": name, "sha256": bundle.sha256, "layers": len(bundle.layers)}
+    size = size_text(os.path.getsize(output))
+    return Outcome({"recover": facts}, [f"{output}: {name}, {len(bundle.layers)} layers, {size}"])

@@ -19,6 +19,7 @@ from .find import Finder
 from .metadata import KEY, describe
 from .modes import BANK, MERGED, SWAPPABLE, UNMERGED
 from .quantised import QuantisedLinear, all_paths, find_quantised, quantised_linears
+from .recover import remember
 from .report import ExportReport
 from .rewrite import Written
 from .several import Bundles, named_bundles, weighted
@@ -132,6 +133,8 @@ def apply_onnx(
             interface=interface,
         )
     )
+    if mode != MERGED:
+        remember(source.model, named)
     files = edits.write(onnx_out, force=force, progress=progress)
     return ExportReport(
         path=str(files[0]),

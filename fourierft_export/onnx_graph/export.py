@@ -25,6 +25,7 @@ from .inline import inline_functions
 from .locate import locate_marks
 from .metadata import describe
 from .modes import DEFAULTS, RUNTIME_MODES
+from .recover import remember
 from .report import ExportReport
 from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from .runtime_export import build_runtime, runtime_layers
@@ -170,6 +171,8 @@ def export_onnx(
             written=written,
         )
     )
+    if mode != MERGED:
+        remember(graph, adapters | dict(bundles or {}))
     report("save", 2, 3)
     done = _save(
         graph,

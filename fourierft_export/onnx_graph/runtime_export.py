@@ -31,6 +31,7 @@ from .metadata import describe
 from .modes import BANK, DEFAULTS, PAIRED, REQUIRED, SWAPPABLE
 from .ops import constant_value
 from .paired import WeightInput, expander, write_paired
+from .recover import remember
 from .rewrite import Written
 from .swappable import write_swappable
 from .trace import Inputs, trace
@@ -149,6 +150,8 @@ def build_runtime(
     for one in (graph, made):
         if one is not None:
             one.metadata_props.update(content)
+            if kept:
+                remember(one, adapters | dict(bundles or {}))
             if defaults == REQUIRED:
                 require_inputs(one.graph, base)
     return RuntimeGraphs(graph, made, tuple(layers), tuple(adapters))

@@ -1,0 +1,221 @@
+"""Bundles come back out of the files that hold them, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import fourierft_export as ff
+from fourierft_export.errors import BadInputError, UsageError
+from fourierft_export.onnx_graph.apply import apply_onnx
+from fourierft_export.onnx_graph.pretrained import export_pretrained
+from fourierft_export.onnx_graph.recover import recover_onnx
+
+KEY = "fourierft_export"
+Variant = Callable[[ff.Bundle], ff.Bundle]
+
+
+def as_bfloat16(bundle: ff.Bundle) -> ff.Bundle:
+    spectra = {name: s.astype(ml_dtypes.bfloat16) for name, s in bundle.spectra.items()}
+    return ff.Bundle.build(bundle.spec, spectra, bundle.saved)
+
+
+def as_explicit(bundle: ff.Bundle) -> ff.Bundle:
+    """The same entries in another order, which no seed gives."""
+    from fourierft_export.spectral.entries import entries_sha256
+
+    entries = {layer.name: bundle.entries(layer.name)[::-1].copy() for layer in bundle.layers}
+    layers = tuple(
+        replace(m, entry_rule="explicit", entries_sha256=entries_sha256(entries[m.name]))
+        for m in bundle.layers
+    )
+    spec = replace(bundle.spec, layers=layers)
+    spectra = {name: s[::-1].copy() for name, s in bundle.spectra.items()}
+    return ff.Bundle.build(spec, spectra, bundle.saved, entries)
+
+
+VARIANTS: dict[str, Variant] = {
+    "bound": lambda bundle: bundle,
+    "bfloat16": as_bfloat16,
+    "explicit": as_explicit,
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "variant"), [("unmerged", "explicit"), ("bank", "bfloat16"), ("paired", "bound")]
+)
+def test_exports_of_a_published_kind_of_adapter(
+    mode: str, variant: str, stories260k: Path, stories_adapter: Path, tmp_path: Path
+) -> None:
+    """With the PEFT config, the fingerprints and all: the file's very bytes."""
+    bundle = VARIANTS[variant](ff.from_peft(stories_adapter, stories260k))
+    path = tmp_path / "model.onnx"
+    export_pretrained(stories260k, bundle, path, mode=mode)
+    held = tmp_path / "model.expand.onnx" if mode == "paired" else path
+    (got,) = recover_onnx(held).values()
+    assert got.to_bytes() == bundle.to_bytes()
+    assert got.spec.peft_config == bundle.spec.peft_config
+    if mode == "paired":
+        with pytest.raises(UsageError, match=r"expand\.onnx"):
+            recover_onnx(path)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+SAVED = {
+    "head.weight": np.random.default_rng(1).standard_normal((3, 12)).astype(np.float32),
+    "head.bias": np.arange(3, dtype=np.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain export of `Small`, its head used as it is stored."""
+    path = tmp_path_factory.mktemp("small") / "small.onnx"
+    torch.manual_seed(0)
+    x = torch.zeros(2, 8)
+    io = {"input_names": ["x"], "output_names": ["y"], "verbose": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Small().eval(), (x,), path, dynamo=True, dynamic_shapes={"x": {0: "batch"}}, **io
+        )
+    return path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["unmerged", "swappable", "bank"])
+def test_every_kind_of_bundle(
+    mode: str, variant: str, exported: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    small = Small()
+    weights = {name: small.get_submodule(name).weight.detach().numpy() for name in "ab"}
+    bundle = VARIANTS[variant](make_bundle(["a", "b"], weights))
+    apply_onnx(exported, bundle, tmp_path / "out.onnx", mode=mode)
+    assert recover_onnx(tmp_path / "out.onnx")["default"].to_bytes() == bundle.to_bytes()
+
+
+@pytest.mark.parametrize("mode", ["unmerged", "swappable", "bank"])
+def test_applied_bundles_with_heads(
+    mode: str, exported: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    bundle, out = make_bundle(["a", "b"], saved=SAVED), tmp_path / "out.onnx"
+    apply_onnx(exported, {"tenant": bundle}, out, mode=mode, weights=[0.5])
+    got = recover_onnx(out)
+    assert got["tenant"].to_bytes() == bundle.to_bytes()
+    assert not got["tenant"].is_bound
+    # The head is in the graph once; the metadata names its place.
+    record = json.loads({p.key: p.value for p in onnx.load(out).metadata_props}[KEY])
+    tensors = record["adapters"]["tenant"]["bundle"]["tensors"]
+    assert all("initializer" in tensors[name] for name in SAVED)
+
+
+def test_a_bank_of_unlike_adapters(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
+    """Other seeds, n, layers and heads in one table."""
+    bundles = {
+        "one": make_bundle(["a", "b"], saved=SAVED),
+        "two": make_bundle(["a"], n=20, seed=9, saved={"head.bias": np.ones(3, np.float32)}),
+        "three": make_bundle(["b"], n=5, seed=9, scaling=2),
+    }
+    out = tmp_path / "bank.onnx"
+    apply_onnx(exported, bundles, out, mode="bank")
+    got = recover_onnx(out)
+    assert {k: b.to_bytes() for k, b in got.items()} == {
+        k: b.to_bytes() for k, b in bundles.items()
+    }
+
+
+def test_several_unmerged_adapters(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
+    bundles = [make_bundle(["a", "b"], n=n, seed=n) for n in (6, 9)]
+    out = tmp_path / "out.onnx"
+    apply_onnx(exported, bundles, out, mode="unmerged", weights=[2.0, -1.0])
+    got = recover_onnx(out)
+    assert [b.to_bytes() for b in got.values()] == [b.to_bytes() for b in bundles]
+
+
+def test_beside_quantised_weights(make_bundle: Any, tmp_path: Path) -> None:
+    """A DequantizeLinear by hand; the adapter is constants of a float branch."""
+    integers = np.random.default_rng(0).integers(-127, 128, (8, 6)).astype(np.int8)
+    constants = {"w": integers, "s": np.float32(0.01), "z": np.int8(0)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["x", "d"], ["y"], "/a/MatMul"),
+    ]
+    io = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, s]) for n, s in (("x", 8), ("y", 6))
+    ]
+    tensors = [numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()]
+    graph = helper.make_graph(nodes, "g", io[:1], io[1:], tensors)
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[opset]), tmp_path / "in.onnx")
+    bundle = make_bundle(["a"])
+    for mode in ("unmerged", "swappable"):
+        out = tmp_path / f"{mode}.onnx"
+        apply_onnx(tmp_path / "in.onnx", bundle, out, mode=mode)
+        assert recover_onnx(out)["default"].to_bytes() == bundle.to_bytes()
+
+
+def test_a_changed_or_damaged_file_is_an_error(
+    exported: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.onnx"
+    apply_onnx(exported, make_bundle(["a"]), out, mode="unmerged")
+    model = onnx.load(out)
+    (tensor,) = (t for t in model.graph.initializer if t.name == "a.spectrum")
+    values = numpy_helper.to_array(tensor).copy()
+    values[3] += 1
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(BadInputError, match="adapter default"):
+        recover_onnx(tmp_path / "changed.onnx")
+    (entry,) = (p for p in model.metadata_props if p.key == KEY)
+    good = json.loads(entry.value)
+    record = good["adapters"]["default"]["bundle"]
+    for damage in (
+        {"header": ""},
+        {"header": "{}"},
+        {"header": record["header"].replace("12", "99")},
+        {"spectra": {}},
+        {"spectra": {"a": {"initializer": "absent"}}},
+        {"spectra": 5},
+        {"spectra": {"a": {"initializer": "a.entries", "row": 10**9, "start": -1}}},
+        {"tensors": None, "header": record["header"] + " "},
+    ):
+        adapters = {"default": good["adapters"]["default"] | {"bundle": record | damage}}
+        entry.value = json.dumps(good | {"adapters": adapters})
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises(BadInputError):
+            recover_onnx(tmp_path / "changed.onnx")
+    for text in ("", "[]", "{}", '{"adapters": 3}', "[" * 100_000):
+        entry.value = text
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises((BadInputError, UsageError)):
+            recover_onnx(tmp_path / "changed.onnx")
+
+
+def test_files_without_spectra_say_so(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="this package wrote"):
+        recover_onnx(exported)
+    apply_onnx(exported, make_bundle(["a"]), tmp_path / "merged.onnx")
+    with pytest.raises(UsageError, match="mode merged"):
+        recover_onnx(tmp_path / "merged.onnx")
