@@ -94,7 +94,8 @@ class Graph:
         """Every output on the inputs.
 
         Args:
-            inputs: name -> (rows, ...); names that the graph does not have are left out.
+            inputs: name -> (rows, ...); names that the graph does not have are left out. A graph
+                with a key-value cache that is not given starts with an empty one.
             batch_size: rows per call; default all at once. A graph that fixes it has its way.
 
         Returns:
@@ -104,6 +105,7 @@ class Graph:
             UsageError: an input is missing, or its rows do not divide into fixed batches.
             BadInputError: ONNX Runtime fails on these inputs.
         """
+        inputs = self._with_empty_cache(inputs)
         absent = [name for name in self._inputs if name not in inputs]
         if absent:
             raise UsageError(
@@ -134,6 +136,21 @@ class Graph:
             return dict(zip(self.outputs, parts[0], strict=True))
         columns = zip(*parts, strict=True)
         return {n: np.concatenate(c) for n, c in zip(self.outputs, columns, strict=True)}
+
+    def _with_empty_cache(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """`inputs` and, for a graph that takes them, keys and values of no positions yet."""
+        found = dict(inputs)
+        mask = inputs.get("attention_mask")
+        caches = [name for name in self._inputs if name.startswith("past_key_values.")]
+        if mask is None or not caches:
+            return found
+        for name in caches:
+            value = self._inputs[name]
+            sizes = [size if isinstance(size, int) else 0 for size in value.shape]
+            dtype = _NUMPY_TYPES.get(value.type, np.float32)
+            found.setdefault(name, np.zeros((mask.shape[0], *sizes[1:]), dtype))
+        found.setdefault("position_ids", np.maximum(np.cumsum(mask, axis=1) - 1, 0))
+        return found
 
     def _call(self, feed: dict[str, Array]) -> list[Array]:
         try:

@@ -16,6 +16,7 @@ from fourierft_export.errors import UsageError
 from fourierft_export.models.load import load_model
 from fourierft_export.onnx_graph.cache import CachedModel
 from fourierft_export.onnx_graph.pretrained import export_pretrained
+from fourierft_export.proof.validate import validate
 
 MODES = ("merged", "unmerged")
 NEW_TOKENS = 50
@@ -56,13 +57,19 @@ class Generator:
             if value.name.startswith("past_key_values.")
         }
         self.outputs = [value.name for value in self.session.get_outputs()]
+        self.constant: dict[str, np.ndarray] = {}
         self.positions = "position_ids" in {value.name for value in self.session.get_inputs()}
 
     def step(
         self, ids: np.ndarray, mask: np.ndarray, past: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Outputs by name; positions are counted over the tokens that are not padding."""
-        feeds: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask, **past}
+        feeds: dict[str, np.ndarray] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **past,
+            **self.constant,
+        }
         if self.positions:
             positions = np.maximum(mask.cumsum(-1) - 1, 0)
             feeds["position_ids"] = positions[:, -ids.shape[1] :]
@@ -141,6 +148,19 @@ def test_logits_and_cache_are_those_of_one_long_run(
             np.testing.assert_allclose(got, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
 
 
+def test_graphs_with_a_cache_are_validated(
+    files: dict[str, Path], stories260k: Path, adapted: tuple[Any, ff.Bundle]
+) -> None:
+    report = validate(
+        base=stories260k, bundle=adapted[1], onnx=list(files.values()), samples=6, threads=1
+    )
+    assert report.ok, report.problems
+    pairs = {frozenset((pair.left, pair.right)) for pair in report.comparisons}
+    assert {frozenset(("torch", f"onnx:{mode}.onnx")) for mode in MODES} <= pairs
+    logits = [o for pair in report.comparisons for o in pair.outputs if o.output == "logits"]
+    assert len(logits) == len(report.comparisons)
+
+
 def test_names_and_sizes(files: dict[str, Path]) -> None:
     model = onnx.load(files["merged"])
 
@@ -170,15 +190,23 @@ def test_names_and_sizes(files: dict[str, Path]) -> None:
     assert "model.layers.0.self_attn.q_proj.spectrum" in names
 
 
-def test_gpt2_generates_as_pytorch(tiny_gpt2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["unmerged", "swappable", "paired", "bank"])
+def test_gpt2_generates_as_pytorch(mode: str, tiny_gpt2: Path, tmp_path: Path) -> None:
     model = load_model(tiny_gpt2, "causal-lm")
-    torch.manual_seed(3)
-    ff.inject(model, ff.FourierFTConfig(target_modules=["c_attn"], n_frequency=50, scaling=20.0))
-    path = tmp_path / "model.onnx"
-    export_pretrained(tiny_gpt2, ff.capture(model), path, mode="unmerged", cache=True)
     ids = np.array([[5, 17, 60, 3]])
+    base = generated(model, ids, np.ones_like(ids))
+    torch.manual_seed(3)
+    targets = ["c_attn", "c_proj"]
+    ff.inject(model, ff.FourierFTConfig(target_modules=targets, n_frequency=50, scaling=300.0))
+    path = tmp_path / "model.onnx"
+    export_pretrained(tiny_gpt2, ff.capture(model), path, mode=mode, cache=True)
+    generate = Generator(path)
+    if mode == "bank":
+        generate.constant["adapter_id"] = np.array([1])
     want = generated(model, ids, np.ones_like(ids))
-    np.testing.assert_array_equal(Generator(path)(ids, np.ones_like(ids)), want)
+    np.testing.assert_array_equal(generate(ids, np.ones_like(ids)), want)
+    assert (want != base).any()
+    assert len(set(want[0])) > 15
 
 
 def test_models_without_such_a_cache(minilm_dir: Path, tmp_path: Path) -> None:
