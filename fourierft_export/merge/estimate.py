@@ -19,13 +19,13 @@ _PROCESS = 192 << 20
 
 
 def memory_needed(shards: Sequence[OutShard]) -> int:
-    """Bytes of memory that one process needs at most: twice the largest changed weight, and more.
+    """Bytes of memory that one process needs: three of the largest changed weight, and more.
 
-    The size of the checkpoint does not matter: a weight is being written while the next is read.
+    The size of the checkpoint does not matter: one is being written, one waits, one is worked on.
     """
     changed = [_changed_bytes(t) for s in shards for t in s.tensors if t.change is not None]
     dense = sum(t.value.nbytes for s in shards for t in s.tensors if t.value is not None)
-    return 2 * max(changed, default=0) + 2 * dense + IN_FLIGHT + _PROCESS
+    return 3 * max(changed, default=0) + 2 * dense + IN_FLIGHT + _PROCESS
 
 
 def _changed_bytes(tensor: OutTensor) -> int:

@@ -50,7 +50,7 @@ def merge_checkpoint(
     W' = W + sum of weight_i * delta_W_i, computed in float32 or better and rounded once. Heads and
     biases that the adapters carry replace the base's, or are added. The output is absent or
     complete; after a kill, the same call goes on where it was and ends with the same bytes. Peak
-    memory is about twice the largest tensor that changes, whatever the checkpoint's size.
+    memory is about three of the largest tensor that changes, whatever the checkpoint's size.
 
     Args:
         base: a Hugging Face folder (one safetensors file or shards), or one safetensors file.

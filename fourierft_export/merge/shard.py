@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..bundle.fingerprint import fingerprint, judge
 from ..checkpoint.checkpoint import Checkpoint
@@ -20,6 +23,7 @@ from .plan import OutShard, OutTensor
 from .tensors import as_array, converted, merged
 
 Count = Callable[[int], None]
+_NOTHING = np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -67,43 +71,72 @@ class WrittenShard:
         return cls(fields["name"], fields["sha256"], fields["size"], tensors)
 
 
-class _Change:
-    """The work on one weight: what is read, checked, changed, and known of it afterwards."""
+@dataclass(frozen=True)
+class _Changed:
+    """A weight with delta_W, and what is known of it."""
 
-    def __init__(self, change: LayerChange, dtype: str, name: str) -> None:
-        self._change = change
-        self._dtype = dtype
-        self._name = name
-
-    def payload(self, checkpoint: Checkpoint) -> Iterator[Buffer]:
-        change, digest = self._change, hashlib.sha256()
-        weight = checkpoint.read_new(change.source, digest)
-        self.source_sha256 = digest.hexdigest()
-        found = fingerprint(weight, digest.digest())
-        layers = [part.ingredient.bundle.layer(part.layer) for part in change.parts]
-        self.verdicts = tuple(
-            None if layer.fingerprint is None else judge(layer.fingerprint, found)
-            for layer in layers
-        )
-        result = merged(
-            weight,
-            [part.term() for part in change.parts],
-            transposed=change.transposed,
-            dtype=self._dtype,
-            name=self._name,
-            overwrite=True,
-        )
-        self.survival, self.error = result.survival, float(f"{result.error:.6g}")
-        yield result.value
+    value: np.ndarray[Any, Any]
+    source_sha256: str
+    survival: float
+    error: float
+    verdicts: tuple[str | None, ...]
 
     def written(self, sha256: str) -> WrittenTensor:
         return WrittenTensor(sha256, self.source_sha256, self.survival, self.error, self.verdicts)
 
 
+def _changed(change: LayerChange, checkpoint: Checkpoint, dtype: str, name: str) -> _Changed:
+    """Read a weight, compare it with the bundles' fingerprints, add delta_W."""
+    digest = hashlib.sha256()
+    weight = checkpoint.read_new(change.source, digest)
+    found = fingerprint(weight, digest.digest())
+    layers = [part.ingredient.bundle.layer(part.layer) for part in change.parts]
+    verdicts = [
+        None if layer.fingerprint is None else judge(layer.fingerprint, found) for layer in layers
+    ]
+    result = merged(
+        weight,
+        [part.term() for part in change.parts],
+        transposed=change.transposed,
+        dtype=dtype,
+        name=name,
+        overwrite=True,
+    )
+    error = float(f"{result.error:.6g}")
+    return _Changed(result.value, digest.hexdigest(), result.survival, error, tuple(verdicts))
+
+
+class _Ahead:
+    """The changed weights of a shard in their order, each worked out while others are written."""
+
+    def __init__(self, shard: OutShard, checkpoint: Checkpoint, executor: Executor) -> None:
+        self._left = iter([t for t in shard.tensors if t.change is not None])
+        self._checkpoint = checkpoint
+        self._executor = executor
+        self._next = self._begin()
+
+    def _begin(self) -> Future[_Changed] | None:
+        tensor = next(self._left, None)
+        if tensor is None or tensor.change is None:
+            return None
+        slot = tensor.slot
+        return self._executor.submit(
+            _changed, tensor.change, self._checkpoint, slot.dtype, slot.name
+        )
+
+    def take(self) -> _Changed:
+        """The next one; the work on the one after it begins."""
+        if self._next is None:
+            raise ValueError("a shard has no more changed weights")
+        result = self._next.result()
+        self._next = self._begin()
+        return result
+
+
 def write_shard(
     shard: OutShard, target: Path, checkpoint: Checkpoint, count: Count
 ) -> WrittenShard:
-    """Write one weight file, holding one changed tensor at a time, and flush it to the disk.
+    """Write one weight file, holding few changed tensors at a time, and flush it to the disk.
 
     Args:
         shard: what it holds.
@@ -117,19 +150,25 @@ def write_shard(
     """
     if not shard.tensors:
         return _copied(shard, target, checkpoint, count)
-    changes: dict[str, _Change] = {}
+    known: dict[str, _Changed] = {}
     slots = [tensor.slot for tensor in shard.tensors]
-    with TensorWriter(target, slots, shard.source.metadata) as writer:
+    with (
+        ThreadPoolExecutor(1) as executor,
+        TensorWriter(target, slots, shard.source.metadata) as writer,
+    ):
+        ahead = _Ahead(shard, checkpoint, executor)
         for tensor in shard.tensors:
-            name = tensor.slot.name
-            if tensor.change is not None:
-                changes[name] = _Change(tensor.change, tensor.slot.dtype, name)
-                pieces = _counted(changes[name].payload(checkpoint), tensor.slot.nbytes, count)
-            else:
-                pieces = _payload(tensor, checkpoint, count)
-            writer.write(name, pieces, hashed=tensor.change is not None)
+            slot = tensor.slot
+            if tensor.change is None:
+                writer.write(slot.name, _payload(tensor, checkpoint, count))
+                continue
+            changed = ahead.take()
+            writer.write(slot.name, [changed.value], hashed=True)
+            known[slot.name] = replace(changed, value=_NOTHING)
+            del changed
+            count(slot.nbytes)
         sha256, digests = writer.digest(), writer.digests()
-    tensors = {name: change.written(digests[name]) for name, change in changes.items()}
+    tensors = {name: changed.written(digests[name]) for name, changed in known.items()}
     return WrittenShard(shard.name, sha256, writer.size, tensors)
 
 
@@ -164,11 +203,6 @@ def _payload(tensor: OutTensor, checkpoint: Checkpoint, count: Count) -> Iterato
 
 def _converted_block(block: bytes, source: TensorInfo, dtype: str, name: str) -> Buffer:
     return converted(as_array(block, source.dtype), dtype, name)
-
-
-def _counted(pieces: Iterator[Buffer], nbytes: int, count: Count) -> Iterator[Buffer]:
-    yield from pieces
-    count(nbytes)
 
 
 def _counted_one(block: bytes, count: Count) -> bytes:
