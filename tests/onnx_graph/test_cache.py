@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
@@ -159,6 +160,25 @@ def test_graphs_with_a_cache_are_validated(
     assert {frozenset(("torch", f"onnx:{mode}.onnx")) for mode in MODES} <= pairs
     logits = [o for pair in report.comparisons for o in pair.outputs if o.output == "logits"]
     assert len(logits) == len(report.comparisons)
+
+
+def test_the_reference_evaluator_agrees_and_nothing_is_double(
+    files: dict[str, Path], stories_tokens: np.ndarray, folded: Any
+) -> None:
+    generator = Generator(files["unmerged"])
+    ids, past = stories_tokens[:2, :7], generator.start(2)
+    first = generator.step(ids, np.ones_like(ids), past)
+    past = {f"past_key_values.{k[8:]}": v for k, v in first.items() if k != "logits"}
+    new, mask = stories_tokens[:2, 7:9], np.ones((2, 9), np.int64)
+    got = generator.step(new, mask, past)
+    feeds = {"input_ids": new, "attention_mask": mask, "position_ids": mask[:, 7:] * [7, 8], **past}
+    want = ReferenceEvaluator(str(files["unmerged"])).run(list(got), feeds)
+    for array, exact in zip(got.values(), want, strict=True):
+        np.testing.assert_allclose(array, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+    graph = onnx.shape_inference.infer_shapes(folded(files["unmerged"])).graph
+    kinds = {value.type.tensor_type.elem_type for value in graph.value_info}
+    assert onnx.TensorProto.FLOAT in kinds
+    assert onnx.TensorProto.DOUBLE not in kinds | {t.data_type for t in graph.initializer}
 
 
 def test_names_and_sizes(files: dict[str, Path]) -> None:
