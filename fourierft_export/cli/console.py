@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console, RenderableType
+    from rich.progress import Task
 
 SCHEMA = 1
 SHOW_PROGRESS_AFTER = 1.0
+COUNTED_IN_BYTES = frozenset({"merging", "verifying", "recovering"})
 
 Progress = Callable[[str, int, int], None]
 
@@ -134,15 +136,29 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Bytes done, in all, and per second, of work that is counted in bytes."""
+
+        def render(self, task: Task) -> Text:
+            if task.description not in COUNTED_IN_BYTES or not task.total or not task.speed:
+                return Text()
+            done, total, rate = (
+                size_text(int(n)) for n in (task.completed, task.total, task.speed)
+            )
+            return Text(f"{done} of {total}, {rate}/s")
 
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
+        Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=_console(stderr=True),
