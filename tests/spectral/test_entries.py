@@ -43,7 +43,7 @@ def test_big_layer_and_wrapped_seeds_equal_randperm(seed: int) -> None:
 
 
 def test_large_rule_equals_what_randperm_gave() -> None:
-    """The first of torch 2.13's randperm(14654 * 14655) from seed 777, and a hash of 2,000 of it."""
+    """The first of randperm(14654 * 14655), seed 777, in torch 2.13, and a hash of 2,000 of it."""
     shape = (14654, 14655)
     assert current_rule(shape) == "r64"
     entries = spectral_entries(777, shape, 2000)
