@@ -25,11 +25,12 @@ from .options import (
 @weights_option
 @click.option(
     "--mode",
-    type=click.Choice(["merged", "unmerged", "swappable", "bank"]),
+    type=click.Choice(["merged", "unmerged", "swappable", "paired", "bank"]),
     required=True,
     help="merged: delta_W baked into the weights. unmerged: base weights and spectra, which ONNX "
-    "Runtime merges once when it loads the file. swappable: the adapter as graph inputs. bank: a "
-    "table of adapters, and adapter_id per row. Quantised weights get a float branch, not merged.",
+    "Runtime merges once when it loads the file. swappable: the adapter as graph inputs. paired: "
+    "the weights as inputs, and FILE.expand.onnx that makes them. bank: a table of adapters, and "
+    "adapter_id per row. Quantised weights get a float branch (unmerged, swappable, bank).",
 )
 @base_option
 @click.option(

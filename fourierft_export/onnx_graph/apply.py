@@ -17,19 +17,22 @@ from .dense import find_saved, put_saved
 from .edits import Edits, Progress
 from .find import Finder
 from .metadata import KEY, describe
-from .modes import BANK, MERGED, SWAPPABLE, UNMERGED
+from .modes import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED
+from .pairing import write_pair
 from .quantised import QuantisedLinear, all_paths, find_quantised, quantised_linears
 from .recover import remember
 from .report import ExportReport
 from .rewrite import Written
+from .runtime_paths import expander_path
 from .several import Bundles, named_bundles, weighted
 from .sites import Job, feed_sites, merge_sites
 from .source import Source, open_onnx
+from .write import data_path, write_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-APPLY_MODES = (MERGED, UNMERGED, SWAPPABLE, BANK)
+APPLY_MODES = (MERGED, UNMERGED, SWAPPABLE, PAIRED, BANK)
 MIN_OPSET = {UNMERGED: 13}
 
 
@@ -59,8 +62,9 @@ def apply_onnx(
             quantised weights, swappable and bank: 18 or newer).
         bundles: one adapter, several that add up, or several by name.
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
-        mode: "merged", "unmerged", "swappable" or "bank", as in `export_onnx`. Beside a quantised
-            weight, which stays as it is, the adapter is a float branch (not in mode merged).
+        mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. Beside a
+            quantised weight, which stays as it is, the adapter is a float branch (not in modes
+            merged and paired).
         weights: one factor per bundle, by which its change counts; 1 by default.
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.
@@ -86,6 +90,8 @@ def apply_onnx(
     _check_arguments(mode, named, mapping or {})
     inputs = (onnx_in,) if base is None else (onnx_in, base)
     check_output(onnx_out, force=force, inputs=inputs)
+    if mode == PAIRED:
+        check_output(expander_path(onnx_out), force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)
     _check_source(source, mode)
     opened = None if base is None else open_base(base)
@@ -111,34 +117,38 @@ def apply_onnx(
     edits = Edits(source)
     places = find_saved(finder, found.bridge, bound)
     adapters = weighted(bound, weights)
-    beside = bool(quantised) or mode in (SWAPPABLE, BANK)
-    interface = None
+    interface, made = None, None
     written: list[Written] = []
     if mode in (MERGED, UNMERGED):
         put_saved(places, edits, bound)
         places = {}
-    if beside:
+    if mode == PAIRED:
+        interface, written, made = write_pair(edits, adapters, found.sites, places)
+    elif quantised or mode in (SWAPPABLE, BANK):
         each = {layer: several for layer, (several, _) in quantised.items()}
         interface = write_beside(edits, mode, adapters, found.sites, each, places)
     else:
         job = Job(source, edits, adapters, found.sites)
         written = (merge_sites if mode == MERGED else feed_sites)(job)
-    source.model.metadata_props.update(
-        describe(
-            version=__version__,
-            mode=mode,
-            adapters=adapters,
-            sources=named,
-            written=written,
-            interface=interface,
-        )
+    content = describe(
+        version=__version__,
+        mode=mode,
+        adapters=adapters,
+        sources=named,
+        written=written,
+        interface=interface,
     )
-    if mode != MERGED:
-        remember(source.model, named)
-    files = edits.write(onnx_out, force=force, progress=progress)
+    for graph in (source.model, made):
+        if graph is not None:
+            graph.metadata_props.update(content)
+            if mode != MERGED:
+                remember(graph, named, inputs=mode != UNMERGED)
+    expanders = () if made is None else write_model(made, expander_path(onnx_out), force=force)
+    files = (*edits.write(onnx_out, force=force, progress=progress), *expanders)
+    beside = data_path(files[0])
     return ExportReport(
         path=str(files[0]),
-        data=str(files[1]) if len(files) > 1 else None,
+        data=str(beside) if beside in files else None,
         bytes=sum(file.stat().st_size for file in files),
         mode=mode,
         opset=source.opset,
@@ -189,7 +199,7 @@ def _check_source(source: Source, mode: str) -> None:
 def _check_quantised(
     source: Source, mode: str, quantised: Mapping[str, Sequence[QuantisedLinear]]
 ) -> None:
-    if mode == MERGED and quantised:
+    if mode in (MERGED, PAIRED) and quantised:
         raise BaseMismatchError(
             source.path,
             expected="float weights to merge into",

@@ -85,11 +85,11 @@ def write_beside(
     ends = _ends(source, sites) | {
         layer: [Ends((one.x,), (one.y,)) for one in linears] for layer, linears in quantised.items()
     }
-    saved, base = _saved(edits, places)
+    saved, base = saved_sites(edits, places)
     interface = Interface(
         group_layers([*bundles.values()]),
         tuple(Saved(name, array.shape, array.dtype.name) for name, array in base.items()),
-        _fingerprints(source, bundles, sites),
+        base_fingerprints(source, bundles, sites),
     )
     feeds = [full_feeds(interface, bundle, base) for bundle in bundles.values()]
     if mode == BANK:
@@ -146,7 +146,9 @@ def _obstacle(source: Source, site: Site) -> str | None:
     return None if site.uses else f"{site.candidate.name} is used by no MatMul or Gemm"
 
 
-def _saved(edits: Edits, places: Mapping[str, Place]) -> tuple[list[SavedSite], dict[str, Array]]:
+def saved_sites(
+    edits: Edits, places: Mapping[str, Place]
+) -> tuple[list[SavedSite], dict[str, Array]]:
     """The saved tensors as places of their own, and the base's values there."""
     sites, base = [], {}
     for name, place in places.items():
@@ -160,7 +162,7 @@ def _saved(edits: Edits, places: Mapping[str, Place]) -> tuple[list[SavedSite], 
     return sites, base
 
 
-def _fingerprints(
+def base_fingerprints(
     source: Source, bundles: Mapping[str, Bundle], sites: Mapping[str, Sequence[Site]]
 ) -> dict[str, Fingerprint]:
     """The base weights' fingerprints: the adapters' own, or else those of the graph's weights."""

@@ -36,12 +36,14 @@ _SPEC = "fourierft"
 MAX_INLINE = 1 << 24
 
 
-def remember(model: ir.Model, sources: Mapping[str, Bundle]) -> None:
+def remember(model: ir.Model, sources: Mapping[str, Bundle], *, inputs: bool = True) -> None:
     """Write into a graph's metadata what `recover_onnx` needs; merged graphs are left alone.
 
     Args:
         model: complete, with the metadata of `metadata.describe`; changed in place.
         sources: adapter name -> the bundle that shall come back.
+        inputs: whether the adapter inputs of the metadata are inputs; else they are constants, and
+            the metadata does not tell of them any more.
     """
     content = json.loads(model.metadata_props[KEY])
     held = _held(model)
@@ -53,6 +55,8 @@ def remember(model: ir.Model, sources: Mapping[str, Bundle]) -> None:
             rest = _rest(sources[name], held)
             if rest is not None:
                 adapter["bundle"] = {"spectra": spectra, **rest}
+    if not inputs:
+        content.pop("inputs", None)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     model.metadata_props[KEY] = text
 

@@ -367,3 +367,46 @@ def test_a_file_that_shrinks_is_an_error(
     with pytest.raises(BadInputError, match="weights"):
         apply_onnx(path, make_bundle(LAYERS), out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "weights"]
+
+
+@pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_adapters_are_swapped_in_an_applied_file(
+    exporter: str,
+    mode: str,
+    exports: dict[str, Path],
+    model: nn.Module,
+    make_bundle: Any,
+    exact_delta: Any,
+    x: np.ndarray,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """The default is the bundle's own; another one, with its own head, comes by a session."""
+    from fourierft_export.onnx_graph.session import AdapterSession
+
+    rng = np.random.default_rng(5)
+    heads = [
+        {
+            "head.weight": rng.standard_normal((3, 8)).astype(np.float32),
+            "head.bias": rng.standard_normal(3).astype(np.float32),
+        }
+        for _ in range(2)
+    ]
+    layers = [name for name in LAYERS if name != "head"]
+    first = make_bundle(layers, weights_of(model), heads[0])
+    second = make_bundle(layers[:2], weights_of(model), heads[1], n=30, seed=11, scaling=4.0)
+    out = tmp_path / "out.onnx"
+    report = apply_onnx(exports[exporter], first, out, mode=mode)
+    assert set(report.layers) == set(layers)
+    base = run(exports[exporter], {"x": x})["y"]
+    wants = [exact(model, bundle, exact_delta, x) for bundle in (first, second)]
+    if mode != "bank":
+        np.testing.assert_allclose(run(out, {"x": x})["y"], wants[0], rtol=0, atol=1e-5)
+    session = AdapterSession(out)
+    session.load("first", first)
+    session.load("second", second)
+    for name, want in (("first", wants[0]), ("second", wants[1]), (None, base)):
+        (got,) = session.run({"x": x}, adapter=name).values()
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    assert min(np.abs(a - b).max() for a, b in ((base, wants[0]), (wants[0], wants[1]))) > 0.1
