@@ -22,6 +22,7 @@ from .pairing import write_pair
 from .quantised import QuantisedLinear, all_paths, find_quantised, quantised_linears
 from .recover import remember
 from .report import ExportReport
+from .requantise import merge_quantised
 from .rewrite import Written
 from .runtime_paths import expander_path
 from .several import Bundles, named_bundles, weighted
@@ -47,6 +48,7 @@ def apply_onnx(
     mapping: Mapping[str, str] | None = None,
     allow_base_mismatch: bool = False,
     allow_links: bool = False,
+    allow_requantise: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -72,6 +74,8 @@ def apply_onnx(
             for layers that are not found otherwise.
         allow_base_mismatch: accept weights other than those the adapter was trained on.
         allow_links: follow links of external data that end inside the model's folder.
+        allow_requantise: merge into quantised weights by quantising the sum again; the report's
+            `losses` tell what that costs.
         force: replace an existing output.
         progress: called with (what, done, total).
 
@@ -110,7 +114,8 @@ def apply_onnx(
     for layer in quantised:
         del found.missing[layer]
     notes = judge(source, found, quantised, allow_base_mismatch)
-    _check_quantised(source, mode, {layer: each for layer, (each, _) in quantised.items()})
+    if mode == PAIRED or not allow_requantise:
+        _check_quantised(source, mode, {layer: each for layer, (each, _) in quantised.items()})
     shapes = {layer: sites[0].shape for layer, sites in found.sites.items()}
     shapes |= {layer: each[0].shape for layer, (each, _) in quantised.items()}
     bound = {name: bound_to(bundle, shapes) for name, bundle in bound.items()}
@@ -118,18 +123,24 @@ def apply_onnx(
     places = find_saved(finder, found.bridge, bound)
     adapters = weighted(bound, weights)
     interface, made = None, None
+    losses: dict[str, float] = {}
     written: list[Written] = []
     if mode in (MERGED, UNMERGED):
         put_saved(places, edits, bound)
         places = {}
     if mode == PAIRED:
         interface, written, made = write_pair(edits, adapters, found.sites, places)
-    elif quantised or mode in (SWAPPABLE, BANK):
+    elif mode in (SWAPPABLE, BANK) or (quantised and mode == UNMERGED):
         each = {layer: several for layer, (several, _) in quantised.items()}
         interface = write_beside(edits, mode, adapters, found.sites, each, places)
+        if each:
+            notes += (f"{len(each)} layers are quantised: the adapter is a float branch beside",)
     else:
         job = Job(source, edits, adapters, found.sites)
         written = (merge_sites if mode == MERGED else feed_sites)(job)
+        for layer, (several, _) in quantised.items():
+            terms = [one.term for one in job.terms(layer)]
+            losses[layer] = max(merge_quantised(edits, one, terms) for one in several)
     content = describe(
         version=__version__,
         mode=mode,
@@ -157,7 +168,8 @@ def apply_onnx(
         outputs=_shapes(source.model, source.model.graph.outputs),
         layers=tuple(shapes),
         adapters=tuple(named),
-        notes=notes,
+        notes=(*notes, *_losses(losses)),
+        losses=losses,
     )
 
 
@@ -204,11 +216,22 @@ def _check_quantised(
             source.path,
             expected="float weights to merge into",
             found=f"{len(quantised)} quantised ones, which merging would quantise again",
-            remedy="use --mode unmerged, swappable or bank: the adapter becomes a float branch",
+            remedy="use --mode unmerged, swappable or bank: the adapter becomes a float branch"
+            + ("; or pass --allow-requantise" if mode == MERGED else ""),
             offenders=[
                 f"{layer}: {each[0].weight} ({each[0].kind})" for layer, each in quantised.items()
             ],
         )
+
+
+def _losses(losses: Mapping[str, float]) -> tuple[str, ...]:
+    if not losses:
+        return ()
+    worst = max(losses, key=lambda layer: losses[layer])
+    return (
+        f"{len(losses)} weights were quantised again, which lost up to {losses[worst]:.0%} of the "
+        f"adapter's change ({worst}), {sum(losses.values()) / len(losses):.0%} on average",
+    )
 
 
 def _shapes(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:

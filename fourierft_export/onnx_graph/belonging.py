@@ -82,8 +82,6 @@ def judge(
         notes.append("unbound layers: no check was possible that they belong to this model")
     shared = sorted({s.candidate.name for sites in found.sites.values() for s in sites if s.shared})
     notes += [f"{name} is used elsewhere, too: that use keeps the base's weight" for name in shared]
-    if quantised:
-        notes.append(f"{len(quantised)} layers are quantised: the adapter is a float branch beside")
     return tuple(notes)
 
 

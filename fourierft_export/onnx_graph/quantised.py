@@ -37,6 +37,10 @@ class QuantisedLinear:
         paths: module paths that the graph tells of it.
         dequantised: gives W (out, in) float32 and the quantisation step of each element; None for
             a form that is not understood.
+        integers, scale, zero: where the constants come in: (node, index of the input).
+        in_out: the integers are (in, out).
+        axis: of the integers, along which there is one scale each, if there are several.
+        block_size, bits: of MatMulNBits.
     """
 
     weight: str
@@ -46,6 +50,13 @@ class QuantisedLinear:
     y: ir.Value
     paths: tuple[str, ...]
     dequantised: Callable[[], tuple[Array, Array]] | None
+    integers: tuple[ir.Node, int]
+    scale: tuple[ir.Node, int] | None = None
+    zero: tuple[ir.Node, int] | None = None
+    in_out: bool = False
+    axis: int = 1
+    block_size: int = 0
+    bits: int = 8
 
     def verdict(self, want: Wanted) -> str | None:
         """What the fingerprint says: "precision", "different", or None without one."""
@@ -125,7 +136,7 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
 
     def dequantised() -> tuple[Array, Array]:
         blocks = -(-columns // size)
-        values = _unpacked(source.read(packed), bits).reshape(rows, -1)[:, : blocks * size]
+        values = unpacked(source.read(packed), bits).reshape(rows, -1)[:, : blocks * size]
         scales = _input(source, node, 2)
         zeros = _input(source, node, 3)
         if scales is None:
@@ -134,7 +145,7 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
         if zeros is None:
             zero = np.full((rows, blocks), 2 ** (bits - 1), np.float32)
         elif zeros.dtype == np.uint8:
-            zero = _unpacked(zeros, bits).reshape(rows, -1)[:, :blocks].astype(np.float32)
+            zero = unpacked(zeros, bits).reshape(rows, -1)[:, :blocks].astype(np.float32)
         else:
             zero = zeros.astype(np.float32).reshape(rows, blocks)
         step = np.repeat(np.abs(scale), size, axis=1)[:, :columns]
@@ -154,6 +165,11 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
         node.outputs[0],
         tuple(paths_of(node, name)),
         dequantised if known else None,
+        (node, 1),
+        (node, 2),
+        (node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else None,
+        block_size=size,
+        bits=bits,
     )
 
 
@@ -173,13 +189,16 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
         return None
     other = next(v for v in scaled.inputs if v is not cast.outputs[0])
     both = other.producer() if other is not None else None
-    factors = [constant_of(value) for value in (both.inputs if both else ()) if value is not None]
-    scales = [constant for constant in factors if constant is not None]
+    factors = both.inputs if both is not None else ()
+    scales = [i for i, value in enumerate(factors) if value is not None and constant_of(value)]
 
     def dequantised() -> tuple[Array, Array]:
         values = source.read(tensor).astype(np.float32)
         zero = _input(source, node, 3)
-        scale = np.abs(source.read(scales[0]).astype(np.float32))
+        scale = _input(source, both, scales[0]) if both is not None else None
+        if scale is None:
+            raise ValueError("MatMulInteger without a constant scale")
+        scale = np.abs(scale.astype(np.float32))
         weights = (values - (0 if zero is None else zero.astype(np.float32))) * scale
         return weights.T, np.broadcast_to(scale, weights.shape).T
 
@@ -193,6 +212,10 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
         scaled.outputs[0],
         tuple(paths_of(node, name)),
         dequantised if len(scales) == 1 else None,
+        (node, 1),
+        (both, scales[0]) if both is not None and len(scales) == 1 else None,
+        (node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else None,
+        in_out=True,
     )
 
 
@@ -212,13 +235,13 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     dequantise = producer
     by_rows = bool("transB" in node.attributes and node.attributes["transB"].as_int())
     in_out = by_rows == turned
+    axis = int(dequantise.attributes["axis"].as_int()) % 2 if "axis" in dequantise.attributes else 1
 
     def dequantised() -> tuple[Array, Array]:
         values = source.read(tensor).astype(np.float32)
         scale, zero = _input(source, dequantise, 1), _input(source, dequantise, 2)
         if scale is None:
             raise ValueError("DequantizeLinear without a constant scale")
-        axis = dequantise.attributes["axis"].as_int() if "axis" in dequantise.attributes else 1
         along = [-1, 1] if axis == 0 else [1, -1]
         scale = np.abs(scale.astype(np.float32).reshape(along))
         offset = 0 if zero is None else zero.astype(np.float32).reshape(along)
@@ -236,6 +259,13 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         _after_qdq(node.outputs[0]),
         tuple(paths_of(node, name)),
         dequantised if known else None,
+        (dequantise, 0),
+        (dequantise, 1),
+        (dequantise, 2)
+        if len(dequantise.inputs) > 2 and dequantise.inputs[2] is not None
+        else None,
+        in_out=in_out,
+        axis=axis,
     )
 
 
@@ -273,7 +303,7 @@ def _is_constant(node: ir.Node, index: int) -> bool:
     return value is None or constant_of(value) is not None
 
 
-def _unpacked(packed: Array, bits: int) -> Array:
+def unpacked(packed: Array, bits: int) -> Array:
     """Unsigned integers out of bytes, the low ones first."""
     if bits == 8:
         return packed

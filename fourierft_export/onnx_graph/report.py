@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -22,6 +22,8 @@ class ExportReport:
         outputs: the same.
         layers: module paths of the adapted layers.
         adapters: names of the adapters in it.
+        losses: layer -> what quantising its merged weight again lost of the adapter's change
+            (relative, Frobenius norm); empty where nothing was quantised again.
         notes: what the user should know, one line each.
     """
 
@@ -36,6 +38,7 @@ class ExportReport:
     layers: tuple[str, ...]
     adapters: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists and dictionaries, for JSON."""
