@@ -55,6 +55,7 @@ def load_model(
             model, info = auto.from_pretrained(
                 os.fspath(directory),
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 **options,

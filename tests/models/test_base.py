@@ -301,3 +301,17 @@ def test_modules_that_transformers_renames_while_loading(bare: bool, tmp_path: P
     )
     with pytest.raises(BaseMismatchError, match="1 of 13 layers"):
         base.layers([*paths, "vit.layers.2.attention.q_proj"])
+
+
+def test_a_config_of_endless_layers_is_not_built(tmp_path: Path) -> None:
+    save_file(
+        {"layers.0.mlp.fc1.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors"
+    )
+    for config in (
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 1, "nested": {"num_hidden_layers": 10**9}},
+    ):
+        config |= {"architectures": ["ViTModel"], "model_type": "vit"}
+        (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+        with pytest.raises(BaseMismatchError, match="1 of 1 layers"):
+            open_base(tmp_path).layers(["layers.0.attention.q_proj"])
