@@ -148,7 +148,10 @@ def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
             f"  {mode}: adapter {one['name']}, {one['layers']} layers, seed {one['seed']}, "
             f"scaling {one['scaling']}, bundle {str(one['bundle_sha256'])[:12]}"
             for one in facts["adapter"]["adapters"]
-        ]
+        ] or [f"  {mode}: its inputs take an adapter, and it holds none"]
+    given = facts["inputs_with_default"]
+    if given:
+        told.append(f"  {len(given)} inputs have a default, so that an adapter can be fed (--json)")
     return [
         f"{facts['path']}: ONNX, opset {facts['opset']}, {facts['nodes']} nodes, "
         f"{size_text(facts['bytes'])}",

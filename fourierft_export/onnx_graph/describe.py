@@ -43,6 +43,7 @@ def describe_onnx(path: str | os.PathLike[str]) -> dict[str, Any]:
         "functions": sorted(f"{f.domain}::{f.name}" for f in model.functions),
         "initializers": len(graph.initializer),
         "inputs": [_value(v) for v in graph.input if v.name not in constants],
+        "inputs_with_default": [_value(v) for v in graph.input if v.name in constants],
         "outputs": [_value(v) for v in graph.output],
         "adapter": _adapter(model),
     }

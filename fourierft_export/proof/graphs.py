@@ -95,7 +95,8 @@ class Graph:
 
         Args:
             inputs: name -> (rows, ...); names that the graph does not have are left out. A graph
-                with a key-value cache that is not given starts with an empty one.
+                with a key-value cache that is not given starts with an empty one, and of a bank of
+                adapters each row gets the first.
             batch_size: rows per call; default all at once. A graph that fixes it has its way.
 
         Returns:
@@ -105,7 +106,7 @@ class Graph:
             UsageError: an input is missing, or its rows do not divide into fixed batches.
             BadInputError: ONNX Runtime fails on these inputs.
         """
-        inputs = self._with_empty_cache(inputs)
+        inputs = self._with_first_adapter(self._with_empty_cache(inputs))
         absent = [name for name in self._inputs if name not in inputs]
         if absent:
             raise UsageError(
@@ -150,6 +151,14 @@ class Graph:
             dtype = _NUMPY_TYPES.get(value.type, np.float32)
             found.setdefault(name, np.zeros((mask.shape[0], *sizes[1:]), dtype))
         found.setdefault("position_ids", np.maximum(np.cumsum(mask, axis=1) - 1, 0))
+        return found
+
+    def _with_first_adapter(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """`inputs` and, for a bank, the number of the first adapter in its table per row."""
+        found = dict(inputs)
+        if "adapter_id" in self._inputs and inputs:
+            rows = next(iter(inputs.values())).shape[0]
+            found.setdefault("adapter_id", np.ones(rows, np.int64))
         return found
 
     def _call(self, feed: dict[str, Array]) -> list[Array]:

@@ -105,3 +105,10 @@ def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
                 dynamic_shapes={"x": {0: "batch"}},
             )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_validate_runs_the_first_adapter(small_tenants: Any) -> None:
+    from fourierft_export.proof.graphs import Graph
+
+    got = Graph(small_tenants.file("bank")).run(small_tenants.inputs)["output"]
+    small_tenants.check(got, "one")
