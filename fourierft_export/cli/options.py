@@ -16,9 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Paths are not checked by click: its exit code for a missing one is 2, ours is 6.
 PATH = click.Path(path_type=str)
 
-base_option = click.option(
-    "--base", type=PATH, metavar="DIR", help="Base model directory."
-)
+base_option = click.option("--base", type=PATH, metavar="DIR", help="Base model directory.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
