@@ -23,7 +23,7 @@ from ..checkpoint.write import as_bytes, check_space
 from ..errors import BadInputError, UsageError
 from .ops import free_name
 from .source import Array, Source, constant_of
-from .write import data_path, publish_model
+from .write import check_data_output, data_path, publish_model
 
 if TYPE_CHECKING:
     import onnx
@@ -145,7 +145,7 @@ class Edits:
                 target, expected="a model below protobuf's 2 GiB", found=f"{proto.ByteSize():,}"
             )
         if external:
-            check_output(data_path(target), force=force)
+            check_data_output(target, force=force)
         with work_folder(target) as folder, os_errors_named(target, folder):
             staged = folder / target.name
             if external:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,12 +64,28 @@ def write_model(
     beside = data_path(out)
     external = weight_bytes(model) > MAX_EMBEDDED_BYTES if external_data is None else external_data
     if external:
-        check_output(beside, force=force)
+        check_data_output(out, force=force)
     with work_folder(out) as folder, os_errors_named(out, folder):
         staged = folder / out.name
         ir.save(model, staged, external_data=beside.name if external else None)
         onnx.checker.check_model(str(staged))
         return publish_model(staged, out)
+
+
+def check_data_output(out: Path, *, force: bool) -> None:
+    """Refuse external data that exists, unless a run left it that was killed before its model came.
+
+    Raises:
+        UsageError: it exists, without `force`.
+    """
+    check_output(data_path(out), force=force or _is_left_over(out))
+
+
+def _is_left_over(out: Path) -> bool:
+    """Whether a killed run has moved the data to its place, and not the model (`publish_model`)."""
+    staged = [folder / out.name for folder in out.parent.glob(f"{escape(out.name)}.partial-*")]
+    halves = [one for one in staged if one.exists() and not data_path(one).exists()]
+    return bool(halves) and not os.path.lexists(out)
 
 
 def publish_model(staged: Path, out: Path) -> tuple[Path, ...]:
