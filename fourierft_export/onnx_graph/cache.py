@@ -39,6 +39,8 @@ class CachedModel(nn.Module):
         # Hidden from torch: as a module it would be a second path to the same weights.
         self._model = (model,)
         self._modules = model._modules
+        self._parameters = model._parameters
+        self._buffers = model._buffers
         self.positions = "position_ids" in inspect.signature(model.forward).parameters
         self.past = _empty_past(model)
 
