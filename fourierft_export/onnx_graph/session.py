@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,18 @@ import numpy.typing as npt
 from ..bundle.file import Bundle
 from ..bundle.peft import from_peft
 from ..checkpoint.container import open_regular
-from ..errors import BadInputError, UsageError
+from ..errors import UsageError
 from ..spectral.delta import Term
-from .adapter_file import SUFFIX, read_adapter, runtime, to_value
+from .adapter_file import SUFFIX, read_adapter, to_value
 from .fit import check_parameters, fit
 from .graph_file import base_saved, facts_of, weight_inputs
 from .groups import ADAPTER_ID, base_feeds, table
 from .modes import BANK, PAIRED
+from .ort_session import load_session
 from .runtime_paths import expander_path
 
 Array = npt.NDArray[Any]
 Adapter = str | Sequence[str | None] | None
-
-_ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
 class AdapterSession:
@@ -68,7 +66,7 @@ class AdapterSession:
         self.path = Path(onnx_path)
         os.close(open_regular(onnx_path))
         providers = list(providers or ["CPUExecutionProvider"])
-        self._session = _load(self.path, providers, session_options)
+        self._session = load_session(self.path, providers, session_options)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self._facts = facts_of(metadata, str(onnx_path))
         self.mode = self._facts.mode
@@ -350,40 +348,3 @@ class AdapterSession:
             raise UsageError(
                 "inputs", expected=", ".join(self.inputs), found=wrong[0], offenders=wrong
             )
-
-
-def _load(path: Path, providers: Sequence[Any], options: Any) -> Any:
-    ort = runtime("AdapterSession")
-    if options is None:
-        options = ort.SessionOptions()
-    with _quiet(options):
-        try:
-            return ort.InferenceSession(os.fspath(path), options, providers=list(providers))
-        except load_errors() as error:
-            raise BadInputError(
-                path,
-                expected="a model that ONNX Runtime loads",
-                found=str(error).splitlines()[0] if str(error) else repr(error),
-            ) from error
-
-
-def load_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a model that it cannot load; it has no common base class."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile "
-        "NotImplemented RuntimeException"
-    )
-    return (RuntimeError, *(getattr(state, name) for name in names.split() if hasattr(state, name)))
-
-
-@contextmanager
-def _quiet(options: Any) -> Iterator[None]:
-    """Only errors within the block."""
-    level = options.log_severity_level
-    options.log_severity_level = max(level, _ERRORS_ONLY)
-    try:
-        yield
-    finally:
-        options.log_severity_level = level

@@ -1,0 +1,62 @@
+"""ONNX Runtime sessions: loaded without its warnings, with errors of this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInputError
+from .adapter_file import runtime
+
+_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+
+def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
+    """An InferenceSession, without ONNX Runtime's warnings at every overridable input.
+
+    Args:
+        path: the model.
+        providers: as onnxruntime.InferenceSession takes them.
+        options: an onnxruntime.SessionOptions, left as it was; or None.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        BadInputError: ONNX Runtime cannot load the model.
+    """
+    ort = runtime("AdapterSession")
+    if options is None:
+        options = ort.SessionOptions()
+    with _quiet(options):
+        try:
+            return ort.InferenceSession(os.fspath(path), options, providers=list(providers))
+        except load_errors() as error:
+            raise BadInputError(
+                path,
+                expected="a model that ONNX Runtime loads",
+                found=str(error).splitlines()[0] if str(error) else repr(error),
+            ) from error
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a model that it cannot load; it has no common base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile "
+        "NotImplemented RuntimeException"
+    )
+    return (RuntimeError, *(getattr(state, name) for name in names.split() if hasattr(state, name)))
+
+
+@contextmanager
+def _quiet(options: Any) -> Iterator[None]:
+    """Only errors within the block."""
+    level = options.log_severity_level
+    options.log_severity_level = max(level, _ERRORS_ONLY)
+    try:
+        yield
+    finally:
+        options.log_severity_level = level
