@@ -22,7 +22,7 @@ from .layout import PICKLED, SUFFIX, pickled_error, read_index, weights_file
 from .links import checked_file
 from .pipe import Hash
 
-BLOCK = 8 << 20
+BLOCK = 2 << 20
 
 _Stamp = tuple[int, int, int, int]
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from ..errors import FileAccessError, FourierFTError
 
-PIECE = 8 << 20
-IN_FLIGHT = 64 << 20
+PIECE = 2 << 20
+IN_FLIGHT = 16 << 20
 FLUSH_EVERY = 64 << 20
 
 _flush = getattr(os, "fdatasync", os.fsync)

@@ -156,7 +156,7 @@ def progress_bar() -> Iterator[Progress]:
 
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f}%"),
         Rate(),
         TimeElapsedColumn(),
