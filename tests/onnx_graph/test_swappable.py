@@ -231,3 +231,19 @@ def test_the_sample_without_this_package(
             numbers = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", rest)[:4]
             want = session.run(inputs, name)["logits"].ravel()
             np.testing.assert_allclose(np.array(numbers, float), want, atol=1e-5)
+
+
+def test_pack_for_onnx_names_its_mistakes(
+    small_tenants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = str(small_tenants.bundle_file("one")), str(tmp_path / "one.onnx_adapter")
+    to = ["--to", "onnx-adapter", "-o", out]
+    bank = str(small_tenants.file("bank"))
+    for arguments, found in (
+        ([source, *to], "name it with --onnx"),
+        ([source, "--onnx", bank, "-o", out], "name it with --onnx"),
+        ([source, "--onnx", bank, *to], "found mode bank"),
+    ):
+        assert run_command(["pack", *arguments]) == 2
+        assert found in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
