@@ -150,7 +150,8 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
     """
     old = staged.with_name(_OLD)
     for _ in range(_ATTEMPTS):
-        if not os.path.lexists(out) or (force and _are_files(staged, out)):
+        by_one_rename = staged.is_file() and (out.is_symlink() or not out.is_dir())
+        if not os.path.lexists(out) or (force and by_one_rename):
             try:
                 _move(staged, out, force=force)
             except OSError as error:
@@ -171,11 +172,6 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
         found="one that appeared meanwhile",
         remedy="it is whole; choose another output, or pass --force (force=True) to replace it",
     )
-
-
-def _are_files(staged: Path, out: Path) -> bool:
-    """Whether one rename can replace `out`, as it can for files."""
-    return staged.is_file() and (out.is_symlink() or not out.is_dir())
 
 
 def _move(staged: Path, out: Path, *, force: bool) -> None:
