@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from fourierft_export.checkpoint.clone import try_clone
 
+fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FICLONE is Linux's")
 
 
