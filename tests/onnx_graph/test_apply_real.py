@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +181,37 @@ def test_minilm_equals_peft(
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
         assert (got.argmax(1) == want.argmax(1)).all()
         assert np.abs(got - base).max() > 1e-3
+
+
+def test_quantised_minilm_follows_the_float_one(
+    minilm_exports: dict[str, Path],
+    minilm_dir: Path,
+    peft_minilm_adapter: Any,
+    tokenize: Any,
+    sst2_sentences: list[str],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """The adapter's effect survives where it could not be merged: beside dynamic int8 weights."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source, base = minilm_exports["torchscript"], tmp_path / "base.onnx"
+    logging.disable(logging.WARNING)
+    quantize_dynamic(source, base, weight_type=QuantType.QInt8, per_channel=True)
+    logging.disable(logging.NOTSET)
+    bundle = ff.from_peft(peft_minilm_adapter(scaling=600.0), minilm_dir)
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(base, bundle, tmp_path / "head.onnx", mode="unmerged")
+    assert "classifier.weight" in caught.value.offenders[-1]
+    bundle = ff.Bundle.build(bundle.spec, bundle.spectra)  # its head cannot go into integers
+    report = apply_onnx(base, bundle, tmp_path / "out.onnx", mode="unmerged")
+    assert any("12 layers are quantised" in note for note in report.notes)
+    apply_onnx(source, bundle, tmp_path / "float.onnx")
+    inputs = tokenize(sst2_sentences[:32])
+    exact, quantised, wanted, got = (
+        run(path, inputs)["logits"]
+        for path in (source, base, tmp_path / "float.onnx", tmp_path / "out.onnx")
+    )
+    noise, effect = np.abs(quantised - exact).mean(), np.abs(wanted - exact).mean()
+    assert effect > 5 * noise
+    assert np.abs(got - wanted).mean() < 1.5 * noise
