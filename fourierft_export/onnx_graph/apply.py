@@ -15,7 +15,7 @@ from .belonging import bound_to, judge, wanted_layers
 from .beside import write_beside
 from .dense import find_saved, put_saved
 from .edits import Edits, Progress
-from .find import Finder
+from .find import Finder, Site
 from .metadata import KEY, describe
 from .modes import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED
 from .pairing import write_pair
@@ -28,6 +28,7 @@ from .runtime_paths import expander_path
 from .several import Bundles, named_bundles, weighted
 from .sites import Job, feed_sites, merge_sites
 from .source import Source, open_onnx
+from .unpack import unpack_sites
 from .write import data_path, write_model
 
 if TYPE_CHECKING:
@@ -128,11 +129,14 @@ def apply_onnx(
     if mode in (MERGED, UNMERGED):
         put_saved(places, edits, bound)
         places = {}
+    sites: Mapping[str, Sequence[Site]] = found.sites
+    if mode in (SWAPPABLE, PAIRED, BANK) or (quantised and mode == UNMERGED):
+        sites = unpack_sites(edits, sites)
     if mode == PAIRED:
-        interface, written, made = write_pair(edits, adapters, found.sites, places)
+        interface, written, made = write_pair(edits, adapters, sites, places)
     elif mode in (SWAPPABLE, BANK) or (quantised and mode == UNMERGED):
         each = {layer: several for layer, (several, _) in quantised.items()}
-        interface = write_beside(edits, mode, adapters, found.sites, each, places)
+        interface = write_beside(edits, mode, adapters, sites, each, places)
         if each:
             notes += (f"{len(each)} layers are quantised: the adapter is a float branch beside",)
     else:

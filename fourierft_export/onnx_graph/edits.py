@@ -8,6 +8,7 @@ and what does not change is copied by the system from file to file.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -101,21 +102,49 @@ class Edits:
         tensor, name = constant_of(value), str(value.name)
         if tensor is None:
             raise ValueError(f"{name} is no constant")
-        new: ir.TensorProtocol
-        if isinstance(tensor, ir.ExternalTensor):
-            mark = f"{_MARK}{len(self.patches)}"
-            self.patches[mark] = Patch(make, name, tensor.nbytes)
-            new = ir.ExternalTensor(
-                mark, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
-            )
-        else:
-            new = ir.tensor(np.ascontiguousarray(make()), name=name)
+        new = self._tensor(name, tensor, [int(size) for size in tensor.shape.numpy()], make)
         producer = value.producer()
         if producer is None:
             value.const_value = new
         else:
             producer.attributes["value"] = ir.AttrTensor("value", new)
             value.const_value = None
+
+    def new(self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Make) -> ir.Value:
+        """A new initializer of the main graph, external data where `like` is.
+
+        Args:
+            name: it gets a number if it is taken.
+            like: a tensor of the same dtype.
+            shape: of the content.
+            make: gives it.
+        """
+        import onnx_ir as ir
+
+        graph = self.source.model.graph
+        tensor = self._tensor(free_name(name, graph.initializers), like, shape, make)
+        value = ir.Value(
+            name=tensor.name,
+            shape=ir.Shape(shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+        self.source.model.ir_version = max(self.source.model.ir_version, 4)
+        return value
+
+    def _tensor(
+        self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Make
+    ) -> ir.TensorProtocol:
+        import onnx_ir as ir
+
+        if not isinstance(like, ir.ExternalTensor):
+            return ir.tensor(np.ascontiguousarray(make()), name=name)
+        mark = f"{_MARK}{len(self.patches)}"
+        nbytes = math.prod(shape) * like.dtype.numpy().itemsize
+        self.patches[mark] = Patch(make, name, nbytes)
+        self.source.made[mark] = make
+        return ir.ExternalTensor(mark, 0, nbytes, like.dtype, shape=ir.Shape(shape), name=name)
 
     def write(
         self, out: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None

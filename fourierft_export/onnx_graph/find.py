@@ -300,14 +300,17 @@ def _candidates(source: Source) -> Iterator[Candidate]:
 
 
 def _refuse_double_claims(found: Found) -> None:
-    """Two layers cannot be the same part of the same use of a constant."""
-    claims: dict[tuple[int, int, int | None], str] = {}
+    """Two layers cannot be the same outputs of the same use of a constant."""
+    claims: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
     for layer, sites in list(found.sites.items()):
         for site in sites:
+            start = site.start or 0
+            part = start, start + site.shape[0], layer
             for use in site.uses:
-                key = id(use.node), use.index, site.start
-                first = claims.setdefault(key, layer)
-                if first != layer:
-                    why = f"{site.candidate.describe()} is found for {first}, too"
-                    found.missing[layer] = why
-                    found.sites.pop(layer, None)
+                others = claims.setdefault((id(use.node), use.index), [])
+                for first, last, other in others:
+                    if other != layer and first < part[1] and part[0] < last:
+                        why = f"{site.candidate.describe()} is found for {other}, too"
+                        found.missing[layer] = why
+                        found.sites.pop(layer, None)
+                others.append(part)

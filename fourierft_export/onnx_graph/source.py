@@ -7,8 +7,8 @@ at a time, by positional reads: a memory map would crash the process if the file
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +34,13 @@ class Source:
         path: the file.
         model: its graph, as onnx_ir has it; external tensors are references.
         ranges: (location, offset) of external data -> where that is.
+        made: locations of data that is not on disk yet -> what makes it (`edits`).
     """
 
     path: Path
     model: ir.Model
     ranges: dict[tuple[str, int], Range]
+    made: dict[str, Callable[[], Array]] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:
@@ -60,6 +62,8 @@ class Source:
         Raises:
             BadInputError: its data ends early.
         """
+        if getattr(tensor, "location", None) in self.made:
+            return self.made[str(tensor.location)]()  # type: ignore[attr-defined]
         where = self.range_of(tensor)
         if where is None:
             return tensor.numpy()

@@ -187,6 +187,12 @@ CASES = {
         lambda w: {"y": X @ np.concatenate([w["q"], w["k"], C]).T},
         {"q": A, "k": B},
     ),
+    "packed, with a bias": Case(
+        [node("Gemm", ["x", "qkv", "c"], ["y"], transB=1)],
+        {"qkv": np.concatenate([A, B, C]), "c": np.arange(24, dtype=np.float32)},
+        lambda w: {"y": X @ np.concatenate([A, w["k"], w["v"]]).T + np.arange(24)},
+        {"k": B, "v": C},
+    ),
     "anonymous, by content": Case(
         [node("MatMul", ["x", "w"], ["y"]), node("MatMul", ["x", "v"], ["z"])],
         {"v": A.T, "w": B.T},
@@ -353,3 +359,45 @@ def test_unmerged_at_several_opsets(
     apply_onnx(path, bundle, tmp_path / "out.onnx", mode="unmerged")
     want = X @ (A + exact_delta(bundle, "a", (8, 8))).T
     np.testing.assert_allclose(run(tmp_path / "out.onnx", {"x": X})["y"], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
+@pytest.mark.parametrize("name", ["packed, by content", "packed, (out, in)", "packed, with a bias"])
+def test_packed_weights_are_taken_apart_for_adapters_beside_them(
+    name: str, mode: str, external: bool, make_bundle: Any, exact_delta: Any, tmp_path: Path
+) -> None:
+    from fourierft_export.onnx_graph.session import AdapterSession
+
+    case = CASES[name]
+    base = {key: value.astype(np.float64) for key, value in case.layers.items()}
+    plain = case.want(base)["y"]
+    path = save(tmp_path / "in.onnx", case.nodes, case.constants, {"y": plain.shape})
+    if external:
+        onnx.save_model(
+            onnx.load(path),
+            path,
+            save_as_external_data=True,
+            location="weights",
+            size_threshold=0,
+        )
+    bundle, out = make_bundle(list(case.layers), case.layers), tmp_path / "out.onnx"
+    apply_onnx(path, bundle, out, mode=mode)
+    changed = {key: w + exact_delta(bundle, key, w.shape) for key, w in base.items()}
+    session = AdapterSession(out)
+    session.load("mine", bundle)
+    for adapter, want in (("mine", case.want(changed)["y"]), (None, plain)):
+        got = session.run({"x": X}, adapter=adapter)["y"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    assert np.abs(case.want(changed)["y"] - plain).max() > 0.1
+    assert "qkv" not in {t.name for t in onnx.load(out).graph.initializer}
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable"])
+def test_overlapping_parts_are_refused(mode: str, make_bundle: Any, tmp_path: Path) -> None:
+    case = CASES["packed, by content"]
+    path = save(tmp_path / "in.onnx", case.nodes, case.constants, {"y": [3, 28]})
+    mapping = {"q": "qkv[0:12]", "v": "qkv[10:18]"}
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, make_bundle(["q", "v"]), tmp_path / "o.onnx", mode=mode, mapping=mapping)
+    assert "found for q, too" in caught.value.offenders[0]
