@@ -29,11 +29,10 @@ from .export import Progress, export_onnx
 from .modes import BANK, DEFAULTS, RUNTIME_MODES
 from .report import ExportReport
 from .rewrite import MERGED
+from .several import Bundles, named_bundles, weighted
 
 if TYPE_CHECKING:
     from torch import nn
-
-Bundles = Bundle | Sequence[Bundle] | Mapping[str, Bundle]
 
 
 def export_pretrained(
@@ -84,7 +83,7 @@ def export_pretrained(
         UsageError, BadInputError, FileAccessError: as in `export_onnx` and `load_model`.
         BaseMismatchError: the adapter does not belong to the base, or the base lacks weights.
     """
-    named = _named(bundles)
+    named = named_bundles(bundles)
     opened = open_base(base)
     check_output(path, force=force, inputs=(opened.directory,))
     # Against the files: a loaded model may be in another precision than they are.
@@ -113,7 +112,7 @@ def export_pretrained(
     )
     if progress:
         progress("load", 1, 1)
-    attach_all(model, _weighted(named, weights), allow_base_mismatch=True, active=mode != BANK)
+    attach_all(model, weighted(named, weights), allow_base_mismatch=True, active=mode != BANK)
     traced = _to_trace(model, task, cache)
     report = export_onnx(
         traced.model,
@@ -191,36 +190,6 @@ def _absent(
             if bridge.to_base(name) not in base.tensors and name not in base.tensors:
                 absent[name] = np.zeros_like(to_array(tensor))
     return absent
-
-
-def _named(bundles: Bundles) -> dict[str, Bundle]:
-    if isinstance(bundles, Bundle):
-        return {"default": bundles}
-    if isinstance(bundles, Mapping):
-        named = dict(bundles)
-    elif len(bundles) == 1:
-        named = {"default": bundles[0]}
-    else:
-        named = {f"adapter_{i}": bundle for i, bundle in enumerate(bundles)}
-    if not named:
-        raise UsageError("export", expected="at least one bundle", found="none")
-    return named
-
-
-def _weighted(
-    bundles: Mapping[str, Bundle], weights: Sequence[float] | None
-) -> Mapping[str, Bundle]:
-    """The bundles with their scaling times their weight: delta_W is linear in it."""
-    if weights is None:
-        return bundles
-    if len(weights) != len(bundles):
-        raise UsageError(
-            "weights", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
-        )
-    return {
-        name: replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
-        for (name, bundle), weight in zip(bundles.items(), weights, strict=True)
-    }
 
 
 def _task_type(bundles: Mapping[str, Bundle]) -> str | None:

@@ -26,7 +26,7 @@ def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
     else:
         named = {f"adapter_{i}": bundle for i, bundle in enumerate(bundles)}
     if not named:
-        raise UsageError("bundles", expected="at least one", found="none")
+        raise UsageError("bundles", expected="at least one bundle", found="none")
     return named
 
 
