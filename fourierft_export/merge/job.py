@@ -65,8 +65,8 @@ class Job:
     def plan(self) -> str:
         """A short hash of all that the output follows from.
 
-        The base's files are told by their names, sizes and times: hashing them would be to read
-        everything twice.
+        The base's files are told by their names, sizes, inodes and times: hashing them would be to
+        read everything twice.
         """
         directory = self.base.directory
         content = {
@@ -152,14 +152,16 @@ def _laid_out(folder: str) -> tuple[dict[str, Any], Checkpoint, tuple[OutShard, 
 
 
 def base_identity(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Names, sizes and times of the files of a checkpoint."""
+    """Names, sizes, inodes and times of the files of a checkpoint."""
     files: Sequence[Path] = [*checkpoint.shards, *([checkpoint.index] if checkpoint.index else [])]
     return [_identity(file) for file in files]
 
 
 def _identity(path: Path) -> list[Any]:
+    # Anybody can set the time of modification, and copying tools do; the time of change is the
+    # system's. The device's number is left out: it may differ where a file system is shared.
     status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+    return [path.name, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _replace(path: Path, data: bytes) -> None:
