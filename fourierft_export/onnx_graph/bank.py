@@ -155,7 +155,7 @@ def _write_saved(
     if wrong:
         raise UsageError(
             "bank",
-            expected="saved tensors that are weights or biases of linear layers over the batch",
+            expected="saved tensors of linear layers and layer norms that work on the batch",
             found=f"{len(wrong)} uses of another kind",
             remedy="export in mode swappable",
             offenders=wrong,
@@ -169,32 +169,47 @@ def _write_saved(
         picked = rows.pick_or_base(table, base)
         for site in at[tensor.name]:
             for node, index in tuple(site.value.uses()):
-                _use(ops, rows, node, index, picked, site.turned)
+                if _kind(node, index) == "scale":
+                    _scale(ops, node, picked, np.ones_like(base))
+                else:
+                    _use(ops, rows, node, index, picked, site.turned, base)
             ops.graph.initializers.pop(str(site.value.name), None)
 
 
 def _kind(node: ir.Node, index: int) -> str | None:
-    """How a node uses a saved tensor: as a weight, as a bias, or in a way that has no rows."""
+    """How a node uses a saved tensor: as weight, bias or scale, or in a way that has no rows."""
     if node.domain != "":
         return None
     if node.op_type in ("MatMul", "Gemm") and index == 1:
         return "weight"
-    return "bias" if node.op_type == "Add" or (node.op_type == "Gemm" and index == 2) else None
+    if node.op_type == "LayerNormalization" and index == 1:
+        return "scale"
+    last = node.op_type in ("Gemm", "LayerNormalization") and index == 2
+    return "bias" if node.op_type == "Add" or last else None
 
 
-def _use(ops: Ops, rows: _Rows, node: ir.Node, index: int, picked: ir.Value, turned: bool) -> None:
+def _use(
+    ops: Ops,
+    rows: _Rows,
+    node: ir.Node,
+    index: int,
+    picked: ir.Value,
+    turned: bool,
+    base: Array,
+) -> None:
     """Let `node` use the rows' own tensors [B, ...] in place of the one at `index`."""
     name = str(picked.name)
     y = node.outputs[0]
     users = tuple(y.uses())
     if _kind(node, index) == "bias":
-        rank = len(y.shape or ())
-        own = ops.constant(np.array([0, *[1] * (rank - 2), -1]), f"{PREFIX}bias{rank}")
-        bias = ops.op("Reshape", [picked, own], f"{name}.broadcast")
+        bias = _broadcast(ops, picked, y)
         if node.op_type == "Add":
             node.replace_input_with(index, bias)
             return
-        node.replace_input_with(index, None)
+        # A norm gets zeros: ONNX Runtime 1.31 crashes on one whose bias is named "".
+        norm = node.op_type == "LayerNormalization"
+        none = ops.constant(np.zeros_like(base), f"{PREFIX}zeros{len(base)}") if norm else None
+        node.replace_input_with(index, none)
         replace_uses(users, y, ops.op("Add", [y, bias], f"{name}.added"))
         return
     x, fixed = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
@@ -218,6 +233,26 @@ def _use(ops: Ops, rows: _Rows, node: ir.Node, index: int, picked: ir.Value, tur
         result = ops.op("Add", [result, fixed], f"{name}.with_bias")
     replace_uses(users, y, result)
     ops.graph.remove(node)
+
+
+def _scale(ops: Ops, node: ir.Node, picked: ir.Value, ones: Array) -> None:
+    """Let a LayerNormalization have the rows' own scales; what it added is added afterwards."""
+    y, name = node.outputs[0], str(picked.name)
+    users = tuple(y.uses())
+    fixed = node.inputs[2] if len(node.inputs) > 2 else None
+    node.replace_input_with(1, ops.constant(ones, f"{PREFIX}ones{len(ones)}"))
+    scaled = ops.op("Mul", [y, _broadcast(ops, picked, y)], f"{name}.scaled")
+    if fixed is not None:
+        node.replace_input_with(2, ops.constant(np.zeros_like(ones), f"{PREFIX}zeros{len(ones)}"))
+        scaled = ops.op("Add", [scaled, fixed], f"{name}.with_bias")
+    replace_uses(users, y, scaled)
+
+
+def _broadcast(ops: Ops, picked: ir.Value, y: ir.Value) -> ir.Value:
+    """[B, C] as it goes with y [B, ..., C]."""
+    rank = len(y.shape or ())
+    own = ops.constant(np.array([0, *[1] * (rank - 2), -1]), f"{PREFIX}bias{rank}")
+    return ops.op("Reshape", [picked, own], f"{picked.name}.broadcast")
 
 
 _LEADING: dict[str, dict[str, int]] = {"leading": {"end": -1}, "last": {"start": -1}}

@@ -81,22 +81,20 @@ def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.layer(self.table * x.mean())
 
-    class Normed(nn.Module):
+    class Bent(nn.Module):
+        """A saved tensor in an operator that has one for the whole batch."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+            self.layer, self.bend = nn.Linear(8, 8), nn.Conv1d(5, 5, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.layer(x))
+            return self.bend(self.layer(x))
 
-    for model, match in ((Positions(), "the batch"), (Normed(), "saved tensors")):
-        config = ff.FourierFTConfig(
-            n_frequency=9,
-            target_modules=["layer"],
-            modules_to_save=["norm"] if isinstance(model, Normed) else None,
-        )
+    for model, saved, match in ((Positions(), None, "the batch"), (Bent(), ["bend"], "Conv")):
+        config = ff.FourierFTConfig(n_frequency=9, target_modules=["layer"], modules_to_save=saved)
         ff.inject(model.eval(), config)
-        with pytest.raises(UsageError, match=match):
+        with pytest.raises(UsageError) as caught:
             ff.export_onnx(
                 model,
                 {"x": torch.randn(3, 5, 8)},
@@ -104,7 +102,44 @@ def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
                 mode="bank",
                 dynamic_shapes={"x": {0: "batch"}},
             )
+        assert match in f"{caught.value} {caught.value.offenders}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layer_norms_and_all_biases_per_row(tmp_path: Path, run: Any) -> None:
+    """Saved layer norms, with scale and bias, and the biases of every layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.LayerNorm(6))
+    x = torch.randn(4, 3, 8)
+    want: list[np.ndarray] = []
+    with torch.no_grad():
+        want.append(model.eval()(x).numpy())
+    bundles = []
+    for seed in (1, 2):
+        config = ff.FourierFTConfig(
+            n_frequency=9,
+            random_loc_seed=seed,
+            scaling=20.0,
+            target_modules=["0", "2"],
+            modules_to_save=["1"],
+            bias="all",
+        )
+        for parameter in ff.inject(model, config).parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        with torch.no_grad():
+            want.append(model(x).numpy())
+        bundles.append(ff.capture(model))
+        ff.detach(model)
+    for number, bundle in enumerate(bundles):
+        ff.attach(model, bundle, f"adapter_{number}")
+    path = tmp_path / "bank.onnx"
+    ff.export_onnx(model, (x,), path, mode="bank", dynamic_shapes={"input": {0: "b", 1: "t"}})
+    ids = np.array([2, 1, 0, 2])
+    got = run(path, {"input": x.numpy(), "adapter_id": ids})["output"]
+    for row, number in enumerate(ids):
+        np.testing.assert_allclose(got[row], want[number][row], atol=1e-5)
+        assert np.abs(want[1][row] - want[2][row]).max() > 0.1
 
 
 def test_validate_runs_the_first_adapter(small_tenants: Any) -> None:
