@@ -59,7 +59,7 @@ def _write_shards(
     job: Job, folder: Path, executor: OpenExecutor | None, progress: Progress | None
 ) -> tuple[tuple[WrittenShard, ...], set[int]]:
     """All weight files, in their order, and the numbers of those that were there already."""
-    journal = Journal(folder / _JOURNAL)
+    journal = Journal(folder / _JOURNAL, job.shards)
     payload, total = job.report.out.name, job.report.nbytes
     count = _meter(total, progress)
 

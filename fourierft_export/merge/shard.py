@@ -61,15 +61,6 @@ class WrittenShard:
     size: int
     tensors: dict[str, WrittenTensor]
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> WrittenShard:
-        """The inverse of `dataclasses.asdict`, also after a journey through JSON."""
-        tensors = {
-            name: WrittenTensor(**{**values, "verdicts": tuple(values["verdicts"])})
-            for name, values in fields["tensors"].items()
-        }
-        return cls(fields["name"], fields["sha256"], fields["size"], tensors)
-
 
 @dataclass(frozen=True)
 class _Changed:

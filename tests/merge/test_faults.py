@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +119,62 @@ def test_what_a_killed_merge_left_is_not_believed_unseen(
     report = merge_checkpoint(base, bundle, tmp_path / "out")
     assert len(report.resumed) == expected
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+# What may stand in the journal's line of the first of four shards, of which it changes the fields.
+NOT_OF_THIS_MERGE: list[Any] = [
+    {"number": 99}, {"number": -1}, {"number": 1}, {"number": True}, {"number": "0"},
+    {"number": math.inf}, {"number": None}, {"shard": None}, {"shard": []},
+    {"name": "../../precious"}, {"name": 5}, {"name": ""}, {"size": -1}, {"size": "1"},
+    {"sha256": 5}, {"tensors": []}, {"tensors": {}}, {"tensors": {"x": {}}}, {"survival": "much"},
+    {"verdicts": []}, {"verdicts": [[]]}, {"verdicts": ["fine"]}, {"unknown": 1},
+    b"[" * 100_000, b"[1]", b"{", b"",
+]  # fmt: skip
+
+
+def journal_line(good: bytes, wrong: Any) -> bytes:
+    """A line with `wrong` in it, or as it is, but still with the right hash."""
+    if isinstance(wrong, dict):
+        line = json.loads(good)
+        (tensor,) = line["shard"]["tensors"].values()
+        for fields in (line, line["shard"], tensor):
+            known = {key: value for key, value in wrong.items() if key in (*fields, "unknown")}
+            fields.update(known)
+        wrong = json.dumps(line).encode()
+    return b"\n%s %s" % (wrong, hashlib.sha256(wrong).hexdigest().encode())
+
+
+def test_lines_of_the_journal_that_are_not_of_this_merge_do_not_count(
+    base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf
+) -> None:
+    merge_checkpoint(base, bundle, tmp_path / "whole")
+    in_process(KILL_AFTER_TWO.replace("== 2", "== 1"), base, bundle, tmp_path / "out")
+    (left,) = tmp_path.glob("out.partial-*")
+    good, _, digest = (left / "journal.jsonl").read_bytes()[1:].rpartition(b" ")
+    shutil.copytree(left, tmp_path / "kept")
+    (tmp_path / "precious").write_text("precious")
+    lines = [journal_line(good, wrong) for wrong in NOT_OF_THIS_MERGE]
+    lines += [b"\n" + good, b"\n%s %s" % (good, digest[:-1]), b"\n%s %s" % (good[:-2], digest)]
+    for line in [*lines, b"".join(lines)]:
+        shutil.copytree(tmp_path / "kept", left, dirs_exist_ok=True)
+        (left / "journal.jsonl").write_bytes(line)
+        report = merge_checkpoint(base, bundle, tmp_path / "out", force=True)
+        assert report.resumed == (), line[:200]
+        assert (tmp_path / "precious").read_text() == "precious", line[:200]
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole"), line[:200]
+    shutil.copytree(tmp_path / "kept", left)
+    (left / "journal.jsonl").write_bytes(b"".join(lines) + journal_line(good, good))
+    assert len(merge_checkpoint(base, bundle, tmp_path / "out", force=True).resumed) == 1
+
+
+def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(
+    base: Path, bundle: Path, tmp_path: Path
+) -> None:
+    in_process(KILL_AFTER_TWO, base, bundle, tmp_path / "out")
+    (journal,) = tmp_path.glob("out.partial-*/journal.jsonl")
+    journal.write_bytes(journal.read_bytes()[:-30])
+    in_process(KILL_AFTER_TWO, base, bundle, tmp_path / "out")  # the second and the third
+    assert len(merge_checkpoint(base, bundle, tmp_path / "out").resumed) == 3
 
 
 def test_another_plan_does_not_take_over(
