@@ -8,6 +8,7 @@ inside their own cache repository are followed without asking.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
         if inside
         else "put the file itself there: links that lead out of the folder are not followed",
     )
+
+
+def real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where a file or folder really lies, and where every link below it leads; none is entered."""
+    yield Path(os.path.realpath(source))
+    for folder, subfolders, files in os.walk(source):
+        for name in (*subfolders, *files):
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                yield Path(os.path.realpath(path))
 
 
 def cache_repository(directory: Path) -> Path | None:

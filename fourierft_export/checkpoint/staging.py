@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
+from .links import real_paths
 from .locks import try_lock, unlock
 
 _PARTIAL = ".partial-"
@@ -33,7 +34,8 @@ def check_output(
     Args:
         out: where the result shall be.
         force: whether an existing output may be replaced.
-        inputs: paths that are read; `out` may not be one of them, nor hold one, even through links.
+        inputs: files and folders that are read; `out` may not be one of them, nor hold one, nor
+            hold what a link in such a folder leads to.
 
     Raises:
         UsageError: the output exists, or is an input.
@@ -42,8 +44,7 @@ def check_output(
     path = Path(out)
     real = Path(os.path.realpath(path))
     for source in inputs:
-        origin = Path(os.path.realpath(source))
-        if real == origin or real in origin.parents:
+        if any(real == origin or real in origin.parents for origin in real_paths(source)):
             raise UsageError(
                 path,
                 expected="an output apart from the inputs",

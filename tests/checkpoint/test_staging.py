@@ -215,6 +215,19 @@ def test_an_output_that_is_or_holds_an_input_is_refused_even_with_force(tmp_path
                 check_output(tmp_path / out, force=True, inputs=(tmp_path / source,))
 
 
+def test_an_output_that_holds_what_an_input_links_to_is_refused(tmp_path: Path) -> None:
+    """A snapshot of the Hugging Face cache is a folder of links to its `blobs`."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    (snapshot / "pool").mkdir(parents=True)
+    (blobs / "1").touch()
+    (snapshot / "pool" / "config.json").symlink_to("../../../blobs/1")
+    for out in (blobs, blobs / "1", tmp_path):
+        with pytest.raises(UsageError, match="apart from the inputs"):
+            check_output(out, force=True, inputs=(snapshot,))
+    assert check_output(blobs / "2", force=True, inputs=(snapshot,)) == blobs / "2"
+
+
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError) as caught:
         check_output(tmp_path / "absent" / "x", force=False)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.checkpoint.checkpoint import Checkpoint
-from fourierft_export.errors import BadInputError
+from fourierft_export.errors import BadInputError, UsageError
 from fourierft_export.merge.merge import merge_checkpoint
 
 Array = np.ndarray[Any, Any]
@@ -396,3 +396,20 @@ def test_a_snapshot_of_the_hugging_face_cache_becomes_plain_files(
         assert not copy.is_symlink()
         if file.is_file() and file.name != "manifest.json":
             assert copy.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("out", ["blobs", "blobs/0"])
+def test_what_a_snapshot_links_to_is_not_replaced(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, out: str
+) -> None:
+    bundle = make_bundle(base, TARGETS)
+    repository = tmp_path / "models--o--n"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "rev").mkdir(parents=True)
+    for number, file in enumerate(sorted(p for p in base.iterdir() if p.is_file())):
+        file.rename(repository / "blobs" / str(number))
+        (repository / "snapshots" / "rev" / file.name).symlink_to(f"../../blobs/{number}")
+    before = {p.name: p.read_bytes() for p in (repository / "blobs").iterdir()}
+    with pytest.raises(UsageError, match="apart from the inputs"):
+        merge_checkpoint(repository / "snapshots" / "rev", bundle, repository / out, force=True)
+    assert {p.name: p.read_bytes() for p in (repository / "blobs").iterdir()} == before
