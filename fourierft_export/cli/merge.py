@@ -29,6 +29,13 @@ from .options import (
     show_default=True,
     help="Of the float weights that are written.",
 )
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME",
+    help="Names of the labels of a head that the bundles bring, in order; may be repeated.",
+)
 @allow_mismatch_option
 @links_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing; say what it needs.")
@@ -52,6 +59,7 @@ def merge(
     weights: tuple[float, ...],
     output: str,
     dtype: str,
+    labels: tuple[str, ...],
     allow_base_mismatch: bool,
     allow_links: bool,
     dry_run: bool,
@@ -81,6 +89,7 @@ def merge(
         names=bundles,
         weights=weights or None,
         dtype=dtype,
+        labels=labels or None,
         force=force,
         dry_run=dry_run,
         allow_base_mismatch=allow_base_mismatch,

@@ -104,7 +104,7 @@ def with_labels(
         A new config; id2label and label2id are set (transformers derives num_labels from them).
 
     Raises:
-        UsageError: `labels` without a head that has as many rows.
+        UsageError: `labels` without a head that has as many rows, or not each a name of its own.
     """
     task = tasks.likely_task(config, task_type)
     count = head_labels(shapes) if task is not None and task.labelled else None
@@ -113,6 +113,11 @@ def with_labels(
             "labels",
             expected="no labels: the adapter brings no head" if count is None else f"{count}",
             found=str(len(labels)),
+        )
+    if labels is not None and (len(set(labels)) != len(labels) or "" in labels):
+        # label2id would lose one of two equal names.
+        raise UsageError(
+            "labels", expected="a name of its own for each", found=", ".join(map(repr, labels))
         )
     known = config.get("id2label")
     if count is None or (labels is None and isinstance(known, dict) and len(known) == count):

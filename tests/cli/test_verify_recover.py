@@ -122,6 +122,19 @@ def test_options_that_clash(base: Path, bundle: Path, tmp_path: Path, call: Call
     assert call(*words, "--workers", -1)[0] == 2
 
 
+def test_labels_are_named(base: Path, tmp_path: Path, call: Call) -> None:
+    spec = AdapterSpec(7, 150.0, (LayerSpec("a.q", 20),), task_type="SEQ_CLS")
+    head = {"classifier.weight": np.ones((2, 48), np.float32)}
+    spectra = {"a.q": np.ones(20, np.float32)}
+    bundle = Bundle.build(spec, spectra, head).bind(base).save(tmp_path / "b")
+    words = ["merge", "--base", base, "--bundle", bundle, "-o", tmp_path / "out"]
+    assert call(*words, "--label", "bad", "--label", "good")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    code, _, err = call(*words, "--force", "--label", "bad", "--label", "bad")
+    assert code == 2 and "'bad', 'bad'" in err
+
+
 def test_links_are_followed_when_allowed(
     base: Path, bundle: Path, tmp_path: Path, call: Call
 ) -> None:

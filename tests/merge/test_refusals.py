@@ -197,6 +197,16 @@ def test_options_that_make_no_sense(
         merge_checkpoint(base, make_bundle(base, MODULES), tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("labels", [["x", "x", "y"], ["x", "", "y"], ["x", "y"]])
+def test_labels_are_one_name_of_its_own_for_each_row(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, labels: list[str]
+) -> None:
+    bundle = make_bundle(base, MODULES, saved=heads(1, labels=3), task_type="SEQ_CLS")
+    with pytest.raises(UsageError, match="labels: expected (a name of its own for each|3)"):
+        merge_checkpoint(base, bundle, tmp_path / "out", labels=labels)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_bundles_at_all(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one or more"):
         merge_checkpoint(base, [], tmp_path / "out")
