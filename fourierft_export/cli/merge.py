@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import click
 
 from .console import Outcome, Progress, size_text, verb
@@ -75,6 +77,7 @@ def merge(
     from ..checkpoint.staging import check_output
     from ..errors import UsageError
     from ..merge.merge import merge_checkpoint
+    from ..merge.report import least_survival
 
     if weights and len(weights) != len(bundles):
         raise UsageError(
@@ -103,6 +106,10 @@ def merge(
     if report.added or report.replaced:
         line += f", {len(report.added)} tensors added, {len(report.replaced)} replaced"
     lines = [line]
+    least = least_survival(report.layers)
+    if least is not None and least.survival is not None:
+        share, where = math.floor(100 * least.survival), f"{least.name}, {least.dtype}"
+        lines.append(f"at least {share}% of each layer's weights changed (least: {where})")
     if dry_run:
         lines.append(
             f"needs {size_text(report.disk_bytes)} of space and about "

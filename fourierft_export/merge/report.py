@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,24 @@ class MergeReport:
         }
 
 
-def survival_notes(layers: tuple[LayerReport, ...], dtype: str) -> tuple[str, ...]:
+def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
+    """The layer of which the smallest share changed; None in a dry run.
+
+    Layers to which nothing was added (a weight of 0, a spectrum of zeros) do not count.
+    """
+    changed = [x for x in layers if x.survival is not None and (x.survival or x.error)]
+    return min(changed, key=lambda layer: layer.survival or 0.0, default=None)
+
+
+def survival_notes(layers: Sequence[LayerReport]) -> tuple[str, ...]:
     """A warning when rounding swallows most of a change, and what to do about it."""
-    low = [x for x in layers if x.survival is not None and x.survival < LOW_SURVIVAL]
-    if not low:
+    worst = least_survival(layers)
+    if worst is None or worst.survival is None or worst.survival >= LOW_SURVIVAL:
         return ()
-    worst = min(low, key=lambda layer: layer.survival or 0.0)
+    low = [x for x in layers if x.error and (x.survival or 0.0) < LOW_SURVIVAL]
     text = (
         f"in {len(low)} of {len(layers)} layers less than half of the weights changed once rounded "
         f"(worst: {worst.name}, {worst.survival:.0%} of {worst.dtype})"
     )
-    return (text if dtype == "float32" else f"{text}; --dtype float32 keeps the whole change",)
+    remedy = "; dtype float32 (--dtype float32) keeps the whole change"
+    return (text + remedy if worst.dtype in ("F16", "BF16") else text,)

@@ -202,7 +202,7 @@ def _finished(job: Job, written: Sequence[WrittenShard]) -> MergeReport:
         report,
         layers=layers,
         shards={shard.name: shard.sha256 for shard in written},
-        notes=(*report.notes, *survival_notes(layers, report.dtype)),
+        notes=(*report.notes, *survival_notes(layers)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ Call = Callable[..., tuple[int, str, str]]
 
 def test_merge_verify_recover(base: Path, bundle: Path, tmp_path: Path, call: Call) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    assert call("merge", "--base", base, "--bundle", bundle, "-o", out)[0] == 0
+    code, text, _ = call("merge", "--base", base, "--bundle", bundle, "-o", out)
+    assert code == 0
+    assert re.search(
+        r"at least (9\d|100)% of each layer's weights changed \(least: a\.q, F32\)", text
+    )
     code, text, _ = call("verify", out)
     assert code == 0
     assert "2 files" in text and "as they were written" in text and "NOT" not in text
@@ -112,6 +117,7 @@ def test_a_dry_run_says_what_is_needed(
     fields: dict[str, Any] = json.loads(call(*words, "--json")[1])["merge"]
     assert fields["dry_run"] is True
     assert fields["nbytes"] == 64 * 48 * 4 < fields["disk_bytes"] < fields["memory_bytes"]
+    assert "weights changed" not in text
     assert not (tmp_path / "out").exists()
 
 
