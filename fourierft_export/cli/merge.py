@@ -71,8 +71,9 @@ def merge(
 ) -> Outcome:
     """Merge adapters into a checkpoint; the result needs nothing but transformers to load.
 
-    After a kill, the same command goes on where it was. The output's manifest.json says what it was
-    made of; verify checks it.
+    After a kill, the same command goes on where it was. The manifest.json of the output says what
+    it was made of, and verify checks it; where the base is a single file, so is the output, and it
+    has none.
     """
     from ..checkpoint.staging import check_output
     from ..errors import UsageError

@@ -50,7 +50,8 @@ def merge_checkpoint(
     W' = W + sum of weight_i * delta_W_i, computed in float32 or better and rounded once. Heads and
     biases that the adapters carry replace the base's, or are added. The output is absent or
     complete; after a kill, the same call goes on where it was and ends with the same bytes. Peak
-    memory is about three of the largest tensor that changes, whatever the checkpoint's size.
+    memory is about three of the largest tensor that changes, whatever the checkpoint's size. A
+    folder gets a manifest.json, which `verify_merged` checks; a single file has none.
 
     Args:
         base: a Hugging Face folder (one safetensors file or shards), or one safetensors file.
@@ -198,7 +199,7 @@ def _plan(
         nbytes=nbytes,
         disk_bytes=nbytes + carried + SMALL_FILES,
         memory_bytes=memory_needed(shards),
-        notes=notes,
+        notes=notes if is_folder else (*notes, "a single file has no manifest.json"),
     )
     return Job(
         base, checked, shards, settings, companions, report, dtype, allow_links, allow_base_mismatch

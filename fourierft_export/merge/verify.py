@@ -82,11 +82,25 @@ def verify_merged(
 
     Raises:
         FileAccessError: the folder or its manifest is missing or unreadable.
-        BadInputError: the manifest is damaged, or names files outside of the folder.
+        BadInputError: a file; a manifest that is damaged, or names files outside of the folder.
     """
     folder = Path(directory)
+    if not os.path.lexists(folder):
+        raise FileAccessError(folder, expected="a folder that merge wrote", found="none")
     if not folder.is_dir():
-        raise FileAccessError(folder, expected="a merged folder", found="none")
+        raise BadInputError(
+            folder,
+            expected="a folder that merge wrote",
+            found="a file",
+            remedy="merge writes a manifest.json only into folders",
+        )
+    if not os.path.lexists(folder / MANIFEST):
+        raise FileAccessError(
+            folder / MANIFEST,
+            expected="the manifest that merge writes",
+            found="none",
+            remedy="only a folder that merge wrote can be verified",
+        )
     manifest = _read_manifest(folder / MANIFEST)
     listed: Mapping[str, tuple[str, int]] = {
         name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()
@@ -112,7 +126,9 @@ def _problems(
     path = folder / name
     if not os.path.lexists(path):
         return [f"{name}: missing"]
-    size = path.stat().st_size if path.is_file() else -1
+    if not path.is_file():
+        return [f"{name}: not a regular file"]
+    size = path.stat().st_size
     if size != expected[1]:
         return [f"{name}: {size:,} bytes instead of {expected[1]:,}"]
     if file_sha256(path) == expected:

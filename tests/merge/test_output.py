@@ -211,6 +211,7 @@ def test_a_single_file_gives_a_single_file(
     assert Checkpoint.open(tmp_path / "out.safetensors").parts[0].metadata == {"format": "pt"}
     digest = hashlib.sha256((tmp_path / "out.safetensors").read_bytes()).hexdigest()
     assert report.shards == {SHARDS[0]: digest}
+    assert report.notes == ("a single file has no manifest.json",)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out.safetensors"]
 
 

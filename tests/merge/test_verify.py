@@ -108,10 +108,17 @@ def test_a_manifest_that_is_not_one_is_refused(
 
 
 def test_what_is_no_merged_folder_is_told(merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileAccessError, match="a merged folder"):
+    with pytest.raises(FileAccessError, match="a folder that merge wrote"):
         verify_merged(tmp_path / "absent")
-    with pytest.raises(FileAccessError, match=r"manifest\.json"):
+    with pytest.raises(FileAccessError, match=r"manifest\.json") as caught:
         verify_merged(tmp_path / "base")
-    (merged / "config.json").unlink()
+    assert caught.value.remedy == "only a folder that merge wrote can be verified"
+    with pytest.raises(BadInputError, match="a folder that merge wrote, found a file"):
+        verify_merged(merged / "config.json")
+    for name in ("config.json", "tokenizer.json"):
+        (merged / name).unlink()
     os.mkfifo(merged / "config.json")
-    assert any("config.json" in line for line in verify_merged(merged).problems)
+    (merged / "tokenizer.json").mkdir()
+    assert verify_merged(merged).problems == (
+        "config.json: not a regular file", "tokenizer.json: not a regular file",
+    )  # fmt: skip
