@@ -6,6 +6,7 @@ loader that prefers them would silently serve the base.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -91,6 +92,19 @@ def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Ite
             yield read_exactly(fd, at, min(at + BLOCK, size), path)
     finally:
         os.close(fd)
+
+
+def manifest_sha256(directory: Path, found: Companions, *, allow_links: bool = False) -> str | None:
+    """The hash of the manifest.json among `found`, of a base that is itself a merge's output.
+
+    Errors as `file_size`.
+    """
+    if MANIFEST not in found.stale:
+        return None
+    digest = hashlib.sha256()
+    for block in file_blocks(directory, MANIFEST, allow_links=allow_links):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _is_stale(parts: tuple[str, ...]) -> bool:

@@ -42,6 +42,7 @@ class Job:
         shards: what is written.
         config: of the output.
         companions: the files that go along.
+        base_manifest: sha256 of the manifest.json in the base's folder; None without one.
         report: what is known of it so far.
         dtype: "keep" or the dtype asked for.
         allow_links, allow_base_mismatch: as for `merge_checkpoint`.
@@ -52,6 +53,7 @@ class Job:
     shards: tuple[OutShard, ...]
     config: Mapping[str, Any]
     companions: carry.Companions
+    base_manifest: str | None
     report: MergeReport
     dtype: str
     allow_links: bool
@@ -73,6 +75,7 @@ class Job:
             "versions": [__version__, np.__version__],
             "base": base_identity(self.base.checkpoint),
             "bundles": [(c.sha256, c.ingredient.weight) for c in self.checked],
+            "base_manifest": self.base_manifest,
             "config": dict(self.config),
             "carried": [_identity(directory / name) for name in self.companions.carried],
             "options": [self.dtype, self.allow_base_mismatch, self.is_folder],

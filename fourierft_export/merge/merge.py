@@ -202,5 +202,14 @@ def _plan(
         notes=notes if is_folder else (*notes, "a single file has no manifest.json"),
     )
     return Job(
-        base, checked, shards, settings, companions, report, dtype, allow_links, allow_base_mismatch
+        base=base,
+        checked=checked,
+        shards=shards,
+        config=settings,
+        companions=companions,
+        base_manifest=carry.manifest_sha256(base.directory, companions, allow_links=allow_links),
+        report=report,
+        dtype=dtype,
+        allow_links=allow_links,
+        allow_base_mismatch=allow_base_mismatch,
     )

@@ -17,7 +17,7 @@ from .check import Checked, Progress, settle
 from .executors import OpenExecutor, run_tasks
 from .job import Job, place, write_in_place, write_task
 from .journal import Journal
-from .manifest import manifest_text
+from .manifest import base_facts, manifest_text
 from .plan import OutShard, index_text
 from .report import BundleReport, LayerReport, MergeReport, survival_notes
 from .shard import WrittenShard, WrittenTensor
@@ -153,7 +153,7 @@ def _write_small_files(
     }
     manifest = manifest_text(
         report,
-        checkpoint,
+        base_facts(job.shards, report.shards, job.base_manifest),
         _written_tensors(written),
         sources,
         files,

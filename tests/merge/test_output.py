@@ -162,7 +162,11 @@ def test_manifest_and_report_state_the_hashes(
         digest = hashlib.sha256((tmp_path / "out" / shard).read_bytes()).hexdigest()
         assert manifest["shards"][shard] == report.shards[shard] == digest
     sizes = {shard: (base / shard).stat().st_size for shard in SHARDS}
-    assert manifest["base"] == {"name": "base", "shards": sizes}
+    assert manifest["base"] == {
+        "name": "base",
+        "shards": {shard: {"bytes": size} for shard, size in sizes.items()},
+        "manifest_sha256": hashlib.sha256(STALE["manifest.json"].encode()).hexdigest(),
+    }
     files = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert set(manifest["files"]) == {p.as_posix() for p in files} - {"manifest.json"}
     for name, entry in manifest["files"].items():
@@ -194,6 +198,20 @@ def test_file_modes_follow_the_umask(base: Path, tmp_path: Path, make_bundle: Ma
     modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert modes == {0o640}
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_the_manifest_tells_the_base_by_what_went_along(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    (base / "manifest.json").unlink()
+    merge_checkpoint(base, make_bundle(base, TARGETS[:1]), tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    first, second = ((base / name).read_bytes() for name in SHARDS)
+    assert manifest["base"]["shards"] == {
+        SHARDS[0]: {"bytes": len(first)},
+        SHARDS[1]: {"bytes": len(second), "sha256": hashlib.sha256(second).hexdigest()},
+    }
+    assert manifest["base"]["manifest_sha256"] is None
 
 
 def test_a_single_file_gives_a_single_file(
