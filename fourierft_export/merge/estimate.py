@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..checkpoint.container import DTYPE_BITS
 from ..checkpoint.pipe import IN_FLIGHT
 from ..errors import FileAccessError
 from ..spectral.cost import choose_delta_path
+from .memory import available_memory
 from .plan import OutShard, OutTensor
 
 # Headers, config, index and manifest, on top of what is counted byte by byte.
@@ -57,16 +56,3 @@ def check_memory(needed: int, workers: int) -> None:
             found=f"{available:,} bytes available",
             remedy="use fewer workers" if workers > 1 else "merge on a machine with more memory",
         )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that programs can still get; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):
-            return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) << 10 if "MemAvailable" in fields else None

@@ -102,7 +102,9 @@ def merge_checkpoint(
         progress=progress,
     )
     job = _plan(opened, checked, target, dtype, labels, allow_links, allow_base_mismatch)
-    check_memory(job.report.memory_bytes, max(workers, 1))
+    workers = min(workers, len(job.shards))
+    if scheduler is None:  # a cluster's memory is another machine's
+        check_memory(job.report.memory_bytes, max(workers, 1))
     if dry_run:
         check_space(target.parent, job.report.disk_bytes)
         return replace(with_verdicts(job.report, checked), dry_run=True)

@@ -27,7 +27,7 @@ from fourierft_export.errors import (
     FileAccessError,
     UsageError,
 )
-from fourierft_export.merge import estimate, run
+from fourierft_export.merge import estimate, executors, run
 from fourierft_export.merge.merge import merge_checkpoint
 
 MakeBase = Callable[..., Path]
@@ -289,14 +289,19 @@ def test_too_little_memory_is_told_before_any_work(
     assert merge_checkpoint(base, bundle, tmp_path / "a").memory_bytes < 400 << 20
     with pytest.raises(FileAccessError, match="419,430,400 bytes available; use fewer workers"):
         merge_checkpoint(base, bundle, tmp_path / "out", workers=2)
+    with pytest.raises(FileAccessError, match=r"for 4 process"):  # there are four weight files
+        merge_checkpoint(base, bundle, tmp_path / "out", workers=50)
     assert names(tmp_path) == ["a", "b", "base"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/meminfo")
-def test_the_memory_that_is_available_is_known() -> None:
-    available = estimate.available_memory()
-    assert available is not None
-    assert 1 << 20 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def test_the_memory_of_this_machine_does_not_matter_to_a_cluster(
+    base: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(estimate, "available_memory", lambda: 0)
+    monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(FileAccessError, match="a Dask scheduler"):
+        merge_checkpoint(base, bundle, tmp_path / "out", scheduler="tcp://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
