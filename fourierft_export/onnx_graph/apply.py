@@ -16,6 +16,7 @@ from .beside import write_beside
 from .dense import find_saved, put_saved
 from .edits import Edits, Progress
 from .find import Finder, Site
+from .heads import float_heads
 from .metadata import KEY, describe
 from .modes import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED
 from .pairing import write_pair
@@ -115,6 +116,12 @@ def apply_onnx(
     for layer in quantised:
         del found.missing[layer]
     notes = judge(source, found, quantised, allow_base_mismatch)
+    saved = {name for bundle in bound.values() for name in bundle.saved}
+    heads = float_heads(source, linears, saved, found.bridge)
+    if heads:
+        finder = Finder(source)
+        listed = ", ".join(one.weight for one in heads)
+        notes += (f"{listed}: quantised in the input, and float here to take the adapter's own",)
     if mode == PAIRED or not allow_requantise:
         _check_quantised(source, mode, {layer: each for layer, (each, _) in quantised.items()})
     shapes = {layer: sites[0].shape for layer, sites in found.sites.items()}

@@ -33,7 +33,8 @@ class QuantisedLinear:
         kind: "MatMulNBits", "QDQ" or "MatMulInteger".
         shape: (out, in).
         x: its input (..., in), float.
-        y: its output (..., out), float, without bias.
+        y: its output (..., out), float, without bias (a Gemm's: with it).
+        node: the MatMulNBits, MatMul, Gemm or MatMulInteger.
         paths: module paths that the graph tells of it.
         dequantised: gives W (out, in) float32 and the quantisation step of each element; None for
             a form that is not understood.
@@ -48,6 +49,7 @@ class QuantisedLinear:
     shape: tuple[int, int]
     x: ir.Value
     y: ir.Value
+    node: ir.Node
     paths: tuple[str, ...]
     dequantised: Callable[[], tuple[Array, Array]] | None
     integers: tuple[ir.Node, int]
@@ -163,6 +165,7 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
         (rows, columns),
         x,
         node.outputs[0],
+        node,
         tuple(paths_of(node, name)),
         dequantised if known else None,
         (node, 1),
@@ -183,8 +186,8 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
     x = quantise.inputs[0]
     if x is None or weight is None or tensor is None or len(tensor.shape) != 2:
         return None
-    cast = _only_user(node.outputs[0], "Cast")
-    scaled = _only_user(cast.outputs[0], "Mul") if cast is not None else None
+    cast = only_user(node.outputs[0], "Cast")
+    scaled = only_user(cast.outputs[0], "Mul") if cast is not None else None
     if cast is None or scaled is None:
         return None
     other = next(v for v in scaled.inputs if v is not cast.outputs[0])
@@ -210,6 +213,7 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
         (columns, rows),
         x,
         scaled.outputs[0],
+        node,
         tuple(paths_of(node, name)),
         dequantised if len(scales) == 1 else None,
         (node, 1),
@@ -227,6 +231,8 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     if producer is not None and turned and producer.inputs[0] is not None:
         producer = producer.inputs[0].producer()
     if x is None or producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    if not plain_product(node):
         return None
     integers = producer.inputs[0]
     tensor = constant_of(integers) if integers is not None else None
@@ -256,7 +262,8 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         "QDQ",
         (second, first) if in_out else (first, second),
         _before_qdq(x),
-        _after_qdq(node.outputs[0]),
+        after_qdq(node.outputs[0]),
+        node,
         tuple(paths_of(node, name)),
         dequantised if known else None,
         (dequantise, 0),
@@ -269,6 +276,13 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     )
 
 
+def plain_product(node: ir.Node) -> bool:
+    """Whether a MatMul or Gemm is x W^T + b, without factors and with x as it is."""
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    found = node.attributes
+    return all(found[name].value == value for name, value in plain.items() if name in found)
+
+
 def _before_qdq(x: ir.Value) -> ir.Value:
     """The float value that was quantised and dequantised on its way here."""
     dequantise = x.producer()
@@ -279,14 +293,15 @@ def _before_qdq(x: ir.Value) -> ir.Value:
     return x if before is None else before
 
 
-def _after_qdq(y: ir.Value) -> ir.Value:
+def after_qdq(y: ir.Value) -> ir.Value:
     """Y behind its quantisation: the range that was measured for the base would clip the sum."""
-    quantise = _only_user(y, "QuantizeLinear")
-    after = _only_user(quantise.outputs[0], "DequantizeLinear") if quantise is not None else None
+    quantise = only_user(y, "QuantizeLinear")
+    after = only_user(quantise.outputs[0], "DequantizeLinear") if quantise is not None else None
     return y if after is None else after.outputs[0]
 
 
-def _only_user(value: ir.Value, kind: str) -> ir.Node | None:
+def only_user(value: ir.Value, kind: str) -> ir.Node | None:
+    """The one node that uses a value, if it is of this kind."""
     users = list(value.uses())
     return users[0][0] if len(users) == 1 and users[0][0].op_type == kind else None
 
