@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from .batched import batch_of, is_batch_first, leads_with_batch
 from .groups import ADAPTER_ID, BASE_PREFIX, PREFIX, Interface
 from .linears import HasEnds, SavedSite
 from .ops import FLOAT32, Ops, replace_uses
@@ -49,16 +50,14 @@ def write_bank(
             batch, or an operator cannot have one saved tensor per row.
     """
     graph = model.graph
-    first = graph.inputs[0].shape
-    if first is None or not len(first):
-        raise UsageError("bank", expected="a batch as the first dimension of the first input")
-    _check_batched(linears, first[0])
+    batch = batch_of(model)
+    _check_batched(linears, batch)
     ops = Ops(graph)
-    ids = ops.overridable(np.zeros(1, np.int64), ADAPTER_ID, [_size(first[0])])
+    ids = ops.overridable(np.zeros(1, np.int64), ADAPTER_ID, [batch])
     ops.graph.initializers.pop(ADAPTER_ID)
     ids.const_value = None
     rows = _Rows(ops, ids)
-    _write_saved(rows, interface, defaults, list(saved), base_saved or {}, first[0])
+    _write_saved(rows, interface, defaults, list(saved), base_saved or {}, batch)
     branches = SideBranches(ops)
     for group in interface.groups:
         inputs = group_inputs(ops, group, defaults, [ADAPTERS])
@@ -79,32 +78,21 @@ def write_bank(
     branches.finish()
 
 
-def _size(size: Any) -> int | str:
-    return size if isinstance(size, int) else str(size)
-
-
-def _check_batched(linears: Mapping[str, Sequence[HasEnds]], batch: Any) -> None:
+def _check_batched(linears: Mapping[str, Sequence[HasEnds]], batch: int | str) -> None:
     wrong = []
     for layer, nodes in linears.items():
-        for node in nodes:
-            shape = node.inputs[0].shape if node.inputs[0] is not None else None
-            if shape is not None and len(shape) and not _leads(shape[0], batch):
-                wrong.append(f"{layer}: input {[str(size) for size in shape]}")
+        for x in (node.inputs[0] for node in nodes):
+            if x is not None and not leads_with_batch(x, batch):
+                shape = "unknown" if x.shape is None else str([str(size) for size in x.shape])
+                wrong.append(f"{layer}: input {shape}")
     if wrong:
         raise UsageError(
             "bank",
             expected=f"the batch ({batch}) first in the input of every adapted layer",
-            found=f"{len(wrong)} layers without",
+            found=f"{len(wrong)} layers without, or where nothing tells",
             remedy="export in mode swappable, or make the batch a dynamic size",
             offenders=wrong,
         )
-
-
-def _leads(size: Any, batch: Any) -> bool:
-    """Whether a first dimension is the batch, or the batch times something."""
-    if isinstance(batch, int):
-        return isinstance(size, int) and size % batch == 0
-    return size == batch or str(batch) in str(size)
 
 
 class _Rows:
@@ -140,7 +128,7 @@ def _write_saved(
     defaults: Mapping[str, Array],
     sites: Sequence[SavedSite],
     base_saved: Mapping[str, Array],
-    batch: Any,
+    batch: int | str,
 ) -> None:
     """One version of each saved tensor per row, where an operator can have that."""
     ops = rows.ops
@@ -149,8 +137,8 @@ def _write_saved(
     for site in sites:
         at.setdefault(site.name, []).append(site)
         for node, index in site.value.uses():
-            x = node.outputs[0].shape
-            if _kind(node, index) is None or x is None or len(x) < 2 or x[0] != batch:
+            y = node.outputs[0]
+            if _kind(node, index) is None or not is_batch_first(y, batch) or len(y.shape or ()) < 2:
                 wrong.append(f"{site.name}: used by {node.op_type}")
     if wrong:
         raise UsageError(

@@ -15,6 +15,7 @@ from ..bundle.fingerprint import fingerprint
 from ..bundle.spec import Fingerprint
 from ..errors import UsageError
 from .bank import write_bank
+from .batched import batch_of, fill_shapes
 from .dense import Place
 from .edits import Edits
 from .find import Site
@@ -82,6 +83,9 @@ def write_beside(
             found=f"opset {source.opset}",
             remedy="quantise or export the base again at a newer opset",
         )
+    if mode == BANK:
+        batch_of(source.model)
+    fill_shapes(source.model)
     ends = _ends(source, sites) | {
         layer: [Ends((one.x,), (one.y,)) for one in linears] for layer, linears in quantised.items()
     }

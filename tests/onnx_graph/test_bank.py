@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,110 @@ def test_validate_runs_the_first_adapter(small_tenants: Any) -> None:
 
     got = Graph(small_tenants.file("bank")).run(small_tenants.inputs)["output"]
     small_tenants.check(got, "one")
+
+
+class Flat(nn.Module):
+    """A layer on tokens in one long list: those of each row together, or those of each place."""
+
+    def __init__(self, by_place: bool) -> None:
+        super().__init__()
+        self.by_place, self.layer, self.head = by_place, nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by_place:
+            x = x.transpose(0, 1)
+        y = torch.tanh(self.layer(torch.relu(x.reshape(-1, 8)))).reshape(x.shape)
+        return self.head(y.mean(0 if self.by_place else 1))
+
+
+@pytest.fixture
+def flat() -> Any:
+    """`flat(by_place)`: model, two bundles with heads, an input, and what each adapter gives."""
+
+    def make(by_place: bool) -> Any:
+        torch.manual_seed(0)
+        model, x = Flat(by_place).eval(), torch.randn(4, 6, 8)
+        bundles: dict[str, Any] = {}
+        want: dict[str | None, np.ndarray] = {}
+        with torch.no_grad():
+            want[None] = model(x).numpy()
+        for name, seed in (("one", 1), ("two", 2)):
+            config = ff.FourierFTConfig(
+                n_frequency=30,
+                scaling=60.0,
+                random_loc_seed=seed,
+                target_modules=["layer"],
+                modules_to_save=["head"],
+            )
+            for parameter in ff.inject(model, config).parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_()
+            bundles[name] = ff.capture(model)
+            with torch.no_grad():
+                want[name] = model(x).numpy()
+            ff.detach(model)
+        return model, bundles, x, want
+
+    return make
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("by_place", [True, False])
+def test_flattened_tokens_are_of_their_row_or_refused(
+    flat: Any, by_place: bool, dynamic: bool, tmp_path: Path, run: Any
+) -> None:
+    """Tokens times batch is as large as batch times tokens: only the latter can have rows."""
+    model, bundles, x, want = flat(by_place)
+    for name, bundle in bundles.items():
+        ff.attach(model, bundle, name)
+    axes = {"x": {0: "batch", 1: "tokens"}} if dynamic else None
+    path = tmp_path / "bank.onnx"
+    if by_place:
+        with pytest.raises(UsageError, match=r"the batch .* first") as caught:
+            ff.export_onnx(model, {"x": x}, path, mode="bank", dynamic_shapes=axes)
+        assert caught.value.offenders[0].startswith("layer: input")
+        return
+    ff.export_onnx(model, {"x": x}, path, mode="bank", dynamic_shapes=axes)
+    names = ["one", None, "two", "one"]
+    ids = np.array([1, 0, 2, 1])
+    got = run(path, {"x": x.numpy(), "adapter_id": ids})["output"]
+    for row, name in enumerate(names):
+        np.testing.assert_allclose(got[row], want[name][row], atol=1e-4)
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+@pytest.mark.parametrize("by_place", [True, False])
+def test_files_that_tell_no_shapes(
+    flat: Any, by_place: bool, stripped: bool, tmp_path: Path, run: Any
+) -> None:
+    """TorchScript's exporter leaves the shapes in between out, some tools even the batch's name."""
+    model, bundles, x, want = flat(by_place)
+    plain, path = tmp_path / "plain.onnx", tmp_path / "bank.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (x,),
+            plain,
+            input_names=["x"],
+            output_names=["y"],
+            dynamo=False,
+            verbose=False,
+            opset_version=18,
+            dynamic_axes={"x": {0: "batch", 1: "tokens"}},
+        )
+    proto = onnx.load(plain)
+    del proto.graph.value_info[:]
+    if stripped:
+        for value in (proto.graph.input[0], proto.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].Clear()
+    onnx.save(proto, plain)
+    if by_place:
+        with pytest.raises(UsageError, match=r"the batch .* first"):
+            ff.apply_onnx(plain, bundles, path, mode="bank")
+        return
+    ff.apply_onnx(plain, bundles, path, mode="bank")
+    got = run(path, {"x": x.numpy(), "adapter_id": np.array([1, 0, 2, 1])})["y"]
+    for row, name in enumerate(["one", None, "two", "one"]):
+        np.testing.assert_allclose(got[row], want[name][row], atol=1e-4)
+    assert np.abs(want["one"] - want["two"]).max() > 1
