@@ -166,7 +166,12 @@ def _write_saved(
 
 def _kind(node: ir.Node, index: int) -> str | None:
     """How a node uses a saved tensor: as weight, bias or scale, or in a way that has no rows."""
-    if node.domain != "":
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    if node.domain != "" or any(
+        node.attributes[name].value != value
+        for name, value in plain.items()
+        if name in node.attributes
+    ):
         return None
     if node.op_type in ("MatMul", "Gemm") and index == 1:
         return "weight"

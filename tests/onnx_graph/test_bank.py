@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
@@ -255,3 +256,27 @@ def test_files_that_tell_no_shapes(
     for row, name in enumerate(["one", None, "two", "one"]):
         np.testing.assert_allclose(got[row], want[name][row], atol=1e-4)
     assert np.abs(want["one"] - want["two"]).max() > 1
+
+
+@pytest.mark.parametrize("field", [{"alpha": 2.0}, {"beta": 0.5}])
+def test_heads_in_a_gemm_that_does_more_are_refused(field: Any, flat: Any, tmp_path: Path) -> None:
+    _, bundles, _, _ = flat(False)
+    rng = np.random.default_rng(0)
+    shapes = {"layer.weight": (8, 8), "head.weight": (3, 8), "head.bias": (3,)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "layer.weight"], ["t"], transB=1),
+        helper.make_node("Gemm", ["t", "head.weight", "head.bias"], ["y"], transB=1, **field),
+    ]
+    x, y = (helper.make_tensor_value_info(n, 1, ["batch", s]) for n, s in (("x", 8), ("y", 3)))
+    weights = [
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    opsets = [helper.make_opsetid("", 18)]
+    plain = tmp_path / "plain.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), plain)
+    with pytest.raises(UsageError, match="saved tensors of linear layers") as caught:
+        ff.apply_onnx(plain, bundles, tmp_path / "bank.onnx", mode="bank", allow_base_mismatch=True)
+    assert any("Gemm" in offender for offender in caught.value.offenders)
+    assert not (tmp_path / "bank.onnx").exists()
