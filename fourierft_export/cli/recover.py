@@ -35,7 +35,7 @@ from .options import PATH, force_option, links_option, output_option, read_bundl
     metavar="NAME",
     help="Layers, by their paths or the ends of them, such as q_proj; may be repeated.",
 )
-@click.option("--scaling", type=float, default=150.0, show_default=True, help="To divide by.")
+@click.option("--scaling", type=float, help="To divide by, without --like.  [default: 150]")
 @click.option(
     "--entry-rule",
     type=click.Choice(["small", "r64"]),
@@ -54,7 +54,7 @@ def recover(
     seed: int | None,
     n_frequency: int | None,
     targets: tuple[str, ...],
-    scaling: float,
+    scaling: float | None,
     entry_rule: str | None,
     allow_links: bool,
     force: bool,
@@ -69,11 +69,24 @@ def recover(
     from ..errors import UsageError
 
     if onnx is not None:
-        if base or merged or like:
-            raise UsageError("--onnx", expected="no --base, --merged or --like beside it")
+        options = {
+            "--base": base, "--merged": merged, "--like": like, "--seed": seed,
+            "--n-frequency": n_frequency, "--targets": targets or None, "--scaling": scaling,
+            "--entry-rule": entry_rule,
+        }  # fmt: skip
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise UsageError(
+                "--onnx",
+                expected="nothing that says what was merged or how: the file tells",
+                found=", ".join(given),
+            )
         return _from_onnx(onnx, adapter, output, allow_links=allow_links, force=force)
     if base is None or merged is None:
-        raise UsageError("recover", expected="--base and --merged, or --onnx", found="neither")
+        found = "--base only" if base else "--merged only" if merged else "neither"
+        raise UsageError("recover", expected="--base and --merged, or --onnx", found=found)
+    if adapter is not None:
+        raise UsageError("--adapter", expected="--onnx, whose adapters have names", found="none")
     from ..merge.recover import recover_bundle
 
     inputs = (base, merged, *([like] if like else []))

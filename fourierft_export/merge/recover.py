@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 from ..bundle.file import Bundle
 from ..bundle.names import natural_key
 from ..bundle.spec import AdapterSpec, LayerSpec
-from ..checkpoint.container import FLOAT_DTYPES
-from ..errors import BaseMismatchError, UsageError, ValidationError
+from ..errors import BaseMismatchError, ValidationError
 from ..models.base import Base, BaseLayer, open_base
+from ..models.task import likely_task
 from ..spectral.delta import Term
 from ..spectral.entries import spectral_entries
+from .asked import asked_for
 from .others import other_changes
 from .spectrum import Fit, fit, spectrum_of
 
@@ -79,7 +80,7 @@ def recover_bundle(
     seed: int | None = None,
     n_frequency: int | None = None,
     targets: Sequence[str] = (),
-    scaling: float = 150.0,
+    scaling: float | None = None,
     entry_rule: str | None = None,
     allow_links: bool = False,
     progress: Progress | None = None,
@@ -96,8 +97,9 @@ def recover_bundle(
         seed: of the entries.
         n_frequency: coefficients of each layer.
         targets: layers, by their full paths or the ends of them ("q_proj").
-        scaling: what to divide by.
-        entry_rule: "small" or "r64", for adapters trained with an older torch.
+        scaling: what to divide by; 150 by default, without `like`.
+        entry_rule: "small" or "r64", for adapters trained with an older torch; not with a bound
+            `like`, which tells it.
         allow_links: follow links between files of the checkpoints' folders.
         progress: called with ("recovering", bytes done, bytes in all).
 
@@ -105,25 +107,14 @@ def recover_bundle(
         The bundle, bound to `base`, and how well it explains the difference.
 
     Raises:
-        UsageError: neither a `like` nor the rest; no layer of these names.
+        UsageError: neither a `like` nor the rest, or both; no layer of these names.
         BaseMismatchError: layers that one of the checkpoints lacks, or of other shapes.
         ValidationError: the difference is not that of a FourierFT adapter with these entries, or
             other weights changed too; all offenders listed.
         FileAccessError, BadInputError: of the checkpoints.
     """
     before, after = (open_base(path, allow_links=allow_links) for path in (base, merged))
-    if like is None:
-        spec = _asked_for(after, seed, n_frequency, targets, scaling)
-    elif seed is not None or n_frequency is not None or targets:
-        raise UsageError(
-            "recover",
-            expected="a bundle to be like, or seed, n_frequency and targets",
-            found="both",
-        )
-    else:
-        spec = like.spec
-    if not math.isfinite(float(spec.scaling)) or not float(spec.scaling):
-        raise UsageError("scaling", expected="a finite number that is not 0", found=f"{scaling}")
+    spec = asked_for(after, like, seed, n_frequency, targets, scaling, entry_rule)
     names = [layer.name for layer in spec.layers]
     pairs = _paired(before, after, names)
     total = sum(info.nbytes for info in before.tensors.values())
@@ -148,6 +139,9 @@ def recover_bundle(
     wanted = None if like is None else tuple(like.saved)
     saved, changed = other_changes(before, after, names, merged_tensors, wanted, count)
     _refuse(after.directory, found, changed)
+    if like is None and saved:  # what has a head is of the task that the merged model is for
+        task = likely_task(after.config, None)
+        spec = replace(spec, task_type=task.peft_type if task else None)
     bundle = Bundle.build(
         spec, spectra, saved, like.explicit_entries if like else {}, where=os.fspath(merged)
     ).bind(before, entry_rule)
@@ -162,36 +156,6 @@ def recover_bundle(
         for name in sorted(names, key=natural_key)
     )
     return bundle, RecoverReport(layers, tuple(saved), _notes(layers))
-
-
-def _asked_for(
-    after: Base,
-    seed: int | None,
-    n_frequency: int | None,
-    targets: Sequence[str],
-    scaling: float,
-) -> AdapterSpec:
-    """The adapter that the options describe, over the layers that `targets` names."""
-    if seed is None or n_frequency is None or not targets:
-        raise UsageError(
-            "recover",
-            expected="a bundle to be like (--like), or --seed, --n-frequency and --targets",
-            found="neither",
-        )
-    modules = [
-        name.removesuffix(".weight")
-        for name, info in after.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES
-    ]
-    chosen = [m for m in modules if any(m == t or m.endswith(f".{t}") for t in targets)]
-    if not chosen:
-        raise UsageError(
-            "targets",
-            expected="the names of linear layers",
-            found=f"none of {len(modules)} that end in {', '.join(targets)}",
-            remedy=f"there are, for example: {', '.join(modules[:3])}",
-        )
-    return AdapterSpec(seed, scaling, tuple(LayerSpec(name, n_frequency) for name in chosen))
 
 
 def _paired(

@@ -107,6 +107,36 @@ def test_a_wrong_seed_is_told_with_code_5(
     assert call(*wanted, "--like", bundle)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--base", "x"], "--base only"),
+        (["--merged", "x"], "--merged only"),
+        ([], "neither"),
+        (["--base", "x", "--merged", "y", "--adapter", "a"], "--adapter"),
+        (["--onnx", "x", "--base", "x", "--seed", 1], "found --base, --seed"),
+        (["--onnx", "x", "--n-frequency", 1, "--targets", "q"], "found --n-frequency, --targets"),
+        (["--onnx", "x", "--scaling", 1, "--entry-rule", "small"], "found --scaling, --entry-rule"),
+        (["--onnx", "x", "--merged", "x", "--like", "y"], "found --merged, --like"),
+    ],
+)
+def test_recover_ignores_no_option(
+    tmp_path: Path, call: Call, words: list[object], says: str
+) -> None:
+    code, _, err = call("recover", *words, "-o", tmp_path / "out")
+    assert code == 2 and says in err
+
+
+def test_recover_takes_no_scaling_beside_a_bundle(
+    base: Path, bundle: Path, tmp_path: Path, call: Call
+) -> None:
+    call("merge", "--base", base, "--bundle", bundle, "-o", tmp_path / "out")
+    words = ["recover", "--base", base, "--merged", tmp_path / "out", "-o", tmp_path / "again"]
+    code, _, err = call(*words, "--like", bundle, "--scaling", 150)
+    assert code == 2 and "both: scaling" in err
+    assert call(*words, "--like", bundle)[0] == 0
+
+
 def test_a_dry_run_says_what_is_needed(
     base: Path, bundle: Path, tmp_path: Path, call: Call
 ) -> None:

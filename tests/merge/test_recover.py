@@ -122,6 +122,7 @@ def test_what_peft_merges_is_recovered_with_its_head(
     )  # fmt: skip
     assert error_of(blind, adapter) < 1e-3
     assert set(blind.saved) == set(adapter.saved)
+    assert blind.spec.task_type == adapter.spec.task_type == "SEQ_CLS"  # as the merged config says
     assert report.saved == tuple(found.saved)
 
 
@@ -266,6 +267,17 @@ def test_options_that_do_not_make_sense(
     ):  # fmt: skip
         with pytest.raises(UsageError):
             recover_bundle(base, out, **{**RIGHT, **wrong})
+    like = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
+    for option in (
+        {"seed": 11}, {"n_frequency": 64}, {"targets": ["q"]}, {"scaling": 150.0},
+        {"entry_rule": "small"},
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"both: {next(iter(option))}"):
+            recover_bundle(base, out, like=like, **option)  # type: ignore[arg-type]
+    # An unbound bundle does not tell the rule.
+    unbound = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11, bound=False)
+    found, _ = recover_bundle(base, out, like=unbound, entry_rule="small")
+    assert [layer.entry_rule for layer in found.layers] == ["small", "small"]
     other = make_base(tmp_path / "other", shards=2, size=128)
     with pytest.raises(BaseMismatchError) as caught:
         recover_bundle(other, out, **RIGHT)
