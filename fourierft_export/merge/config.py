@@ -27,33 +27,45 @@ def merged_config(
         The new config ({} for a base without one), and notes.
 
     Raises:
-        UsageError: `labels` without a head that has as many rows.
+        UsageError: `labels` without a head that has as many rows, or without a config.
     """
     notes = []
-    types = {i.bundle.spec.task_type for i in ingredients} - {None}
-    task_type = types.pop() if len(types) == 1 else None
+    if any(i.weight != 1 and i.bundle.saved for i in ingredients):
+        notes.append("weights scale delta_W only: heads and biases are taken as they are")
+    added = sorted(changes.outside - {*base.tensors})
+    if not base.config:
+        if labels is not None:
+            raise UsageError(
+                "labels", expected="none: the base has no config.json for them", found=f"{labels}"
+            )
+        if added or changes.unties:
+            notes.append("the base has no config.json: none was made")
+        return {}, tuple(notes)
+    task_type, types = _task_type(ingredients)
     shapes = {n: value.shape for i in ingredients for n, value in i.bundle.saved.items()}
     config = with_labels(base.config, task_type, shapes, labels)
-    added = sorted(changes.outside - {*base.tensors})
     if added:
         with_head = with_architecture(config, task_type)
         config = with_head or config
         if with_head is None and any(key in changes.dense for key in added):
             notes.append(
-                f"{', '.join(added)} added, but no architecture is known for task type "
-                f"{task_type}: set architectures in config.json"
+                f"{', '.join(added)} added, but no architecture is known for "
+                f"{types}: set architectures in config.json"
             )
     if changes.unties:
         config = untied(config)
         if any(key not in changes.dense for key in added):
             notes.append("the output embedding was tied and is now a weight of its own")
-    if any(i.weight != 1 and i.bundle.saved for i in ingredients):
-        notes.append("weights scale delta_W only: heads and biases are taken as they are")
-    if not base.config:
-        if added or changes.unties:
-            notes.append("the base has no config.json: none was made")
-        return {}, tuple(notes)
     return with_dtype(config, dtype), tuple(notes)
+
+
+def _task_type(ingredients: Sequence[Ingredient]) -> tuple[str | None, str]:
+    """The task type of the adapters that carry a head (of all, if none does), and words for it."""
+    heads = [i for i in ingredients if i.bundle.saved]
+    types = sorted({i.bundle.spec.task_type or "" for i in heads or ingredients} - {""})
+    if len(types) == 1:
+        return types[0], f"task type {types[0]}"
+    return None, f"task types {', '.join(types)}" if types else "an adapter without a task type"
 
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:

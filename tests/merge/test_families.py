@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft
 from fourierft_export.checkpoint.checkpoint import Checkpoint
+from fourierft_export.errors import UsageError
 from fourierft_export.merge.merge import merge_checkpoint
 
 Array = np.ndarray[Any, Any]
@@ -157,7 +158,41 @@ def test_a_head_of_an_unknown_kind_is_added_with_a_note(
     found = Checkpoint.open(tmp_path / "out")
     assert set(found.tensors) == {"made.layer.0.query.weight", "tagger.weight"}
     np.testing.assert_array_equal(found.read("tagger.weight"), saved["tagger.weight"])
-    assert any("tagger.weight added" in note and "task type None" in note for note in report.notes)
+    (note,) = report.notes
+    assert "tagger.weight added" in note and "for an adapter without a task type: set" in note
+
+
+def test_a_head_for_a_single_file_gets_one_note(
+    tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({"layer.0.query.weight": np.ones((6, 4), np.float32)}, base)
+    saved = {"classifier.weight": np.ones((2, 4), np.float32)}
+    bundle = make_bundle(base, ["layer.0.query"], saved=saved, task_type="SEQ_CLS")
+    report = merge_checkpoint(base, bundle, tmp_path / "out.safetensors")
+    assert [note for note in report.notes if "config" in note] == [
+        "the base has no config.json: none was made"
+    ]
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        merge_checkpoint(base, bundle, tmp_path / "again.safetensors", labels=["x", "y"])
+
+
+def test_the_adapter_with_the_head_says_what_task_it_is(
+    tmp_path: Path, make_bundle: Callable[..., Bundle]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"layer.0.query.weight": np.ones((6, 4), np.float32)}, base / "model.safetensors")
+    (base / "config.json").write_text('{"architectures": ["BertModel"]}')
+    saved = {"classifier.weight": np.ones((3, 4), np.float32)}
+    modules = ["bert.layer.0.query"]
+    head = make_bundle(base, modules, saved=saved, task_type="SEQ_CLS")
+    other = make_bundle(base, modules, task_type="FEATURE_EXTRACTION", numpy_seed=1)
+    report = merge_checkpoint(base, [other, head], tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert list(config["id2label"]) == ["0", "1", "2"]
+    assert report.notes == ()
 
 
 def test_a_head_with_other_labels_replaces_the_bases(

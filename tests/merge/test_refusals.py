@@ -26,7 +26,10 @@ def weights(seed: int = 0, rows: int = 12) -> dict[str, Array]:
     return {f"{name}.weight": random.standard_normal((rows, 8), np.float32) for name in MODULES}
 
 
-def checkpoint(directory: Path, tensors: dict[str, Array], config: str = "{}") -> Path:
+MADE = '{"model_type": "made"}'
+
+
+def checkpoint(directory: Path, tensors: dict[str, Array], config: str = MADE) -> Path:
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(config)
