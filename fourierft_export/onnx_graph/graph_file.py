@@ -17,8 +17,9 @@ from ..errors import BadInputError, UsageError
 from .fit import fit
 from .groups import BASE_PREFIX, Interface
 from .metadata import KEY
-from .modes import BANK
+from .modes import BANK, PAIRED
 from .paired import WeightInput
+from .runtime_paths import expander_path
 
 if TYPE_CHECKING:
     import onnx
@@ -39,7 +40,7 @@ def parameters_for(
     expander takes.
 
     Raises:
-        UsageError: the graph takes no single adapter.
+        UsageError: the graph takes no single adapter, or nothing of this one.
         BaseMismatchError: the adapter does not fit the graph.
         BadInputError, FileAccessError: not a file that this package made.
     """
@@ -53,7 +54,9 @@ def parameters_for(
             found=f"mode {facts.mode}",
             remedy="export the base with --mode swappable",
         )
-    expands = not any(saved.name in taken for saved in facts.interface.saved)
+    takes_spectra = any(group.spectrum in taken for group in facts.interface.groups)
+    # An expander takes no saved tensors, and holds none.
+    expands = facts.mode == PAIRED and takes_spectra
     zeros = {s.name: np.zeros(s.shape, s.dtype) for s in facts.interface.saved}
     base = zeros if expands else base_saved(path, facts)
     feeds = fit(
@@ -63,8 +66,18 @@ def parameters_for(
         where=os.fspath(path),
         allow_base_mismatch=allow_base_mismatch,
     )
-    wanted = taken | {name for name in feeds if both_graphs and not expands}
-    return {name: array for name, array in feeds.items() if name in wanted}
+    if both_graphs and not takes_spectra:
+        return feeds
+    wanted = {name: array for name, array in feeds.items() if name in taken}
+    if not wanted:
+        raise UsageError(
+            path,
+            expected="a graph with inputs for the adapter",
+            found="one of mode paired, which takes nothing of this adapter but the weights that "
+            "its expander makes",
+            remedy=f"name the expander, {expander_path(path).name}",
+        )
+    return wanted
 
 
 @dataclass(frozen=True, eq=False)

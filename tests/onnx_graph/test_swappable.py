@@ -12,8 +12,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.cli.main import run as run_command
@@ -247,3 +249,17 @@ def test_pack_for_onnx_names_its_mistakes(
         assert run_command(["pack", *arguments]) == 2
         assert found in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_paired_graphs_and_expanders_are_told_apart_without_saved_tensors(tmp_path: Path) -> None:
+    """An adapter file for the graph itself would be empty, and swapping then do nothing."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(2, 8)
+    ff.inject(model, ff.FourierFTConfig(n_frequency=9, target_modules=["0"]))
+    path, bundle = tmp_path / "paired.onnx", ff.capture(model)
+    ff.export_onnx(model, (x,), path, mode="paired")
+    with pytest.raises(UsageError, match="takes nothing of this adapter") as caught:
+        parameters_for(path, bundle)
+    assert "paired.expand.onnx" in str(caught.value)
+    names = {"fourierft.spectrum.0", "fourierft.entries.0", "fourierft.scaling.0"}
+    assert parameters_for(tmp_path / "paired.expand.onnx", bundle).keys() == names
+    assert parameters_for(path, bundle, both_graphs=True).keys() == names
