@@ -6,6 +6,7 @@ It holds no time and no machine, so the same merge gives the same bytes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +71,9 @@ def manifest_text(
         "kind": KIND,
         "versions": {"fourierft_export": __version__, "numpy": np.__version__},
         "base": {"name": report.base.name, **base},
-        "bundles": [asdict(b) | {"name": Path(b.name).name} for b in report.bundles],
+        "bundles": [
+            asdict(b) | {"name": Path(os.path.abspath(b.name)).name} for b in report.bundles
+        ],
         "dtype": report.dtype,
         "allow_base_mismatch": allow_base_mismatch,
         "tensors": {

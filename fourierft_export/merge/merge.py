@@ -60,7 +60,8 @@ def merge_checkpoint(
         weights: a factor on each bundle's delta_W; 1 by default.
         dtype: "keep", "float32", "float16" or "bfloat16", for all float tensors.
         labels: names of a classification head's labels, for config.json.
-        names: how to speak of the bundles, in errors and in the manifest; their paths by default.
+        names: how to speak of the bundles, in errors and in the manifest, which has the last part
+            of each; their paths by default, and numbers for objects.
         force: replace an existing output.
         dry_run: check and plan only.
         allow_base_mismatch: merge even when the base's values are not those the adapter knows.
@@ -140,7 +141,7 @@ def _names(given: Sequence[Source], names: Sequence[str] | None) -> Sequence[str
             "names", expected=f"{len(given)}, one for each bundle", found=str(len(names))
         )
     return names or [
-        f"bundle {number}" if isinstance(source, Bundle) else str(source)
+        f"bundle {number} (given as an object)" if isinstance(source, Bundle) else str(source)
         for number, source in enumerate(given, 1)
     ]
 

@@ -200,6 +200,25 @@ def test_file_modes_follow_the_umask(base: Path, tmp_path: Path, make_bundle: Ma
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
 
 
+def test_the_manifest_names_the_bundles(
+    base: Path, tmp_path: Path, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(base, TARGETS)
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path / "adapter")
+    given, names = [bundle] * 4, [".", "../adapter/", "b.fourierft.safetensors", "/a/b"]
+    merge_checkpoint(base, given, tmp_path / "named", names=names)
+    merge_checkpoint(base, given[:2], tmp_path / "objects")
+    found = {
+        out: [
+            b["name"] for b in json.loads((tmp_path / out / "manifest.json").read_text())["bundles"]
+        ]
+        for out in ("named", "objects")
+    }
+    assert found["named"] == ["adapter", "adapter", "b.fourierft.safetensors", "b"]
+    assert found["objects"] == ["bundle 1 (given as an object)", "bundle 2 (given as an object)"]
+
+
 def test_the_manifest_tells_the_base_by_what_went_along(
     base: Path, tmp_path: Path, make_bundle: MakeBundle
 ) -> None:

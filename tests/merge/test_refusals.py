@@ -101,7 +101,9 @@ def test_absent_layers_of_all_bundles_are_listed(
     b = make_bundle(larger, ["bert.layer.2.query"], bound=bound)
     with pytest.raises(BaseMismatchError) as caught:
         merge_checkpoint(base, [a, b], tmp_path / "out")
-    assert [line.split(": ")[0] for line in caught.value.offenders] == ["bundle 1", "bundle 2"]
+    assert [line.split(": ")[0] for line in caught.value.offenders] == [
+        "bundle 1 (given as an object)", "bundle 2 (given as an object)",
+    ]  # fmt: skip
     assert all("bert.layer.2.query" in line for line in caught.value.offenders)
 
 
