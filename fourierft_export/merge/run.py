@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ..bundle.names import natural_key
 from ..checkpoint.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
 from ..checkpoint.write import check_space, copy_file
+from ..errors import FileAccessError
 from . import carry
 from .check import Checked, Progress, settle
 from .executors import OpenExecutor, run_tasks
@@ -40,7 +42,11 @@ def carry_out(
         As `merge_checkpoint`.
     """
     out = job.report.out
-    with work_folder(out, plan=job.plan(), keep=True) as folder, os_errors_named(out, folder):
+    with (
+        work_folder(out, plan=job.plan(), keep=True) as folder,
+        os_errors_named(out, folder),
+        _output_named(job.report, folder),
+    ):
         written, resumed = _write_shards(job, folder, executor, progress)
         job = replace(job, checked=_settled(job, written))
         staged = folder / out.name
@@ -53,6 +59,22 @@ def carry_out(
                 sync(path)
         publish(staged, out, force=force)
         return report
+
+
+@contextmanager
+def _output_named(report: MergeReport, folder: Path) -> Iterator[None]:
+    """Where work in progress cannot be written, name the output, and all the space it needs."""
+    try:
+        yield
+    except FileAccessError as error:
+        if Path(os.path.abspath(folder)) not in Path(os.path.abspath(error.where)).parents:
+            raise
+        raise FileAccessError(
+            report.out,
+            expected=f"to write all of its {report.disk_bytes:,} bytes",
+            found=error.found,
+            remedy=error.remedy,
+        ) from error
 
 
 def _write_shards(

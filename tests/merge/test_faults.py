@@ -258,12 +258,14 @@ def small_disk(
 
 
 def test_a_disk_that_fills_up_is_told_and_left_as_it_was(
-    base: Path, bundle: Path, small_disk: Path
+    base: Path, bundle: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(FileAccessError, match="no space left") as caught:
         merge_checkpoint(base, bundle, small_disk / "out")
     assert caught.value.exit_code == 6
-    assert "to write 131," in caught.value.expected
+    assert caught.value.where == str(small_disk / "out")
+    needed = merge_checkpoint(base, bundle, tmp_path / "x", dry_run=True).disk_bytes
+    assert caught.value.expected == f"to write all of its {needed:,} bytes"
     assert names(small_disk) == []
 
 
