@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from ..errors import FileAccessError, missing_extra
+from ..spectral.threads import default_threads
 
 T = TypeVar("T")
 OpenExecutor = Callable[[], AbstractContextManager[Executor]]
@@ -81,7 +82,10 @@ def local_processes(workers: int) -> Iterator[Executor]:
 
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(max(default_threads() // workers, 1),),
     )
     try:
         yield pool
@@ -95,8 +99,9 @@ def local_processes(workers: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Leave interrupts to the parent, and end when it ends."""
+def _start_worker(threads: int) -> None:
+    """Leave interrupts to the parent, end when it ends, and use its share of the cores."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

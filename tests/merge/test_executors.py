@@ -21,6 +21,7 @@ from fourierft_export.errors import BadInputError, FileAccessError, UsageError
 from fourierft_export.merge import executors
 from fourierft_export.merge.executors import ATTEMPTS, run_tasks
 from fourierft_export.merge.merge import merge_checkpoint
+from fourierft_export.spectral.threads import default_threads
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 SHARDS = 8
@@ -150,3 +151,12 @@ def test_tasks_whose_workers_always_die_end_with_an_error() -> None:
     assert done == {1: 10, 3: 30}
     assert sorted(tries) == [1, *[2] * ATTEMPTS, 3]
     assert threading.active_count() < 50
+
+
+@pytest.mark.parametrize(("cores", "workers", "expected"), [("8", 2, 4), ("3", 2, 1), ("1", 2, 1)])
+def test_workers_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: str, workers: int, expected: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", cores)
+    with executors.local_processes(workers) as pool:
+        assert pool.submit(default_threads).result() == expected
