@@ -119,7 +119,7 @@ def _range(
     file = files[location]
     if isinstance(file, str):
         raise ValueError(file)
-    size, needed = file.stat().st_size, _nbytes(tensor)
+    size, needed = file.stat().st_size, tensor_bytes(tensor)
     offset = _number(keys, "offset", 0)
     length = _number(keys, "length", needed)
     if length != needed:
@@ -138,7 +138,8 @@ def _number(keys: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _nbytes(tensor: Any) -> int:
+def tensor_bytes(tensor: Any) -> int:
+    """Size of a TensorProto's content, by its shape; ValueError for what cannot be external."""
     bits = _BITS.get(tensor.data_type)
     if bits is None:
         raise ValueError(f"data type {tensor.data_type}, which cannot be external")

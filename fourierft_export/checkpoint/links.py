@@ -41,7 +41,7 @@ def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
         path,
         expected="a file that lies in its own folder",
         found=f"a link to {real}",
-        remedy="allow links within the folder (--allow-links)"
+        remedy="put the file itself there, or allow links within the folder (--allow-links)"
         if inside
         else "put the file itself there: links that lead out of the folder are not followed",
     )

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.file import Bundle
-from ..checkpoint.container import open_regular
+from ..checkpoint.container import open_regular, read_exactly
+from ..checkpoint.external import EXTERNAL, external_ranges, tensor_bytes
 from ..errors import BadInputError, UsageError
 from .fit import fit
 from .groups import BASE_PREFIX, Interface
@@ -133,7 +134,7 @@ def base_saved(path: str | os.PathLike[str], facts: GraphFacts) -> dict[str, Arr
     """
     if facts.interface is None or not facts.interface.saved:
         return {}
-    constants = _constants(path)
+    constants = _Constants(path)
     found = {}
     missing = []
     for saved in facts.interface.saved:
@@ -160,7 +161,7 @@ def weight_inputs(path: str | os.PathLike[str], facts: GraphFacts) -> list[Weigh
     Raises:
         BadInputError: the expander lacks some.
     """
-    constants = _constants(path)
+    constants = _Constants(path)
     inputs = []
     missing = []
     for layer, sites in facts.weights.items():
@@ -180,39 +181,57 @@ def weight_inputs(path: str | os.PathLike[str], facts: GraphFacts) -> list[Weigh
     return inputs
 
 
-class _Constants(dict[str, Any]):
-    """Initializers by name, made arrays when asked for."""
+class _Constants:
+    """Initializers by name, read when asked for.
 
-    def __init__(self, path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
-        super().__init__(tensors)
-        self._folder = os.path.dirname(os.path.abspath(path))
+    Args:
+        path: the file; its external data is checked, and read from where the check saw it.
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The array of this name."""
-        from onnx import numpy_helper
+    Raises:
+        FileAccessError, BadInputError: as `read_model`.
+    """
 
-        if name not in self:
-            return default
-        return np.array(numpy_helper.to_array(self[name], self._folder))
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        model = read_model(path)
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._ranges = external_ranges(model, path)
 
+    def get(self, name: str) -> Array | None:
+        """The array of this name, or None."""
+        from onnx import TensorProto, numpy_helper
 
-def _constants(path: str | os.PathLike[str]) -> _Constants:
-    initializers = read_model(path).graph.initializer
-    return _Constants(path, {tensor.name: tensor for tensor in initializers})
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            return None
+        if tensor.data_location != EXTERNAL:
+            return np.array(numpy_helper.to_array(tensor))
+        keys = {entry.key: entry.value for entry in tensor.external_data}
+        where = self._ranges[keys["location"], int(keys.get("offset", 0))]
+        fd = open_regular(where.file)
+        try:
+            # Not `where.length`: of tensors that begin at one place it is the longest's.
+            stop = where.offset + tensor_bytes(tensor)
+            data = read_exactly(fd, where.offset, stop, where.file)
+        finally:
+            os.close(fd)
+        plain = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
+        return np.array(numpy_helper.to_array(plain))
 
 
 def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """An ONNX file without its external data.
+    """An ONNX file without its external data, of which it is known that it may be read.
 
     Raises:
-        FileAccessError: missing or unreadable.
-        BadInputError: not an ONNX model.
+        FileAccessError: missing or unreadable, or its external data is.
+        BadInputError: not an ONNX model, or external data that must not be read.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     os.close(open_regular(path))
     try:
-        return onnx.load(os.fspath(path), load_external_data=False)
+        model = onnx.load(os.fspath(path), load_external_data=False)
     except DecodeError:
         raise BadInputError(path, expected="an ONNX model", found="something else") from None
+    external_ranges(model, path)
+    return model

@@ -14,12 +14,11 @@ import numpy.typing as npt
 
 from ..bundle.file import Bundle
 from ..bundle.peft import from_peft
-from ..checkpoint.container import open_regular
 from ..errors import UsageError
 from ..spectral.delta import Term
 from .adapter_file import SUFFIX, read_adapter, to_value
 from .fit import check_parameters, fit
-from .graph_file import base_saved, facts_of, weight_inputs
+from .graph_file import base_saved, facts_of, read_model, weight_inputs
 from .groups import ADAPTER_ID, base_feeds, table
 from .modes import BANK, PAIRED
 from .ort_session import load_session
@@ -52,7 +51,8 @@ class AdapterSession:
     Raises:
         MissingExtraError: onnxruntime is not installed.
         FileAccessError: the file, or the expander beside it, is missing.
-        BadInputError: not a file that this package made, or one that ONNX Runtime cannot load.
+        BadInputError: not a file that this package made, external data that must not be read, or
+            a file that ONNX Runtime cannot load.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class AdapterSession:
         memory_limit: int | None = None,
     ) -> None:
         self.path = Path(onnx_path)
-        os.close(open_regular(onnx_path))
+        # ONNX Runtime follows links: what it reads is checked before it opens anything.
+        read_model(onnx_path)
         providers = list(providers or ["CPUExecutionProvider"])
         self._session = load_session(self.path, providers, session_options)
         metadata = self._session.get_modelmeta().custom_metadata_map

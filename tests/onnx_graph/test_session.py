@@ -212,8 +212,13 @@ def test_files_that_are_not_ours(small_tenants: Any, tmp_path: Path) -> None:
         ff.AdapterSession(tmp_path / "absent.onnx")
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage" * 10)
-    with pytest.raises(BadInputError, match="ONNX Runtime loads"):
+    with pytest.raises(BadInputError, match="an ONNX model"):
         ff.AdapterSession(garbage)
+    model = onnx.load(small_tenants.file("swappable"))
+    model.graph.node[0].op_type = "Unheard"
+    onnx.save(model, tmp_path / "unheard.onnx")
+    with pytest.raises(BadInputError, match="ONNX Runtime loads"):
+        ff.AdapterSession(tmp_path / "unheard.onnx")
     model = onnx.load(small_tenants.file("swappable"))
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "plain.onnx")
