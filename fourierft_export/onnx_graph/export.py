@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def export_onnx(
     external_data: bool | None = None,
     bundles: Mapping[str, Bundle] | None = None,
     defaults: str = DEFAULTS[0],
-    base_saved: Mapping[str, Any] | None = None,
+    absent: Container[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -84,8 +84,9 @@ def export_onnx(
         defaults: in the modes whose adapter is an input, what counts when it is not fed: "bundle"
             (the adapter on the model), "base", or "required" (it must be fed; onnxruntime-node
             ignores what is fed to inputs that have a default).
-        base_saved: in those modes, arrays by name: what the base has for saved tensors; by default
-            what the model has under the adapter.
+        absent: in those modes, names of saved tensors that the base lacks, so that what the model
+            has under the adapter is random (a new head): every adapter must bring them, and without
+            an adapter they are zeros.
         bundles: adapter name -> the bundle it came from, whose hash is written into the file; by
             default that of the adapter as `capture` gives it.
         force: replace an existing file.
@@ -98,6 +99,7 @@ def export_onnx(
         UsageError: unknown mode, no active adapter, an unsuitable opset, IR version or dtype, an
             output that exists, or a model that torch.onnx cannot export.
         BadInputError: an adapted layer's weight is not in the graph.
+        BaseMismatchError: an adapter of a bank lacks tensors of `absent`.
         FileAccessError: the file cannot be written.
     """
     report = progress or _silent
@@ -117,7 +119,7 @@ def export_onnx(
             mode,
             defaults=defaults,
             bundles=bundles,
-            base_saved=base_saved,
+            absent=absent,
             input_names=input_names,
             output_names=output_names,
             dynamic_shapes=dynamic_shapes,

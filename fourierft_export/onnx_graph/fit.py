@@ -49,8 +49,8 @@ def fit(
         Input name -> array, for every input of the interface.
 
     Raises:
-        BaseMismatchError: layers or tensors that the graph lacks or has in other shapes, another
-            base: all of them listed.
+        BaseMismatchError: layers or tensors that the graph lacks or has in other shapes, tensors
+            that neither base nor adapter has, another base: all of them listed.
     """
     groups = interface.layers
     roots = {name.split(".")[0] for name in groups}
@@ -86,6 +86,8 @@ def fit(
             log.warning("%s: this bare graph has no place for it; left out", tensor_name)
         else:
             wrong.append(f"{tensor_name}: the graph has no input for this tensor")
+    missing = interface.not_brought(saved)
+    wrong += [f"{name}: the base has none, and the adapter brings none" for name in missing]
     if not allow_base_mismatch:
         wrong += others
     if wrong:
@@ -108,7 +110,20 @@ def fit(
 
 
 def full_feeds(interface: Interface, bundle: Bundle, base: Mapping[str, Array]) -> dict[str, Array]:
-    """Everything that a bound bundle with the graph's names feeds."""
+    """Everything that a bound bundle with the graph's names feeds.
+
+    Raises:
+        BaseMismatchError: it lacks saved tensors that the base does not have either.
+    """
+    missing = interface.not_brought(bundle.saved)
+    if missing:
+        raise BaseMismatchError(
+            "adapter",
+            expected="an adapter with every tensor that the base lacks",
+            found=f"{len(missing)} that neither has",
+            remedy="leave this adapter out, or train it with the head",
+            offenders=missing,
+        )
     return spectral_feeds(interface.groups, bundle) | {
         saved.name: _as_dtype(bundle.saved.get(saved.name, base[saved.name]), saved.dtype)
         for saved in interface.saved
@@ -133,8 +148,8 @@ def check_parameters(interface: Interface, parameters: Mapping[str, Array], wher
     """Refuse parameters (of an .onnx_adapter file) that the graph cannot take.
 
     Raises:
-        BadInputError: unknown names, other dtypes or sizes, entries outside their layer: all of
-            them listed.
+        BadInputError: unknown or missing names, other dtypes or sizes, entries outside their
+            layer: all of them listed.
     """
     wrong = list(_misfits(interface, parameters))
     if wrong:
@@ -164,6 +179,7 @@ def _misfits(interface: Interface, parameters: Mapping[str, Array]) -> Iterable[
         fits = entries.dtype.kind == "i" and entries.shape[-1:] == (2,)
         if fits and ((entries < 0) | (entries >= np.array(group.shape))).any():
             yield f"{group.entries}: entries outside {list(group.shape)}"
+    yield from (f"{name}: missing" for name in interface.not_brought(parameters))
     for name, array in parameters.items():
         if name not in known:
             yield f"{name}: no such input"

@@ -9,7 +9,7 @@ graph has one group is fed with zeros in between. A bank has the number of adapt
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,11 +71,13 @@ class Saved:
         name: of the input, and in the adapted model.
         shape: of the tensor.
         dtype: numpy's name of the graph's dtype.
+        absent: the base has none (a bare encoder has no head): every adapter must bring its own.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Interface:
         """Layer -> its group."""
         return {layer: group for group in self.groups for layer in group.layers}
 
+    def not_brought(self, names: Container[str]) -> list[str]:
+        """The saved tensors that the base lacks, and that are not among `names` either."""
+        return [saved.name for saved in self.saved if saved.absent and saved.name not in names]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, for a graph's metadata."""
         return {
@@ -112,7 +118,13 @@ class Interface:
                 for g in self.groups
             ],
             "saved": [
-                {"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in self.saved
+                {
+                    "name": s.name,
+                    "shape": list(s.shape),
+                    "dtype": s.dtype,
+                    **({"absent": True} if s.absent else {}),
+                }
+                for s in self.saved
             ],
             "fingerprints": {
                 layer: {
@@ -132,7 +144,10 @@ class Interface:
                 Group(i, (int(g["shape"][0]), int(g["shape"][1])), tuple(g["layers"]), g["dtype"])
                 for i, g in enumerate(content["groups"])
             ),
-            tuple(Saved(s["name"], tuple(s["shape"]), s["dtype"]) for s in content["saved"]),
+            tuple(
+                Saved(s["name"], tuple(s["shape"]), s["dtype"], s.get("absent") is True)
+                for s in content["saved"]
+            ),
             {
                 layer: Fingerprint(
                     f["dtype"], bytes.fromhex(f["digest"]), base64.b64decode(f["samples"])

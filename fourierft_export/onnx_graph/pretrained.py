@@ -11,7 +11,6 @@ import numpy as np
 
 from ..adapt.active import activate
 from ..adapt.attach import attach
-from ..adapt.linear import to_array
 from ..adapt.saved import own_state
 from ..adapt.tree import adapted_modules, fourier_layers
 from ..bundle.file import Bundle
@@ -113,6 +112,7 @@ def export_pretrained(
     if progress:
         progress("load", 1, 1)
     attach_all(model, weighted(named, weights), allow_base_mismatch=True, active=mode != BANK)
+    absent = _absent(model, opened, named) if mode in RUNTIME_MODES else ()
     traced = _to_trace(model, task, cache)
     report = export_onnx(
         traced.model,
@@ -128,11 +128,16 @@ def export_pretrained(
         external_data=external_data,
         bundles=named,
         defaults=defaults,
-        base_saved=_absent(model, opened, named) if mode in RUNTIME_MODES else None,
+        absent=absent,
         force=force,
         progress=progress,
     )
     notes = [note for one in checked for note in one.summary()[1]]
+    if absent:
+        notes.append(
+            f"the base has no {', '.join(absent)}: every adapter must bring its own; without an "
+            "adapter (None, or row 0 of a bank) they are zeros, and so is what they give"
+        )
     outside = len(fourier_layers(model)) - len(report.layers)
     if outside:
         notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
@@ -175,21 +180,18 @@ def attach_all(
         activate(model, tuple(bundles))
 
 
-def _absent(
-    model: nn.Module, base: Base, bundles: Mapping[str, Bundle]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Zeros for saved tensors that the base lacks, as a bare encoder lacks a head.
+def _absent(model: nn.Module, base: Base, bundles: Mapping[str, Bundle]) -> tuple[str, ...]:
+    """Saved tensors that the base lacks, as a bare encoder lacks a head.
 
     What the model has there is random, and must not pass for the base's.
     """
     bridge = base.bridge(layer.name for bundle in bundles.values() for layer in bundle.layers)
-    absent = {}
-    for path, module in adapted_modules(model).items():
-        for leaf, tensor in own_state(module.original).items():
-            name = f"{path}.{leaf}"
-            if bridge.to_base(name) not in base.tensors and name not in base.tensors:
-                absent[name] = np.zeros_like(to_array(tensor))
-    return absent
+    names = (
+        f"{path}.{leaf}"
+        for path, module in adapted_modules(model).items()
+        for leaf in own_state(module.original)
+    )
+    return tuple(name for name in names if not {name, bridge.to_base(name)} & base.tensors.keys())
 
 
 def _task_type(bundles: Mapping[str, Bundle]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ def build_runtime(
     *,
     defaults: str = DEFAULTS[0],
     bundles: Mapping[str, Bundle] | None = None,
-    base_saved: Mapping[str, Array] | None = None,
+    absent: Container[str] = (),
     **tracing: Any,
 ) -> RuntimeGraphs:
     """The graph of `model`, with inputs for an adapter.
@@ -100,17 +100,17 @@ def build_runtime(
         mode: "swappable", "paired" or "bank".
         defaults: one of `modes.DEFAULTS`.
         bundles: as in `export_onnx`.
-        base_saved: what the base has for saved tensors; by default what the model has.
+        absent: as in `export_onnx`.
         tracing: options of `trace`.
 
     Raises:
-        UsageError, BadInputError: as in `export_onnx`.
+        UsageError, BadInputError, BaseMismatchError: as in `export_onnx`.
     """
     layers = runtime_layers(model, mode)
     names = adapter_names(model) if mode == BANK else active_adapters(model)
     adapters = {name: capture(model, name) for name in names}
     base = _base_tensors(model, adapters)
-    base |= {name: array for name, array in (base_saved or {}).items() if name in base}
+    base |= {name: np.zeros_like(array) for name, array in base.items() if name in absent}
     marks = _Marks(layers, base)
     with marks.on(model):
         graph = trace(model, example_inputs, **tracing)
@@ -122,7 +122,7 @@ def build_runtime(
     }
     interface = Interface(
         group_layers([*adapters.values()]),
-        tuple(Saved(name, array.shape, array.dtype.name) for name, array in base.items()),
+        tuple(Saved(n, array.shape, array.dtype.name, n in absent) for n, array in base.items()),
         {path: fingerprint(weight) for path, (weight, _) in weights.items()},
     )
     given = [full_feeds(interface, bundle, base) for bundle in adapters.values()]

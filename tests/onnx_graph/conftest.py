@@ -130,6 +130,7 @@ class Tenants:
         inputs: by name.
         want: adapter name, or None for the base -> the model's output in PyTorch.
         output: its name.
+        reports: mode -> what its export said.
     """
 
     def __init__(
@@ -139,8 +140,9 @@ class Tenants:
         inputs: dict[str, np.ndarray],
         want: dict[str | None, np.ndarray],
         output: str,
-        export: Callable[..., None],
+        export: Callable[..., Any],
     ) -> None:
+        self.reports: dict[str, Any] = {}
         self.folder, self.bundles, self.inputs = folder, bundles, inputs
         self.want, self.output = want, output
         self.export = export
@@ -154,7 +156,7 @@ class Tenants:
         """The model in this mode, exported with the first adapter (a bank: with all)."""
         path = self.folder / f"{mode}.onnx"
         if not path.exists():
-            self.export(mode, path)
+            self.reports[mode] = self.export(mode, path)
         return path
 
     def check(self, got: np.ndarray, name: str | None, rows: Any = slice(None)) -> None:
@@ -206,13 +208,14 @@ def small_tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
             want[name] = net(x).numpy()
         ff.detach(net)
 
-    def export(mode: str, path: Path, **options: Any) -> None:
+    def export(mode: str, path: Path, **options: Any) -> Any:
         for name, bundle in bundles.items():
             if mode == "bank" or name == "one":
                 ff.attach(net, bundle, name)
         axes = {"x": {0: "batch", 1: "tokens"}}
-        ff.export_onnx(net, {"x": x[:2]}, path, mode=mode, dynamic_shapes=axes, **options)
+        report = ff.export_onnx(net, {"x": x[:2]}, path, mode=mode, dynamic_shapes=axes, **options)
         ff.detach(net)
+        return report
 
     folder = tmp_path_factory.mktemp("small_tenants")
     return Tenants(folder, bundles, {"x": x.numpy()}, want, "output", export)
@@ -243,9 +246,9 @@ def minilm_tenants(
             want[name] = load_peft_minilm(directory)(**inputs).logits.numpy()
     bundles = {name: ff.from_peft(path, minilm_dir) for name, path in directories.items()}
 
-    def export(mode: str, path: Path) -> None:
+    def export(mode: str, path: Path) -> Any:
         given = bundles if mode == "bank" else bundles["one"]
-        ff.export_pretrained(minilm_dir, given, path, mode=mode)
+        return ff.export_pretrained(minilm_dir, given, path, mode=mode)
 
     folder = tmp_path_factory.mktemp("minilm_tenants")
     arrays = {name: value.numpy() for name, value in inputs.items()}

@@ -19,8 +19,8 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.cli.main import run as run_command
-from fourierft_export.errors import UsageError
-from fourierft_export.onnx_graph.adapter_file import read_adapter
+from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
+from fourierft_export.onnx_graph.adapter_file import read_adapter, write_adapter
 from fourierft_export.onnx_graph.graph_file import parameters_for
 
 SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "onnx_swap" / "swap.py"
@@ -263,3 +263,51 @@ def test_paired_graphs_and_expanders_are_told_apart_without_saved_tensors(tmp_pa
     names = {"fourierft.spectrum.0", "fourierft.entries.0", "fourierft.scaling.0"}
     assert parameters_for(tmp_path / "paired.expand.onnx", bundle).keys() == names
     assert parameters_for(path, bundle, both_graphs=True).keys() == names
+
+
+@pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
+def test_a_head_that_the_base_lacks_must_come_with_the_adapter(
+    small_tenants: Any, mode: str, tmp_path: Path
+) -> None:
+    path, bundle = tmp_path / "m.onnx", small_tenants.bundles["one"]
+    head = ["head.weight", "head.bias"]
+    small_tenants.export(mode, path, absent=head)
+    session = ff.AdapterSession(path)
+    session.load("one", bundle)
+    small_tenants.check(session.run(small_tenants.inputs, "one")["output"], "one")
+    np.testing.assert_array_equal(session.run(small_tenants.inputs)["output"], 0)
+    biases = {name: array for name, array in bundle.saved.items() if name not in head}
+    headless = ff.Bundle.build(bundle.spec, bundle.spectra, biases)
+    with pytest.raises(BaseMismatchError) as caught:
+        session.load("headless", headless)
+    assert [line.partition(":")[0] for line in caught.value.offenders] == sorted(head)
+    if mode == "bank":
+        return
+    with pytest.raises(BaseMismatchError, match="for this graph"):
+        parameters_for(path, headless)
+    written = tmp_path / "headless.onnx_adapter"
+    parameters = parameters_for(path, bundle, both_graphs=True)
+    write_adapter(written, {k: v for k, v in parameters.items() if k != "head.bias"})
+    with pytest.raises(BadInputError, match=r"head\.bias: missing"):
+        session.load("headless", written)
+
+
+def test_a_bank_has_no_row_for_an_adapter_without_the_head(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), torch.randn(2, 8)
+    for name, saved in (("one", ["1"]), ("two", None)):
+        config = ff.FourierFTConfig(n_frequency=9, target_modules=["0"], modules_to_save=saved)
+        ff.inject(model, config, name)
+    with pytest.raises(BaseMismatchError, match="neither has"):
+        ff.export_onnx(model, (x,), tmp_path / "m.onnx", mode="bank", absent=["1.weight", "1.bias"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_tells_of_a_head_that_the_base_lacks(minilm_tenants: Any) -> None:
+    path = minilm_tenants.file("swappable")
+    content = json.loads(
+        {p.key: p.value for p in onnx.load(path).metadata_props}["fourierft_export"]
+    )
+    marked = [saved["name"] for saved in content["inputs"]["saved"] if saved.get("absent")]
+    assert marked == ["classifier.bias", "classifier.weight"]
+    (note,) = (n for n in minilm_tenants.reports["swappable"].notes if "base has no" in n)
+    assert "classifier.weight" in note
