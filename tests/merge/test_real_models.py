@@ -325,3 +325,24 @@ def test_biases_that_were_trained_replace_the_bases(
         expected = before[name.removeprefix("bert.")] + np.float32(1)
         np.testing.assert_array_equal(after[name], expected)
     assert load_classifier(tmp_path / "out")[1]["missing_keys"] == set()
+
+
+def test_what_survives_in_bfloat16_is_what_the_readme_says(
+    minilm_dir: Path,
+    peft_minilm_adapter: Callable[..., Path],
+    trained_minilm_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    cases = [
+        (peft_minilm_adapter(), 1.0, (0.99, 1.0), (0.003, 0.0085)),
+        (peft_minilm_adapter(), 0.1, (0.92, 0.975), (0.025, 0.075)),
+        (peft_minilm_adapter(), 0.01, (0.5, 0.75), (0.28, 0.72)),
+        (trained_minilm_adapter, 1.0, (0.99, 1.0), (0.003, 0.0095)),
+    ]
+    for number, (adapter, weight, survival, error) in enumerate(cases):
+        bundle, out = from_peft(adapter, minilm_dir), tmp_path / str(number)
+        report = merge_checkpoint(minilm_dir, bundle, out, dtype="bfloat16", weights=[weight])
+        assert len(report.layers) == 12
+        for layer in report.layers:
+            assert layer.survival is not None and survival[0] < layer.survival < survival[1]
+            assert layer.error is not None and error[0] < layer.error < error[1]
