@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..bundle.file import Bundle
-from ..bundle.fingerprint import fingerprint
-from ..bundle.spec import Fingerprint
+from ..bundle.fingerprint import fingerprint, judge
+from ..bundle.spec import Fingerprint, LayerSpec
 from ..errors import UsageError
 from .bank import write_bank
 from .batched import batch_of, fill_shapes
 from .dense import Place
 from .edits import Edits
-from .find import Site
+from .find import Site, Wanted
 from .fit import full_feeds
 from .groups import Interface, Saved, group_layers, table
 from .linears import SavedSite
@@ -93,7 +93,7 @@ def write_beside(
     interface = Interface(
         group_layers([*bundles.values()]),
         tuple(Saved(name, array.shape, array.dtype.name) for name, array in base.items()),
-        base_fingerprints(source, bundles, sites),
+        base_fingerprints(source, bundles, sites, quantised),
     )
     feeds = [full_feeds(interface, bundle, base) for bundle in bundles.values()]
     if mode == BANK:
@@ -167,18 +167,34 @@ def saved_sites(
 
 
 def base_fingerprints(
-    source: Source, bundles: Mapping[str, Bundle], sites: Mapping[str, Sequence[Site]]
+    source: Source,
+    bundles: Mapping[str, Bundle],
+    sites: Mapping[str, Sequence[Site]],
+    quantised: Mapping[str, Sequence[QuantisedLinear]] | None = None,
 ) -> dict[str, Fingerprint]:
-    """The base weights' fingerprints: the adapters' own, or else those of the graph's weights."""
-    prints = {
-        layer.name: layer.fingerprint
-        for bundle in bundles.values()
-        for layer in bundle.layers
-        if layer.fingerprint is not None
-    }
-    for layer, several in sites.items():
+    """The base weights' fingerprints, by which adapters that come later are checked.
+
+    An adapter's own where it was trained on the graph's weight (in any precision), else that of the
+    graph's weight: an adapter let in in spite of its base must not vouch for others. None for
+    quantised weights that no adapter was trained on.
+    """
+    specs: dict[str, list[LayerSpec]] = {}
+    for bundle in bundles.values():
+        for layer in bundle.layers:
+            specs.setdefault(layer.name, []).append(layer)
+    prints = {}
+    for name, several in sites.items():
         tensor = constant_of(several[0].candidate.value)
-        if layer not in prints and tensor is not None:
-            weight = source.read(tensor)
-            prints[layer] = fingerprint(weight.T if several[0].in_out else weight)
+        if tensor is None:
+            continue
+        weight = source.read(tensor)
+        stored_in_out = any(layer.fan_in_fan_out for layer in specs.get(name, ()))
+        there = fingerprint(weight if several[0].in_out == stored_in_out else weight.T)
+        own = [layer.fingerprint for layer in specs.get(name, ()) if layer.fingerprint is not None]
+        prints[name] = next((one for one in own if judge(one, there) != "different"), there)
+    for name, linears in (quantised or {}).items():
+        for layer in specs.get(name, ()):
+            want = Wanted(name, layer.shape, layer.fan_in_fan_out, layer.fingerprint)
+            if layer.fingerprint and all(one.verdict(want) != "different" for one in linears):
+                prints.setdefault(name, layer.fingerprint)
     return prints
