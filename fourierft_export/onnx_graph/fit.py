@@ -148,8 +148,8 @@ def check_parameters(interface: Interface, parameters: Mapping[str, Array], wher
     """Refuse parameters (of an .onnx_adapter file) that the graph cannot take.
 
     Raises:
-        BadInputError: unknown or missing names, other dtypes or sizes, entries outside their
-            layer: all of them listed.
+        BadInputError: unknown or missing names, other dtypes or sizes, no coefficients, values
+            that are not finite, entries outside their layer: all of them listed.
     """
     wrong = list(_misfits(interface, parameters))
     if wrong:
@@ -176,6 +176,8 @@ def _misfits(interface: Interface, parameters: Mapping[str, Array]) -> Iterable[
         known[group.spectrum] = group.dtype, (count, *n)
         known[group.entries] = "int64", (*n, 2)
         known[group.scaling] = "float32", (count,)
+        if n == (0,):
+            yield f"{group.spectrum}: no coefficients"
         fits = entries.dtype.kind == "i" and entries.shape[-1:] == (2,)
         if fits and ((entries < 0) | (entries >= np.array(group.shape))).any():
             yield f"{group.entries}: entries outside {list(group.shape)}"
@@ -185,6 +187,8 @@ def _misfits(interface: Interface, parameters: Mapping[str, Array]) -> Iterable[
             yield f"{name}: no such input"
             continue
         dtype, shape = known[name]
+        if array.dtype.kind != "i" and not np.isfinite(array.astype(np.float32)).all():
+            yield f"{name}: NaN or infinity"
         if array.dtype.name != dtype or array.shape != shape:
             yield (
                 f"{name}: {dtype} {list(shape)} expected, "

@@ -172,7 +172,18 @@ def test_adapter_files_that_do_not_fit(small_tenants: Any, tmp_path: Path) -> No
     good = parameters_for(small_tenants.file("swappable"), small_tenants.bundles["one"])
     entries = good["fourierft.entries.0"].copy()
     entries[3, 1] = 12
+
+    def filled(name: str, value: float) -> dict[str, np.ndarray]:
+        return {name: np.full_like(good[name], value)}
+
     bad = {
+        r"spectrum\.0: NaN": filled("fourierft.spectrum.0", np.nan),
+        r"scaling\.0: NaN or inf": filled("fourierft.scaling.0", np.inf),
+        r"head\.bias: NaN": filled("head.bias", np.nan),
+        "no coefficients": {
+            "fourierft.entries.0": np.zeros((0, 2), np.int64),
+            "fourierft.spectrum.0": np.zeros((2, 0), np.float32),
+        },
         "outside": {"fourierft.entries.0": entries},
         "no such input": {"strange": np.zeros(3, np.float32)},
         "found int32": {"fourierft.entries.0": good["fourierft.entries.0"].astype(np.int32)},
