@@ -40,8 +40,8 @@ class AdapterSession:
         providers: as onnxruntime.InferenceSession takes them; by default the CPU.
         session_options: an onnxruntime.SessionOptions; its log level is raised while the file is
             loaded, since ONNX Runtime warns of every overridable input.
-        memory_limit: bytes of adapted weights to keep (mode paired): the adapters used longest ago
-            go first. No limit by default.
+        memory_limit: bytes of weights to keep for the adapters (mode paired), the base's among
+            them: what was used longest ago goes first. No limit by default.
 
     Attributes:
         mode: of the file.
@@ -98,13 +98,14 @@ class AdapterSession:
         return tuple(self._adapters)
 
     @property
-    def resident(self) -> dict[str, int]:
-        """Bytes kept ready per adapter that has run, least recently used first (not for banks)."""
+    def resident(self) -> dict[str | None, int]:
+        """Bytes kept ready per adapter that has run, None for the base, least recently used first;
+        empty for banks.
+        """
         with self._lock:
             return {
                 name: sum(v.tensor_size_in_bytes() for v in values.values())
                 for name, values in self._expanded.items()
-                if name is not None
             }
 
     def load(

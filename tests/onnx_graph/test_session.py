@@ -141,6 +141,11 @@ def test_adapted_weights_are_kept_up_to_a_limit(small_tenants: Any) -> None:
     small_tenants.check(limited.run(small_tenants.inputs, "two")["output"], "two")
     limited.unload("two")
     assert list(limited.resident) == ["three"]
+    for name in (None, "one"):  # the base's weights take as much
+        small_tenants.check(limited.run(small_tenants.inputs, name)["output"], name)
+    assert limited.resident == {None: size, "one": size}
+    limited.prepare("three")
+    assert list(limited.resident) == ["one", "three"]
 
 
 @pytest.mark.parametrize("mode", RUNTIME_MODES)
