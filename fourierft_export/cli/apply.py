@@ -71,10 +71,6 @@ def apply(
     from ..errors import UsageError
     from ..onnx_graph.apply import apply_onnx
 
-    if weights and len(weights) != len(bundles):
-        raise UsageError(
-            "--weight", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
-        )
     wrong = [text for text in mapped if "=" not in text]
     if wrong:
         raise UsageError("--map", expected="LAYER=INITIALIZER", found=wrong[0])

@@ -87,13 +87,8 @@ def export(
 ) -> Outcome:
     """Export a base with adapters to ONNX, with dynamic batch and sequence length."""
     from ..checkpoint.staging import check_output
-    from ..errors import UsageError
     from ..onnx_graph.pretrained import export_pretrained
 
-    if weights and len(weights) != len(bundles):
-        raise UsageError(
-            "--weight", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
-        )
     check_output(output, force=force, inputs=(base, *bundles))
     report = export_pretrained(
         base,

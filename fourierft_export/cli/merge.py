@@ -76,14 +76,9 @@ def merge(
     has none.
     """
     from ..checkpoint.staging import check_output
-    from ..errors import UsageError
     from ..merge.merge import merge_checkpoint
     from ..merge.report import least_survival
 
-    if weights and len(weights) != len(bundles):
-        raise UsageError(
-            "--weight", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
-        )
     if not dry_run:
         check_output(output, force=force, inputs=(base, *bundles))
     report = merge_checkpoint(

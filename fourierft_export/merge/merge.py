@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..bundle.file import Bundle
+from ..bundle.weights import checked_weights
 from ..checkpoint.staging import check_output
 from ..checkpoint.write import check_space
 from ..errors import UsageError
@@ -125,14 +125,7 @@ def _checked_options(
         raise UsageError("bundles", expected="one or more", found="none")
     if dtype != "keep" and dtype not in DTYPES:
         raise UsageError("dtype", expected=f"keep, {', '.join(DTYPES)}", found=repr(dtype))
-    factors = (1.0,) * len(given) if weights is None else tuple(float(w) for w in weights)
-    if len(factors) != len(given) or not all(math.isfinite(w) for w in factors):
-        raise UsageError(
-            "weights",
-            expected=f"{len(given)} finite numbers, one for each bundle",
-            found=", ".join(map(str, factors)) or "none",
-        )
-    return factors
+    return checked_weights(weights, len(given))
 
 
 def _names(given: Sequence[Source], names: Sequence[str] | None) -> Sequence[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..bundle.file import Bundle
+from ..bundle.weights import checked_weights
 from ..checkpoint.staging import check_output
 from ..errors import BaseMismatchError, UsageError
 from ..models.base import open_base
@@ -18,7 +19,7 @@ from .edits import Edits, Progress
 from .find import Finder, Site
 from .heads import float_heads
 from .metadata import KEY, describe
-from .modes import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED
+from .modes import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
 from .pairing import write_pair
 from .quantised import QuantisedLinear, all_paths, find_quantised, quantised_linears
 from .recover import remember
@@ -35,7 +36,6 @@ from .write import data_path, write_model
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-APPLY_MODES = (MERGED, UNMERGED, SWAPPABLE, PAIRED, BANK)
 MIN_OPSET = {UNMERGED: 13}
 
 
@@ -93,6 +93,7 @@ def apply_onnx(
         FileAccessError: a file is missing, or the output cannot be written.
     """
     named = named_bundles(bundles)
+    factors = checked_weights(weights, len(named))
     _check_arguments(mode, named, mapping or {})
     inputs = (onnx_in,) if base is None else (onnx_in, base)
     check_output(onnx_out, force=force, inputs=inputs)
@@ -129,7 +130,7 @@ def apply_onnx(
     bound = {name: bound_to(bundle, shapes) for name, bundle in bound.items()}
     edits = Edits(source)
     places = find_saved(finder, found.bridge, bound)
-    adapters = weighted(bound, weights)
+    adapters = weighted(bound, factors)
     interface, made = None, None
     losses: dict[str, float] = {}
     written: list[Written] = []
@@ -185,8 +186,8 @@ def apply_onnx(
 
 
 def _check_arguments(mode: str, bundles: Mapping[str, Bundle], mapping: Mapping[str, str]) -> None:
-    if mode not in APPLY_MODES:
-        raise UsageError("apply mode", expected=", ".join(APPLY_MODES), found=repr(mode))
+    if mode not in MODES:
+        raise UsageError("apply mode", expected=", ".join(MODES), found=repr(mode))
     layers = {layer.name for bundle in bundles.values() for layer in bundle.layers}
     unknown = sorted(mapping.keys() - layers)
     if unknown:

@@ -14,6 +14,7 @@ from ..adapt.attach import attach
 from ..adapt.saved import own_state
 from ..adapt.tree import adapted_modules, fourier_layers
 from ..bundle.file import Bundle
+from ..bundle.weights import checked_weights
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from ..merge.check import check
@@ -25,9 +26,8 @@ from ..models.task import get_task, infer_task
 from .cache import CachedModel
 from .encoder import EncoderView
 from .export import Progress, export_onnx
-from .modes import BANK, DEFAULTS, RUNTIME_MODES
+from .modes import BANK, DEFAULTS, MERGED, RUNTIME_MODES
 from .report import ExportReport
-from .rewrite import MERGED
 from .several import Bundles, named_bundles, weighted
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def export_pretrained(
         BaseMismatchError: the adapter does not belong to the base, or the base lacks weights.
     """
     named = named_bundles(bundles)
+    factors = checked_weights(weights, len(named))
     opened = open_base(base)
     check_output(path, force=force, inputs=(opened.directory,))
     # Against the files: a loaded model may be in another precision than they are.
@@ -111,7 +112,7 @@ def export_pretrained(
     )
     if progress:
         progress("load", 1, 1)
-    attach_all(model, weighted(named, weights), allow_base_mismatch=True, active=mode != BANK)
+    attach_all(model, weighted(named, factors), allow_base_mismatch=True, active=mode != BANK)
     absent = _absent(model, opened, named) if mode in RUNTIME_MODES else ()
     traced = _to_trace(model, task, cache)
     report = export_onnx(

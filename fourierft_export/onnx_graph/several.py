@@ -30,19 +30,14 @@ def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
     return named
 
 
-def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float] | None) -> dict[str, Bundle]:
-    """The bundles with their scaling times their weight: delta_W is linear in it.
+def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float]) -> dict[str, Bundle]:
+    """The bundles with their scaling times their weight, of which there is one for each.
 
-    Raises:
-        UsageError: another number of weights than of bundles.
+    delta_W is linear in the scaling. A bundle of weight 1 stays as it is.
     """
-    if weights is None:
-        return dict(bundles)
-    if len(weights) != len(bundles):
-        raise UsageError(
-            "weights", expected=f"one for each of {len(bundles)} bundles", found=str(len(weights))
-        )
     return {
-        name: replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
+        name: bundle
+        if weight == 1
+        else replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
         for (name, bundle), weight in zip(bundles.items(), weights, strict=True)
     }

@@ -64,6 +64,7 @@ def test_there_and_back(
         (["--mode", "merged", "--map", "b:w"], 2, "LAYER=INITIALIZER"),
         (["--mode", "merged", "--map", "c=w"], 2, "layers of the adapter"),
         (["--mode", "merged", "--weight", "1", "--weight", "2"], 2, "one for each of 1"),
+        (["--mode", "merged", "--weight", "nan"], 2, "finite numbers"),
         (["--mode", "melted"], 2, "melted"),
         (["--mode", "merged", "--base", "absent"], 6, "absent"),
     ],

@@ -190,8 +190,8 @@ def test_a_bundle_is_never_the_output(base: Path, tmp_path: Path, make_bundle: M
     ("options", "says"),
     [
         ({"dtype": "int8"}, "keep, float32, float16, bfloat16"),
-        ({"weights": [1.0, 2.0]}, "1 finite numbers"),
-        ({"weights": [float("nan")]}, "1 finite numbers"),
+        ({"weights": [1.0, 2.0]}, "one for each of 1"),
+        ({"weights": [float("nan")]}, "one for each of 1"),
         ({"labels": ["a", "b"]}, "no head"),
     ],
 )

@@ -241,6 +241,8 @@ def test_mistakes_leave_nothing(tiny_gpt2: Path, stories260k: Path, tmp_path: Pa
         export_pretrained(tiny_gpt2, [], out)
     with pytest.raises(UsageError, match="one for each of 1"):
         export_pretrained(tiny_gpt2, bundle, out, weights=[1.0, 2.0])
+    with pytest.raises(UsageError, match="finite numbers"):
+        export_pretrained(tiny_gpt2, bundle, out, weights=[float("nan")])
     with pytest.raises(UsageError, match="task"):
         export_pretrained(tiny_gpt2, bundle, out, task="translation")
     assert list(tmp_path.iterdir()) == []
