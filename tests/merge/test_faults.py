@@ -310,7 +310,10 @@ def test_the_memory_of_this_machine_does_not_matter_to_a_cluster(
 def test_an_interrupt_ends_with_130_and_cleans_up(
     base: Path, bundle: Path, tmp_path: Path, workers: int
 ) -> None:
+    # A parent in the background may have had SIGINT ignored, which children inherit.
     script = """
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         def interrupted(self, number, shard):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(20)

@@ -82,7 +82,7 @@ def test_without_peft_the_error_names_the_extra(
     classifier: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match=r"fourierft-export\[test\]"):
+    with pytest.raises(MissingExtraError, match=r"fourierft-export\[peft\]"):
         validate(base=classifier.base, bundle=classifier.bundle, peft=classifier.adapter)
 
 
