@@ -24,10 +24,10 @@ from ..spectral.delta import Term
 from .inline import inline_functions
 from .locate import locate_marks
 from .metadata import describe
-from .modes import DEFAULTS, RUNTIME_MODES
+from .modes import DEFAULTS, MERGED, MODES, RUNTIME_MODES
 from .recover import remember
 from .report import ExportReport
-from .rewrite import MERGED, MODES, AdaptedLayer, LayerTerm, write_merged, write_unmerged
+from .rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from .runtime_export import build_runtime, runtime_layers
 from .runtime_paths import expander_path
 from .trace import Inputs, trace
@@ -235,10 +235,8 @@ def _save(
 def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], defaults: str) -> None:
     if defaults not in DEFAULTS:
         raise UsageError("defaults", expected=" or ".join(DEFAULTS), found=repr(defaults))
-    if mode not in (*MODES, *RUNTIME_MODES):
-        raise UsageError(
-            "export mode", expected=" or ".join((*MODES, *RUNTIME_MODES)), found=repr(mode)
-        )
+    if mode not in MODES:
+        raise UsageError("export mode", expected=" or ".join(MODES), found=repr(mode))
     if not layers:
         raise UsageError(
             f"export of {type(model).__name__}",

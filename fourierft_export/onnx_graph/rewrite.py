@@ -6,8 +6,7 @@ but what feeds those layers: so the nodes of a merged graph are the base's by co
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,10 @@ import numpy.typing as npt
 from ..spectral.delta import Term, add_delta_weight
 from . import functions
 from .locate import WeightSite
+from .ops import FLOAT32, constant_value, free_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-MERGED = "merged"
-UNMERGED = "unmerged"
-MODES = (MERGED, UNMERGED)
-
-FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,8 @@ def write_unmerged(
 def _put_weight(site: WeightSite, layer: AdaptedLayer, weight: npt.NDArray[Any]) -> Written:
     """Make `weight`, given as the layer stores it, the content of the site's initializer."""
     name = str(site.value.name)
-    site.value.const_value = _tensor(weight.T if site.turned else weight, name)
+    content = weight.T if site.turned else weight
+    site.value.const_value = constant_value(content, name).const_value
     return Written(site.layer, name, site.turned != layer.fan_in_fan_out, {})
 
 
@@ -247,7 +242,7 @@ class Writer:
     ) -> ir.Value:
         import onnx_ir as ir
 
-        name = _free(name, self.names)
+        name = free_name(name, self.names)
         self.names.add(name)
         node = ir.node(kind, inputs, attributes, domain=domain, name=name)
         node.outputs[0].name = name
@@ -262,27 +257,6 @@ def storable(spectrum: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _add_initializer(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """A new constant; the name gets a number if it is taken."""
-    import onnx_ir as ir
-
-    name = _free(name, model.graph.initializers)
-    tensor = _tensor(array, name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = constant_value(array, free_name(name, model.graph.initializers))
     model.graph.register_initializer(value)
     return value
-
-
-def _free(name: str, taken: Container[str]) -> str:
-    """`name`, with a number behind it if it is taken."""
-    numbers = itertools.count(1)
-    free = name
-    while free in taken:
-        free = f"{name}.{next(numbers)}"
-    return free
-
-
-def _tensor(array: npt.NDArray[Any], name: str) -> ir.TensorProtocol:
-    import onnx_ir as ir
-
-    return ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
