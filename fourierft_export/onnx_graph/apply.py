@@ -21,7 +21,8 @@ from .heads import float_heads
 from .metadata import KEY, describe
 from .modes import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
 from .pairing import write_pair
-from .quantised import QuantisedLinear, all_paths, find_quantised, quantised_linears
+from .quantised import QuantisedLinear, all_paths, find_quantised
+from .quantised_forms import quantised_linears
 from .recover import remember
 from .report import ExportReport
 from .requantise import merge_quantised

@@ -16,7 +16,8 @@ from ..errors import BaseMismatchError
 from ..models.base import Bridge
 from .consumers import same_path
 from .ops import Ops, replace_uses
-from .quantised import QuantisedLinear, after_qdq, only_user
+from .quantised import QuantisedLinear
+from .quantised_forms import after_qdq, only_user
 from .source import Source, constant_of
 
 if TYPE_CHECKING:

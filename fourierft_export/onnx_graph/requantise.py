@@ -15,7 +15,8 @@ import numpy as np
 from ..errors import BaseMismatchError
 from ..spectral.delta import Term, add_delta_weight
 from .edits import Edits
-from .quantised import QuantisedLinear, unpacked
+from .quantised import QuantisedLinear
+from .quantised_forms import unpacked
 from .source import Array, constant_of
 
 if TYPE_CHECKING:
