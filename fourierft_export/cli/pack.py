@@ -97,6 +97,7 @@ def _for_onnx(
     from ..bundle.peft import from_peft
     from ..errors import UsageError
     from ..onnx_graph.adapter_file import write_adapter, write_inputs
+    from ..onnx_graph.fit import knows_base
     from ..onnx_graph.graph_file import parameters_for
 
     if onnx is None or target == "bundle":
@@ -117,5 +118,10 @@ def _for_onnx(
     size = os.stat(output).st_size
     facts = {"path": output, "to": target, "bytes": size, "inputs": sorted(parameters)}
     lines = [f"{output}: {len(parameters)} inputs of {onnx}, {size_text(size)}"]
-    notes = ["nothing checks such a file against the base later: it was done here"]
-    return Outcome({"onnx": facts}, lines, notes if bundle.is_bound else ())
+    note = (
+        "nothing checks such a file against the base later: it was done here"
+        if knows_base(bundle)
+        else "the bundle is unbound: no check was possible that it belongs to the graph's base, nor "
+        "does anything check such a file later; pack with --base to have it checked"
+    )
+    return Outcome({"onnx": facts}, lines, [note])

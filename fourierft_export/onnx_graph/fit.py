@@ -109,6 +109,11 @@ def fit(
     return full_feeds(interface, bound, base)
 
 
+def knows_base(bundle: Bundle) -> bool:
+    """Whether every layer tells the weight that it was trained on, so that `fit` checks it."""
+    return all(layer.fingerprint is not None for layer in bundle.layers)
+
+
 def full_feeds(interface: Interface, bundle: Bundle, base: Mapping[str, Array]) -> dict[str, Array]:
     """Everything that a bound bundle with the graph's names feeds.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from ..bundle.peft import from_peft
 from ..errors import UsageError
 from ..spectral.delta import Term
 from .adapter_file import SUFFIX, read_adapter, to_value
-from .fit import check_parameters, fit
+from .fit import check_parameters, fit, knows_base
 from .graph_file import base_saved, facts_of, read_model, weight_inputs
 from .groups import ADAPTER_ID, base_feeds, table
 from .modes import BANK, PAIRED
@@ -25,6 +26,9 @@ from .ort_session import load_session
 from .runtime_paths import expander_path
 
 Array = npt.NDArray[Any]
+
+log = logging.getLogger(__name__)
+
 Adapter = str | Sequence[str | None] | None
 
 
@@ -120,7 +124,8 @@ class AdapterSession:
         Args:
             name: to ask for it by.
             bundle: a bundle, its file, a PEFT adapter directory, or an `.onnx_adapter` file (which
-                says nothing of its base, so that only names, sizes and dtypes are checked).
+                says nothing of its base, so that only names, sizes and dtypes are checked). Of an
+                unbound bundle nothing tells its base either: a warning is logged.
             allow_base_mismatch: accept a base other than the one it was trained on.
 
         Raises:
@@ -150,6 +155,8 @@ class AdapterSession:
                 where=f"adapter {name!r}",
                 allow_base_mismatch=allow_base_mismatch,
             )
+            if not knows_base(bundle):
+                log.warning("adapter %r: no check was possible that it belongs to this base", name)
         with self._lock:
             self._adapters[name] = feeds
             self._expanded.pop(name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,33 @@ def test_pack_for_onnx_names_its_mistakes(
         assert run_command(["pack", *arguments]) == 2
         assert found in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_tells_the_base_of_an_unbound_bundle(
+    small_tenants: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, bundle = small_tenants.file("swappable"), small_tenants.bundles["one"]
+    nothing = {"shape": None, "entry_rule": None, "entries_sha256": None, "fingerprint": None}
+    layers = tuple(replace(layer, **nothing) for layer in bundle.layers)
+    unbound = ff.Bundle.build(replace(bundle.spec, layers=layers), bundle.spectra, bundle.saved)
+    unbound.save(tmp_path / "unbound")
+    for source, said in (
+        (small_tenants.bundle_file("one"), "it was done here"),
+        (tmp_path / "unbound", "no check was possible that it belongs to the graph's base"),
+    ):
+        out = ["--to", "onnx-adapter", "--onnx", str(path), "-o", f"{source.name}.onnx_adapter"]
+        out[-1] = str(tmp_path / out[-1])
+        assert run_command(["pack", str(source), *out]) == 0
+        assert said in " ".join(capsys.readouterr().err.split())
+    session = ff.AdapterSession(path)
+    caplog.clear()
+    session.load("bound", bundle)
+    session.load("unbound", unbound)
+    (message,) = caplog.messages
+    assert "'unbound': no check was possible" in message
 
 
 def test_paired_graphs_and_expanders_are_told_apart_without_saved_tensors(tmp_path: Path) -> None:
