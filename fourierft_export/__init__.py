@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fourierft_export.onnx_graph.apply import apply_onnx
     from fourierft_export.onnx_graph.export import export_onnx
     from fourierft_export.onnx_graph.pretrained import export_pretrained
+    from fourierft_export.onnx_graph.recover import recover_onnx
     from fourierft_export.onnx_graph.session import AdapterSession
     from fourierft_export.proof.validate import validate
 
@@ -49,6 +50,7 @@ __all__ = [
     "inject",
     "merge_checkpoint",
     "recover_bundle",
+    "recover_onnx",
     "restore",
     "to_peft",
     "validate",
@@ -72,6 +74,7 @@ _HOMES = {
     "inject": "adapt.inject",
     "merge_checkpoint": "merge.merge",
     "recover_bundle": "merge.recover",
+    "recover_onnx": "onnx_graph.recover",
     "restore": "adapt.fuse",
     "to_peft": "bundle.peft",
     "validate": "proof.validate",

@@ -32,6 +32,7 @@ PUBLIC = [
     "inject",
     "merge_checkpoint",
     "recover_bundle",
+    "recover_onnx",
     "restore",
     "to_peft",
     "validate",
