@@ -32,7 +32,7 @@ from .several import Bundles, named_bundles, weighted
 from .sites import Job, feed_sites, merge_sites
 from .source import Source, open_onnx
 from .unpack import unpack_sites
-from .write import data_path, write_model
+from .write import data_path, refuse_inputs, write_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -101,6 +101,7 @@ def apply_onnx(
     if mode == PAIRED:
         check_output(expander_path(onnx_out), force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)
+    refuse_inputs(onnx_out, (*inputs, *{data.file for data in source.ranges.values()}))
     _check_source(source, mode)
     opened = None if base is None else open_base(base)
     bound = {

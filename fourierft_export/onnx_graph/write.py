@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,16 @@ def check_data_output(out: Path, *, force: bool) -> None:
         UsageError: it exists, without `force`.
     """
     check_output(data_path(out), force=force or _is_left_over(out))
+
+
+def refuse_inputs(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse a model, or data beside it, that would replace what it is made of, even by force.
+
+    Raises:
+        UsageError: one of them is an input, or holds one.
+    """
+    for output in (Path(path), data_path(Path(path))):
+        check_output(output, force=True, inputs=tuple(inputs))
 
 
 def _is_left_over(out: Path) -> bool:

@@ -307,6 +307,22 @@ def linear_file(path: Path, weight: np.ndarray) -> None:
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
 
 
+@pytest.mark.parametrize("out", ["weights", "out.onnx", "in.onnx"])
+def test_the_inputs_data_is_not_replaced(
+    exports: dict[str, Path], make_bundle: Any, tmp_path: Path, out: str
+) -> None:
+    """Neither by the output nor by the data beside it, even by force."""
+    location = "out.onnx.data" if out == "out.onnx" else "weights"
+    onnx.save_model(
+        onnx.load(exports["torchscript"]), tmp_path / "in.onnx", save_as_external_data=True,
+        location=location, size_threshold=0,
+    )  # fmt: skip
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match="apart from the inputs"):
+        apply_onnx(tmp_path / "in.onnx", make_bundle(LAYERS), tmp_path / out, force=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("layout", ["one file", "a file per tensor", "offsets"])
 @pytest.mark.parametrize("mode", MODES)
 def test_external_data(
