@@ -16,7 +16,8 @@ from .belonging import bound_to, judge, wanted_layers
 from .beside import write_beside
 from .dense import find_saved, put_saved
 from .edits import Edits, Progress
-from .find import Finder, Site
+from .find import Finder
+from .found import Site
 from .heads import float_heads
 from .metadata import KEY, describe
 from .modes import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED

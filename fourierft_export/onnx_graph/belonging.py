@@ -11,7 +11,7 @@ from ..bundle.spec import LayerSpec
 from ..errors import BaseMismatchError
 from ..models.base import Base
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
-from .find import Found, Wanted
+from .found import Found, Wanted
 from .quantised import QuantisedLinear
 from .source import Source
 

@@ -18,8 +18,8 @@ from .bank import write_bank
 from .batched import batch_of, fill_shapes
 from .dense import Place
 from .edits import Edits
-from .find import Site, Wanted
 from .fit import full_feeds
+from .found import Site, Wanted
 from .groups import Interface, Saved, group_layers, table
 from .linears import SavedSite
 from .modes import BANK, UNMERGED

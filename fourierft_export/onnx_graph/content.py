@@ -22,7 +22,7 @@ _MAX_PARTS = 64
 
 
 class Wish(Protocol):
-    """What is known of a layer (`find.Wanted`)."""
+    """What is known of a layer (`found.Wanted`)."""
 
     @property
     def shape(self) -> tuple[int, int] | None:

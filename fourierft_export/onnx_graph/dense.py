@@ -13,7 +13,8 @@ from ..errors import BadInputError, BaseMismatchError, UsageError
 from ..models.base import Bridge
 from .consumers import belongs, bias_of, same_path
 from .edits import Edits
-from .find import Finder, Wanted
+from .find import Finder
+from .found import Wanted
 from .source import Array, constant_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from ..spectral.delta import Term
 from .beside import SIDE_OPSET, base_fingerprints, saved_sites
 from .dense import Place
 from .edits import Edits
-from .find import Site
 from .fit import full_feeds
+from .found import Site
 from .groups import Interface, Saved, group_layers
 from .locate import WeightSite
 from .modes import PAIRED

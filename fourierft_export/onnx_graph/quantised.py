@@ -17,7 +17,7 @@ import numpy as np
 from ..bundle.fingerprint import SAMPLE_RTOL, sample_positions
 from ..models.base import Bridge
 from .consumers import same_path
-from .find import Wanted
+from .found import Wanted
 from .source import Array
 
 if TYPE_CHECKING:

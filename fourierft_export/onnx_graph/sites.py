@@ -13,7 +13,7 @@ from ..errors import BadInputError
 from ..spectral.delta import Term, add_delta_weight
 from .content import part_of
 from .edits import Edits
-from .find import Site
+from .found import Site
 from .functions import add_functions
 from .rewrite import AdaptedLayer, LayerTerm, Writer, Written
 from .source import Array, Source, constant_of

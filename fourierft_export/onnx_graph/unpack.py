@@ -15,7 +15,7 @@ import numpy as np
 from .consumers import Use
 from .content import part_of
 from .edits import Edits
-from .find import Candidate, Site
+from .found import Candidate, Site
 from .ops import free_name, replace_uses
 from .source import Array, constant_of
 
