@@ -121,7 +121,7 @@ def _for_onnx(
     note = (
         "nothing checks such a file against the base later: it was done here"
         if knows_base(bundle)
-        else "the bundle is unbound: no check was possible that it belongs to the graph's base, nor "
-        "does anything check such a file later; pack with --base to have it checked"
+        else "the bundle is unbound: no check was possible that it belongs to the graph's base, "
+        "nor does anything check such a file later; pack with --base to have it checked"
     )
     return Outcome({"onnx": facts}, lines, [note])

@@ -87,14 +87,14 @@ def read_adapter(path: str | os.PathLike[str]) -> dict[str, Array]:
         ) from error
 
 
-def to_value(array: Array, device: str = "cpu") -> Any:
+def to_value(array: Array, device: str = "cpu", number: int = 0) -> Any:
     """An OrtValue; on the CPU it shares the array's memory, which must live as long."""
     ort = runtime("ONNX Runtime values")
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.name == "bfloat16":
         bits = array.view(np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+    return ort.OrtValue.ortvalue_from_numpy(array, device, number)
 
 
 def runtime(what: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,20 @@ def load_errors() -> tuple[type[Exception], ...]:
         "NotImplemented RuntimeException"
     )
     return (RuntimeError, *(getattr(state, name) for name in names.split() if hasattr(state, name)))
+
+
+def device_of(
+    providers: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, int]:
+    """Where a session wants its inputs: ("cuda", number of the device) or ("cpu", 0).
+
+    Args:
+        providers, options: as the session's get_providers and get_provider_options give them.
+    """
+    first = providers[0]
+    if first != "CUDAExecutionProvider":
+        return "cpu", 0
+    return "cuda", int(options.get(first, {}).get("device_id", 0))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,19 @@ import numpy.typing as npt
 from ..bundle.file import Bundle
 from ..bundle.peft import from_peft
 from ..errors import UsageError
-from ..spectral.delta import Term
 from .adapter_file import SUFFIX, read_adapter, to_value
+from .expanded import Expanded
 from .fit import check_parameters, fit, knows_base
 from .graph_file import base_saved, facts_of, read_model, weight_inputs
-from .groups import ADAPTER_ID, base_feeds, table
+from .groups import ADAPTER_ID, Interface, base_feeds, table
 from .modes import BANK, PAIRED
-from .ort_session import load_session
+from .ort_session import device_of, load_session
+from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
 from .runtime_paths import expander_path
 
 Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
-
-Adapter = str | Sequence[str | None] | None
 
 
 class AdapterSession:
@@ -76,17 +74,18 @@ class AdapterSession:
         self._facts = facts_of(metadata, str(onnx_path))
         self.mode = self._facts.mode
         self._base = base_saved(onnx_path, self._facts)
-        self._memory_limit = memory_limit
-        self._device = "cuda" if "CUDA" in str(self._session.get_providers()[0]) else "cpu"
+        self._device = device_of(
+            self._session.get_providers(), self._session.get_provider_options()
+        )
         self._lock = threading.RLock()
         self._adapters: dict[str, dict[str, Array]] = {}
-        self._expanded: OrderedDict[str | None, dict[str, Any]] = OrderedDict()
         self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
-        self._weights = []
+        weights = None
         if self.mode == PAIRED:
-            self._weights = weight_inputs(expander_path(onnx_path), self._facts)
-        own = {w.name for w in self._weights} | {ADAPTER_ID}
+            weights = weight_inputs(expander_path(onnx_path), self._facts)
+        own = {w.name for w in weights or ()} | {ADAPTER_ID}
         interface = self._facts.interface
+        self._expanded = Expanded(interface or Interface(()), weights, self._device, memory_limit)
         if interface is not None:
             own |= {saved.name for saved in interface.saved}
             own |= {n for g in interface.groups for n in (g.spectrum, g.entries, g.scaling)}
@@ -107,10 +106,7 @@ class AdapterSession:
         empty for banks.
         """
         with self._lock:
-            return {
-                name: sum(v.tensor_size_in_bytes() for v in values.values())
-                for name, values in self._expanded.items()
-            }
+            return self._expanded.sizes
 
     def load(
         self,
@@ -159,7 +155,7 @@ class AdapterSession:
                 log.warning("adapter %r: no check was possible that it belongs to this base", name)
         with self._lock:
             self._adapters[name] = feeds
-            self._expanded.pop(name, None)
+            self._expanded.forget(name)
             self._table = None
 
     def prepare(self, name: str | None) -> None:
@@ -170,10 +166,10 @@ class AdapterSession:
             UsageError: no adapter of that name.
         """
         if self._facts.interface is None:
-            self._check_baked_in(name)
+            check_baked_in(name, self.adapters)
         elif self.mode == BANK:
             _, ids = self._bank()
-            self._check_known([name], ids)
+            check_known([name], ids, self.adapters)
         else:
             self._values(name)
 
@@ -184,9 +180,9 @@ class AdapterSession:
             UsageError: no adapter of that name.
         """
         with self._lock:
-            self._check_known([name])
+            check_known([name], self._adapters, self.adapters)
             del self._adapters[name]
-            self._expanded.pop(name, None)
+            self._expanded.forget(name)
             self._table = None
 
     def run(
@@ -205,19 +201,19 @@ class AdapterSession:
                 that do not match the batch.
         """
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        self._check_inputs(arrays)
+        check_inputs(arrays, self.inputs, self._reserved)
         if self._facts.interface is None:
-            self._check_baked_in(adapter)
+            check_baked_in(adapter, self.adapters)
             return self._run(arrays, {}, run_options)
         if self.mode == BANK:
             values, ids = self._bank()
-            names = self._per_row(adapter, arrays)
-            self._check_known(names, ids)
+            names = per_row(adapter, arrays, self.inputs[0])
+            check_known(names, ids, self.adapters)
             rows = np.array([ids[name] for name in names], np.int64)
             return self._run(arrays | {ADAPTER_ID: rows}, values, run_options)
         if adapter is None or isinstance(adapter, str):
             return self._run(arrays, self._values(adapter), run_options)
-        return self._run_rows(arrays, self._per_row(adapter, arrays), run_options)
+        return self._run_rows(arrays, per_row(adapter, arrays, self.inputs[0]), run_options)
 
     def _run(
         self, arrays: Mapping[str, Array], values: Mapping[str, Any], run_options: Any
@@ -259,44 +255,10 @@ class AdapterSession:
         if interface is None:
             return {}
         with self._lock:
-            if name is not None:
-                self._check_known([name])
-            if name in self._expanded:
-                self._expanded.move_to_end(name)
-                return self._expanded[name]
-            feeds = base_feeds(interface.groups) | self._base
-            if name is not None:
-                feeds = self._adapters[name]
-            if self.mode != PAIRED:
-                values = {n: to_value(a, self._device) for n, a in feeds.items()}
-            else:
-                values = {
-                    saved.name: to_value(feeds[saved.name], self._device)
-                    for saved in interface.saved
-                }
-                groups = interface.layers
-                for weight in self._weights:
-                    group = groups[weight.layer]
-                    row = group.layers.index(weight.layer)
-                    term = Term(
-                        feeds[group.spectrum][row],
-                        feeds[group.entries],
-                        float(feeds[group.scaling][row]),
-                    )
-                    array = weight.base if name is None else weight.adapted([term])
-                    values[weight.name] = to_value(array, self._device)
-            self._expanded[name] = values
-            if self.mode == PAIRED and self._memory_limit is not None:
-                self._make_room(name)
-            return values
-
-    def _make_room(self, newest: str | None) -> None:
-        sizes = self.resident
-        for name in list(sizes):
-            if sum(sizes.values()) <= (self._memory_limit or 0):
-                return
-            if name != newest:
-                del self._expanded[name], sizes[name]
+            if name is None:
+                return self._expanded.values(None, base_feeds(interface.groups) | self._base)
+            check_known([name], self._adapters, self.adapters)
+            return self._expanded.values(name, self._adapters[name])
 
     def _bank(self) -> tuple[dict[str, Any], dict[str | None, int]]:
         """The table of all adapters, and the row of each; kept until one comes or goes."""
@@ -305,55 +267,9 @@ class AdapterSession:
             if self._table is None and interface is not None:
                 feeds = [*self._adapters.values()] or [base_feeds(interface.groups) | self._base]
                 values = {
-                    name: to_value(array, self._device)
+                    name: to_value(array, *self._device)
                     for name, array in table(interface.groups, feeds).items()
                 }
                 ids = {name: row for row, name in enumerate([None, *self._adapters])}
                 self._table = values, ids
             return self._table or ({}, {})
-
-    def _per_row(self, adapter: Adapter, arrays: Mapping[str, Array]) -> list[str | None]:
-        sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
-        if adapter is None or isinstance(adapter, str):
-            return [adapter] * len(arrays[self.inputs[0]])
-        if sizes != {len(adapter)}:
-            raise UsageError(
-                "adapter",
-                expected=f"one name for each of {' or '.join(map(str, sorted(sizes)))} rows",
-                found=f"{len(adapter)} names",
-            )
-        return list(adapter)
-
-    def _check_known(
-        self, names: Sequence[str | None], known: Mapping[str | None, int] | None = None
-    ) -> None:
-        unknown = sorted({n for n in names if n is not None and n not in (known or self._adapters)})
-        if unknown:
-            raise UsageError(
-                "adapter " + ", ".join(repr(name) for name in unknown),
-                expected=f"one of {', '.join(self.adapters)}" if self.adapters else "a loaded one",
-                found="no adapter of that name",
-                remedy="load it first",
-            )
-
-    def _check_baked_in(self, adapter: Adapter) -> None:
-        names = {adapter} if adapter is None or isinstance(adapter, str) else {*adapter}
-        if not names <= {None, *(self._facts.adapters if len(self._facts.adapters) == 1 else ())}:
-            raise UsageError(
-                "adapter",
-                expected=f"None: the file holds {', '.join(self._facts.adapters)} for good",
-                found=", ".join(map(repr, names)),
-                remedy="export in mode swappable, paired or bank to choose at run time",
-            )
-
-    def _check_inputs(self, arrays: Mapping[str, Array]) -> None:
-        wrong = [f"{name}: missing" for name in self.inputs if name not in arrays]
-        for name in arrays:
-            if name in self._reserved:
-                wrong.append(f"{name}: belongs to the adapter")
-            elif name not in self.inputs:
-                wrong.append(f"{name}: no such input")
-        if wrong:
-            raise UsageError(
-                "inputs", expected=", ".join(self.inputs), found=wrong[0], offenders=wrong
-            )

@@ -22,6 +22,7 @@ from fourierft_export.errors import (
 )
 from fourierft_export.onnx_graph.adapter_file import write_adapter
 from fourierft_export.onnx_graph.graph_file import parameters_for
+from fourierft_export.onnx_graph.ort_session import device_of
 
 RUNTIME_MODES = ("swappable", "paired", "bank")
 
@@ -278,3 +279,11 @@ def test_the_callers_options_are_left_as_they_were(small_tenants: Any) -> None:
     options.log_severity_level = 1
     ff.AdapterSession(small_tenants.file("merged"), session_options=options)
     assert options.log_severity_level == 1
+
+
+def test_values_go_to_the_device_of_the_session(small_tenants: Any) -> None:
+    cuda = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert device_of(cuda, {cuda[0]: {"device_id": "3"}, cuda[1]: {}}) == ("cuda", 3)
+    assert device_of(cuda, {}) == ("cuda", 0)
+    session = ort.InferenceSession(small_tenants.file("merged"), one_thread(), providers=cuda[1:])
+    assert device_of(session.get_providers(), session.get_provider_options()) == ("cpu", 0)
