@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInputError
+from ..errors import BadInputError, UsageError
 from .adapter_file import runtime
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
@@ -36,12 +36,49 @@ def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
             raise BadInputError(
                 path,
                 expected="a model that ONNX Runtime loads",
-                found=str(error).splitlines()[0] if str(error) else repr(error),
+                found=_first_line(error),
             ) from error
 
 
+def run_session(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], options: Any, path: Path
+) -> list[Any]:
+    """The outputs of a run, as ONNX Runtime's values.
+
+    Args:
+        session: from `load_session`.
+        outputs: names.
+        feeds: input name -> OrtValue.
+        options: an onnxruntime.RunOptions, or None.
+        path: of the model, for messages.
+
+    Raises:
+        UsageError: inputs of another dtype, rank or size than the model's.
+        BadInputError: anything else that ONNX Runtime fails at.
+    """
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    try:
+        return list(session.run_with_ort_values(list(outputs), dict(feeds), options))
+    except state.InvalidArgument as error:
+        raise UsageError(
+            "inputs", expected="what the model takes", found=_first_line(error)
+        ) from error
+    except load_errors() as error:
+        raise BadInputError(
+            path,
+            expected="a model that runs on these inputs",
+            found=_first_line(error),
+            remedy="check that the sizes of the inputs go together",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
 def load_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a model that it cannot load; it has no common base class."""
+    """What ONNX Runtime raises for a model that it cannot load or run: no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = (

@@ -21,7 +21,7 @@ from .fit import check_parameters, fit, knows_base
 from .graph_file import base_saved, facts_of, read_model, weight_inputs
 from .groups import ADAPTER_ID, Interface, base_feeds, table
 from .modes import BANK, PAIRED
-from .ort_session import device_of, load_session
+from .ort_session import device_of, load_session, run_session
 from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
 from .runtime_paths import expander_path
 
@@ -197,8 +197,9 @@ class AdapterSession:
             run_options: an onnxruntime.RunOptions.
 
         Raises:
-            UsageError: an adapter that is not loaded, inputs that are missing or unknown, or rows
-                that do not match the batch.
+            UsageError: an adapter that is not loaded, inputs that are missing, unknown or of
+                another dtype or size than the model's, or rows that do not match the batch.
+            BadInputError: ONNX Runtime fails at the model with these inputs.
         """
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         check_inputs(arrays, self.inputs, self._reserved)
@@ -219,13 +220,15 @@ class AdapterSession:
         self, arrays: Mapping[str, Array], values: Mapping[str, Any], run_options: Any
     ) -> dict[str, Array]:
         feeds = {name: to_value(array) for name, array in arrays.items()} | dict(values)
-        results = self._session.run_with_ort_values(list(self.outputs), feeds, run_options)
+        results = run_session(self._session, self.outputs, feeds, run_options, self.path)
         return {n: value.numpy() for n, value in zip(self.outputs, results, strict=True)}
 
     def _run_rows(
         self, arrays: Mapping[str, Array], names: Sequence[str | None], run_options: Any
     ) -> dict[str, Array]:
         """Rows of the batch with different adapters: one run for each adapter."""
+        if not names:
+            return self._run(arrays, self._values(None), run_options)
         places: dict[str | None, list[int]] = {}
         for row, name in enumerate(names):
             places.setdefault(name, []).append(row)

@@ -222,6 +222,22 @@ def test_mistakes_at_a_run(small_tenants: Any) -> None:
         session.unload("three")
 
 
+@pytest.mark.parametrize("mode", RUNTIME_MODES)
+def test_inputs_that_onnx_runtime_refuses(small_tenants: Any, mode: str) -> None:
+    session = opened(small_tenants, mode)
+    x = small_tenants.inputs["x"]
+    for wrong in (x.astype(np.float64), x[0], x[:, :, :5]):
+        with pytest.raises(UsageError, match="inputs: expected what the model takes"):
+            session.run({"x": wrong}, "one")
+
+
+@pytest.mark.parametrize("mode", ["swappable", "paired"])
+def test_a_batch_of_no_rows(small_tenants: Any, mode: str) -> None:
+    session = opened(small_tenants, mode)
+    got = session.run({"x": small_tenants.inputs["x"][:0]}, [])["output"]
+    assert got.shape == (0, 3)
+
+
 def test_files_that_are_not_ours(small_tenants: Any, tmp_path: Path) -> None:
     import onnx
 
