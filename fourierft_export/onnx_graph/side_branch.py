@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .ops import FLOAT32, Ops, replace_uses
-from .tables import Float32, dense_table, factors, is_dense, two_step_tables
+from .tables import is_dense
+from .transforms import Transforms
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,6 +61,7 @@ class SideBranches:
 
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
+        self._transforms = Transforms(ops)
         self._transformed: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
 
     def group(
@@ -143,7 +145,7 @@ class SideBranches:
             )
         )
         dense, rows = frequencies.read is None, frequencies.shape[0]
-        inverse = self._dense_inverse if dense else self._two_step_inverse
+        inverse = self._transforms.dense_inverse if dense else self._transforms.two_step_inverse
         delta = inverse(even, odd, rows, name)
         if not dense or frequencies.batch is not None:
             delta = op("Reshape", [delta, op("Shape", [y], f"{name}.shape")], f"{name}.as_y")
@@ -180,9 +182,9 @@ class SideBranches:
             if dense and batch is not None:
                 x = self._by_row(x, batch, columns, f"{name}.rows")
             parts = (
-                self._dense_forward(x, columns, name)
+                self._transforms.dense_forward(x, columns, name)
                 if dense
-                else self._two_step_forward(x, columns, name)
+                else self._transforms.two_step_forward(x, columns, name)
             )
             if not dense and batch is not None:
                 parts = tuple(
@@ -239,70 +241,6 @@ class SideBranches:
     def _added(self, to: ir.Value, places: ir.Value, values: ir.Value, name: str) -> ir.Value:
         """Two entries may fall on one place: they add up."""
         return self.ops.op("ScatterElements", [to, places, values], name, axis=-1, reduction="add")
-
-    def _dense_forward(self, x: ir.Value, length: int, name: str) -> Sequence[ir.Value]:
-        table = self.ops.constant(dense_table(length), f"fourier.forward.{length}")
-        both = self.ops.op("MatMul", [x, table], f"{name}.transform")
-        half = length // 2 + 1
-        return self.ops.ops(
-            "Split", [both, self._int([half, half], f"halves{half}")], f"{name}.parts", 2, axis=-1
-        )
-
-    def _dense_inverse(self, even: ir.Value, odd: ir.Value, length: int, name: str) -> ir.Value:
-        both = self.ops.op("Concat", [even, odd], f"{name}.both", axis=-1)
-        table = self.ops.constant(dense_table(length).T, f"fourier.inverse.{length}")
-        return self.ops.op("MatMul", [both, table], f"{name}.delta")
-
-    def _two_step_forward(self, x: ir.Value, length: int, name: str) -> Sequence[ir.Value]:
-        """Index q = q1 b + q2 to v = v1 + a v2; real in, both parts (tokens, N) out."""
-        a, b = factors(length)
-        first, second = two_step_tables(length)
-        x = self._reshape(x, [-1, a, b], f"{name}.split")
-        x = self.ops.op("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])
-        result = self._two_steps(x, length, first[:a], second, name)
-        result = self._reshape(result, [a, -1, 2, b], f"{name}.complex")
-        result = self.ops.op("Transpose", [result], f"{name}.ordered", perm=[2, 1, 3, 0])
-        result = self._reshape(result, [2, -1, length], f"{name}.transform")
-        return [
-            self.ops.op("Gather", [result, self._int(i, f"axis{i}")], f"{name}.{what}", axis=0)
-            for i, what in enumerate(("cosine", "sine"))
-        ]
-
-    def _two_step_inverse(self, even: ir.Value, odd: ir.Value, length: int, name: str) -> ir.Value:
-        """Complex in, the real part out; tokens flattened."""
-        a, b = factors(length)
-        first, second = two_step_tables(length)
-        axis = self._int([0], "first")
-        bins = self.ops.op(
-            "Concat",
-            [self.ops.op("Unsqueeze", [part, axis], f"{part.name}.part") for part in (even, odd)],
-            f"{name}.both",
-            axis=0,
-        )
-        bins = self._reshape(bins, [2, -1, a, b], f"{name}.split")
-        bins = self.ops.op("Transpose", [bins], f"{name}.turned", perm=[1, 3, 0, 2])
-        bins = self._reshape(bins, [-1, b, 2 * a], f"{name}.rows")
-        result = self._two_steps(bins, length, first, second[:, :, :b], name)
-        return self.ops.op("Transpose", [result], f"{name}.delta", perm=[1, 2, 0])
-
-    def _two_steps(
-        self, x: ir.Value, length: int, first: Float32, second: Float32, name: str
-    ) -> ir.Value:
-        """(tokens, b, a or 2 a) to (a, tokens, 2 b or b)."""
-        a, b = factors(length)
-        kind = f"{length}.{first.shape[0]}"
-        x = self.ops.op(
-            "MatMul", [x, self.ops.constant(first, f"fourier.first.{kind}")], f"{name}.first"
-        )
-        x = self._reshape(x, [-1, b, 2, a], f"{name}.first_complex")
-        x = self.ops.op("Transpose", [x], f"{name}.first_turned", perm=[3, 0, 2, 1])
-        x = self._reshape(x, [a, -1, 2 * b], f"{name}.first_rows")
-        table = self.ops.constant(second, f"fourier.second.{kind}")
-        return self.ops.op("MatMul", [x, table], f"{name}.second")
-
-    def _reshape(self, value: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
-        target = self._int(shape, "shape." + "x".join(map(str, shape)))
-        return self.ops.op("Reshape", [value, target], name)
 
     def _int(self, content: int | Sequence[int], name: str) -> ir.Value:
         return self.ops.constant(np.array(content, dtype=np.int64), f"fourier.{name}")
