@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..bundle.file import Bundle
@@ -25,7 +24,7 @@ from .pairing import write_pair
 from .quantised import QuantisedLinear, all_paths, find_quantised
 from .quantised_forms import quantised_linears
 from .recover import remember
-from .report import ExportReport
+from .report import ExportReport, fed_shapes, value_shapes
 from .requantise import merge_quantised
 from .rewrite import Written
 from .runtime_paths import expander_path
@@ -34,9 +33,6 @@ from .sites import Job, feed_sites, merge_sites
 from .source import Source, open_onnx
 from .unpack import unpack_sites
 from .write import data_path, refuse_inputs, write_model
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 MIN_OPSET = {UNMERGED: 13}
 
@@ -179,8 +175,8 @@ def apply_onnx(
         mode=mode,
         opset=source.opset,
         nodes=len(source.model.graph),
-        inputs=_shapes(source.model, source.model.graph.inputs),
-        outputs=_shapes(source.model, source.model.graph.outputs),
+        inputs=fed_shapes(source.model.graph),
+        outputs=value_shapes(source.model.graph.outputs),
         layers=tuple(shapes),
         adapters=tuple(named),
         notes=(*notes, *_losses(losses)),
@@ -247,12 +243,3 @@ def _losses(losses: Mapping[str, float]) -> tuple[str, ...]:
         f"{len(losses)} weights were quantised again, which lost up to {losses[worst]:.0%} of the "
         f"adapter's change ({worst}), {sum(losses.values()) / len(losses):.0%} on average",
     )
-
-
-def _shapes(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
-    """Name -> shape of inputs (defaults aside) or outputs."""
-    return {
-        str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
-        for value in values
-        if value.name not in model.graph.initializers
-    }

@@ -26,7 +26,7 @@ from .locate import locate_marks
 from .metadata import describe
 from .modes import DEFAULTS, MERGED, MODES, RUNTIME_MODES
 from .recover import remember
-from .report import ExportReport
+from .report import ExportReport, fed_shapes, value_shapes
 from .rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from .runtime_export import build_runtime, runtime_layers
 from .runtime_paths import expander_path
@@ -224,8 +224,8 @@ def _save(
         mode=mode,
         opset=graph.opset_imports[""],
         nodes=len(graph.graph),
-        inputs=_shapes(graph.graph.inputs),
-        outputs=_shapes(graph.graph.outputs),
+        inputs=fed_shapes(graph.graph),
+        outputs=value_shapes(graph.graph.outputs),
         layers=layers,
         adapters=adapters,
         notes=notes,
@@ -281,13 +281,6 @@ def _notes(layers: Mapping[str, AdaptedLayer], mode: str) -> tuple[str, ...]:
     if mode != MERGED and "bfloat16" in dtypes:
         return ("bfloat16 spectra are stored as float32, which holds every such value exactly",)
     return ()
-
-
-def _shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
-    return {
-        str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
-        for value in values
-    }
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,12 @@ class ExportReport:
         path: the model.
         data: the external data beside it, or None.
         bytes: size of all files together.
-        mode: "merged" or "unmerged".
+        mode: one of `modes.MODES`.
         opset: of the standard operators.
         nodes: number of nodes in the main graph.
-        inputs: name -> shape; symbolic sizes by name.
-        outputs: the same.
+        inputs: what every run must be fed: name -> shape; symbolic sizes by name. Inputs with a
+            default, as adapters mostly are, are left out.
+        outputs: name -> shape.
         layers: module paths of the adapted layers.
         adapters: names of the adapters in it.
         losses: layer -> what quantising its merged weight again lost of the adapter's change
@@ -49,3 +53,16 @@ class ExportReport:
             "adapters": list(self.adapters),
             "notes": list(self.notes),
         }
+
+
+def fed_shapes(graph: ir.Graph) -> dict[str, tuple[int | str, ...]]:
+    """Name -> shape of a graph's inputs, those with a default aside."""
+    return value_shapes([value for value in graph.inputs if value.name not in graph.initializers])
+
+
+def value_shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
+    """Name -> shape; symbolic sizes by name."""
+    return {
+        str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
+        for value in values
+    }
