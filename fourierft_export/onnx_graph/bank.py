@@ -137,8 +137,7 @@ def _write_saved(
     for site in sites:
         at.setdefault(site.name, []).append(site)
         for node, index in site.value.uses():
-            y = node.outputs[0]
-            if _kind(node, index) is None or not is_batch_first(y, batch) or len(y.shape or ()) < 2:
+            if _kind(node, index) is None or not _has_rows(node, batch):
                 wrong.append(f"{site.name}: used by {node.op_type}")
     if wrong:
         raise UsageError(
@@ -162,6 +161,16 @@ def _write_saved(
                 else:
                     _use(ops, rows, node, index, picked, site.turned, base)
             ops.graph.initializers.pop(str(site.value.name), None)
+
+
+def _has_rows(node: ir.Node, batch: int | str) -> bool:
+    """Whether a node's output has the batch first; graph outputs may call it by another name."""
+    rank = len(node.outputs[0].shape or ())
+    return rank > 1 and any(
+        is_batch_first(value, batch) and len(value.shape or ()) == rank
+        for value in (node.outputs[0], *node.inputs)
+        if value is not None
+    )
 
 
 def _kind(node: ir.Node, index: int) -> str | None:
