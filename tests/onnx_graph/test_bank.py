@@ -16,6 +16,8 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
+from fourierft_export.onnx_graph.batched import fill_shapes, is_batch_first, leads_with_batch
+from fourierft_export.onnx_graph.source import open_onnx
 
 NAMES = (None, "one", "two")
 
@@ -281,3 +283,26 @@ def test_heads_in_a_gemm_that_does_more_are_refused(field: Any, flat: Any, tmp_p
         ff.apply_onnx(plain, bundles, tmp_path / "bank.onnx", mode="bank", allow_base_mismatch=True)
     assert any("Gemm" in offender for offender in caught.value.offenders)
     assert not (tmp_path / "bank.onnx").exists()
+
+
+def test_position_ids_leave_the_batch_where_it_is(tmp_path: Path) -> None:
+    """TorchScript slices a constant up to the number of tokens; inference then knows no size."""
+    ints = {"start": [0], "axis": [1], "all": np.zeros((1, 9, 8))}
+    weights = [
+        numpy_helper.from_array(np.array(v, np.float32 if n == "all" else np.int64), n)
+        for n, v in ints.items()
+    ]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["stop"], start=1, end=2),
+        helper.make_node("Slice", ["all", "start", "stop", "axis"], ["places"]),
+        helper.make_node("Add", ["x", "places"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", 1, ["batch", "tokens", 8])
+    graph = helper.make_graph(nodes, "g", [x], [helper.make_empty_tensor_value_info("y")], weights)
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    model = open_onnx(tmp_path / "m.onnx").model
+    fill_shapes(model)
+    slice_, add = model.graph[1].outputs[0], model.graph[2].outputs[0]
+    assert is_batch_first(add, "batch")
+    assert not leads_with_batch(slice_, "batch")
