@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Task
 
+    from ..onnx_graph.report import ExportReport
+
 SCHEMA = 1
 SHOW_PROGRESS_AFTER = 1.0
 COUNTED_IN_BYTES = frozenset({"merging", "verifying", "recovering"})
@@ -185,3 +187,12 @@ def size_text(count: int) -> str:
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
     return f"{count:,} bytes"
+
+
+def graph_lines(report: ExportReport) -> list[str]:
+    """What was written to an ONNX file, as two lines."""
+    return [
+        f"{report.path}: {report.mode}, opset {report.opset}, {len(report.layers)} layers adapted, "
+        f"{report.nodes} nodes, {size_text(report.bytes)}",
+        f"  inputs: {', '.join(report.inputs)}; outputs: {', '.join(report.outputs)}",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .console import Outcome, Progress, size_text, verb
+from .console import Outcome, Progress, graph_lines, verb
 from .options import (
     PATH,
     allow_mismatch_option,
@@ -107,12 +107,4 @@ def export(
         force=force,
         progress=progress,
     )
-    return Outcome(
-        {"export": report.to_dict()},
-        [
-            f"{output}: {mode}, opset {report.opset}, {report.nodes} nodes, "
-            f"{size_text(report.bytes)}",
-            f"  inputs: {', '.join(report.inputs)}; outputs: {', '.join(report.outputs)}",
-        ],
-        report.notes,
-    )
+    return Outcome({"export": report.to_dict()}, graph_lines(report), report.notes)

@@ -81,17 +81,6 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def tokenizer_of(directory: str | os.PathLike[str]) -> Any | None:
-    """The tokenizer saved beside a model, or None when there is none."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-    if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        return AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Transformers without progress bars, load reports and advice, for the length of the block."""

@@ -12,7 +12,7 @@ from transformers import logging as tf_logging
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
 from fourierft_export.models.examples import example_inputs, input_names, output_names
-from fourierft_export.models.load import load_model, quiet_transformers, tokenizer_of
+from fourierft_export.models.load import load_model, quiet_transformers
 
 FEATURES, CLASSES, CAUSAL = "feature-extraction", "sequence-classification", "causal-lm"
 HEAD = ("classifier.weight", "classifier.bias")
@@ -119,10 +119,3 @@ def test_no_network_and_no_noise(capsys: pytest.CaptureFixture[str], minilm_dir:
     with pytest.raises(ZeroDivisionError), quiet_transformers():
         _ = 1 / 0
     assert tf_logging.get_verbosity() == level
-
-
-def test_tokenizers(minilm_dir: Path, stories260k: Path) -> None:
-    tokenizer = tokenizer_of(minilm_dir)
-    assert tokenizer is not None
-    assert tokenizer("hello")["input_ids"] == [101, 7592, 102]
-    assert tokenizer_of(stories260k) is None
