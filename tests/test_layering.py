@@ -18,6 +18,7 @@ ROOMS = (
     "models",
     "bundle",
     "adapt",
+    "train",
     "merge",
     "onnx_graph",
     "proof",
