@@ -1,0 +1,82 @@
+"""Which tensors learn at which rate: spectra, by their layers' shapes, apart from heads and biases.
+
+A coefficient and a head's weight move on other scales, so that one learning rate does not fit both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..adapt.adapter import LayerAdapter
+from ..adapt.tree import fourier_layers
+from ..errors import UsageError
+from .defaults import HEAD_LEARNING_RATE, LayerSize, spectrum_rates
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    spectrum_weight_decay: float = 0.0,
+    same_rate: bool = False,
+) -> list[dict[str, Any]]:
+    """The parameters of `model` that learn, as groups for an optimizer of torch.
+
+    For example `torch.optim.AdamW(parameter_groups(model))`. Every group has `params`, `lr`,
+    `weight_decay`, and `name`: "spectrum" (a group for each rate), "head" (matrices), "vector"
+    (their biases, which do not decay).
+
+    Args:
+        model: with an adapter that learns.
+        learning_rate: of the spectra, for the adapter's median layer; by default the one that suits
+            its scaling, shapes and n (`defaults.spectrum_rates`).
+        head_learning_rate: of everything else that learns; by default `defaults`' constant.
+        weight_decay: of heads' matrices.
+        spectrum_weight_decay: of the spectra.
+        same_rate: give every layer the same rate, rather than the one at which its delta_W moves
+            like the others'.
+
+    Raises:
+        UsageError: no spectrum learns.
+    """
+    spectra = dict(_learning_spectra(model))
+    if not spectra:
+        raise UsageError(
+            "parameter_groups",
+            expected="a model with an adapter that learns",
+            found="no spectrum that asks for a gradient",
+            remedy="inject an adapter first, or attach one with trainable=True, and activate it",
+        )
+    groups: list[dict[str, Any]] = []
+    for scaling in dict.fromkeys(adapter.origin.scaling for adapter in spectra.values()):
+        one = {path: a for path, a in spectra.items() if a.origin.scaling == scaling}
+        sizes = {path: LayerSize(a.shape, a.n_frequency) for path, a in one.items()}
+        rates = spectrum_rates(sizes, scaling, learning_rate, same=same_rate)
+        for rate in dict.fromkeys(rates.values()):
+            tensors = [adapter.spectrum for path, adapter in one.items() if rates[path] == rate]
+            groups.append(_group("spectrum", tensors, rate, spectrum_weight_decay))
+    known = {id(adapter.spectrum) for adapter in spectra.values()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    rate = HEAD_LEARNING_RATE if head_learning_rate is None else head_learning_rate
+    groups.append(_group("head", [p for p in others if p.ndim > 1], rate, weight_decay))
+    groups.append(_group("vector", [p for p in others if p.ndim < 2], rate, 0.0))
+    return [group for group in groups if group["params"]]
+
+
+def _learning_spectra(model: nn.Module) -> Iterator[tuple[str, LayerAdapter]]:
+    for path, layer in fourier_layers(model).items():
+        for name in layer.adapters:
+            adapter = layer.adapter(name)
+            if adapter.spectrum.requires_grad:
+                yield f"{path}/{name}", adapter
+
+
+def _group(
+    name: str, tensors: list[nn.Parameter], rate: float, weight_decay: float
+) -> dict[str, Any]:
+    return {"name": name, "params": tensors, "lr": rate, "weight_decay": weight_decay}
