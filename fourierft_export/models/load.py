@@ -38,6 +38,42 @@ def load_model(
         BadInputError: transformers cannot load the directory.
         BaseMismatchError: tensors that neither the checkpoint nor the adapter holds.
     """
+    model, missing, mismatched = from_pretrained(
+        directory, task, num_labels=num_labels, dtype=dtype
+    )
+    missing = sorted(set(missing) - set(provided))
+    mismatched = sorted(set(mismatched) - set(provided))
+    if missing or mismatched:
+        raise BaseMismatchError(
+            directory,
+            expected=f"every weight of {type(model).__name__}",
+            found=f"{len(missing)} missing and {len(mismatched)} of another shape",
+            remedy="give a base for this task, or name another with --task",
+            offenders=[*missing, *mismatched],
+        )
+    return model.eval()
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    task: str,
+    *,
+    num_labels: int | None = None,
+    dtype: str | None = "float32",
+) -> tuple[torch.nn.Module, list[str], list[str]]:
+    """The model of a directory, and which of its tensors the checkpoint did not give.
+
+    Args:
+        directory, task, num_labels, dtype: as in `load_model`.
+
+    Returns:
+        The model, names of tensors that the checkpoint lacks, and of those that it has in another
+        shape; both are random, from torch's global CPU generator.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+        BadInputError: transformers cannot load the directory.
+    """
     try:
         import torch
         import transformers
@@ -45,7 +81,7 @@ def load_model(
     except ImportError as error:
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-    # Told by name below; transformers would print a report and raise without saying which.
+    # Told by name; transformers would print a report and raise without saying which.
     options["ignore_mismatched_sizes"] = True
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
     auto = getattr(transformers, auto_class_for(read_config(directory), get_task(task)))
@@ -67,18 +103,8 @@ def load_model(
                 found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
                 remedy="check the directory, or name the task with --task",
             ) from error
-    missing = sorted(set(info["missing_keys"]) - set(provided))
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
-    mismatched = sorted(set(mismatched) - set(provided))
-    if missing or mismatched:
-        raise BaseMismatchError(
-            directory,
-            expected=f"every weight of {type(model).__name__}",
-            found=f"{len(missing)} missing and {len(mismatched)} of another shape",
-            remedy="give a base for this task, or name another with --task",
-            offenders=[*missing, *mismatched],
-        )
-    return model.eval()  # type: ignore[no-any-return]
+    return model, sorted(info["missing_keys"]), sorted(mismatched)
 
 
 @contextmanager
