@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..bundle import fingerprint
 from ..bundle.file import Bundle
-from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
-from ..errors import BaseMismatchError, UsageError
-from ..models.base import find_bridge
+from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
+from ..errors import UsageError
 from ..spectral.entries import current_rule, entries_sha256
 from .active import activate, update_learning
 from .adapter import AdapterOrigin
 from .inject import base_model_name, freeze, unfreeze
-from .linear import is_conv1d, is_linear, layer_shape, stored_weight, to_array, to_tensor
-from .saved import check_can_be_saved, own_state
+from .linear import (
+    float_weight,
+    is_conv1d,
+    layer_device,
+    layer_shape,
+    to_array,
+    to_tensor,
+)
+from .placing import plan_attachment
 from .tree import (
     active_adapters,
     adapted_modules,
@@ -29,7 +32,6 @@ from .tree import (
     base_modules,
     check_known,
     check_new_name,
-    did_you_mean,
     ensure_adapted,
     ensure_fourier,
     fourier_layers,
@@ -40,8 +42,6 @@ from .tree import (
 
 Model = TypeVar("Model", bound=nn.Module)
 Array = np.ndarray[Any, np.dtype[Any]]
-
-log = logging.getLogger(__name__)
 
 
 def attach(
@@ -75,7 +75,7 @@ def attach(
             weights: all of them listed, and the model unchanged.
     """
     check_new_name(model, name)
-    plan = _plan(model, bundle, allow_base_mismatch)
+    plan = plan_attachment(model, bundle, allow_base_mismatch)
     if trainable:
         freeze(model)
     spec = bundle.spec
@@ -96,91 +96,6 @@ def attach(
     for path, tensors in plan.saved.items():
         ensure_adapted(model, path).add_version(name, tensors, trainable)
     return activate(model, name)
-
-
-@dataclass
-class _Plan:
-    """What goes where: path in the model -> layer; path -> tensors of its own."""
-
-    layers: dict[str, LayerSpec] = field(default_factory=dict)
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-
-def _plan(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) -> _Plan:
-    """Find a place for everything before anything is changed."""
-    modules = {path: original(module) for path, module in base_modules(model)}
-    roots = {path.split(".")[0] for path in modules}
-    bridge = find_bridge([layer.name for layer in bundle.layers], roots, modules.__contains__)
-    plan = _Plan()
-    wrong: list[str] = []
-    other_weights: list[str] = []
-    for layer in bundle.layers:
-        path = bridge.to_base(layer.name)
-        problem = _misfit(layer, modules.get(path), path, modules)
-        if problem:
-            wrong.append(f"{layer.name}: {problem}")
-            continue
-        plan.layers[path] = layer
-        if layer.fingerprint is not None:
-            weight = to_array(stored_weight(modules[path]))
-            verdict = fingerprint.compare(layer.fingerprint, weight)
-            if verdict == "different":
-                other_weights.append(f"{layer.name}: another weight than it was trained on")
-            elif verdict == "precision":
-                log.info("%s: trained on %s weights", layer.name, layer.fingerprint.dtype)
-    for tensor_name, array in bundle.saved.items():
-        if bridge.strip and not tensor_name.startswith(f"{bridge.strip}."):
-            log.warning("%s: this bare model has no place for it; left out", tensor_name)
-            continue
-        path, _, leaf = bridge.to_base(tensor_name).rpartition(".")
-        there = own_state(modules[path]).get(leaf) if path in modules else None
-        if there is None:
-            wrong.append(f"{tensor_name}: no such tensor in the model")
-        elif tuple(there.shape) != array.shape:
-            wrong.append(
-                f"{tensor_name}: shape {list(array.shape)} expected, found {list(there.shape)}"
-            )
-        else:
-            check_can_be_saved(path, modules[path])
-            value = to_tensor(array).to(there.device, there.dtype)
-            plan.saved.setdefault(path, {})[leaf] = value
-    if not allow_base_mismatch:
-        wrong += other_weights
-    if wrong:
-        raise BaseMismatchError(
-            f"attach to {type(model).__name__}",
-            expected="the base that the adapter was trained on",
-            found=f"{len(wrong)} layers or tensors that do not fit",
-            remedy="give the model that the adapter belongs to"
-            if wrong != other_weights
-            else "give the model that the adapter belongs to, or allow_base_mismatch=True",
-            offenders=wrong,
-        )
-    return plan
-
-
-def _misfit(
-    layer: LayerSpec, module: nn.Module | None, path: str, modules: Mapping[str, nn.Module]
-) -> str | None:
-    """Why a layer cannot sit on `module`, or None."""
-    if module is None:
-        linear = [p for p, m in modules.items() if is_linear(m)]
-        return f"no such layer in the model; {did_you_mean(path, linear) or 'none is alike'}"
-    if not is_linear(module):
-        return f"a linear layer expected, found {type(module).__name__}"
-    if stored_weight(module).is_meta:
-        raise UsageError(
-            f"layer {path}",
-            expected="a model with weights",
-            found="the meta device",
-            remedy="load the weights first, then attach",
-        )
-    shape = layer_shape(module)
-    if layer.shape is not None and layer.shape != shape:
-        return f"shape {list(layer.shape)} expected, found {list(shape)}"
-    if layer.n_frequency > shape[0] * shape[1]:
-        return f"n_frequency {layer.n_frequency} above the size of {list(shape)}"
-    return None
 
 
 def detach(model: Model, name: str | None = None) -> Model:
@@ -233,7 +148,9 @@ def detach(model: Model, name: str | None = None) -> Model:
 def capture(model: nn.Module, name: str = "default") -> Bundle:
     """The adapter `name` of a live model as a bundle, bound to the base under it.
 
-    Layers and tensors are named by their paths in the base, as if no adapter were there.
+    Layers and tensors are named by their paths in the base, as if no adapter were there. Layers
+    without a plain float weight (quantised ones) get no fingerprint: the adapter may be merged
+    into the unquantised base, whose weights are other numbers.
 
     Raises:
         UsageError: no adapter of that name, or it has no values yet (meta device).
@@ -249,7 +166,7 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
             continue
         adapter = layer.adapter(name)
         base = original(layer)
-        if adapter.spectrum.is_meta or stored_weight(base).is_meta:
+        if adapter.spectrum.is_meta or layer_device(base).type == "meta":
             raise UsageError(
                 f"layer {path}",
                 expected="values",
@@ -268,7 +185,7 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
                 fan_in_fan_out=is_conv1d(base),
                 entry_rule=adapter.entry_rule,
                 entries_sha256=entries_sha256(adapter.host_entries),
-                fingerprint=fingerprint.fingerprint(to_array(stored_weight(base))),
+                fingerprint=_fingerprint(base),
             )
         )
     if origin is None:
@@ -288,3 +205,9 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
         peft_config=origin.peft_config,
     )
     return Bundle.build(spec, spectra, saved, explicit, where=f"adapter {name!r}")
+
+
+def _fingerprint(base: nn.Module) -> Fingerprint | None:
+    """Of a plain float weight; integers and scales are not what an adapter is merged into."""
+    weight = float_weight(base)
+    return None if weight is None else fingerprint.fingerprint(to_array(weight))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .active import activate, update_learning
 from .layer import FourierLinear
-from .linear import stored_weight
+from .linear import check_mergeable, stored_weight
 from .tree import active_adapters, check_known, fourier_layers, is_fused
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +35,8 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
 
     Raises:
         UsageError: fused already; no adapter named or active; a merged weight is not finite in
-            the base's dtype (float16 ends at 65,504): all such layers listed.
+            the base's dtype (float16 ends at 65,504), or a layer is quantised: all such layers
+            listed.
     """
     if is_fused(model):
         raise UsageError("fuse", found="a model that is fused already", remedy="call restore first")
@@ -44,6 +45,10 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
     check_known(model, wanted)
     if not wanted:
         raise UsageError("fuse", expected="an adapter", found="none that is active")
+    touched = {
+        p: m for p, m in fourier_layers(model).items() if not set(wanted).isdisjoint(m.adapters)
+    }
+    check_mergeable("fuse", {path: layer.linear for path, layer in touched.items()})
     activate(model, wanted)
     layers = [(path, layer) for path, layer in fourier_layers(model).items() if layer.active]
     weights = merged_weights(dict(layers))
@@ -72,8 +77,10 @@ def merged_weights(layers: dict[str, FourierLinear]) -> dict[str, Tensor]:
     """Path -> W + delta_W of each layer, in the base's dtype and layout.
 
     Raises:
-        UsageError: results that are not finite where W is, all listed.
+        UsageError: results that are not finite where W is, or layers with no plain float weight
+            to add to (quantised ones), all listed.
     """
+    check_mergeable("merged weights", {path: layer.linear for path, layer in layers.items()})
     merged = {path: layer.effective_weight().contiguous() for path, layer in layers.items()}
     broken = [
         f"{path}.weight: not finite as {weight.dtype}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .active import activate
 from .adapter import AdapterOrigin
 from .config import FourierFTConfig
-from .linear import stored_weight
+from .linear import float_weight, layer_device
 from .saved import check_can_be_saved, own_state
 from .targets import Selection, select
 from .tree import (
@@ -93,9 +93,9 @@ def unfreeze(model: nn.Module) -> None:
 
 def _initial_spectrum(n_frequency: int, linear: nn.Module, zeros: bool) -> Tensor:
     """Standard normal numbers or zeros, in the base's dtype but at least float32."""
-    weight = stored_weight(linear)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if weight.is_meta:
+    weight = float_weight(linear)
+    dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+    if layer_device(linear).type == "meta":
         return torch.empty(n_frequency, dtype=dtype, device="meta")
     # PEFT draws before it zeroes; drawing too leaves the generator where a user of PEFT finds it.
     spectrum = torch.randn(n_frequency).to(dtype)

@@ -15,7 +15,14 @@ from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
 from .adapter import AdapterOrigin, Entries, LayerAdapter
-from .linear import is_conv1d, is_linear, layer_shape, stored_weight
+from .linear import (
+    float_weight,
+    is_conv1d,
+    is_linear,
+    layer_device,
+    layer_shape,
+    stored_weight,
+)
 from .saved import AdaptedModule
 
 
@@ -23,7 +30,9 @@ class FourierLinear(nn.Module):
     """y = base(x) + sum over active adapters of x delta_W^T (arXiv 2405.03003, equations 2 to 4).
 
     Args:
-        base_layer: `nn.Linear`, or transformers' `Conv1D`, which stores its weight as (in, out).
+        base_layer: `nn.Linear`; transformers' `Conv1D`, which stores its weight as (in, out); or
+            any module with `in_features` and `out_features`, such as a quantised layer: its
+            output is taken as it is, and x delta_W^T is added in float32.
 
     Attributes:
         base_layer: the layer as it was (an `AdaptedModule` around it where adapters bring biases).
@@ -43,7 +52,7 @@ class FourierLinear(nn.Module):
         if not is_linear(linear):
             raise UsageError(
                 "FourierLinear",
-                expected="an nn.Linear, or the Conv1D of transformers",
+                expected="a linear layer, or a module with integer in_features and out_features",
                 found=type(linear).__name__,
             )
         self.fan_in_fan_out = is_conv1d(linear)
@@ -72,13 +81,18 @@ class FourierLinear(nn.Module):
         It is computed when it is read. torch reads the weights of some layers and never calls
         them: the output projection of `nn.MultiheadAttention`, and all of
         `nn.TransformerEncoderLayer` when no gradients are asked for.
+
+        Raises:
+            UsageError: an adapter is active and the base has no plain float weight to add to.
         """
         return self.effective_weight()
 
     @property
     def bias(self) -> Tensor | None:
         """The bias in use."""
-        bias = self.linear.bias
+        bias = getattr(self.linear, "bias", None)
+        if callable(bias) and not isinstance(bias, Tensor):  # torch's own quantised layers
+            bias = bias()
         return bias if isinstance(bias, Tensor) else None
 
     def adapter(self, name: str) -> LayerAdapter:
@@ -118,7 +132,7 @@ class FourierLinear(nn.Module):
         if entries is None:
             entries = spectral_entries(origin.seed, self.shape, spectrum.shape[0], rule)
         self.adapters[name] = LayerAdapter(
-            spectrum.detach().clone().to(stored_weight(self.linear).device),
+            spectrum.detach().clone().to(layer_device(self.linear)),
             entries,
             self.shape,
             entry_rule=rule,
@@ -138,9 +152,10 @@ class FourierLinear(nn.Module):
         """W + delta_W in the base's layout and dtype, added in at least float32, rounded once."""
         if self.fused_weight is not None:
             return self.fused_weight
-        weight = stored_weight(self.linear)
         if not self.active:
-            return weight
+            weight = getattr(self.linear, "weight", None)
+            return weight if isinstance(weight, Tensor) else stored_weight(self.linear)
+        weight = stored_weight(self.linear)
         upright = weight.T if self.fan_in_fan_out else weight
         if len(self.active) == 1 and not weight.requires_grad:
             total = self.adapter(self.active[0]).merged_weight(upright)
@@ -202,7 +217,9 @@ class FourierLinear(nn.Module):
     def _adds_up_exactly(self, x: Tensor) -> bool:
         """Whether one product with W + delta_W does: never where W + delta_W would be rounded."""
         linear = self.linear
-        weight = stored_weight(linear)
+        weight = float_weight(linear)
+        if weight is None:
+            return False
         plain = is_conv1d(linear) or type(linear) in _PLAIN_LINEAR
         hooked = bool(linear._forward_hooks or linear._forward_pre_hooks)
         exact = weight.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype

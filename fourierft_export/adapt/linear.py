@@ -1,7 +1,14 @@
-"""What the base's linear layers are: two types, two layouts, and their values as numpy arrays."""
+"""What a base's linear layers are, and their values as numpy arrays.
+
+Two types are known through and through: nn.Linear and transformers' Conv1D, holding their weight
+as a plain float matrix. Any other module that maps in_features to out_features can carry an
+adapter as well, quantised layers above all; delta_W is then added to its output, never to its
+weight, for there is no W of floats to add it to.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REMEDY = (
+    "capture the adapter and merge it into the unquantised checkpoint, or put it on a dequantised "
+    "model; here it can only run beside the layer"
+)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -20,25 +35,113 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a layer that FourierFT can adapt."""
+def is_common_linear(module: nn.Module) -> bool:
+    """Whether `module` is an nn.Linear (quantised or not) or a Conv1D: what PEFT takes."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a layer that FourierFT can adapt.
+
+    That is an nn.Linear, a Conv1D, or anything that is called and whose `in_features` and
+    `out_features` are positive integers.
+    """
+    if is_common_linear(module):
+        return True
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    counted = all(type(size) is int and size > 0 for size in sizes)
+    return counted and type(module).forward is not nn.Module.forward
+
+
 def layer_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of an nn.Linear or Conv1D."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    in_features, out_features = stored_weight(module).shape
-    return out_features, in_features
+    """(out_features, in_features) of a layer that `is_linear` accepts."""
+    if is_conv1d(module):
+        in_features, out_features = module.weight.shape  # type: ignore[misc]
+        return int(out_features), int(in_features)
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def float_weight(linear: nn.Module) -> Tensor | None:
+    """The weight of an nn.Linear or Conv1D as a plain float matrix, or None if it has none.
+
+    Quantised layers have none, whatever their weight says of itself: torchao's tensors call
+    themselves float32 but hold integers, bitsandbytes' hold integers under an nn.Linear, and
+    float8 weights need a scale that lies elsewhere.
+    """
+    if not is_common_linear(linear):
+        return None
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or not _is_plain(weight):
+        return None
+    return weight
+
+
+def _is_plain(weight: Tensor) -> bool:
+    kind = type(weight)
+    # Besides the two usual types, torch's own (DTensor, the fake tensors of tracing) hold floats.
+    known = kind in (Tensor, nn.Parameter) or kind.__module__.startswith("torch.")
+    return known and weight.dtype in _FLOATS and weight.layout == torch.strided
 
 
 def stored_weight(linear: nn.Module) -> Tensor:
-    """The weight of an nn.Linear or Conv1D, in its own layout."""
-    weight = linear.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight of {type(linear).__name__}: {type(weight).__name__}")
+    """The weight of an nn.Linear or Conv1D, in its own layout.
+
+    Raises:
+        UsageError: the layer has no plain float weight (`float_weight`).
+    """
+    weight = float_weight(linear)
+    if weight is None:
+        raise UsageError(
+            f"weight of a layer of type {type(linear).__name__}",
+            expected="a plain float matrix, to which a change can be added",
+            found=describe(linear),
+            remedy=_REMEDY,
+        )
     return weight
+
+
+def check_mergeable(where: str, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that have no plain float weight to add delta_W to.
+
+    Args:
+        where: what was asked for.
+        layers: path -> the base's layer.
+
+    Raises:
+        UsageError: all such layers listed.
+    """
+    odd = [
+        f"{path}: {describe(linear)}"
+        for path, linear in layers.items()
+        if float_weight(linear) is None
+    ]
+    if odd:
+        raise UsageError(
+            where,
+            expected="layers with plain float weights",
+            found=f"{len(odd)} of {len(layers)} that are quantised or of another kind",
+            remedy=_REMEDY,
+            offenders=odd,
+        )
+
+
+def describe(linear: nn.Module) -> str:
+    """What a layer is, for messages: its type, and its weight's type and dtype."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor):
+        return type(linear).__name__
+    dtype = str(weight.dtype).removeprefix("torch.")
+    kind = type(weight).__name__
+    held = dtype if kind in ("Tensor", "Parameter") else f"{kind} ({dtype})"
+    return f"{type(linear).__name__} with a weight of {held}"
+
+
+def layer_device(linear: nn.Module) -> torch.device:
+    """Where a layer's tensors are: that of its weight, else of its first tensor, else the CPU."""
+    weight = getattr(linear, "weight", None)
+    tensors = (*linear.parameters(), *linear.buffers())
+    first = weight if isinstance(weight, Tensor) else next(iter(tensors), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def to_array(tensor: Tensor) -> Array:

@@ -89,7 +89,7 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
     if odd:
         raise UsageError(
             "target_modules",
-            expected="linear layers (nn.Linear or Conv1D) only",
+            expected="linear layers only (nn.Linear, Conv1D, in_features to out_features)",
             found=f"{len(odd)} of {len(chosen)} matched modules of other types",
             remedy="narrow target_modules, or name these in exclude_modules",
             offenders=odd,
@@ -145,7 +145,14 @@ def _target_names(
     if wanted.lower() != ALL_LINEAR:
         return wanted
     head = _output_head(model, config)
-    return frozenset(p for p, m in modules.items() if is_linear(m) and m is not head)
+    return frozenset(
+        p for p, m in modules.items() if is_linear(m) and m is not head and not _holds_linears(m)
+    )
+
+
+def _holds_linears(module: nn.Module) -> bool:
+    """Whether a block of layers merely tells its own sizes; "all-linear" means what is in it."""
+    return any(is_linear(inner) for inner in module.modules() if inner is not module)
 
 
 def _output_head(model: nn.Module, config: FourierFTConfig) -> nn.Module | None:
