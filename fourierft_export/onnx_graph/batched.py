@@ -56,34 +56,6 @@ def batch_of(model: ir.Model) -> int | str:
     return str(size.value)
 
 
-def fill_shapes(model: ir.Model) -> None:
-    """Infer the shapes and types that a graph does not tell; weights are not read."""
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    _shape_slices(model)
-    if any(v.shape is None or v.dtype is None for node in model.graph for v in node.outputs):
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
-
-
-def _shape_slices(model: ir.Model) -> None:
-    """Tell which sizes a slice of a constant keeps (position ids): inference gives up all of them.
-
-    Otherwise the sum with what has the batch would be of a size that nothing knows.
-    """
-    import onnx_ir as ir
-
-    for node in model.graph:
-        if node.op_type != "Slice" or len(node.inputs) < 4 or node.outputs[0].shape is not None:
-            continue
-        data, axes = (
-            None if v is None else constant_of(v) for v in (node.inputs[0], node.inputs[3])
-        )
-        if data is not None and axes is not None:
-            cut = {int(axis) % len(data.shape) for axis in axes.numpy().reshape(-1)}
-            sizes = [None if i in cut else int(n) for i, n in enumerate(data.shape.numpy())]
-            node.outputs[0].shape, node.outputs[0].type = ir.Shape(sizes), ir.TensorType(data.dtype)
-
-
 def is_batch_first(value: ir.Value, batch: int | str) -> bool:
     """Whether a value's first dimension is the batch and nothing else.
 

@@ -15,7 +15,7 @@ from ..bundle.fingerprint import fingerprint, judge
 from ..bundle.spec import Fingerprint, LayerSpec
 from ..errors import UsageError
 from .bank import write_bank
-from .batched import batch_of, fill_shapes
+from .batched import batch_of
 from .dense import Place
 from .edits import Edits
 from .fit import full_feeds
@@ -24,6 +24,7 @@ from .groups import Interface, Saved, group_layers, table
 from .linears import SavedSite
 from .modes import BANK, UNMERGED
 from .quantised import QuantisedLinear
+from .shapes import fill_shapes
 from .source import Array, Source, constant_of
 from .swappable import write_swappable
 

@@ -5,7 +5,7 @@ Eight sampled values say no at once; the hash (or, in another precision, the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import ml_dtypes
@@ -17,6 +17,8 @@ from .source import Array, Source, constant_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+Pick = Callable[[Array, Array], Array]
 
 _MAX_PARTS = 64
 
@@ -59,12 +61,14 @@ def matches(
     tensor = constant_of(value)
     if want.shape is None or want.fingerprint is None or tensor is None:
         return
+    pick: Pick | None = None
     for in_out in (False, True):
         outputs, inputs = reversed(shape) if in_out else shape
         if inputs != want.shape[1] or outputs < want.shape[0]:
             continue
         for start in _starts(outputs, want.shape[0], sizes):
-            if _samples_fit(source, tensor, in_out, start, want):
+            pick = pick or source.picker(tensor)
+            if _samples_fit(pick, in_out, start, want):
                 part = None if outputs == want.shape[0] else start
                 if verdict(source, tensor, in_out, part, want.shape, want) != "different":
                     yield Match(in_out, part)
@@ -102,9 +106,7 @@ def _starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
     return sorted(start for start in starts if 0 <= start <= total - size)
 
 
-def _samples_fit(
-    source: Source, tensor: ir.TensorProtocol, in_out: bool, start: int, want: Wish
-) -> bool:
+def _samples_fit(pick: Pick, in_out: bool, start: int, want: Wish) -> bool:
     if want.shape is None or want.fingerprint is None:
         return False
     outputs, inputs = want.shape
@@ -112,7 +114,7 @@ def _samples_fit(
     first, second = np.unravel_index(sample_positions(outputs * inputs), stored)
     out, into = (second, first) if want.stored_in_out else (first, second)
     out = out + start
-    got = source.pick(tensor, *((into, out) if in_out else (out, into)))
+    got = pick(*((into, out) if in_out else (out, into)))
     expected = np.frombuffer(want.fingerprint.samples, "<u2").view(ml_dtypes.bfloat16)
     with np.errstate(over="ignore"):
         rounded = got.astype(ml_dtypes.bfloat16).astype(np.float64)

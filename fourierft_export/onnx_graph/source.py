@@ -75,25 +75,32 @@ class Source:
         dtype = tensor.dtype.numpy().newbyteorder("<")
         return np.frombuffer(data, dtype).reshape(tensor.shape.numpy())
 
-    def pick(self, tensor: ir.TensorProtocol, rows: Array, columns: Array) -> Array:
-        """A few values of a matrix, without reading all of it.
+    def picker(self, tensor: ir.TensorProtocol) -> Callable[[Array, Array], Array]:
+        """A function that gives a few values of a matrix, without reading all of an external one.
 
         Args:
             tensor: two-dimensional.
-            rows, columns: int64 (k,).
+
+        Returns:
+            From rows and columns, int64 (k,), to their values (k,).
         """
         where = self.range_of(tensor)
         if where is None:
-            return np.asarray(tensor.numpy()[rows, columns])
+            matrix = tensor.numpy()  # once: each call copies it out of the message
+            return lambda rows, columns: np.asarray(matrix[rows, columns])
         dtype = tensor.dtype.numpy().newbyteorder("<")
         width = int(tensor.shape.numpy()[1])
-        fd = open_regular(where.file)
-        try:
-            starts = [where.offset + int(p) * dtype.itemsize for p in rows * width + columns]
-            pieces = [read_exactly(fd, s, s + dtype.itemsize, where.file) for s in starts]
-        finally:
-            os.close(fd)
-        return np.frombuffer(b"".join(pieces), dtype)
+
+        def pick(rows: Array, columns: Array) -> Array:
+            fd = open_regular(where.file)
+            try:
+                starts = [where.offset + int(p) * dtype.itemsize for p in rows * width + columns]
+                pieces = [read_exactly(fd, s, s + dtype.itemsize, where.file) for s in starts]
+            finally:
+                os.close(fd)
+            return np.frombuffer(b"".join(pieces), dtype)
+
+        return pick
 
 
 def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Source:

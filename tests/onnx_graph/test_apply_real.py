@@ -222,3 +222,52 @@ def test_quantised_minilm_follows_the_float_one(
     )
     assert np.abs(wanted - exact).mean() > 5 * noise
     assert np.abs(got - wanted).mean() < 1.5 * noise
+
+
+@pytest.mark.parametrize("form", ["dynamic int8", "4 bit"])
+def test_a_bank_beside_the_weights_of_a_quantised_minilm(
+    form: str,
+    minilm_exports: dict[str, Path],
+    minilm_dir: Path,
+    peft_minilm_adapter: Any,
+    tokenize: Any,
+    sst2_sentences: list[str],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """A file whose shapes ONNX Runtime's operators hide; each row as its adapter gives it alone."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    source, base, out = minilm_exports["torchscript"], tmp_path / "base.onnx", tmp_path / "out.onnx"
+    logging.disable(logging.WARNING)
+    if form == "4 bit":
+        quantiser = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=32)
+        quantiser.process()
+        quantiser.model.save_model_to_file(str(base))
+    else:
+        quantize_dynamic(source, base, weight_type=QuantType.QInt8, per_channel=True)
+    logging.disable(logging.NOTSET)
+    adapters = {
+        "one": peft_minilm_adapter(),
+        "two": peft_minilm_adapter(7, random_loc_seed=99, n_frequency=300, scaling=110.0),
+    }
+    bundles = {name: ff.from_peft(path, minilm_dir) for name, path in adapters.items()}
+    report = ff.apply_onnx(base, bundles, out, mode="bank")
+    assert len(report.layers) == 12
+    ids = [2, 0, 1]
+    inputs = {name: value.numpy() for name, value in tokenize(sst2_sentences[:3]).items()}
+    together = run(out, inputs | {"adapter_id": np.array(ids)})["logits"]
+    files = [base]
+    for name, bundle in bundles.items():
+        files.append(tmp_path / f"{name}.onnx")
+        ff.apply_onnx(base, bundle, files[-1], mode="unmerged")
+    for row, number in enumerate(ids):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        want = run(files[number], one)["logits"]
+        # Dynamic quantisation takes one range for the whole batch: there each row by itself.
+        got = together[row : row + 1]
+        if form == "dynamic int8":
+            got = run(out, one | {"adapter_id": np.array([number])})["logits"]
+        close = 1e-4 if number or form == "4 bit" else 0.03  # the base's head was dequantised
+        np.testing.assert_allclose(got, want, rtol=0, atol=close * np.abs(want).max())

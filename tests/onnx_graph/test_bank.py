@@ -16,7 +16,8 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
-from fourierft_export.onnx_graph.batched import fill_shapes, is_batch_first, leads_with_batch
+from fourierft_export.onnx_graph.batched import is_batch_first, leads_with_batch
+from fourierft_export.onnx_graph.shapes import fill_shapes
 from fourierft_export.onnx_graph.source import open_onnx
 
 NAMES = (None, "one", "two")

@@ -116,11 +116,7 @@ def hidden_of(path: Path, x: np.ndarray, pooled: bool, run: Run, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("form", "mode"),
-    [
-        *itertools.product(FORMS, ["unmerged", "swappable"]),
-        ("dynamic int8", "bank"),
-        ("QDQ", "bank"),
-    ],
+    [*itertools.product(FORMS, ["unmerged", "swappable", "bank"])],
 )
 def test_the_adapters_own_head_in_float(
     form: str,
