@@ -64,7 +64,7 @@ def inject(model: Model, config: FourierFTConfig, name: str = "default") -> Mode
 
 def base_model_name(model: nn.Module) -> str | None:
     """Name or path that transformers loaded `model` from, or None."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = getattr(getattr(original(model), "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
 
 

@@ -145,8 +145,13 @@ def layer_device(linear: nn.Module) -> torch.device:
 
 
 def to_array(tensor: Tensor) -> Array:
-    """A tensor as numpy, bit for bit; bfloat16 as ml_dtypes.bfloat16."""
-    host = tensor.detach().cpu().contiguous()
+    """A tensor as numpy, bit for bit; bfloat16 as ml_dtypes.bfloat16.
+
+    A tensor that FSDP2 spread over processes is gathered; all of them must ask for it then.
+    """
+    gather = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if gather is None else gather()
+    host = whole.detach().cpu().contiguous()
     if host.dtype == torch.bfloat16:
         return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     array: Array = host.numpy()

@@ -15,8 +15,11 @@ from .saved import AdaptedModule
 def original(module: nn.Module) -> nn.Module:
     """The base's module under any wrappers.
 
-    A layer may carry both kinds: FourierLinear outside, AdaptedModule inside.
+    A layer may carry both kinds: FourierLinear outside, AdaptedModule inside. A whole model may be
+    within DistributedDataParallel.
     """
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
     if isinstance(module, FourierLinear):
         module = module.base_layer
     return module.original if isinstance(module, AdaptedModule) else module
