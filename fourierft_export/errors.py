@@ -148,6 +148,8 @@ _EXTRA_OF = {
     "transformers": "hf",
     "accelerate": "hf",
     "datasets": "hf",
+    "pyarrow": "hf",
+    "PIL": "hf",
     "matplotlib": "report",
     "jinja2": "report",
     "dask": "dask",

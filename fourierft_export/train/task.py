@@ -53,6 +53,8 @@ class TrainingTask:
             architecture's usual ones.
         lengths: items in each training row, if rows of like length should meet in a batch; else
             None.
+        notes: what a user should know of how the rows and the model were made.
+        labels: names of the classes by id, where there are classes.
     """
 
     model: nn.Module
@@ -67,3 +69,5 @@ class TrainingTask:
     modules_to_save: tuple[str, ...] = ()
     target_modules: str | tuple[str, ...] | None = None
     lengths: Sequence[int] | None = None
+    notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
