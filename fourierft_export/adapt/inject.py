@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from .active import activate
 from .adapter import AdapterOrigin
 from .config import FourierFTConfig
-from .linear import float_weight, layer_device
+from .linear import describe, float_weight, is_linear, is_plain, layer_device
 from .saved import check_can_be_saved, own_state
 from .targets import Selection, select
 from .tree import (
@@ -107,6 +108,7 @@ def _own_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """Path -> tensors of which the adapter needs its own: whole saved modules, biases."""
     versions: dict[str, dict[str, Tensor]] = {}
+    quantised: list[str] = []
     for path, module in base_modules(model):
         base = original(module)
         saved = any(path == root or path.startswith(f"{root}.") for root in selection.saved)
@@ -119,7 +121,23 @@ def _own_tensors(
             own = {"bias": own_state(base)["bias"]}
         else:
             continue
+        if saved and _is_quantised(base):
+            quantised.append(f"{path}: {describe(base)}")
         if own:
             check_can_be_saved(path, base)
             versions[path] = own
+    if quantised:
+        raise UsageError(
+            "modules_to_save",
+            expected="modules whose parameters can learn",
+            found=f"{len(quantised)} quantised layers",
+            remedy="leave these modules out of the quantisation",
+            offenders=quantised,
+        )
     return versions
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether a linear layer has no parameters, or some that are no plain floats."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return is_linear(module) and not (own and all(map(is_plain, own)))

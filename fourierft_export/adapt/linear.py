@@ -71,12 +71,13 @@ def float_weight(linear: nn.Module) -> Tensor | None:
     if not is_common_linear(linear):
         return None
     weight = linear.weight
-    if not isinstance(weight, Tensor) or not _is_plain(weight):
+    if not isinstance(weight, Tensor) or not is_plain(weight):
         return None
     return weight
 
 
-def _is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Whether a tensor is a dense one of floats that can be computed with and trained."""
     kind = type(weight)
     # Besides the two usual types, torch's own (DTensor, the fake tensors of tracing) hold floats.
     known = kind in (Tensor, nn.Parameter) or kind.__module__.startswith("torch.")

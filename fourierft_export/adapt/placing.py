@@ -71,9 +71,12 @@ def plan_attachment(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool)
                 f"{tensor_name}: shape {list(array.shape)} expected, found {list(there.shape)}"
             )
         else:
+            value = to_tensor(array)
+            if value.is_floating_point() and not there.is_floating_point():
+                wrong.append(f"{tensor_name}: floats expected, found {there.dtype} (quantised)")
+                continue
             check_can_be_saved(path, modules[path])
-            value = to_tensor(array).to(there.device, there.dtype)
-            plan.saved.setdefault(path, {})[leaf] = value
+            plan.saved.setdefault(path, {})[leaf] = value.to(there.device, there.dtype)
     if unchecked:
         log.info(
             "%d quantised layers (%s, ...): no check was possible that the adapter belongs to them",
