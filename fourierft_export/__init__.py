@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.fuse import fuse, restore
     from fourierft_export.adapt.inject import inject
     from fourierft_export.adapt.layer import FourierLinear
+    from fourierft_export.adapt.route import route
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.merge.merge import merge_checkpoint
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
     from fourierft_export.onnx_graph.recover import recover_onnx
     from fourierft_export.onnx_graph.session import AdapterSession
     from fourierft_export.proof.validate import validate
+    from fourierft_export.train.accelerate_state import save_bundles
+    from fourierft_export.train.hf import BundleCallback
+    from fourierft_export.train.optimizer import parameter_groups
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSession",
     "Bundle",
+    "BundleCallback",
     "FourierFTConfig",
     "FourierLinear",
     "activate",
@@ -49,9 +54,12 @@ __all__ = [
     "fuse",
     "inject",
     "merge_checkpoint",
+    "parameter_groups",
     "recover_bundle",
     "recover_onnx",
     "restore",
+    "route",
+    "save_bundles",
     "to_peft",
     "validate",
     "verify_merged",
@@ -60,6 +68,7 @@ __all__ = [
 _HOMES = {
     "AdapterSession": "onnx_graph.session",
     "Bundle": "bundle.file",
+    "BundleCallback": "train.hf",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
     "activate": "adapt.active",
@@ -73,9 +82,12 @@ _HOMES = {
     "fuse": "adapt.fuse",
     "inject": "adapt.inject",
     "merge_checkpoint": "merge.merge",
+    "parameter_groups": "train.optimizer",
     "recover_bundle": "merge.recover",
     "recover_onnx": "onnx_graph.recover",
     "restore": "adapt.fuse",
+    "route": "adapt.route",
+    "save_bundles": "train.accelerate_state",
     "to_peft": "bundle.peft",
     "validate": "proof.validate",
     "verify_merged": "merge.verify",

@@ -1,0 +1,84 @@
+"""Training with accelerate and without the Trainer: `save_state` without a copy of the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..adapt.tree import adapter_names
+from ..bundle.file import SUFFIX, Bundle
+from ..errors import UsageError
+from .live import check_only_learns, refill
+from .saving import write_adapter
+
+
+@dataclass(frozen=True)
+class BundleState:
+    """What `save_bundles` has registered; `remove` takes it back."""
+
+    handles: tuple[Any, ...]
+
+    def remove(self) -> None:
+        """Let the accelerator save whole models again."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
+    """Let `accelerator.save_state` write, and `load_state` read, an adapter in its model's stead.
+
+    Call it once, before the first of them. A folder that `save_state` makes then holds
+    `NAME.fourierft.safetensors` and the optimizer's and the generators' states. Models without
+    such an adapter are saved as ever. To save the adapter alone there is
+    `ff.capture(accelerator.unwrap_model(model)).save(path)`.
+
+    Args:
+        accelerator: accelerate's; with models prepared before or after.
+        name: the adapter that is trained.
+
+    `save_state` raises UsageError if other parameters learn besides the adapter, if two models
+    have one of that name, or where accelerate breaks tensors into pieces (FSDP, DeepSpeed);
+    `load_state` raises BaseMismatchError if the bundle is of another adapter or base.
+    """
+    file = f"{name}{SUFFIX}"
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if len(weights) != len(models):
+            raise UsageError(
+                "accelerator.save_state",
+                expected="models that every process holds whole",
+                found=f"distributed type {accelerator.distributed_type}",
+                remedy="remove the hooks, and save the model in accelerate's own way",
+            )
+        for index, model in _adapted(models):
+            check_only_learns(model, name)
+            del weights[index]
+            if accelerator.is_main_process:
+                write_adapter(model, name, folder, file)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        for index, model in _adapted(models):
+            refill(model, Bundle.load(Path(folder) / file), name)
+            del models[index]
+
+    def _adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module]]:
+        plain = [accelerator.unwrap_model(model) for model in models]
+        found = [(i, model) for i, model in enumerate(plain) if name in adapter_names(model)]
+        if len(found) > 1:
+            raise UsageError(
+                "save_bundles",
+                expected=f"one model with an adapter {name!r}",
+                found=f"{len(found)} of them",
+                remedy="give the adapters names of their own, and register each",
+            )
+        return found
+
+    return BundleState(
+        (
+            accelerator.register_save_state_pre_hook(save),
+            accelerator.register_load_state_pre_hook(load),
+        )
+    )
