@@ -1,0 +1,251 @@
+"""`train_adapter`: rows and a model to a bundle that always holds the best adapter so far."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bundle.file import Bundle
+from ..checkpoint.staging import check_output
+from ..errors import UsageError
+from . import defaults
+from .adapter import continued_adapter, new_adapter
+from .held_out import with_rows_to_score
+from .interrupt import asked_to_stop
+from .optimizer import parameter_groups
+from .precision import Precision, cast_frozen_linears
+from .processes import Processes, join
+from .report import TrainReport
+from .run import Plan, Progress, Run
+from .settings import TrainSettings
+from .state import FILE, folder_of, load_state
+from .step import PEAK, Learner
+from .task import TrainingTask
+
+METRICS = "metrics.json"
+BETAS = (0.9, 0.999)
+
+
+def train_adapter(
+    task: TrainingTask,
+    out: str | os.PathLike[str],
+    settings: TrainSettings | None = None,
+    *,
+    bundle: Bundle | None = None,
+    resume: bool = False,
+    force: bool = False,
+    shard_base: bool = False,
+    allow_base_mismatch: bool = False,
+    metrics: str | os.PathLike[str] | None = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+) -> TrainReport:
+    """Train an adapter; write it as a bundle, the best by the metric so far, whenever it improves.
+
+    Beside the bundle, `OUT.train/` holds the state to resume from, `metrics.json` and `curve.png`.
+    Every file is the old one or the new one, whenever the process dies.
+
+    Args:
+        task: the model and its rows. The model is changed: it keeps the adapter, as the bundle has
+            it, and a dtype other than float32 casts its frozen linear layers.
+        out: the bundle, *.fourierft.safetensors by custom.
+        settings: how; by default the rules of `train.defaults`.
+        bundle: train this adapter further rather than a new one.
+        resume: go on with the run whose state lies beside `out`; on the CPU the result is, bit for
+            bit, that of a run that was never stopped.
+        force: replace `out` and its folder.
+        shard_base: spread the base over the processes (torchrun).
+        allow_base_mismatch: accept a `bundle` that was trained on other base weights.
+        metrics: where to write the report as JSON; by default in the folder.
+        processes: those that train together; by default the ones that torchrun's environment names.
+        progress: called with (what, done, total).
+        notes: of the rows' preparation, for the report.
+
+    Returns:
+        Scores before and after, sizes, times, curves.
+
+    Raises:
+        UsageError: settings that do not fit the model or each other; `out` exists without
+            `force`; a loss that is not finite (the bundle stays as it was).
+        BaseMismatchError: `bundle` does not belong to the model.
+        BadInputError, FileAccessError: the state to resume from, or the outputs.
+        TrainingInterrupted: Ctrl-C; a `KeyboardInterrupt` that says what was kept.
+    """
+    settings = resolved(settings or TrainSettings())
+    check_outputs(out, metrics, resume=resume, force=force)
+    owned = processes is None
+    processes = processes or join(settings.device)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_own_randomness(processes.device))
+            stack.enter_context(_threads(settings.threads))
+            stopped = stack.enter_context(asked_to_stop())
+            run = _begin(
+                task,
+                settings,
+                processes,
+                Path(out),
+                Path(metrics or folder_of(out) / METRICS),
+                bundle=bundle,
+                shard_base=shard_base,
+                allow_base_mismatch=allow_base_mismatch,
+                notes=tuple(notes),
+            )
+            processes.barrier()  # all have looked at the outputs before anyone writes
+            if resume:
+                run.take_up()
+            elif processes.is_writer:
+                run.clear()
+            return run.go(progress or _silent, stopped)
+    finally:
+        if owned:
+            processes.close()
+
+
+def resolved(settings: TrainSettings) -> TrainSettings:
+    """The settings with every default that needs no model worked out."""
+
+    def chosen(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    return replace(
+        settings,
+        epochs=None if settings.steps else chosen(settings.epochs, defaults.EPOCHS),
+        batch_size=chosen(settings.batch_size, max(defaults.BATCH_SIZE, settings.accumulate)),
+        head_learning_rate=chosen(settings.head_learning_rate, defaults.HEAD_LEARNING_RATE),
+        warmup=chosen(settings.warmup, defaults.WARMUP),
+        schedule=chosen(settings.schedule, defaults.SCHEDULE),
+        max_grad_norm=chosen(settings.max_grad_norm, defaults.MAX_GRAD_NORM),
+        init_weights=chosen(settings.init_weights, defaults.INIT_ZEROS),
+    )
+
+
+def check_outputs(
+    out: str | os.PathLike[str],
+    metrics: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Refuse outputs that exist, before anything slow begins.
+
+    Raises:
+        UsageError: the bundle, its folder or the metrics exist, with neither `resume` nor `force`;
+            or both are asked for.
+        FileAccessError: a folder to write to is missing; no state to resume from.
+    """
+    if resume and force:
+        raise UsageError(
+            "resume, force", expected="one of them", found="both", remedy="leave one out"
+        )
+    check_output(out, force=force or resume)
+    check_output(folder_of(out), force=force or resume)
+    if metrics is not None:
+        check_output(metrics, force=force or resume)
+    if resume:
+        load_state(folder_of(out) / FILE)
+
+
+def _begin(
+    task: TrainingTask,
+    settings: TrainSettings,
+    processes: Processes,
+    out: Path,
+    metrics_file: Path,
+    *,
+    bundle: Bundle | None,
+    shard_base: bool,
+    allow_base_mismatch: bool,
+    notes: tuple[str, ...],
+) -> Run:
+    """Everything up to the first step: rows, adapter, optimizer."""
+    task, told = with_rows_to_score(task, settings)
+    if settings.gradient_checkpointing:
+        _save_memory(task.model)
+    torch.manual_seed(settings.seed)
+    if bundle is None:
+        adapter = new_adapter(task, settings)
+    else:
+        adapter = continued_adapter(task, settings, bundle, allow_base_mismatch=allow_base_mismatch)
+    precision = Precision(settings.dtype, processes.device)
+    if precision.is_mixed:
+        cast_frozen_linears(task.model, precision.dtype)
+    processes.wrap(task.model, shard_base=shard_base)
+    groups = parameter_groups(
+        task.model,
+        learning_rate=settings.learning_rate,
+        head_learning_rate=settings.head_learning_rate,
+        weight_decay=settings.weight_decay,
+        spectrum_weight_decay=settings.spectrum_weight_decay,
+        same_rate=settings.layer_rates == "same",
+    )
+    for group in groups:
+        group[PEAK] = group["lr"]
+    learning = adapter.learning()
+    # One kernel per group instead of a dozen per tensor, where there is such a kernel.
+    fused = {parameter.device.type for parameter in learning.values()} <= {"cpu", "cuda"}
+    learner = Learner(
+        model=task.model,
+        task=task,
+        optimizer=torch.optim.AdamW(groups, betas=BETAS, fused=fused),
+        learning=learning,
+        processes=processes,
+        precision=precision,
+        accumulate=settings.accumulate,
+        max_grad_norm=settings.max_grad_norm or 0.0,
+        seed=settings.seed,
+    )
+    batch = settings.batch_size or defaults.BATCH_SIZE
+    per_epoch = math.ceil(len(task.train) / batch)
+    steps = settings.steps or max(1, round((settings.epochs or 1) * per_epoch))
+    plan = Plan(batch, per_epoch, steps, settings.eval_every or per_epoch)
+    return Run(task, settings, adapter, learner, plan, out, metrics_file, (*notes, *told))
+
+
+def _save_memory(model: torch.nn.Module) -> None:
+    """Turn on gradient checkpointing.
+
+    Raises:
+        UsageError: the model does not offer it.
+    """
+    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise UsageError(
+            "gradient_checkpointing",
+            expected="a model with gradient_checkpointing_enable(), as those of transformers",
+            found=type(model).__name__,
+            remedy="leave the option out; --accumulate saves memory with any model",
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave torch's global generators as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""
