@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import UsageError
-from .tree import adapted_modules, check_known, fourier_layers, is_fused
+from .tree import adapted_modules, check_known, check_not_routed, fourier_layers, is_fused
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,7 +26,7 @@ def activate(model: Model, names: str | Sequence[str]) -> Model:
 
     Raises:
         UsageError: an unknown name or a name twice; two adapters that bring their own version of
-            one module (a head, a bias); the model is fused.
+            one module (a head, a bias); the model is fused, or a `route` block is open.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     check_known(model, wanted)
@@ -34,6 +34,7 @@ def activate(model: Model, names: str | Sequence[str]) -> Model:
         raise UsageError("activate", expected="every adapter once", found=", ".join(wanted))
     if is_fused(model):
         raise UsageError("activate", found="a model that is fused", remedy="call restore first")
+    check_not_routed(model, "activate")
     _check_versions(model, wanted)
     for layer in fourier_layers(model).values():
         layer.active = tuple(name for name in wanted if name in layer.adapters)
@@ -60,6 +61,20 @@ def update_learning(model: nn.Module) -> None:
             for tensor in version.own_tensors().values():
                 if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                     tensor.requires_grad_(version.trainable and name == module.active)
+
+
+def let_learn(model: nn.Module, names: Sequence[str]) -> None:
+    """Let what is trainable of these adapters learn, too, until the next `update_learning`."""
+    for layer in fourier_layers(model).values():
+        for name in names:
+            if name in layer.adapters and layer.adapter(name).trainable:
+                layer.adapter(name).spectrum.requires_grad_()
+    for module in adapted_modules(model).values():
+        for name in names:
+            if name in module.versions and module.version(name).trainable:
+                for tensor in module.version(name).own_tensors().values():
+                    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                        tensor.requires_grad_()
 
 
 def _check_versions(model: nn.Module, wanted: Sequence[str]) -> None:

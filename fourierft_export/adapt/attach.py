@@ -32,6 +32,7 @@ from .tree import (
     base_modules,
     check_known,
     check_new_name,
+    check_not_routed,
     ensure_adapted,
     ensure_fourier,
     fourier_layers,
@@ -113,10 +114,12 @@ def detach(model: Model, name: str | None = None) -> Model:
         The same model.
 
     Raises:
-        UsageError: no adapter of that name; or the model is fused and others would stay.
+        UsageError: no adapter of that name; the model is fused and others would stay; a `route`
+            block is open.
     """
     if name is not None:
         check_known(model, [name])
+    check_not_routed(model, "detach")
     gone = adapter_names(model) if name is None else (name,)
     left = [n for n in active_adapters(model) if n not in gone]
     if is_fused(model) and set(gone) != set(adapter_names(model)):

@@ -7,6 +7,8 @@ module in one mapping by adapter name, and `active` says which of them count now
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
 from .adapter import AdapterOrigin, Entries, LayerAdapter
+from .beside import check_answer, warn_if_gradients_stop
 from .linear import (
     float_weight,
     is_conv1d,
@@ -23,7 +26,11 @@ from .linear import (
     layer_shape,
     stored_weight,
 )
+from .mixed import MixedTensor
 from .saved import AdaptedModule
+
+if TYPE_CHECKING:
+    from .rows import Routing
 
 
 class FourierLinear(nn.Module):
@@ -39,6 +46,7 @@ class FourierLinear(nn.Module):
         adapters: adapter name -> `LayerAdapter`.
         active: names of the adapters that count, of those that this layer has.
         fused_weight: W + delta_W as `fuse` left it, or None.
+        routing: the `route` blocks around the layer; None if there never was one.
 
     Raises:
         UsageError: `base_layer` is of another type.
@@ -60,7 +68,9 @@ class FourierLinear(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self._gradient_tried = False
         self.register_buffer("fused_weight", None, persistent=False)
+        self.routing: Routing | None = None
         self.train(base_layer.training)
 
     @property
@@ -82,18 +92,23 @@ class FourierLinear(nn.Module):
         them: the output projection of `nn.MultiheadAttention`, and all of
         `nn.TransformerEncoderLayer` when no gradients are asked for.
 
+        Within `route`, where each row has its own, it is a stand-in that refuses to be used.
+
         Raises:
             UsageError: an adapter is active and the base has no plain float weight to add to.
         """
+        if self.routing is not None and self.routing.now is not None:
+            mixed: Tensor = self.routing.now.weight(self)
+            return mixed
         return self.effective_weight()
 
     @property
     def bias(self) -> Tensor | None:
         """The bias in use."""
-        bias = getattr(self.linear, "bias", None)
+        bias = getattr(self.base_layer, "bias", None)
         if callable(bias) and not isinstance(bias, Tensor):  # torch's own quantised layers
             bias = bias()
-        return bias if isinstance(bias, Tensor) else None
+        return cast(Tensor, bias) if isinstance(bias, Tensor | MixedTensor) else None
 
     def adapter(self, name: str) -> LayerAdapter:
         """The layer's share of adapter `name`; KeyError if it has none."""
@@ -179,6 +194,9 @@ class FourierLinear(nn.Module):
         Returns:
             (..., out_features), of the dtype that the base layer gives.
         """
+        if self.routing is not None and (rows := self.routing.current(self)) is not None:
+            routed: Tensor = rows.linear(self, x)
+            return routed
         if self.fused_weight is not None:
             return self._apply_weight(x, self.fused_weight)
         if not self.active:
@@ -187,7 +205,7 @@ class FourierLinear(nn.Module):
         dense = self._form(x) == "dense"
         if dense and self._adds_up_exactly(x):
             return self._apply_weight(x, self.effective_weight())
-        result = self.base_layer(x)
+        result = self.base_output(x)
         dtype = result.dtype
         if not dense:
             for name in self.active:
@@ -199,6 +217,21 @@ class FourierLinear(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(delta.dtype)
         return (result + F.linear(x, delta)).to(dtype)
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """The base layer's answer, checked where the layer is not one of the two known types.
+
+        Raises:
+            UsageError: it is not one float tensor (..., out_features).
+        """
+        result: Tensor = self.base_layer(x)
+        if float_weight(self.linear) is None:
+            check_answer(self.linear, result, self.out_features)
+            learns = torch.is_grad_enabled() and x.requires_grad
+            if learns and not self._gradient_tried and not torch.compiler.is_compiling():
+                self._gradient_tried = True
+                warn_if_gradients_stop(self.base_layer, x)
+        return result
 
     def _form(self, x: Tensor) -> str:
         """The form to use, token or dense; a graph exported for any number of rows gets dense."""

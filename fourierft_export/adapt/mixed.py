@@ -30,8 +30,8 @@ class MixedTensor:
     @classmethod
     def __torch_function__(
         cls,
-        func: Any,  # noqa: ARG003
-        types: Any,  # noqa: ARG003
+        func: Any,
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:

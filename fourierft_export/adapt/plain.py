@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .fuse import merged_weights
 from .layer import FourierLinear
 from .saved import AdaptedModule
-from .tree import base_modules, fourier_layers, put
+from .tree import base_modules, check_not_routed, fourier_layers, put
 
 
 @contextmanager
@@ -45,7 +45,11 @@ def swapped_layers(
 
     Yields:
         Path -> what was built.
+
+    Raises:
+        UsageError: a `route` block is open.
     """
+    check_not_routed(model, "plain modules")
     wrappers = {
         path: module
         for path, module in base_modules(model)

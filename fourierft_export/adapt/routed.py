@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..spectral import torch_ops
 from ..spectral.cost import choose_rows_form
-from .rows import Names, Rows, in_order, marked
 
 if TYPE_CHECKING:
     from .layer import FourierLinear
+    from .rows import Names, Rows
     from .saved import AdaptedModule
 
 
@@ -144,3 +145,38 @@ def _refuse_export(rows: Rows) -> None:
             found="one that is exported",
             remedy="leave the block; export_onnx(mode='bank') takes adapters row by row",
         )
+
+
+def marked(result: Tensor, rows: Rows) -> Tensor:
+    """`result`, with the routing on record in its graph.
+
+    Where a checkpointed region was run again under another routing, torch finds that the tensors
+    it saved have other sizes, and raises its CheckpointError instead of giving wrong gradients.
+    """
+    if not torch.is_grad_enabled() or not result.requires_grad:
+        return result
+    with_mark: Tensor = _Mark.apply(result, rows.content)  # type: ignore[no-untyped-call]
+    return with_mark
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; saves an empty tensor whose size is the routing's number."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, content: int) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0, content))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.BackwardCFunction,
+        *grads: Tensor,
+    ) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors
+        return grads[0], None
+
+
+def in_order(parts: Iterable[Tensor], places: Iterable[Tensor]) -> Tensor:
+    """Rows of `parts`, put where `places` (which are every row once) say."""
+    order = torch.cat(list(places))
+    return torch.cat(list(parts)).index_select(0, order.argsort())

@@ -5,13 +5,19 @@ Only `route` imports this: a model that is never routed pays for none of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .mixed import MixedTensor
+from .routed import routed_linear, routed_module
+
+if TYPE_CHECKING:
+    from .layer import FourierLinear
+    from .saved import AdaptedModule
 
 Names = tuple[str | None, ...]
 
@@ -68,6 +74,29 @@ class Rows:
             }
         return self._places[key]
 
+    def linear(self, layer: FourierLinear, x: Tensor) -> Tensor:
+        """`routed.routed_linear` of `layer`."""
+        result: Tensor = routed_linear(layer, x, self)
+        return result
+
+    def module(self, module: AdaptedModule, args: Any, kwargs: Any) -> Any:
+        """`routed.routed_module` of `module`."""
+        return routed_module(module, self, args, kwargs)
+
+    def weight(self, layer: FourierLinear) -> Any:
+        """The weight of `layer`: the base's, or a stand-in where rows have their own."""
+        weight: Any = layer.base_layer.weight
+        return MixedTensor(weight, self.where) if any(self.names) else weight
+
+    def attribute(self, module: AdaptedModule, name: str) -> Any:
+        """An attribute of the modules that answer; a stand-in for a tensor that differs."""
+        names = set(self.names)
+        if len(names) == 1:
+            return getattr(module.under(self.names[0]), name)
+        value = getattr(module.original, name)
+        own = any(n is not None and name in module.version(n).own for n in names)
+        return MixedTensor(value, self.where) if own else value
+
     @property
     def content(self) -> int:
         """A number below 2^31 that tells routings apart."""
@@ -90,49 +119,16 @@ class Routing:
         self.latest: Rows | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def current(self) -> Rows | None:
-        """The rows that the pass which begins now must use."""
+    def current(self, module: FourierLinear | AdaptedModule) -> Rows | None:
+        """The rows that the pass of `module` which begins now must use."""
         if _in_backward():
             return self.latest
         self.latest = self.now
+        if self.now is None:
+            module.routing = None  # from here on as if there never was a block
         return self.now
 
 
 def _in_backward() -> bool:
     task: int = torch._C._current_graph_task_id()
     return task != -1
-
-
-def marked(result: Tensor, rows: Rows) -> Tensor:
-    """`result`, with the routing on record in its graph.
-
-    Where a checkpointed region was run again under another routing, torch finds that the tensors
-    it saved have other sizes, and raises its CheckpointError instead of giving wrong gradients.
-    """
-    if not torch.is_grad_enabled() or not result.requires_grad:
-        return result
-    with_mark: Tensor = _Mark.apply(result, rows.content)  # type: ignore[no-untyped-call]
-    return with_mark
-
-
-class _Mark(torch.autograd.Function):
-    """The identity; saves an empty tensor whose size is the routing's number."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, content: int) -> Tensor:
-        ctx.save_for_backward(x.new_empty(0, content))
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.BackwardCFunction,  # type: ignore[override]
-        *grads: Tensor,
-    ) -> tuple[Tensor, None]:
-        _ = ctx.saved_tensors
-        return grads[0], None
-
-
-def in_order(parts: Iterable[Tensor], places: Iterable[Tensor]) -> Tensor:
-    """Rows of `parts`, put where `places` (which are every row once) say."""
-    order = torch.cat(list(places))
-    return torch.cat(list(parts)).index_select(0, order.argsort())

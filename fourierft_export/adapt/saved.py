@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .rows import Routing
 
 
 class Version(nn.Module):
@@ -62,6 +65,7 @@ class AdaptedModule(nn.Module):
     Attributes:
         versions: adapter name -> `Version`.
         active: the adapter whose version is in use, or None for the original.
+        routing: the `route` blocks around the module; None if there never was one.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -69,12 +73,17 @@ class AdaptedModule(nn.Module):
         self.original = original
         self.versions = nn.ModuleDict()
         self.active: str | None = None
+        self.routing: Routing | None = None
         self.train(original.training)
 
     @property
     def chosen(self) -> nn.Module:
         """The module in use: the active version, or the original."""
-        return self.original if self.active is None else self.version(self.active).module
+        return self.under(self.active)
+
+    def under(self, name: str | None) -> nn.Module:
+        """The module that answers under adapter `name`; the original under None."""
+        return self.original if name is None else self.version(name).module
 
     def version(self, name: str) -> Version:
         """Adapter `name`'s version; KeyError if it has none."""
@@ -88,7 +97,9 @@ class AdaptedModule(nn.Module):
         self.versions[name] = Version(self.original, own, trainable).train(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the chosen module answers."""
+        """What the chosen module answers; within `route`, each row's own version."""
+        if self.routing is not None and (rows := self.routing.current(self)) is not None:
+            return rows.module(self, args, kwargs)
         return self.chosen(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -98,6 +109,9 @@ class AdaptedModule(nn.Module):
             modules = self.__dict__.get("_modules", {})
             if "original" not in modules or "versions" not in modules:
                 raise
+            routing = self.__dict__.get("routing")
+            if routing is not None and routing.now is not None:
+                return routing.now.attribute(self, name)
             return getattr(self.chosen, name)
 
 

@@ -120,6 +120,15 @@ def is_fused(model: nn.Module) -> bool:
     return any(layer.fused_weight is not None for layer in fourier_layers(model).values())
 
 
+def check_not_routed(model: nn.Module, where: str) -> None:
+    """Raise UsageError within `route`: its rows refer to the adapters as they were."""
+    routings = [m.routing for m in fourier_layers(model).values()]
+    if any(routing is not None and routing.now is not None for routing in routings):
+        raise UsageError(
+            where, found="a model within a route block", remedy="leave the block first"
+        )
+
+
 def check_known(model: nn.Module, names: Iterable[str]) -> None:
     """Raise UsageError for names that no adapter on `model` has, with the ones that there are."""
     known = adapter_names(model)
@@ -151,6 +160,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise UsageError(
             f"adapter {name!r}", found="a model that is fused", remedy="call restore first"
         )
+    check_not_routed(model, f"adapter {name!r}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ the choice is from the best.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import log2
 
@@ -118,6 +118,24 @@ def choose_form(rows: int, shape: tuple[int, int], n_frequency: int, training: b
         return _forced["form"]
     costs = form_costs(rows, shape, n_frequency, training)
     return "token" if costs["token"] <= costs["dense"] else "dense"
+
+
+def choose_rows_form(
+    rows: Sequence[int], shape: tuple[int, int], n_frequency: int, training: bool = False
+) -> str:
+    """How to apply several adapters that share entries, each to its own tokens.
+
+    The token form takes all of them in one product; the dense form builds each delta_W.
+
+    Args:
+        rows: tokens of each adapter.
+        shape, n_frequency, training: as for `choose_form`.
+    """
+    if "form" in _forced:
+        return _forced["form"]
+    token = form_costs(sum(rows), shape, n_frequency, training)["token"]
+    dense = sum(form_costs(own, shape, n_frequency, training)["dense"] for own in rows)
+    return "token" if token <= dense else "dense"
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""Several adapters in one batch: row i goes through adapter names[i]."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from .active import let_learn
+from .layer import FourierLinear
+from .rows import Names, Routing, Rows
+from .saved import AdaptedModule, own_state
+from .tree import (
+    adapted_modules,
+    base_modules,
+    check_known,
+    fourier_layers,
+    is_fused,
+    original,
+)
+
+
+@contextmanager
+def route(
+    model: nn.Module, names: Sequence[str | None], *, num_beams: int = 1
+) -> Iterator[nn.Module]:
+    """Within the block, row i of every batch uses adapter `names[i]`: spectra, head and biases.
+
+    Each row gets what it would get alone under `activate(model, names[i])`, whatever the seeds,
+    sizes, scalings and dtypes of the adapters; which ones are active does not matter meanwhile,
+    and is as it was afterwards. Adapters of one seed and n share one product per layer.
+
+    Rows are the first dimension of what each adapted module gets. Refused, rather than guessed:
+    modules that get another number of rows, such as rows and tokens flattened into one dimension;
+    `nn.TransformerEncoderLayer` and its like with `batch_first=False`; modules whose weights are
+    read and never called. A model of your own that has the batch second is recognised only while
+    that dimension differs from the number of rows.
+
+    Training: gradients reach every trainable adapter among `names`, also when `backward` is
+    called after the block; those adapters keep asking for gradients until the next `activate`.
+    Under gradient checkpointing a module's second run uses the rows of its latest first run; with
+    another forward pass in between, torch's non-reentrant checkpointing raises its
+    CheckpointError, while the reentrant one cannot notice.
+
+    Blocks nest; the inner one counts. One thread may route a model at a time. `torch.compile`
+    leaves routed layers out of its graphs.
+
+    Args:
+        model: a model with adapters.
+        names: one for each row; None is the base.
+        num_beams: also accept batches with each row repeated so many times, as `generate` makes
+            them for beam search (give it its num_return_sequences when it samples several).
+
+    Yields:
+        The model.
+
+    Raises:
+        UsageError: an unknown name or none at all; adapters whose heads differ in shape; the
+            model is fused, or routed by another thread; while the model runs, a batch with
+            another number of rows.
+    """
+    rows = _checked(model, names, num_beams)
+    plans: list[tuple[FourierLinear | AdaptedModule, Rows]] = []
+    for path, layer in fourier_layers(model).items():
+        known = _known(rows, layer.adapters)
+        plans.append((layer, _rows(path, known, num_beams, _groups(layer, known))))
+    for path, module in adapted_modules(model).items():
+        known = _known(rows, module.versions)
+        plans.append((module, _rows(path, known, num_beams)))
+    outer = []
+    for holder, plan in plans:
+        routing = holder.routing = holder.routing or Routing()
+        outer.append((routing, routing.now))
+        routing.now = plan
+    try:
+        if torch.is_grad_enabled():
+            let_learn(model, [name for name in rows if name is not None])
+        yield model
+    finally:
+        for routing, before in outer:
+            routing.now = before
+
+
+def _rows(
+    path: str, known: Names, num_beams: int, groups: tuple[tuple[str, ...], ...] = ()
+) -> Rows:
+    return Rows(path or "(the model)", known, groups, num_beams, threading.get_ident())
+
+
+def _known(rows: Iterable[str | None], there: nn.ModuleDict) -> Names:
+    """`rows` with None for adapters that are not `there`."""
+    return tuple(name if name is not None and name in there else None for name in rows)
+
+
+def _groups(layer: FourierLinear, known: Names) -> tuple[tuple[str, ...], ...]:
+    """The adapters that count at `layer`, those together that share entries and precision."""
+    groups: dict[tuple[bytes, bool], list[str]] = {}
+    for name in dict.fromkeys(known):
+        if name is not None:
+            adapter = layer.adapter(name)
+            wide = adapter.spectrum.dtype == torch.float64
+            groups.setdefault((adapter.host_entries.tobytes(), wide), []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+def _checked(model: nn.Module, names: Sequence[str | None], num_beams: int) -> Names:
+    """`names` as a tuple.
+
+    Raises:
+        UsageError: as for `route`.
+    """
+    if isinstance(names, str) or not names:
+        raise UsageError(
+            "route",
+            expected="an adapter's name, or None, for each row of the batch",
+            found=repr(names),
+        )
+    if num_beams < 1:
+        raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
+    rows = tuple(names)
+    check_known(model, dict.fromkeys(name for name in rows if name is not None))
+    if is_fused(model):
+        raise UsageError("route", found="a model that is fused", remedy="call restore first")
+    routings = [layer.routing for layer in fourier_layers(model).values()]
+    others = {r.now.thread for r in routings if r is not None and r.now is not None}
+    if others - {threading.get_ident()}:
+        raise UsageError(
+            "route",
+            found="a model that another thread is routing",
+            remedy="route in one thread at a time, or give each thread a copy of the model",
+        )
+    _check_heads(model, rows)
+    _check_batch_first(model, rows)
+    return rows
+
+
+def _check_heads(model: nn.Module, rows: Names) -> None:
+    """Answers of one shape only: those of a batch are stacked."""
+    unlike = []
+    for path, module in adapted_modules(model).items():
+        users: dict[str | None, str] = {}  # version -> who uses it
+        for name, version in zip(rows, _known(rows, module.versions), strict=True):
+            users.setdefault(version, str(name))
+        shapes = {
+            user: {leaf: list(t.shape) for leaf, t in own_state(module.under(version)).items()}
+            for version, user in users.items()
+        }
+        for (one, mine), (other, its) in pairwise(shapes.items()):
+            unlike += [
+                f"{path}.{leaf}: {one} has {mine[leaf]}, {other} {its.get(leaf)}"
+                for leaf in mine
+                if mine[leaf] != its.get(leaf)
+            ]
+    if unlike:
+        raise UsageError(
+            "route",
+            expected="adapters whose answers have one shape, to be stacked in one batch",
+            found=f"{len(unlike)} tensors of different shapes",
+            remedy="run these adapters in batches of their own",
+            offenders=unlike,
+        )
+
+
+def _check_batch_first(model: nn.Module, rows: Names) -> None:
+    """Layers of torch itself say where their batch is."""
+    routed = [
+        path
+        for path, layer in fourier_layers(model).items()
+        if not set(rows).isdisjoint(layer.adapters)
+    ]
+    routed += [
+        path
+        for path, module in adapted_modules(model).items()
+        if not set(rows).isdisjoint(module.versions)
+    ]
+    second = [path for path, module in base_modules(model) if _has_batch_second(original(module))]
+    wrong = [p for p in dict.fromkeys(routed) if any(p.startswith(f"{s}.") for s in second)]
+    if wrong:
+        raise UsageError(
+            "route",
+            expected="layers that get the batch in the first dimension",
+            found=f"{len(wrong)} within torch layers with batch_first=False",
+            remedy="build these with batch_first=True",
+            offenders=wrong,
+        )
+
+
+def _has_batch_second(module: nn.Module) -> bool:
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    return isinstance(module, nn.MultiheadAttention) and not module.batch_first
