@@ -11,6 +11,7 @@ buys nothing at this size. The same all-reduce serves a model whose base is shar
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..errors import FourierFTError, UsageError
+from .shard import shard
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,7 +64,7 @@ class Processes:
             The same model; there is no wrapper.
 
         Raises:
-            UsageError: `shard_base` in a lone process.
+            UsageError: `shard_base` in a lone process; other models in other processes.
         """
         if shard_base and self.world == 1:
             raise UsageError(
@@ -70,12 +73,50 @@ class Processes:
                 found="one",
                 remedy="start it with torchrun --nproc-per-node 2, or leave the option out",
             )
+        if self.world == 1:
+            return model.to(self.device)
+        if shard_base:
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            shard(model, mesh, self.device, self.level)
+            return model
         model.to(self.device)
-        if self.world > 1:
-            for tensor in (*model.parameters(), *model.buffers()):
-                with self._together():
-                    distributed.broadcast(tensor.detach(), WRITER)
+        self.level((*model.parameters(), *model.buffers()))
         return model
+
+    def level(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the writer's values, in place.
+
+        Only what differs travels: processes on one machine that mapped one file go on sharing it.
+
+        Args:
+            tensors: of the same shapes and dtypes, in the same order, everywhere.
+
+        Raises:
+            UsageError: they are not.
+        """
+        mine = [tensor.detach() for tensor in tensors]
+        facts = repr([(tuple(tensor.shape), tensor.dtype) for tensor in mine])
+        if self._differs(torch.tensor([zlib.crc32(facts.encode())])).any():
+            raise UsageError(
+                f"process {self.rank} of {self.world}",
+                expected="the same model in every process",
+                found="tensors of other names, shapes or dtypes",
+                remedy="give every process the same files and options",
+            )
+        differs = self._differs(torch.tensor([_checksum(tensor) for tensor in mine]))
+        for tensor, travels in zip(mine, differs.tolist(), strict=True):
+            if travels:
+                dense = tensor.contiguous()
+                with self._together():
+                    distributed.broadcast(dense, WRITER)
+                tensor.copy_(dense)
+
+    def _differs(self, numbers: Tensor) -> Tensor:
+        """Where anybody's numbers are not the writer's: bool, of their shape."""
+        writers = numbers.clone()
+        with self._together():
+            distributed.broadcast(writers, WRITER)
+        return self.sum((numbers != writers).int()) > 0
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes, in one message.
@@ -132,8 +173,8 @@ class Processes:
             raise FourierFTError(
                 f"process {self.rank} of {self.world}",
                 expected="all processes to go on together",
-                found=f"another one has ended ({str(error).strip().splitlines()[0]})",
-                remedy="what was saved last is intact; see what that one said, then resume",
+                found=f"that another one is gone: {(str(error).splitlines() or [''])[0]}",
+                remedy="what was saved last is intact; see what the other one said, then resume",
             ) from error
 
 
@@ -163,6 +204,14 @@ def join(device: str | None = None) -> Processes:
             torch.cuda.set_device(place)
         distributed.init_process_group(backend, rank=rank, world_size=world)
     return Processes(rank, world, place, owned)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """A sum over the bits of a tensor, as int64 with overflow."""
+    flat = tensor.contiguous().view(-1)
+    size = flat.numel() * flat.element_size()
+    word = torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
+    return int(flat.view(torch.uint8).view(word).sum(dtype=torch.int64))
 
 
 def _number(name: str) -> int | None:
