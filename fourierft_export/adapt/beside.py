@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .linear import describe
 
 
 def check_answer(layer: nn.Module, answer: Any, out_features: int) -> None:
@@ -36,14 +37,14 @@ def check_answer(layer: nn.Module, answer: Any, out_features: int) -> None:
 
 
 def warn_if_gradients_stop(layer: nn.Module, x: Tensor) -> None:
-    """Tell, once per type of layer, when gradients do not reach the layer's input.
+    """Warn when gradients do not reach the layer's input.
 
     The layer is run once more for it, forward and backward, on `x`.
     """
     if _passes_gradients(layer, x):
         return
     warnings.warn(
-        f"{type(layer).__name__}: no gradient passes through this layer. What lies before it "
+        f"{describe(layer)}: no gradient passes through this layer. What lies before it "
         "learns only through the adapter beside it; use weight-only quantisation to train, or "
         "adapt the last layers alone.",
         RuntimeWarning,

@@ -1,0 +1,451 @@
+"""Any module that maps in_features to out_features carries an adapter beside it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fourierft_export import (
+    Bundle,
+    FourierFTConfig,
+    FourierLinear,
+    attach,
+    capture,
+    detach,
+    fuse,
+    inject,
+    merge_checkpoint,
+)
+from fourierft_export.adapt.active import activate
+from fourierft_export.adapt.plain import plain_modules
+from fourierft_export.adapt.tree import fourier_layers
+from fourierft_export.errors import UsageError
+from fourierft_export.spectral import cost
+
+
+class Ternary(nn.Module):
+    """A user's own layer: signs of the weight in int8, one scale per row. Gradients pass."""
+
+    signs: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().mean(1))
+        self.register_buffer("signs", (weight / self.scale[:, None]).round().clamp(-1, 1).char())
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    def float_weight(self) -> Tensor:
+        return self.signs * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.float_weight().to(x.dtype), self.bias.to(x.dtype))
+
+
+def dynamic_int8(linear: nn.Linear) -> nn.Module:
+    """torch's own quantised layer: no parameters, weight and bias are methods, no gradients."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear})
+    return module[0]
+
+
+def float_values(base: nn.Module) -> Tensor:
+    """W as the layer computes with it, in float64."""
+    if isinstance(base, Ternary):
+        return base.float_weight().double()
+    return base.weight().dequantize().double()
+
+
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"own": Ternary, "dynamic": dynamic_int8}
+
+
+def float64_delta(layer: FourierLinear) -> Tensor:
+    """Sum of the active adapters' delta_W by the definition (arXiv 2405.03003, equation 3)."""
+    rows, columns = layer.shape
+    total = np.zeros(layer.shape)
+    p, q = np.arange(rows)[:, None], np.arange(columns)[None, :]
+    for name in layer.active:
+        adapter = layer.adapter(name)
+        generator = torch.Generator().manual_seed(adapter.origin.seed)
+        places = torch.randperm(rows * columns, generator=generator)[: adapter.n_frequency].tolist()
+        for c, place in zip(adapter.spectrum.double().tolist(), places, strict=True):
+            u, v = divmod(place, columns)
+            total += (
+                c
+                * np.cos(2 * np.pi * (u * p / rows + v * q / columns))
+                * (adapter.origin.scaling / (rows * columns))
+            )
+    return torch.from_numpy(total)
+
+
+class Net(nn.Module):
+    """Two layers: the first as given, the second a plain one."""
+
+    def __init__(self, kind: str | None, hidden: int = 20) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        first = nn.Linear(12, hidden)
+        self.first: nn.Module = first if kind is None else KINDS[kind](first)
+        self.last = nn.Linear(hidden, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.relu(self.first(x)))
+        return out
+
+
+FIELDS: dict[str, Any] = {"n_frequency": 30, "scaling": 40.0, "target_modules": ["first"]}
+
+
+def adapted(kind: str | None, **fields: Any) -> Net:
+    model = Net(kind)
+    torch.manual_seed(1)
+    return inject(model, FourierFTConfig(**(FIELDS | fields)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", cost.FORMS)
+@pytest.mark.parametrize("leading", [(5,), (2, 3)])
+def test_output_is_the_bases_plus_the_change(
+    kind: str, form: str, leading: tuple[int, ...]
+) -> None:
+    model = adapted(kind)
+    layer = fourier_layers(model)["first"]
+    assert (layer.in_features, layer.out_features) == (12, 20)
+    assert layer.adapter("default").spectrum.dtype == torch.float32
+    x = torch.randn(*leading, 12)
+    base = layer.base_layer(x)
+    with cost.force(form=form):
+        found = layer(x)
+    expected = base.double() + x.double() @ float64_delta(layer).T
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
+    if kind == "own":
+        whole = x.double() @ (float_values(layer.base_layer) + float64_delta(layer)).T
+        bias = layer.bias
+        assert bias is not None
+        torch.testing.assert_close(found.double(), whole + bias.double(), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("form", cost.FORMS)
+def test_gradients_pass_through_the_base(form: str) -> None:
+    """The plain layer with the same float weight is what gradients are compared with."""
+    model = adapted("own")
+    layer = fourier_layers(model)["first"]
+    twin = adapted(None)
+    inner = fourier_layers(twin)["first"].base_layer
+    with torch.no_grad():
+        inner.weight.copy_(layer.base_layer.float_weight())
+    grads = []
+    for net in (model, twin):
+        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with cost.force(form=form):
+            net(x).square().sum().backward()
+        spectrum = fourier_layers(net)["first"].adapter("default").spectrum
+        grads.append((x.grad, spectrum.grad))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(p.grad is None for n, p in model.named_parameters() if "spectrum" not in n)
+
+
+def test_autocast_and_low_precision() -> None:
+    model = adapted("own")
+    layer = fourier_layers(model)["first"]
+    x = torch.randn(6, 12)
+    exact = x.double() @ (float_values(layer.base_layer) + float64_delta(layer)).T
+    exact += layer.base_layer.bias.double()
+    bound = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        assert found.dtype == layer.base_layer(x).dtype
+    assert (found.double() - exact).abs().max() <= bound
+    half = layer(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_needs_a_weight_is_refused(kind: str) -> None:
+    model = adapted(kind)
+    x = torch.randn(3, 12)
+    before = model(x)
+    with pytest.raises(UsageError, match="checkpoint") as caught:
+        fuse(model)
+    assert [line.split(":")[0] for line in caught.value.offenders] == ["first"]
+    with pytest.raises(UsageError) as caught, plain_modules(model):
+        pass
+    assert [line.split(":")[0] for line in caught.value.offenders] == ["first"]
+    with pytest.raises(UsageError, match="float"):
+        _ = fourier_layers(model)["first"].weight
+    assert torch.equal(model(x), before)
+
+
+def test_fuse_names_the_quantised_layers_only() -> None:
+    model = adapted("own", target_modules=["first", "last"])
+    activate(model, [])
+    with pytest.raises(UsageError) as caught:
+        fuse(model, "default")
+    assert len(caught.value.offenders) == 1
+    assert "Ternary" in caught.value.offenders[0]
+    assert all(layer.active == () for layer in fourier_layers(model).values())
+    inject(model, FourierFTConfig(**(FIELDS | {"target_modules": ["last"]})), "other")
+    fuse(model, "other")  # touches nothing that is quantised
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bundles_copies_and_detaching(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind)
+    x = torch.randn(4, 12)
+    expected = model(x)
+    bundle = Bundle.load(capture(model).save(tmp_path / "a.fourierft.safetensors"))
+    assert bundle.is_bound
+    assert [(m.shape, m.fingerprint) for m in bundle.layers] == [((20, 12), None)]
+    assert torch.equal(attach(Net(kind), bundle)(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    other = adapted(kind, random_loc_seed=777)
+    with torch.no_grad():
+        fourier_layers(other)["first"].adapter("default").spectrum.zero_()
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), expected)
+    base = Net(kind)
+    first = base.first
+    plain = base(x)
+    detach(attach(base, bundle))
+    assert base.first is first
+    assert torch.equal(base(x), plain)
+
+
+def test_a_float_bundle_on_a_quantised_base_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    bundle = capture(adapted(None))
+    assert bundle.layers[0].fingerprint is not None
+    with caplog.at_level(logging.INFO):
+        model = attach(Net("own"), bundle)
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 quantised layers (first, ...): no check was possible that the adapter belongs to them"
+    ]
+    layer = fourier_layers(model)["first"]
+    assert capture(model).layers[0].shape == (20, 12)
+    torch.testing.assert_close(
+        layer.delta_weight().double(), float64_delta(layer), rtol=1e-5, atol=1e-6
+    )
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.from_numpy(data.data / 16).float(), torch.from_numpy(data.target)
+
+
+class Digits(nn.Module):
+    """A perceptron on 8 x 8 digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96)
+        self.last = nn.Linear(96, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.relu(self.first(x)))
+        return out
+
+
+def fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> list[float]:
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return (model(x).argmax(1) == y).double().mean().item()
+
+
+def test_trained_on_a_quantised_base_merged_into_the_float_one(tmp_path: Path) -> None:
+    """Transposed digits, which the base cannot read, learned beside an 8 bit layer."""
+    x, y = digits()
+    torch.manual_seed(0)
+    base = Digits()
+    fit(base, x[:1200], y[:1200], 60, 1e-2)
+    turned = x.reshape(-1, 8, 8).transpose(1, 2).reshape(-1, 64)
+    assert accuracy(base, x[1200:], y[1200:]) > 0.85
+    assert accuracy(base, turned[1200:], y[1200:]) < 0.2
+
+    quantised = copy.deepcopy(base)
+    quantised.first = EightBit(base.first)
+    fields = {"scaling": 400.0, "target_modules": ["first"], "init_weights": True}
+    inject(quantised, FourierFTConfig(**fields))
+    losses = fit(quantised, turned[:1200], y[:1200], 100, 0.1)
+    assert losses[19] < 0.5 * losses[0]
+    beside = accuracy(quantised, turned[1200:], y[1200:])
+    assert beside > 0.85
+
+    checkpoint = tmp_path / "base.safetensors"
+    save_file({k: v.numpy() for k, v in base.state_dict().items()}, checkpoint)
+    merge_checkpoint(checkpoint, [capture(quantised)], tmp_path / "merged.safetensors")
+    merged = Digits()
+    merged.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    assert abs(accuracy(merged, turned[1200:], y[1200:]) - beside) <= 0.01
+    twin = attach(copy.deepcopy(base), capture(quantised))
+    torch.testing.assert_close(merged(turned), twin(turned), rtol=1e-5, atol=1e-4)
+
+
+class EightBit(Ternary):
+    """127 steps either way instead of one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        self.scale = weight.abs().amax(1) / 127
+        self.signs = (weight / self.scale[:, None]).round().char()
+
+
+def test_twenty_steps_lower_the_loss_beside_torchs_own_quantised_layer() -> None:
+    model = adapted("dynamic", init_weights=True)
+    x, y = torch.randn(64, 12), torch.randint(5, (64,))
+    losses = fit(model, x, y, 20, 0.3)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_base_without_gradients_is_told_once() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12))
+    for i in (1, 2):
+        model[i] = NoGradient(model[i])
+    inject(model, FourierFTConfig(n_frequency=5, target_modules=["1"]))
+    x = torch.randn(4, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)  # nothing before layer 1 learns
+    with pytest.warns(RuntimeWarning, match="NoGradient: no gradient passes"):
+        model(x.requires_grad_())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+class NoGradient(Ternary):
+    """As torchao's layers do that quantise what they are given: the bias alone has a gradient."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and isinstance(value, nn.Parameter):
+            self._buffers.pop("bias", None)
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class TwoAnswers(Ternary):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class Wider(Ternary):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :1]
+
+
+@pytest.mark.parametrize(("kind", "found"), [(TwoAnswers, "tuple"), (Wider, r"\[3, 1\]")])
+def test_answers_that_nothing_can_be_added_to(kind: type[Ternary], found: str) -> None:
+    model = nn.Sequential(kind(nn.Linear(12, 20)))
+    inject(model, FourierFTConfig(n_frequency=5, target_modules=["0"]))
+    with pytest.raises(UsageError, match=found):
+        model(torch.randn(3, 12))
+
+
+class Block(nn.Module):
+    """A block that tells its own sizes, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 12, 5
+        self.up = nn.Linear(12, 20)
+        self.down = Ternary(nn.Linear(20, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(torch.relu(self.up(x)))
+        return out
+
+
+def test_all_linear_takes_layers_not_blocks() -> None:
+    model = nn.Sequential(Block(), nn.Linear(5, 5))
+    inject(model, FourierFTConfig(n_frequency=5, target_modules="all-linear"))
+    assert list(fourier_layers(model)) == ["0.up", "0.down", "1"]
+    again = nn.Sequential(Block(), nn.Linear(5, 5))
+    inject(again, FourierFTConfig(n_frequency=5, target_modules=["0"]))
+    assert list(fourier_layers(again)) == ["0"]
+    x = torch.randn(3, 12)
+    layer = fourier_layers(again)["0"]
+    expected = layer.base_layer(x).double() + x.double() @ float64_delta(layer).T
+    torch.testing.assert_close(layer(x).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+class Sizes(nn.Module):
+    """Sizes that are no sizes."""
+
+    def __init__(self, in_features: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, None, True, (3, 4)])
+def test_sizes_must_be_positive_integers(size: Any) -> None:
+    with pytest.raises(UsageError, match="Sizes"):
+        FourierLinear(Sizes(size))
+    with pytest.raises(UsageError, match="target_modules") as caught:
+        inject(nn.Sequential(Sizes(size)), FourierFTConfig(target_modules=["0"]))
+    assert caught.value.offenders == ("0: Sizes",)
+
+
+def test_a_quantised_head_cannot_be_saved_whole() -> None:
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(12, 12))
+    model.add_module("own", Ternary(nn.Linear(12, 5)))
+    with pytest.raises(UsageError, match="modules_to_save") as caught:
+        inject(
+            model,
+            FourierFTConfig(n_frequency=5, target_modules=["body"], modules_to_save=["own"]),
+        )
+    assert caught.value.offenders == ("own: Ternary",)
+    assert isinstance(model.body, nn.Linear)
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Ternary(nn.Linear(12, 20)))
+    with pytest.raises(UsageError, match="meta"):
+        attach(model, capture(inject(nn.Sequential(Ternary(nn.Linear(12, 20))), ZERO)))
+    inject(model, ZERO)
+    assert fourier_layers(model)["0"].adapter("default").spectrum.is_meta
+
+
+ZERO = FourierFTConfig(n_frequency=5, target_modules=["0"])
