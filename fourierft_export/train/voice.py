@@ -38,7 +38,7 @@ def one_voice() -> Iterator[None]:
 
 def _is_first() -> bool:
     """Whether no other process has asked before; true where nobody can be asked."""
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     # torchrun keeps this store itself, so it outlives any of the processes.
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
