@@ -14,6 +14,7 @@ from fourierft_export import errors
 if TYPE_CHECKING:
     from fourierft_export.adapt.active import activate
     from fourierft_export.adapt.attach import attach, capture, detach
+    from fourierft_export.adapt.combine import combine
     from fourierft_export.adapt.config import FourierFTConfig
     from fourierft_export.adapt.fuse import fuse, restore
     from fourierft_export.adapt.inject import inject
@@ -46,6 +47,7 @@ __all__ = [
     "apply_onnx",
     "attach",
     "capture",
+    "combine",
     "detach",
     "errors",
     "export_onnx",
@@ -75,6 +77,7 @@ _HOMES = {
     "apply_onnx": "onnx_graph.apply",
     "attach": "adapt.attach",
     "capture": "adapt.attach",
+    "combine": "adapt.combine",
     "detach": "adapt.attach",
     "export_onnx": "onnx_graph.export",
     "export_pretrained": "onnx_graph.pretrained",

@@ -24,6 +24,7 @@ PUBLIC = [
     "apply_onnx",
     "attach",
     "capture",
+    "combine",
     "detach",
     "errors",
     "export_onnx",

@@ -35,7 +35,7 @@ def routed_linear(layer: FourierLinear, x: Tensor, rows: Rows) -> Tensor:
     """
     _refuse_export(rows)
     names = rows.of(x if x.ndim > 1 else x.new_empty(0))
-    result: Tensor = layer.base_layer(x)
+    result = layer.base_output(x)
     parts = [part for group in rows.groups for part in _group_delta(layer, x, rows, names, group)]
     if not parts:
         return result
