@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BadInputError
-from .loading import load_causal
+from .loading import load_causal, usual_targets
 from .rows import read_table
 from .scores import IGNORED
 from .split import SplitSettings, split
@@ -17,7 +17,7 @@ from .steps import continue_text, score_text
 from .table import Complaints, Table, brief
 from .task import TrainingTask
 from .text import TextSettings, read_texts, text_columns
-from .tokens import Pad, Row, TextEncoder, row_length, vocabulary
+from .tokens import Pad, Row, TextEncoder, row_length, text_inputs, vocabulary
 
 USUAL_LENGTH = 512
 IDS, TARGETS = "input_ids", "labels"
@@ -58,13 +58,13 @@ def causal_lm(
     if model is None:
         model = load_causal(directory or "", dtype=dtype)
     if IDS in table.columns and not settings.text_columns:
-        encoder, limit, pad = None, _positions(model), 0
+        pad = Pad(0, mask="attention_mask" in text_inputs(model))
         found = _ready(table, model)
         scored = None if other is None else _ready(other, model)
-        length = row_length(settings.max_length, USUAL_LENGTH, limit)
+        length = row_length(settings.max_length, USUAL_LENGTH, _positions(model))
     else:
         encoder = TextEncoder(directory or "", model)
-        pad = encoder.pad_id
+        pad = encoder.pad()
         length = encoder.length(settings.max_length, USUAL_LENGTH)
         found = _encoded(table, settings, encoder)
         scored = None if other is None else _encoded(other, settings, encoder)
@@ -86,11 +86,12 @@ def causal_lm(
         model=model,
         train=train,
         eval=held,
-        collate=Pad(pad),
+        collate=pad,
         step=continue_text,
         metrics=score_text,
         metric="loss",
         task_type="CAUSAL_LM",
+        target_modules=usual_targets(model),
         lengths=[len(row[IDS]) for row in train],
         notes=notes,
     )

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapt.config import ALL_LINEAR
+from ..adapt.targets import SEQUENCE_HEADS, USUAL_TARGETS
 from ..errors import BaseMismatchError
 from ..models.base import read_config
 from ..models.load import from_pretrained, load_model
 from ..models.task import get_task, likely_task
+
+_QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 
 
 def known_classes(directory: str | os.PathLike[str], task: str) -> dict[str, int] | None:
@@ -59,6 +63,7 @@ def load_classifier(
     config: Any = model.config
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
+    config.use_cache = False  # a decoder's, which training has no use for
     return model.eval(), _new_modules(directory, model, {*missing, *mismatched})
 
 
@@ -72,6 +77,23 @@ def load_causal(directory: str | os.PathLike[str], *, dtype: str | None) -> nn.M
     config: Any = model.config
     config.use_cache = False
     return model
+
+
+def trained_heads(model: nn.Module) -> tuple[str, ...]:
+    """Paths of a classifier's head, for tasks whose type does not name it."""
+    return tuple(name for name, _ in model.named_children() if name in SEQUENCE_HEADS)
+
+
+def usual_targets(model: nn.Module) -> tuple[str, ...] | str | None:
+    """The layers to adapt: query and value, by the names that families give them.
+
+    Returns:
+        None where the architecture has usual targets; path ends; or all linear layers.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) in USUAL_TARGETS:
+        return None
+    ends = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return next((names for names in _QUERY_VALUE if ends.issuperset(names)), ALL_LINEAR)
 
 
 def _new_modules(

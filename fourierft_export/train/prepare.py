@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from ..errors import FileAccessError, UsageError
 from .causal import causal_lm
+from .images import image_classification
+from .module import call_factory, plain_classification
 from .split import SplitSettings
 from .task import TrainingTask
 from .text import TextSettings, text_classification
+from .words import token_classification
 
 TASKS = ("text-classification", "token-classification", "image-classification", "causal-lm")
 
@@ -36,7 +40,8 @@ def prepare(
     Args:
         task: one of `TASKS`.
         model: a Hugging Face model directory.
-        module: "package.module:factory", a callable that makes the model or the whole task.
+        module: "package.module:factory", which makes the model or the whole task; a model of text
+            needs `model` too, for its tokenizer, and keeps the dtype that it was made in.
         data: rows to learn from.
         eval_data: rows to score; None holds out a share of `data`.
         text_columns: one or two columns of text; () for the usual names.
@@ -57,14 +62,27 @@ def prepare(
     """
     rows = SplitSettings(max_rows, eval_share, seed)
     text = TextSettings(text_columns, label_column, max_length, pack)
-    if task not in TASKS:
+    if task is not None and task not in TASKS:
         raise UsageError("task", expected=" or ".join(TASKS), found=repr(task))
-    if model is None:
-        raise UsageError("model", expected="a model to train", found="none", remedy="give --model")
+    own = None if module is None else call_factory(module)
+    if isinstance(own, TrainingTask):
+        ignored = "--data and --eval are not read: the module brings its own rows"
+        return replace(own, notes=(*own.notes, ignored)) if data or eval_data else own
     if data is None:
         raise UsageError("data", expected="rows to learn from", found="none", remedy="give --data")
-    if not os.path.isdir(model):
-        raise FileAccessError(model, expected="a model's directory", found="none")
-    if task == "text-classification":
-        return text_classification(model, data, eval_data, settings=text, rows=rows, dtype=dtype)
-    return causal_lm(model, data, eval_data, settings=text, rows=rows, dtype=dtype)
+    if model is not None and not os.path.isdir(model):
+        found = "a file" if os.path.exists(model) else "nothing there"
+        raise FileAccessError(model, expected="a model's directory", found=found)
+    if own is not None and task in (None, "image-classification"):
+        return plain_classification(own, data, eval_data, settings=text, rows=rows)
+    if task is None:
+        raise UsageError("task", expected=" or ".join(TASKS), found="none", remedy="give --task")
+    if task == "causal-lm" and (model is not None or own is not None):
+        return causal_lm(model, data, eval_data, settings=text, rows=rows, dtype=dtype, model=own)
+    if model is None:
+        what = "a directory with the module's tokenizer" if module else "a model to train"
+        raise UsageError("model", expected=what, found="none", remedy="give --model")
+    if task == "image-classification":
+        return image_classification(model, data, eval_data, settings=text, rows=rows, dtype=dtype)
+    make = text_classification if task == "text-classification" else token_classification
+    return make(model, data, eval_data, settings=text, rows=rows, dtype=dtype, model=own)

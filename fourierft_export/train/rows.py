@@ -52,7 +52,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     return not_empty(_READERS[suffix](os.fspath(path)))
 
 
-def _lines(path: str, complaints: Complaints) -> Iterator[tuple[int, str]]:
+def text_lines(path: str, complaints: Complaints) -> Iterator[tuple[int, str]]:
     """(number from 1, text without its line ending) of every line that is sound UTF-8 text."""
     with open(open_regular(path), "rb") as file:
         number = 0
@@ -79,14 +79,14 @@ def _lines(path: str, complaints: Complaints) -> Iterator[tuple[int, str]]:
 
 def _read_tsv(path: str) -> Table:
     complaints = Complaints(path, "rows of UTF-8 text with the header's columns")
-    rows = ((number, text.split("\t")) for number, text in _lines(path, complaints) if text)
+    rows = ((number, text.split("\t")) for number, text in text_lines(path, complaints) if text)
     return _with_header(path, rows, complaints)
 
 
 def _read_csv(path: str) -> Table:
     complaints = Complaints(path, "rows of UTF-8 text with the header's columns")
     # The reader wants the line endings that quoted cells may hold.
-    lines = (text + "\n" for _, text in _lines(path, complaints))
+    lines = (text + "\n" for _, text in text_lines(path, complaints))
     reader = csv.reader(lines, strict=True)
 
     def rows() -> Iterator[tuple[int, list[str]]]:
@@ -125,7 +125,7 @@ def _read_jsonl(path: str) -> Table:
     complaints = Complaints(path, "one JSON object per line")
     records: list[dict[str, Any]] = []
     places: list[str] = []
-    for number, text in _lines(path, complaints):
+    for number, text in text_lines(path, complaints):
         if not text.strip():
             continue
         try:

@@ -24,7 +24,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of (..., classes) and (...), summed in float32 where labels count."""
     flat = logits.flatten(0, -2).float()
     return cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -34,7 +34,7 @@ def classify(model: nn.Module, batch: Batch) -> StepResult:
     """One label per row: logits (rows, classes), labels (rows,)."""
     labels = batch["labels"]
     logits = logits_of(model(**_inputs(batch)))
-    return StepResult(_summed(logits, labels), len(labels), class_counts(logits, labels))
+    return StepResult(summed(logits, labels), len(labels), class_counts(logits, labels))
 
 
 def score_classes(sums: Sums) -> dict[str, float]:
@@ -63,7 +63,7 @@ class TagWords:
             kinds, begins = self.kinds.to(labels.device), self.begins.to(labels.device)
             predicted = logits.detach().argmax(-1)
             sums["entities"] = entity_counts(labels, predicted, kinds, begins)
-        return StepResult(_summed(logits, labels), int((labels != IGNORED).sum()), sums)
+        return StepResult(summed(logits, labels), int((labels != IGNORED).sum()), sums)
 
 
 def score_tags(sums: Sums) -> dict[str, float]:
@@ -80,7 +80,7 @@ def continue_text(model: nn.Module, batch: Batch) -> StepResult:
     """
     labels = batch["labels"][:, 1:]
     logits = logits_of(model(**_inputs(batch)))[:, :-1]
-    loss = _summed(logits, labels)
+    loss = summed(logits, labels)
     counted = labels != IGNORED
     correct = (logits.detach().argmax(-1) == labels)[counted].sum()
     tokens = counted.sum()

@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from .labels import Labels, label_ids, make_labels, read_labels
-from .loading import known_classes, load_classifier
+from .loading import known_classes, load_classifier, usual_targets
 from .rows import read_table
 from .split import SplitSettings, split
 from .steps import classify, score_classes
 from .table import Complaints, Table, brief, first_present
 from .task import TrainingTask
-from .tokens import Pad, Row, TextEncoder
+from .tokens import Row, TextEncoder
 
 KIND = "sequence-classification"
 USUAL_LENGTH = 256
@@ -102,13 +102,14 @@ def text_classification(
         model=model,
         train=train,
         eval=None if scored is None else _encode(encoder, scored, length),
-        collate=Pad(encoder.pad_id),
+        collate=encoder.pad(),
         step=classify,
         metrics=score_classes,
         metric="accuracy",
         higher_is_better=True,
         task_type="SEQ_CLS",
         modules_to_save=new,
+        target_modules=usual_targets(model),
         lengths=[len(row["input_ids"]) for row in train],
         notes=notes,
         labels=labels.names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class TextEncoder:
     ) -> None:
         self.directory = directory
         self.model = model
-        self.inputs = [name for name in input_names(model) if name != "attention_mask"]
+        self.inputs = text_inputs(model)
         self.tokenizer: Any = None
         self._pieces: pieces.PieceEncoder | None = None
         if not _has_tokenizer(directory) and (Path(directory) / pieces.FILE).is_file():
@@ -97,8 +98,67 @@ class TextEncoder:
         columns = [list(column) for column in zip(*texts, strict=True)]
         cut: Any = {} if length is None else {"truncation": True, "max_length": length}
         encoded = self.tokenizer(*columns, return_attention_mask=False, verbose=False, **cut)
+        return self._rows(encoded, len(texts))
+
+    def _rows(self, encoded: Any, count: int) -> list[Row]:
         names = [name for name in self.inputs if name in encoded]
-        return [{name: encoded[name][i] for name in names} for i in range(len(texts))]
+        return [{name: encoded[name][i] for name in names} for i in range(count)]
+
+    def encode_words(
+        self, sentences: Sequence[list[str]], length: int
+    ) -> tuple[list[Row], list[list[int | None]]]:
+        """Rows of ids of texts that come as lists of words, cut to `length`.
+
+        Returns:
+            Rows as `encode` gives them, and for every token the word that it belongs to, or None.
+
+        Raises:
+            BadInputError: the tokenizer cannot tell which word a token is of; an id that the model
+                has no embedding for.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise BadInputError(
+                self.directory,
+                expected="a fast tokenizer, which tells what word a token is of",
+                found=type(self.tokenizer).__name__ if self.tokenizer else pieces.FILE,
+                remedy="add tokenizer.json to the model's directory",
+            )
+        rows: list[Row] = []
+        words: list[list[int | None]] = []
+        for start in range(0, len(sentences), _AT_ONCE):
+            some = list(sentences[start : start + _AT_ONCE])
+            encoded = self.tokenizer(
+                some,
+                is_split_into_words=True,
+                truncation=True,
+                max_length=length,
+                return_attention_mask=False,
+            )
+            rows += self._rows(encoded, len(some))
+            words += [encoded.word_ids(i) for i in range(len(some))]
+        check_ids(self.directory, rows, vocabulary(self.model))
+        return rows, words
+
+    def pad(self) -> Pad:
+        """What makes batches of the rows."""
+        return Pad(self.pad_id, mask="attention_mask" in self.inputs)
+
+
+def text_inputs(model: nn.Module) -> list[str]:
+    """What a model reads of text, by name.
+
+    Raises:
+        UsageError: its forward takes no input_ids.
+    """
+    names = input_names(model)
+    if "input_ids" not in names:
+        raise UsageError(
+            type(model).__name__,
+            expected="a forward that takes input_ids",
+            found=", ".join(inspect.signature(model.forward).parameters) or "no arguments",
+            remedy="give a model of text, or another --task",
+        )
+    return names
 
 
 def row_length(asked: int | None, usual: int, limit: int | None) -> int:
@@ -190,14 +250,18 @@ class Pad:
 
     Args:
         pad_id: fills input_ids.
+        mask: whether the model takes an attention_mask.
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, *, mask: bool = True) -> None:
         self.fill = {"input_ids": pad_id, "labels": IGNORED}
+        self.mask = mask
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Int64 tensors: lists as (rows, length), numbers as (rows,), and "attention_mask"."""
+        """Int64 tensors: lists as (rows, length), numbers as (rows,); and "attention_mask"."""
         batch = {name: self._stack(name, [row[name] for row in rows]) for name in rows[0]}
+        if not self.mask:
+            return batch
         sizes = torch.tensor([len(row["input_ids"]) for row in rows])
         inside = torch.arange(int(sizes.max())) < sizes[:, None]
         return batch | {"attention_mask": inside.long()}
