@@ -39,15 +39,19 @@ class Outcome:
         shown: lines and tables for people, in order, on stdout.
         notes: what a person should know, on stderr.
         failure: an error to end with after the result has been shown (a failed validation).
+        silent: say nothing: another process speaks for all of them.
     """
 
     data: Mapping[str, Any]
     shown: Iterable[RenderableType] = ()
     notes: Iterable[str] = field(default_factory=tuple)
     failure: FourierFTError | None = None
+    silent: bool = False
 
 
-def verb(function: Callable[..., Outcome]) -> click.Command:
+def verb(
+    function: Callable[..., Outcome], *, cls: type[click.Command] = click.Command
+) -> click.Command:
     """A click command of a function that returns an `Outcome`; adds --json and --debug.
 
     The function gets its own options, and `progress` when it has a parameter of that name.
@@ -62,14 +66,15 @@ def verb(function: Callable[..., Outcome]) -> click.Command:
                 outcome = function(progress=progress, **options)
         else:
             outcome = function(**options)
-        _emit(outcome, as_json=as_json)
+        if not outcome.silent:
+            _emit(outcome, as_json=as_json)
         if outcome.failure is None:
             return 0
         error = outcome.failure
         emit_error(error.to_dict(), error.summary, as_json=as_json, data=outcome.data)
         return error.exit_code
 
-    made = click.command(function.__name__)(command)
+    made = click.command(function.__name__, cls=cls)(command)
     made.params += [
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout."),
         click.Option(["--debug"], is_flag=True, help="Show tracebacks and libraries' messages."),

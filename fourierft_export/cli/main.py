@@ -20,6 +20,7 @@ from .inspect import inspect
 from .merge import merge
 from .pack import pack
 from .recover import recover
+from .train import train
 from .unpack import unpack
 from .validate import validate
 from .verify import verify
@@ -43,15 +44,16 @@ class _InOrder(click.Group):
 )
 @click.version_option(__version__, package_name="fourierft-export")
 def verbs() -> None:
-    """FourierFT adapters, from PEFT checkpoints to deployable models.
+    """FourierFT adapters, from training and PEFT checkpoints to deployable models.
 
-    pack a PEFT adapter into one small file, merge it into its base, export it to ONNX, apply it to
-    an ONNX file, and prove that all of them agree.
+    train an adapter or pack PEFT's into one small file, merge it into its base, export it to ONNX,
+    apply it to an ONNX file, and prove that all of them agree.
     """
 
 
 for _verb, _does in (
     (demo, "The whole job on real images, without a download."),
+    (train, "Rows and a model -> bundle."),
     (pack, "PEFT adapter directory -> one small, checked file."),
     (unpack, "Bundle -> PEFT adapter directory."),
     (inspect, "What a bundle, adapter, checkpoint or ONNX file holds."),
@@ -98,8 +100,12 @@ def run(words: Sequence[str]) -> int:
         text = f"{where}: {found}; see {where} --help"
         _emit_plain("usage", 2, where, found, text, as_json=as_json)
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        _emit_plain("interrupted", INTERRUPTED, "", "an interrupt", "interrupted", as_json=as_json)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click turns the interrupt into an exception of its own; a verb may have said what is left.
+        kept = str(error if isinstance(error, KeyboardInterrupt) else error.__cause__ or "")
+        text = f"interrupted; {kept}" if kept else "interrupted"
+        found = f"an interrupt; {kept}" if kept else "an interrupt"
+        _emit_plain("interrupted", INTERRUPTED, "", found, text, as_json=as_json)
         return INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):

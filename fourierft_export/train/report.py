@@ -41,6 +41,7 @@ class TrainReport:
         steps_per_epoch: batches in an epoch.
         stopped: "finished", "patience" or "interrupted".
         rows: training rows; `eval_rows`: rows scored.
+        labels: names of the classes, by id; empty where there are none.
         parameters: numbers that learn: `spectra` and `heads`.
         adapter: the layers, n_frequency and scaling in use.
         rates: peak learning rates in use.
@@ -67,6 +68,7 @@ class TrainReport:
     stopped: str
     rows: int
     eval_rows: int
+    labels: tuple[str, ...]
     parameters: Mapping[str, int]
     adapter: Mapping[str, Any]
     rates: Mapping[str, float]

@@ -268,6 +268,7 @@ class Run:
             stopped=outcome,
             rows=len(self.task.train),
             eval_rows=len(self.task.eval or ()),
+            labels=tuple(self.task.labels),
             parameters={"spectra": spectra, "heads": learning - spectra},
             adapter={
                 "layers": len(first.layers),

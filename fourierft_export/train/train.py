@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,6 @@ def train_adapter(
     metrics: str | os.PathLike[str] | None = None,
     processes: Processes | None = None,
     progress: Progress | None = None,
-    notes: Sequence[str] = (),
 ) -> TrainReport:
     """Train an adapter; write it as a bundle, the best by the metric so far, whenever it improves.
 
@@ -67,7 +66,6 @@ def train_adapter(
         metrics: where to write the report as JSON; by default in the folder.
         processes: those that train together; by default the ones that torchrun's environment names.
         progress: called with (what, done, total).
-        notes: of the rows' preparation, for the report.
 
     Returns:
         Scores before and after, sizes, times, curves.
@@ -97,7 +95,6 @@ def train_adapter(
                 bundle=bundle,
                 shard_base=shard_base,
                 allow_base_mismatch=allow_base_mismatch,
-                notes=tuple(notes),
             )
             processes.barrier()  # all have looked at the outputs before anyone writes
             if resume:
@@ -164,7 +161,6 @@ def _begin(
     bundle: Bundle | None,
     shard_base: bool,
     allow_base_mismatch: bool,
-    notes: tuple[str, ...],
 ) -> Run:
     """Everything up to the first step: rows, adapter, optimizer."""
     task, told = with_rows_to_score(task, settings)
@@ -207,7 +203,7 @@ def _begin(
     per_epoch = math.ceil(len(task.train) / batch)
     steps = settings.steps or max(1, round((settings.epochs or 1) * per_epoch))
     plan = Plan(batch, per_epoch, steps, settings.eval_every or per_epoch)
-    return Run(task, settings, adapter, learner, plan, out, metrics_file, (*notes, *told))
+    return Run(task, settings, adapter, learner, plan, out, metrics_file, (*task.notes, *told))
 
 
 def _save_memory(model: torch.nn.Module) -> None:
