@@ -124,17 +124,22 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_can_be_saved(path: str, module: nn.Module) -> None:
-    """Refuse modules that are read rather than called: a wrapper cannot stand in for them.
+    """Refuse modules that no wrapper can stand in for: those that are read rather than called.
 
     Raises:
-        UsageError: `module` has no forward, or is the whole model.
+        UsageError: `module` has no forward, or is the whole model; its tensors are spread over
+            processes.
     """
-    if path and type(module).forward is not nn.Module.forward:
+    found = type(module).__name__
+    remedy = "leave it out of modules_to_save and bias"
+    if not path:
+        what = "a module within the model, not the model itself"
+    elif type(module).forward is nn.Module.forward:
+        what = "a module that is called"
+    elif any(hasattr(tensor, "full_tensor") for tensor in own_state(module).values()):
+        # FSDP2 gathers them for this very module; a copy of it would be left with the parts.
+        what, found = "whole tensors", "tensors that FSDP2 has spread over processes"
+        remedy = "put the adapter on the model first, and spread the model then"
+    else:
         return
-    what = "a module that is called" if path else "a module within the model, not the model itself"
-    raise UsageError(
-        f"module {path or '(the model)'}",
-        expected=what,
-        found=type(module).__name__,
-        remedy="leave it out of modules_to_save and bias",
-    )
+    raise UsageError(f"module {path or '(the model)'}", expected=what, found=found, remedy=remedy)
