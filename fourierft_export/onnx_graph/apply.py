@@ -21,13 +21,13 @@ from .heads import float_heads
 from .metadata import KEY, describe
 from .modes import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
 from .pairing import write_pair
-from .quantised import QuantisedLinear, all_paths, find_quantised
-from .quantised_forms import quantised_linears
+from .quantised import QuantisedLinear
 from .recover import remember
 from .report import ExportReport, fed_shapes, value_shapes
 from .requantise import merge_quantised
 from .rewrite import Written
 from .runtime_paths import expander_path
+from .search import search
 from .several import Bundles, named_bundles, weighted
 from .sites import Job, feed_sites, merge_sites
 from .source import Source, open_onnx
@@ -56,8 +56,9 @@ def apply_onnx(
 
     Each layer's weight is found by its name, by the scope or name of the node that uses it, by the
     bias beside it, or by its content, which a bound bundle (or `base`) tells; never by shape alone.
-    A weight that other nodes use too is changed for the adapter's layers only. Weights in external
-    data stay on disk: memory holds one at a time.
+    A weight that other nodes use too is changed for the adapter's layers only. Functions that hold
+    layers of the adapter are expanded; others stay. Weights in external data stay on disk: memory
+    holds one at a time.
 
     Args:
         onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; beside
@@ -108,16 +109,11 @@ def apply_onnx(
     if progress:
         progress("find weights", 0, 1)
     wanted = wanted_layers(bound, opened)
-    linears = quantised_linears(source)
-    finder = Finder(source, all_paths(linears))
-    found = finder.find(wanted, mapping or {})
-    lost = [want for want in wanted if want.name in found.missing]
-    quantised = find_quantised(linears, lost, found.bridge, mapping or {})
-    for layer in quantised:
-        del found.missing[layer]
-    notes = judge(source, found, quantised, allow_base_mismatch)
+    looked = search(source, wanted, mapping or {}, bound, beside=mode in (SWAPPABLE, BANK))
+    finder, found, quantised = looked.finder, looked.found, looked.quantised
+    notes = (*looked.notes, *judge(source, found, quantised, allow_base_mismatch))
     saved = {name for bundle in bound.values() for name in bundle.saved}
-    heads = float_heads(source, linears, saved, found.bridge)
+    heads = float_heads(source, looked.linears, saved, found.bridge)
     if heads:
         finder = Finder(source)
         listed = ", ".join(one.weight for one in heads)

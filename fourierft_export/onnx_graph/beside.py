@@ -36,10 +36,25 @@ SIDE_OPSET = 18
 
 @dataclass(frozen=True, eq=False)
 class Ends:
-    """Where a linear layer's x comes in and its y goes out."""
+    """Where a linear layer's x comes in and its y goes out.
 
-    inputs: tuple[ir.Value]
-    outputs: tuple[ir.Value]
+    Attributes:
+        fed: the node, and the number of its input, at which x comes in.
+        y: what comes out.
+    """
+
+    fed: tuple[ir.Node, int]
+    y: ir.Value
+
+    @property
+    def inputs(self) -> tuple[ir.Value | None]:
+        """X as it is now: with the adapter's share, if another adapted layer gives it."""
+        return (self.fed[0].inputs[self.fed[1]],)
+
+    @property
+    def outputs(self) -> tuple[ir.Value]:
+        """Y."""
+        return (self.y,)
 
 
 def write_beside(
@@ -88,7 +103,7 @@ def write_beside(
         batch_of(source.model)
     fill_shapes(source.model)
     ends = _ends(source, sites) | {
-        layer: [Ends((one.x,), (one.y,)) for one in linears] for layer, linears in quantised.items()
+        layer: [Ends(one.fed, one.y) for one in linears] for layer, linears in quantised.items()
     }
     saved, base = saved_sites(edits, places)
     interface = Interface(
@@ -119,9 +134,7 @@ def _ends(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, list
             if why:
                 offenders.append(f"{layer}: {why}")
             for use in [] if why else site.uses:
-                x = use.linear.inputs[0]
-                if x is not None:
-                    ends.setdefault(layer, []).append(Ends((x,), (use.linear.outputs[0],)))
+                ends.setdefault(layer, []).append(Ends((use.linear, 0), use.linear.outputs[0]))
     if offenders:
         raise UsageError(
             source.path,

@@ -47,26 +47,43 @@ def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) ->
     Raises:
         BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
     """
-    shapes = {
-        key: array.shape for bundle in bundles.values() for key, array in bundle.saved.items()
-    }
-    places: dict[str, Place] = {}
-    offenders = []
-    for key, shape in shapes.items():
-        place = _find(finder, bridge.to_base(key), shape)
-        if isinstance(place, str):
-            offenders.append(f"{key}: {place}")
-        else:
-            places[key] = place
+    places, offenders = _search(finder, bridge, bundles)
     if offenders:
         raise BaseMismatchError(
             finder.source.path,
             expected="a graph with the heads and biases of the adapter",
-            found=f"{len(offenders)} of {len(shapes)} tensors that it does not have so",
+            found=f"{len(offenders)} tensors that it does not have so",
             remedy="export the base with its head from PyTorch, or use an adapter without one",
-            offenders=offenders,
+            offenders=[f"{key}: {why}" for key, why in offenders.items()],
         )
     return places
+
+
+def lacking(
+    finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]
+) -> dict[str, tuple[int, ...]]:
+    """The adapters' dense tensors that the graph does not have: name -> shape."""
+    _, offenders = _search(finder, bridge, bundles)
+    return {key: shape for key, shape in _shapes(bundles).items() if key in offenders}
+
+
+def _shapes(bundles: Mapping[str, Bundle]) -> dict[str, tuple[int, ...]]:
+    return {key: array.shape for bundle in bundles.values() for key, array in bundle.saved.items()}
+
+
+def _search(
+    finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the tensors are; and why the others are nowhere."""
+    places: dict[str, Place] = {}
+    offenders: dict[str, str] = {}
+    for key, shape in _shapes(bundles).items():
+        place = _find(finder, bridge.to_base(key), shape)
+        if isinstance(place, str):
+            offenders[key] = place
+        else:
+            places[key] = place
+    return places, offenders
 
 
 def put_saved(places: Mapping[str, Place], edits: Edits, bundles: Mapping[str, Bundle]) -> None:

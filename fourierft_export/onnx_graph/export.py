@@ -14,7 +14,7 @@ from torch import nn
 from .. import __version__
 from ..adapt.attach import capture
 from ..adapt.layer import FourierLinear
-from ..adapt.linear import stored_weight, to_array
+from ..adapt.linear import check_mergeable, stored_weight, to_array
 from ..adapt.plain import swapped_layers, with_weight
 from ..adapt.tree import active_adapters, fourier_layers
 from ..bundle.file import Bundle
@@ -244,6 +244,7 @@ def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], def
             found="none",
             remedy="attach a bundle first, or export the base with torch.onnx.export",
         )
+    check_mergeable(f"export of {type(model).__name__}", {p: m.linear for p, m in layers.items()})
     wrong = [
         f"{path}: {weight.dtype}"
         for path, layer in layers.items()

@@ -20,7 +20,7 @@ from .source import Source, constant_of, constants
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
+FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
 _MAPPED = re.compile(r"(?P<name>.*?)(?:\[(?P<start>\d+):(?P<stop>\d+)\])?", re.DOTALL)
 _SHOWN = 6
 
@@ -205,7 +205,7 @@ def _belonging(uses: tuple[Use, ...], path: str) -> tuple[Use, ...]:
 def _candidates(source: Source) -> Iterator[Candidate]:
     for value in constants(source.model):
         tensor = constant_of(value)
-        if tensor is None or tensor.dtype.name not in _FLOATS or len(tensor.shape) != 2:
+        if tensor is None or tensor.dtype.name not in FLOATS or len(tensor.shape) != 2:
             continue
         if not value.uses():
             continue

@@ -79,15 +79,15 @@ def _make_float(ops: Ops, linear: QuantisedLinear, name: str) -> None:
     """Give x W^T + b in place of a quantised layer."""
     if linear.dequantised is None or linear.scale is None:
         raise ValueError(f"{linear.weight} is not understood")
-    scale = _constant(linear.scale)
-    if scale is None:
-        raise ValueError(f"the scale of {linear.weight} is no constant")
+    scale, x = _constant(linear.scale), linear.fed[0].inputs[linear.fed[1]]
+    if scale is None or x is None:
+        raise ValueError(f"{linear.weight} has no constant scale, or nothing is fed to it")
     weight = linear.dequantised()[0].T.astype(scale.dtype.numpy())
     module = name.removesuffix(".weight")
     old = linear.y
     users = tuple(old.uses())
     # Named as exporters name nodes, so that the module is found by it.
-    y = ops.op("MatMul", [linear.x, ops.initializer(weight, name)], f"/{module}/MatMul")
+    y = ops.op("MatMul", [x, ops.initializer(weight, name)], f"/{module}/MatMul")
     bias = linear.node.inputs[2] if linear.node.op_type == "Gemm" else None
     if bias is not None:
         y = ops.op("Add", [y, bias], f"/{module}/Add")

@@ -32,7 +32,7 @@ class QuantisedLinear:
         weight: name of the constant that holds its integers.
         kind: "MatMulNBits", "QDQ" or "MatMulInteger".
         shape: (out, in).
-        x: its input (..., in), float.
+        fed: where its input x (..., in) comes in, in float: (node, index of the input).
         y: its output (..., out), float, without bias (a Gemm's: with it).
         node: the MatMulNBits, MatMul, Gemm or MatMulInteger.
         paths: module paths that the graph tells of it.
@@ -47,7 +47,7 @@ class QuantisedLinear:
     weight: str
     kind: str
     shape: tuple[int, int]
-    x: ir.Value
+    fed: tuple[ir.Node, int]
     y: ir.Value
     node: ir.Node
     paths: tuple[str, ...]

@@ -68,7 +68,7 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
         name,
         "MatMulNBits",
         (rows, columns),
-        x,
+        (node, 0),
         node.outputs[0],
         node,
         tuple(paths_of(node, name)),
@@ -116,7 +116,7 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
         name,
         "MatMulInteger",
         (columns, rows),
-        x,
+        (quantise, 0),
         scaled.outputs[0],
         node,
         tuple(paths_of(node, name)),
@@ -166,7 +166,7 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         name,
         "QDQ",
         (second, first) if in_out else (first, second),
-        _before_qdq(x),
+        _before_qdq(node),
         after_qdq(node.outputs[0]),
         node,
         tuple(paths_of(node, name)),
@@ -188,14 +188,15 @@ def _plain_product(node: ir.Node) -> bool:
     return all(found[name].value == value for name, value in plain.items() if name in found)
 
 
-def _before_qdq(x: ir.Value) -> ir.Value:
-    """The float value that was quantised and dequantised on its way here."""
-    dequantise = x.producer()
+def _before_qdq(node: ir.Node) -> tuple[ir.Node, int]:
+    """Where x comes in: before it is quantised and dequantised on its way to the node."""
+    x = node.inputs[0]
+    dequantise = x.producer() if x is not None else None
     if dequantise is None or dequantise.op_type != "DequantizeLinear":
-        return x
+        return node, 0
     quantise = dequantise.inputs[0].producer() if dequantise.inputs[0] is not None else None
-    before = quantise.inputs[0] if quantise and quantise.op_type == "QuantizeLinear" else None
-    return x if before is None else before
+    found = quantise is not None and quantise.op_type == "QuantizeLinear"
+    return (quantise, 0) if quantise is not None and found else (node, 0)
 
 
 def after_qdq(y: ir.Value) -> ir.Value:

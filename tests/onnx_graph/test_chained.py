@@ -1,0 +1,74 @@
+"""Adapted layers that feed one another with nothing between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import fourierft_export as ff
+from fourierft_export.onnx_graph.quantised_forms import quantised_linears
+from fourierft_export.onnx_graph.source import open_onnx
+
+Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+LAYERS = ("a", "b", "c")
+
+
+def chain(held: dict[str, np.ndarray], path: Path) -> None:
+    """`y = x A^T B^T C^T`."""
+    nodes, last = [], "x"
+    for name in held:
+        out = "y" if name == LAYERS[-1] else f"{name}.out"
+        nodes.append(helper.make_node("MatMul", [last, f"{name}.weight"], [out], f"/{name}/MatMul"))
+        last = out
+    weights = [numpy_helper.from_array(w.T.copy(), f"{n}.weight") for n, w in held.items()]
+    values = [helper.make_tensor_value_info(name, 1, ["batch", 3, 32]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", [values[0]], [values[1]], weights)
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+
+
+BESIDE = ("unmerged", "swappable", "bank")
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"), [*itertools.product(["float", "4 bit"], BESIDE), ("float", "paired")]
+)
+def test_each_layer_gets_what_the_adapted_one_before_gives(
+    form: str, mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 3, 32)).astype(np.float32)
+    held = {name: rng.standard_normal((32, 32)).astype(np.float32) / 6 for name in LAYERS}
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    chain(held, source)
+    bundle = make_bundle(list(LAYERS), held, scaling=30.0)
+    exact = {name: weight.astype(np.float64) for name, weight in held.items()}
+    if form == "4 bit":
+        quantiser = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=16)
+        quantiser.process()
+        quantiser.model.save_model_to_file(str(source))
+        for one in quantised_linears(open_onnx(source)):
+            assert one.dequantised is not None
+            exact[one.paths[0]] = one.dequantised()[0].astype(np.float64)
+    ff.apply_onnx(source, {"a": bundle}, out, mode=mode)
+    if mode == "unmerged":
+        got = run(out, {"x": x})["y"]
+    else:
+        session = ff.AdapterSession(out)
+        session.load("mine", bundle)
+        got = session.run({"x": x}, adapter="mine")["y"]
+    want, base = x.astype(np.float64), x.astype(np.float64)
+    for name in LAYERS:
+        want = want @ (exact[name] + exact_delta(bundle, name, (32, 32))).T
+        base = base @ exact[name].T
+    assert np.abs(want - base).max() > 0.1 * np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
