@@ -23,6 +23,7 @@ from fourierft_export import (
     attach,
     capture,
     detach,
+    export_onnx,
     fuse,
     inject,
     merge_checkpoint,
@@ -482,3 +483,11 @@ def test_float32_spectra_over_a_bfloat16_base() -> None:
         assert large.sum() > 20
     assert learned[torch.float32][0] < 1e-2
     assert learned[torch.bfloat16] == (1.0, False)
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable"])
+def test_export_is_refused_with_the_layers(mode: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unquantised checkpoint") as caught:
+        export_onnx(adapted("own"), (torch.randn(2, 12),), tmp_path / "a.onnx", mode=mode)
+    assert caught.value.offenders == ("first: Ternary",)
+    assert list(tmp_path.iterdir()) == []
