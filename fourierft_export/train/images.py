@@ -34,6 +34,7 @@ MAX_PIXELS = 1 << 26
 
 # A file's path, or pixels as uint8: (height, width), (height, width, channels) or channels first.
 Source = str | np.ndarray[Any, Any]
+Images = Sequence[Source] | np.ndarray[Any, Any]
 Row = tuple[Source, int]
 
 
@@ -92,7 +93,7 @@ def image_classification(
 
 def read_images(
     path: str | os.PathLike[str], settings: TextSettings
-) -> tuple[Table, Any]:
+) -> tuple[Table, Images]:
     """A table of labelled images, and the images themselves.
 
     Raises:

@@ -41,6 +41,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
         BadInputError: not a file of this format; all bad rows are listed.
         MissingExtraError: parquet needs pyarrow.
     """
+    os.close(open_regular(path))
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
         raise UsageError(
@@ -153,7 +154,6 @@ def _read_parquet(path: str) -> Table:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise missing_extra(str(error.name), "hf", f"reading {path}") from None
-    os.close(open_regular(path))  # refuses what is no regular file, in our words
     try:
         table = pq.read_table(path, memory_map=False)
         # Text that is not UTF-8 shows only here.
@@ -164,7 +164,6 @@ def _read_parquet(path: str) -> Table:
 
 
 def _read_npz(path: str) -> Table:
-    os.close(open_regular(path))
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(info.file_size for info in archive.infolist())

@@ -211,7 +211,7 @@ def load_tokenizer(directory: str | os.PathLike[str], *, words: bool = False) ->
     options = {"add_prefix_space": True} if words else {}
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 os.fspath(directory), local_files_only=True, trust_remote_code=False, **options
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -222,16 +222,20 @@ def load_tokenizer(directory: str | os.PathLike[str], *, words: bool = False) ->
                 found=text.splitlines()[0],
                 remedy="add the tokenizer's files, or for causal-lm give rows of input_ids",
             ) from error
+    # Without its vocabulary's files, transformers makes an empty tokenizer and says nothing.
+    ids = tokenizer("a 1 . the", add_special_tokens=False)["input_ids"]
+    if set(ids) <= {tokenizer.unk_token_id}:
+        raise BadInputError(
+            directory,
+            expected="a tokenizer with a vocabulary",
+            found=f"one of {len(tokenizer)} entries that knows no English",
+            remedy="add the tokenizer's files, or for causal-lm give rows of input_ids",
+        )
+    return tokenizer
 
 
 def _has_tokenizer(directory: str | os.PathLike[str]) -> bool:
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "vocab.txt",
-        "spiece.model",
-    )
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
     return any((Path(directory) / name).is_file() for name in names)
 
 
