@@ -191,10 +191,14 @@ def join(device: str | None = None) -> Processes:
     """
     rank, world, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if rank is None or world is None or world == 1:
+    if world is None or world == 1:
         return Processes(0, 1, _lone_device(kind))
-    if not 0 <= rank < world:
-        raise UsageError("RANK", expected=f"0 to {world - 1}", found=str(rank))
+    if rank is None or not 0 <= rank < world:
+        raise UsageError(
+            "RANK and WORLD_SIZE",
+            expected="a rank from 0 to below the world's size, as torchrun sets them",
+            found=f"{rank} and {world}",
+        )
     place = _shared_device(kind, rank if local is None else local)
     owned = not distributed.is_initialized()
     if owned:
