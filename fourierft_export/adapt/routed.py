@@ -34,11 +34,11 @@ def routed_linear(layer: FourierLinear, x: Tensor, rows: Rows) -> Tensor:
         UsageError: another number of rows.
     """
     _refuse_export(rows)
-    names = rows.of(x if x.ndim > 1 else x.new_empty(0))
     result = layer.base_output(x)
-    parts = [part for group in rows.groups for part in _group_delta(layer, x, rows, names, group)]
-    if not parts:
+    if not rows.groups:
         return result
+    names = rows.of(x, features=1)
+    parts = [part for group in rows.groups for part in _group_delta(layer, x, rows, names, group)]
     dtype = result.dtype
     wide = torch.promote_types(dtype, parts[0][1].dtype)
     places = torch.cat([place for place, _ in parts])
@@ -112,9 +112,9 @@ def routed_module(
     """
     _refuse_export(rows)
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    names = rows.of(torch.empty(0) if first is None else first)
-    if first is None or len(set(names)) == 1:
-        return module.under(names[0])(*args, **kwargs)
+    if first is None or len(set(rows.names)) == 1:
+        return module.under(rows.names[0])(*args, **kwargs)
+    names = rows.of(first)
     places = rows.places(names, first.device)
     parts: list[Tensor] = []
     for name, place in places.items():

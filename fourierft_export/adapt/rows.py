@@ -42,13 +42,13 @@ class Rows:
     thread: int
     _places: dict[tuple[int, torch.device], dict[str | None, Tensor]] = field(default_factory=dict)
 
-    def of(self, x: Tensor) -> Names:
-        """The name for each row of `x`, which are its first dimension.
+    def of(self, x: Tensor, features: int = 0) -> Names:
+        """The name for each row of `x`, the first dimension before those of its features.
 
         Raises:
             UsageError: `x` has another number of rows.
         """
-        count, found = len(self.names), x.shape[0] if x.ndim else 0
+        count, found = len(self.names), x.shape[0] if x.ndim > features else 0
         if found == count:
             return self.names
         if found == count * self.num_beams:

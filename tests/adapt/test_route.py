@@ -1,0 +1,309 @@
+"""One batch, an adapter for each row: the same as running every row by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourierft_export import (
+    FourierFTConfig,
+    FourierLinear,
+    activate,
+    attach,
+    capture,
+    detach,
+    inject,
+    route,
+)
+from fourierft_export.adapt.adapter import AdapterOrigin
+from fourierft_export.adapt.tree import active_adapters, adapted_modules, fourier_layers
+from fourierft_export.spectral import cost
+
+MakeModel = Callable[[str], nn.Module]
+
+# name -> its own fields: one seed for three of them, n 9 and other scalings among them, biases
+# and heads, layers that not all of them touch.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "head": {"task_type": "SEQ_CLS", "bias": "all"},
+    "plain": {},
+    "scaled": {"scaling": 70.0},
+    "few": {"n_frequency": 9},
+    "seed": {"random_loc_seed": 8},
+    "wide": {"random_loc_seed": 9, "target_modules": "all-linear", "bias": "fourier_only"},
+}
+NAMES = ["few", None, "head", "plain", "wide", "scaled", "head", "seed", "plain"]
+
+
+def add(model: nn.Module, name: str, **fields: Any) -> None:
+    """An adapter whose every tensor is random."""
+    torch.manual_seed(sum(map(ord, name)))
+    usual = {"n_frequency": 21, "scaling": 30.0, "random_loc_seed": 5}
+    inject(model, FourierFTConfig(**(usual | fields)), name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape).to(parameter.dtype)
+
+
+def adapted(model: nn.Module, kind: str = "bert-cls") -> nn.Module:
+    for name, fields in ADAPTERS.items():
+        fields = {k: v for k, v in fields.items() if kind.endswith("-cls") or k != "task_type"}
+        add(model, name, **fields)
+    return model
+
+
+def rows(count: int, length: int = 7) -> Tensor:
+    return torch.randint(1, 60, (count, length), generator=torch.Generator().manual_seed(6))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens).logits
+
+
+def alone(model: nn.Module, names: Sequence[str | None], tokens: Tensor) -> Tensor:
+    """Every row by itself, under its own adapter."""
+    each = []
+    for i, name in enumerate(names):
+        activate(model, [] if name is None else name)
+        each.append(logits(model, tokens[i : i + 1]))
+    return torch.cat(each)
+
+
+@pytest.mark.parametrize("form", [None, *cost.FORMS])
+@pytest.mark.parametrize("kind", ["bert-cls", "llama-cls", "gpt2", "llama-tied"])
+@torch.no_grad()
+def test_each_row_is_as_if_alone(make_model: MakeModel, kind: str, form: str | None) -> None:
+    """In float64, where rounding cannot hide a wrong row."""
+    model = adapted(make_model(kind), kind).double()
+    tokens = rows(len(NAMES))
+    with cost.force(form=form):
+        wanted = alone(model, NAMES, tokens)
+        with route(model, NAMES) as same:
+            found = logits(model, tokens)
+    assert same is model
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    base = logits(activate(model, []), tokens)
+    changed = (found - base).abs().flatten(1).amax(1) > 1e-6
+    assert changed.tolist() == [name is not None for name in NAMES]
+
+
+def layer_with(dtype: torch.dtype, spectra: torch.dtype) -> FourierLinear:
+    torch.manual_seed(0)
+    layer = FourierLinear(nn.Linear(96, 64).to(dtype))
+    for name, n, seed, scaling in (
+        ("a", 50, 7, 60.0),
+        ("b", 50, 7, 60.0),
+        ("c", 50, 7, -11.0),
+        ("d", 30, 7, 60.0),
+        ("e", 50, 1, 25.0),
+    ):
+        # Of one seed, but not of one dtype.
+        own = torch.float64 if name == "b" else spectra
+        layer.add_adapter(name, torch.randn(n).to(own), AdapterOrigin(seed, scaling))
+    return layer
+
+
+@pytest.mark.parametrize("form", [None, *cost.FORMS])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_a_layer_in_every_dtype(
+    dtype: torch.dtype, leading: tuple[int, ...], form: str | None
+) -> None:
+    layer = layer_with(dtype, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    model = nn.Sequential(layer)
+    names = ["a", "b", None, "d", "c", "a", "e"]
+    x = torch.randn(len(names), *leading, 96).to(dtype)
+    with cost.force(form=form), route(model, names):
+        found = model(x)
+    assert found.dtype == dtype
+    for i, name in enumerate(names):
+        layer.active = () if name is None else (name,)
+        with cost.force(form=form):
+            wanted = layer(x[i : i + 1])[0]
+        error = (found[i].double() - wanted.double()).norm() / wanted.double().norm()
+        assert error <= {torch.bfloat16: 4e-3}.get(dtype, 1e-6), name
+
+
+@torch.no_grad()
+def test_autocast_gives_what_it_gives_alone(make_model: MakeModel) -> None:
+    model = adapted(make_model("bert-cls"))
+    tokens = rows(len(NAMES))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = alone(model, NAMES, tokens)
+        with route(model, NAMES):
+            found = logits(model, tokens)
+    assert found.dtype == wanted.dtype
+    eps = torch.finfo(torch.bfloat16).eps
+    assert (found - wanted).abs().max() <= 4 * eps * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_minilm_with_sentences(
+    minilm_dir: Path,
+    peft_minilm_adapter: Callable[..., Path],
+    tokenize: Callable[..., dict[str, Tensor]],
+    sst2_sentences: list[str],
+) -> None:
+    """Adapters that PEFT saved, with their heads; alone means the same padding, too."""
+    from transformers import AutoModelForSequenceClassification
+
+    from fourierft_export import from_peft
+
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_dir, num_labels=2).eval()
+    for i, fields in enumerate(({}, {}, {"random_loc_seed": 11, "n_frequency": 300})):
+        directory = peft_minilm_adapter(torch_seed=i, **fields)
+        attach(model, from_peft(directory, minilm_dir), f"tenant{i}")
+    names = ["tenant0", "tenant1", "tenant2", None, "tenant1", "tenant0"]
+    inputs = tokenize(sst2_sentences[: len(names)])
+
+    def run() -> tuple[Tensor, Tensor]:
+        output = model(**inputs, output_hidden_states=True)
+        return output.hidden_states[-1], output.logits
+
+    with route(model, names):
+        found = run()
+    for i, name in enumerate(names):
+        activate(model, [] if name is None else name)
+        hidden, answer = run()
+        assert (found[0][i] - hidden[i]).norm() <= 1e-6 * hidden[i].norm()
+        # Logits are small differences of the head's terms, which are of the order of 0.1.
+        torch.testing.assert_close(found[1][i], answer[i], rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+def test_rows_may_come_in_any_order_and_the_same_everywhere(make_model: MakeModel) -> None:
+    model = adapted(make_model("bert-cls")).double()
+    tokens = rows(len(NAMES))
+    with route(model, NAMES):
+        found = logits(model, tokens)
+    order = [4, 2, 8, 0, 7, 5, 3, 1, 6]
+    with route(model, [NAMES[i] for i in order]):
+        torch.testing.assert_close(logits(model, tokens[order]), found[order])
+    for name in ("head", "wide", None):
+        with route(model, [name] * 3):
+            routed = logits(model, tokens[:3])
+        activate(model, [] if name is None else name)
+        torch.testing.assert_close(routed, logits(model, tokens[:3]), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_blocks_nest_and_leave_everything_as_it_was(make_model: MakeModel) -> None:
+    model = adapted(make_model("bert-cls"))
+    tokens = rows(2)
+    wanted = [logits(activate(model, name), tokens) for name in ("plain", "seed", "head")]
+    activate(model, ["head", "plain"])
+    both = logits(model, tokens)
+    with route(model, ["plain"] * 2):
+        with route(model, ["seed"] * 2):
+            torch.testing.assert_close(logits(model, tokens), wanted[1])
+        torch.testing.assert_close(logits(model, tokens), wanted[0])
+        with pytest.raises(RuntimeError, match="mine"), route(model, ["head"] * 2):
+            torch.testing.assert_close(logits(model, tokens), wanted[2])
+            raise RuntimeError("mine")
+        torch.testing.assert_close(logits(model, tokens), wanted[0])
+    assert set(active_adapters(model)) == {"head", "plain"}
+    assert torch.equal(logits(model, tokens), both)
+    # The pass after the block has taken the last trace of it away.
+    holders = [*fourier_layers(model).values(), *adapted_modules(model).values()]
+    assert all(holder.routing is None for holder in holders)
+
+
+@torch.no_grad()
+def test_adapters_come_and_go_between_blocks(make_model: MakeModel) -> None:
+    model = adapted(make_model("bert-cls"))
+    tokens = rows(3)
+    bundle = capture(model, "seed")
+    activate(model, "plain")
+    detach(model, "plain")
+    assert active_adapters(model) == ()
+    with route(model, ["head", None, "seed"]):
+        found = logits(model, tokens)
+    torch.testing.assert_close(found, alone(model, ["head", None, "seed"], tokens))
+    attach(model, bundle, "plain")  # the name again, for something else
+    with route(model, ["head", None, "plain"]):
+        assert torch.equal(logits(model, tokens), found)
+    detach(model)
+    with route(add_and_return(model, "plain"), ["plain", None, None]):
+        found = logits(model, tokens)
+    torch.testing.assert_close(found[1:], logits(detach(model), tokens)[1:])
+
+
+def add_and_return(model: nn.Module, name: str) -> nn.Module:
+    add(model, name)
+    return model
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@torch.no_grad()
+def test_generation(make_model: MakeModel, kind: str, num_beams: int) -> None:
+    """Encoders see the rows as they are, decoders each row num_beams times."""
+    model: Any = make_model(kind)
+    settings = model.generation_config
+    settings.eos_token_id, settings.pad_token_id, settings.decoder_start_token_id = None, 0, 0
+    add(model, "a", scaling=3000.0, target_modules="all-linear")
+    add(model, "b", scaling=3000.0, bias="all")
+    add(model, "c", scaling=3000.0, random_loc_seed=6, n_frequency=9)
+    names = ["c", "a", None, "b"]
+    tokens = rows(len(names))
+    options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False}
+    with route(model, names, num_beams=num_beams):
+        found = model.generate(input_ids=tokens, **options)
+    for i, name in enumerate(names):
+        activate(model, [] if name is None else name)
+        assert torch.equal(model.generate(input_ids=tokens[i : i + 1], **options)[0], found[i])
+    assert not torch.equal(model.generate(input_ids=tokens, **options), found)
+
+
+@torch.no_grad()
+def test_torch_layers_that_know_a_fast_path() -> None:
+    """Without gradients nn.TransformerEncoderLayer reads weights rather than calling layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    add(model, "a", target_modules=["linear1", "linear2"])
+    add(model, "b", target_modules=["linear1"], bias="fourier_only")
+    names = ["a", "b", None, "a"]
+    x = torch.randn(4, 5, 16)
+    with route(model, names):
+        found = model(x)
+    for i, name in enumerate(names):
+        activate(model, [] if name is None else name)
+        torch.testing.assert_close(found[i], model(x[i : i + 1])[0])
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_routed_too(make_model: MakeModel) -> None:
+    torch.compiler.reset()
+    model = make_model("sequential")
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        bias = "fourier_only" if name == "b" else "none"
+        add(model, name, target_modules="all-linear", random_loc_seed=seed, bias=bias)
+    activate(model, "a")
+    x = torch.randn(4, 12)
+    plain = model(x)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain)
+    for names in (["a", "b", "c", None], ["b", "b", None, "c"]):
+        with route(model, names):
+            wanted = model(x)
+            torch.testing.assert_close(compiled(x), wanted)
+        assert not torch.allclose(wanted, plain)
+    torch.testing.assert_close(compiled(x), plain)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_a_routed_model_can_be_copied(make_model: MakeModel) -> None:
+    model = adapted(make_model("bert-cls"))
+    tokens = rows(3)
+    with route(model, ["head", "seed", None]):
+        found = logits(model, tokens)
+        assert torch.equal(logits(copy.deepcopy(model), tokens), found)
+    assert model.state_dict().keys() == copy.deepcopy(model).state_dict().keys()

@@ -1,0 +1,213 @@
+"""What cannot be routed is refused, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourierft_export import (
+    FourierFTConfig,
+    activate,
+    attach,
+    capture,
+    combine,
+    detach,
+    export_onnx,
+    fuse,
+    inject,
+    restore,
+    route,
+)
+from fourierft_export.adapt.tree import adapted_modules, adapter_names
+from fourierft_export.errors import UsageError
+
+MakeModel = Callable[[str], nn.Module]
+NAMES = ["a", "b", None]
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> Any:
+    """bert-cls with the adapters a, with a head, and b."""
+    model = make_model("bert-cls")
+    inject(model, FourierFTConfig(n_frequency=9, task_type="SEQ_CLS"), "a")
+    return inject(model, FourierFTConfig(n_frequency=9, target_modules=["output.dense"]), "b")
+
+
+def run(model: Any, rows: int) -> Tensor:
+    return model(input_ids=torch.ones(rows, 5, dtype=torch.long)).logits
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        ("aab", "for each row"),
+        ([], "for each row"),
+        (["a", "c"], "'c': expected one of a, b"),
+    ],
+)
+def test_names_that_say_nothing(model: Any, names: Any, match: str) -> None:
+    with pytest.raises(UsageError, match=match), route(model, names):
+        pytest.fail("the block was entered")
+
+
+def test_num_beams_below_one(model: Any) -> None:
+    with pytest.raises(UsageError, match="num_beams"), route(model, NAMES, num_beams=0):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize(("found", "num_beams"), [(2, 1), (4, 1), (6, 1), (9, 2), (1, 3)])
+def test_another_number_of_rows(model: Any, found: int, num_beams: int) -> None:
+    with pytest.raises(UsageError) as caught, route(model, NAMES, num_beams=num_beams):
+        run(model, found)
+    assert caught.value.where == "module bert.encoder.layer.0.attention.self.query within route"
+    assert "3 rows" in caught.value.expected
+    assert caught.value.found == f"shape [{found}, 5, 32]"
+    run(model, found)  # the block is over
+
+
+def test_rows_and_tokens_in_one_dimension() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.reshape(-1, 6)).reshape(x.shape)
+
+    model = inject(Flat(), FourierFTConfig(n_frequency=5, target_modules=["inner"]), "a")
+    refused = pytest.raises(UsageError, match=r"inner within route.*found shape \[8, 6\]")
+    with refused, route(model, ["a", None]):
+        model(torch.randn(2, 4, 6))
+    refused = pytest.raises(UsageError, match=r"inner within route.*found shape \[6\]")
+    with refused, route(model, ["a"] * 6):
+        model.inner(torch.randn(6))
+
+
+@pytest.mark.parametrize("path", ["0.linear1", "0.self_attn.out_proj"])
+def test_torch_layers_with_the_batch_second(path: str) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32))
+    inject(model, FourierFTConfig(n_frequency=5, target_modules=[path]), "a")
+    with pytest.raises(UsageError, match="batch_first") as caught, route(model, ["a", None]):
+        pytest.fail("the block was entered")
+    assert caught.value.offenders == (path,)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_weights_that_are_read(learns: bool) -> None:
+    """nn.MultiheadAttention reads those of its output projection."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    inject(model, FourierFTConfig(n_frequency=5, target_modules=["out_proj"]), "a")
+    inject(model, FourierFTConfig(n_frequency=5, target_modules=["linear1"]), "b")
+    x = torch.randn(2, 3, 16)
+    with torch.set_grad_enabled(learns):
+        refused = pytest.raises(UsageError, match=r"0\.self_attn\.out_proj within.*are read")
+        with refused, route(model, ["a", "b"]):
+            model(x)
+        with route(model, ["b", None]):
+            model(x)
+
+
+def test_heads_of_different_sizes(model: Any) -> None:
+    """Not even low-level versions of one module may differ within a batch."""
+    head = adapted_modules(model)["classifier"]
+    five = {"weight": torch.zeros(5, 32), "bias": torch.zeros(5)}
+    head.add_version("b", five, trainable=False)
+    with pytest.raises(UsageError, match="batches of their own") as caught, route(model, NAMES):
+        pytest.fail("the block was entered")
+    assert "classifier.weight: a has [3, 32], b [5, 32]" in caught.value.offenders
+    assert "classifier.weight: b has [5, 32], None [3, 32]" in caught.value.offenders
+    with torch.no_grad(), route(model, ["b", "b"]):
+        assert run(model, 2).shape == (2, 5)
+
+
+def test_versions_that_answer_with_more_than_one_tensor() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + self.bias, x
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.pair = Pair()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pair(self.inner(x))[0]
+
+    config = FourierFTConfig(n_frequency=5, target_modules=["inner"], modules_to_save=["pair"])
+    model = inject(Two(), config, "a")
+    with pytest.raises(UsageError, match=r"pair within route.*tuple"), route(model, ["a", None]):
+        model(torch.randn(2, 4))
+    with route(model, ["a", "a"]):
+        assert model(torch.randn(2, 4)).shape == (2, 4)
+
+
+def test_fused(model: Any) -> None:
+    fuse(activate(model, "b"))
+    with pytest.raises(UsageError, match="restore"), route(model, NAMES):
+        pytest.fail("the block was entered")
+    restore(model)
+    with torch.no_grad(), route(model, NAMES):
+        run(model, 3)
+
+
+def test_nothing_changes_the_adapters_within_a_block(model: Any, tmp_path: Any) -> None:
+    bundle = capture(model, "a")
+    tokens = {"input_ids": torch.ones(3, 5, dtype=torch.long)}
+    calls: list[Callable[[], object]] = [
+        lambda: activate(model, "a"),
+        lambda: fuse(model, "a"),
+        lambda: detach(model, "a"),
+        lambda: detach(model),
+        lambda: attach(model, bundle, "c"),
+        lambda: inject(model, FourierFTConfig(n_frequency=3), "c"),
+        lambda: combine(model, {"a": 1, "b": 1}, "c"),
+        lambda: export_onnx(model, tokens, tmp_path / "m.onnx"),
+    ]
+    with route(model, NAMES):
+        for call in calls:
+            with pytest.raises(UsageError, match="leave the block first"):
+                call()
+        assert capture(model, "a").to_bytes() == bundle.to_bytes()
+        run(model, 3)
+    assert adapter_names(model) == ("a", "b")
+    assert not list(tmp_path.iterdir())
+    fuse(model, "a")
+
+
+def test_another_thread(model: Any) -> None:
+    found: list[str] = []
+
+    def other() -> None:
+        try:
+            with route(model, ["b", "b"]):
+                found.append("entered")
+        except UsageError as error:
+            found.append(error.summary)
+
+    def in_a_thread() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with route(model, NAMES):
+        in_a_thread()
+        run(model, 3)
+    in_a_thread()
+    assert "another thread" in found[0]
+    assert found[1:] == ["entered"]
+
+
+def test_exporting(model: Any) -> None:
+    tokens = torch.ones(3, 5, dtype=torch.long)
+    with pytest.raises(UsageError, match="mode='bank'"), route(model, NAMES):
+        torch.export.export(model, (tokens,), strict=False)
