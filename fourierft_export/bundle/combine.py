@@ -47,7 +47,8 @@ def combine_bundles(
 
     Raises:
         UsageError: no bundles, or weights that do not fit; more than one brings a tensor, and
-            `heads` does not say what to do; unbound bundles that must be bound.
+            `heads` does not say what to do; one replaces a weight that another changes; unbound
+            bundles that must be bound.
         BaseMismatchError: they belong to different bases; all layers listed.
     """
     if not bundles:
@@ -78,6 +79,7 @@ def combine_bundles(
         base_model=_common([b.spec.base_model for b in bundles]),
     )
     saved = _saved([b.saved for b in bundles], factors, heads, labels)
+    _check_not_replaced(spectra, saved)
     return Bundle.build(spec, spectra, saved, explicit, where="combined adapter")
 
 
@@ -213,6 +215,23 @@ def _saved(
             offenders=clashes,
         )
     return saved
+
+
+def _check_not_replaced(spectra: Mapping[str, Array], saved: Mapping[str, Array]) -> None:
+    """A weight that one adapter replaces and another one changes has no sum."""
+    both = [
+        f"{name}.weight: replaced by one, changed by another"
+        for name in spectra
+        if f"{name}.weight" in saved
+    ]
+    if both:
+        raise UsageError(
+            "combine",
+            expected="weights that are either replaced or changed",
+            found=f"{len(both)} that adapters do both to",
+            remedy="say in heads whose saved tensors to take, or leave one adapter out",
+            offenders=both,
+        )
 
 
 def _same(a: Array, b: Array) -> bool:
