@@ -30,6 +30,8 @@ _OF_A_BUNDLE = (
     "exclude_modules",
     "layers_to_transform",
     "modules_to_save",
+    "bias",
+    "entry_seed",
     "init_weights",
 )
 
@@ -150,17 +152,22 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
 
 
 def continued_adapter(
-    task: TrainingTask,
-    settings: TrainSettings,
-    bundle: Bundle,
-    *,
-    allow_base_mismatch: bool = False,
+    task: TrainingTask, bundle: Bundle, *, allow_base_mismatch: bool = False
 ) -> LiveAdapter:
     """Put a bundle's adapter on the task's model, to train it further.
 
     Raises:
-        UsageError: settings that say what the bundle says, all listed.
         BaseMismatchError: the bundle does not belong to the model.
+    """
+    attach(task.model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
+    return LiveAdapter(task.model, capture(task.model, NAME))
+
+
+def check_of_training_alone(settings: TrainSettings) -> None:
+    """Refuse settings of a new adapter, where a bundle says what the adapter is.
+
+    Raises:
+        UsageError: with all of them.
     """
     plain = TrainSettings()
     clash = [name for name in _OF_A_BUNDLE if getattr(settings, name) != getattr(plain, name)]
@@ -171,8 +178,6 @@ def continued_adapter(
             found=f"{len(clash)} of the adapter",
             remedy="leave them out, or train without the bundle",
         )
-    attach(task.model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
-    return LiveAdapter(task.model, capture(task.model, NAME))
 
 
 def _model_type(model: nn.Module) -> str:

@@ -40,6 +40,7 @@ def draw_curve(report: TrainReport, path: Path) -> None:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     with staged_file(path, force=True) as partial:
         figure.savefig(partial, format="png")
@@ -49,7 +50,13 @@ def _losses(axes: Axes, report: TrainReport) -> None:
     losses = report.history.losses
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color=QUIET, linewidth=0.8, alpha=0.6, label="each step")
-    axes.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, label="smoothed")
+    axes.plot(
+        steps,
+        smoothed(losses, 1 - 1 / max(2.0, len(losses) / 20)),
+        color=BLUE,
+        linewidth=1.8,
+        label="smoothed",
+    )
     held = [(e["step"], e["metrics"]["loss"]) for e in report.history.evaluations if e["metrics"]]
     if held:
         axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", markersize=4, label="scored")
@@ -60,22 +67,21 @@ def _losses(axes: Axes, report: TrainReport) -> None:
 def _scores(axes: Axes, report: TrainReport) -> None:
     points = [(e["step"], e["metrics"][report.metric]) for e in report.history.evaluations]
     axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
+    title = report.metric
     if report.best:
         value = report.best[report.metric]
         axes.plot(report.best_step, value, color=ORANGE, marker="o", markersize=9, fillstyle="none")
-        axes.annotate(
-            f"{value:.4g}",
-            (report.best_step, value),
-            textcoords="offset points",
-            xytext=(0, -14 if report.higher_is_better else 9),
-            ha="center",
-            color=ORANGE,
-        )
-    axes.set_title(report.metric, loc="left")
+        title += f": {value:.4g} at its best, after step {report.best_step}"
+    axes.set_title(title, loc="left")
 
 
-def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
-    """Exponential moving averages, right from the first value on."""
+def smoothed(values: list[float], memory: float) -> list[float]:
+    """Exponential moving averages that start with the first value.
+
+    Args:
+        values: any number of them.
+        memory: from 0 (the values themselves) to below 1.
+    """
     found: list[float] = []
     total = weight = 0.0
     for value in values:

@@ -116,7 +116,7 @@ class Run:
                 outcome = "patience"
                 break
             progress(self.told(), self.step, plan.steps)
-            stop = self.learn(stop=asked())
+            stop = self.learn(asked)
             if self.step % plan.eval_every == 0 or self.step == plan.steps:
                 progress(f"scoring, {self.told()}", self.step, plan.steps)
                 self.score()
@@ -132,7 +132,7 @@ class Run:
             raise TrainingInterrupted(self.kept())
         return report
 
-    def learn(self, *, stop: bool) -> bool:
+    def learn(self, asked: Callable[[], bool]) -> bool:
         """One step; whether anybody was asked to stop."""
         settings, step = self.settings, self.step
         factor = rate_factor(
@@ -143,7 +143,7 @@ class Run:
         )
         for group in self.learner.optimizer.param_groups:
             group["lr"] = group[PEAK] * factor
-        found = self.learner.step(step, self.batch(step), stop=stop)
+        found = self.learner.step(step, self.batch(step), asked=asked)
         self.history.losses.append(found.loss)
         self.history.norms.append(found.norm)
         self.history.seconds.append(found.seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +59,13 @@ class Learner:
     max_grad_norm: float
     seed: int
 
-    def step(self, number: int, batch: Sequence[int], *, stop: bool) -> StepReport:
+    def step(self, number: int, batch: Sequence[int], *, asked: Callable[[], bool]) -> StepReport:
         """Learn from these rows: the gradient of their mean loss, one update.
 
         Args:
             number: of the step, from 0.
             batch: numbers of the rows of the whole batch.
-            stop: whether this process was asked to stop; all are told.
+            asked: whether this process was asked to stop; all are told.
 
         Raises:
             UsageError: the loss or its gradient is not finite; the adapter is as it was before.
@@ -78,7 +78,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss, count = self._backward(batch)
         self.processes.reduce_gradients(parameters)
-        told = torch.tensor([loss, count, float(stop)], dtype=torch.float64)
+        told = torch.tensor([loss, count, float(asked())], dtype=torch.float64)
         total, items, stops = self.processes.sum(told).tolist()
         self.precision.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ..adapt.attach import detach
+from ..adapt.tree import adapter_names, check_new_name
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
 from ..errors import UsageError
 from . import defaults
-from .adapter import continued_adapter, new_adapter
+from .adapter import NAME, check_of_training_alone, continued_adapter, new_adapter
 from .held_out import with_rows_to_score
 from .interrupt import asked_to_stop
 from .optimizer import parameter_groups
@@ -53,8 +55,9 @@ def train_adapter(
     Every file is the old one or the new one, whenever the process dies.
 
     Args:
-        task: the model and its rows. The model is changed: it keeps the adapter, as the bundle has
-            it, and a dtype other than float32 casts its frozen linear layers.
+        task: the model and its rows. The model is changed: it keeps the adapter "default", as the
+            bundle has it, unless the run ends early; a dtype other than float32 casts its frozen
+            linear layers.
         out: the bundle, *.fourierft.safetensors by custom.
         settings: how; by default the rules of `train.defaults`.
         bundle: train this adapter further rather than a new one.
@@ -77,12 +80,17 @@ def train_adapter(
         BadInputError, FileAccessError: the state to resume from, or the outputs.
         TrainingInterrupted: Ctrl-C; a `KeyboardInterrupt` that says what was kept.
     """
-    settings = resolved(settings or TrainSettings())
+    settings = settings or TrainSettings()
+    if bundle is not None:
+        check_of_training_alone(settings)
+    settings = resolved(settings)
     check_outputs(out, metrics, resume=resume, force=force)
     owned = processes is None
     processes = processes or join(settings.device)
+    check_new_name(task.model, NAME)
     try:
         with ExitStack() as stack:
+            stack.enter_context(_taken_off_after_failure(task.model))
             stack.enter_context(_own_randomness(processes.device))
             stack.enter_context(_threads(settings.threads))
             stopped = stack.enter_context(asked_to_stop())
@@ -144,11 +152,13 @@ def check_outputs(
             "resume, force", expected="one of them", found="both", remedy="leave one out"
         )
     check_output(out, force=force or resume)
-    check_output(folder_of(out), force=force or resume)
+    folder = folder_of(out)
+    empty = folder.is_dir() and not any(folder.iterdir())  # of a run that had nothing to keep yet
+    check_output(folder, force=force or resume or empty)
     if metrics is not None:
         check_output(metrics, force=force or resume)
     if resume:
-        load_state(folder_of(out) / FILE)
+        load_state(folder / FILE)
 
 
 def _begin(
@@ -170,7 +180,7 @@ def _begin(
     if bundle is None:
         adapter = new_adapter(task, settings)
     else:
-        adapter = continued_adapter(task, settings, bundle, allow_base_mismatch=allow_base_mismatch)
+        adapter = continued_adapter(task, bundle, allow_base_mismatch=allow_base_mismatch)
     precision = Precision(settings.dtype, processes.device)
     if precision.is_mixed:
         cast_frozen_linears(task.model, precision.dtype)
@@ -221,6 +231,17 @@ def _save_memory(model: torch.nn.Module) -> None:
             remedy="leave the option out; --accumulate saves memory with any model",
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextmanager
+def _taken_off_after_failure(model: torch.nn.Module) -> Iterator[None]:
+    """Take the adapter off again if the run ends early, so that the model can go on with it."""
+    try:
+        yield
+    except BaseException:
+        if NAME in adapter_names(model):
+            detach(model, NAME)
+        raise
 
 
 @contextmanager
