@@ -32,8 +32,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGES = (("image",), ("images",), ("path",), ("file_name",))
 MAX_PIXELS = 1 << 26
 
-# A file's path, or pixels as uint8: (height, width), (height, width, channels) or channels first.
-Source = str | np.ndarray[Any, Any]
+# A file's path or its content; or uint8 pixels (height, width), with channels last or first if any.
+Source = str | bytes | np.ndarray[Any, Any]
 Images = Sequence[Source] | np.ndarray[Any, Any]
 Row = tuple[Source, int]
 
@@ -52,7 +52,8 @@ def image_classification(
     Args:
         directory: the model's directory; its image processor is used, if it has one.
         data, eval_data: a folder LABEL/IMAGE, an npz file of `images` (uint8) and `labels`, or a
-            file of rows whose column `image` names files, from its own folder on.
+            file of rows whose column `image` names files, from its own folder on, or in parquet
+            holds them.
         settings: columns; text_columns names the one of the images.
         rows: which rows are used and held out.
         dtype: name of a torch dtype to load in; None keeps the checkpoint's.
@@ -91,9 +92,7 @@ def image_classification(
     )
 
 
-def read_images(
-    path: str | os.PathLike[str], settings: TextSettings
-) -> tuple[Table, Images]:
+def read_images(path: str | os.PathLike[str], settings: TextSettings) -> tuple[Table, Images]:
     """A table of labelled images, and the images themselves.
 
     Raises:
@@ -113,14 +112,17 @@ def read_images(
     root = Path(table.path) if os.path.isdir(path) else Path(table.path).parent
     sources: list[Source] = []
     for place, value in zip(table.places, column, strict=True):
-        if not isinstance(value, str) or not value:
+        # Parquet files of data sets hold images as {"bytes": ..., "path": ...}.
+        content = value.get("bytes") if isinstance(value, dict) else None
+        file = value.get("path") if isinstance(value, dict) else value
+        if not (isinstance(content, bytes) or (isinstance(file, str) and file)):
             complaints.add(place, f"image {brief(value)}")
             continue
-        file = os.fspath(root / value)
-        sources.append(file)
-        wrong = _check_file(file)
+        source = content if isinstance(content, bytes) else os.fspath(root / file)
+        sources.append(source)
+        wrong = _check(source)
         if wrong:
-            complaints.add(place, f"{value}: {wrong}" if place != value else wrong)
+            complaints.add(place, f"{file}: {wrong}" if place != file else wrong)
     complaints.check()
     return table, sources
 
@@ -159,11 +161,11 @@ def _check_pixels(where: str, images: np.ndarray[Any, Any]) -> np.ndarray[Any, A
     return images
 
 
-def _check_file(path: str) -> str | None:
+def _check(source: str | bytes) -> str | None:
     """Why a file is no image, if so; pixels are not decoded yet."""
     image = _pillow()
     try:
-        with image.open(path) as opened:
+        with image.open(_file(source)) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 return f"{width} x {height} pixels, more than {MAX_PIXELS}"
@@ -174,6 +176,10 @@ def _check_file(path: str) -> str | None:
     except (OSError, ValueError, SyntaxError, image.DecompressionBombError, EOFError) as error:
         return f"not an image: {type(error).__name__}"
     return None
+
+
+def _file(source: str | bytes) -> str | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
 def _pillow() -> Any:
@@ -200,11 +206,11 @@ def load_image(source: Source, mode: str) -> Image:
         image = pillow.fromarray(np.ascontiguousarray(squeezed)).convert(mode)
         return image
     try:
-        with open(source, "rb") as file, pillow.open(io.BytesIO(file.read())) as opened:
+        with pillow.open(_file(source)) as opened:
             image = opened.convert(mode)
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadInputError(
-            source,
+            source if isinstance(source, str) else "an image in the data",
             expected="an image",
             found=str(error).splitlines()[0] if str(error) else "",
             remedy="remove or repair it",

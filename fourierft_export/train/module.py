@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInputError, FourierFTError, UsageError
-from .labels import Labels, label_ids, make_labels, read_labels
+from .labels import label_ids, make_labels, read_labels
 from .loading import usual_targets
+from .probe import count_classes
 from .rows import read_table
 from .scores import class_counts
 from .split import SplitSettings, split
@@ -111,7 +112,10 @@ def plain_classification(
     learnt, scored, notes = split(list(zip(inputs, ids, strict=True)), scored, rows)
     if inputs.dtype == np.uint8:
         notes += ("inputs are bytes: they are scaled to 0..1",)
-    names = _class_names(model, collate(learnt[:1]), labels)
+    example = collate(learnt[:1])["inputs"]
+    what = f"a float tensor of shape {list(example.shape)}"
+    classes = count_classes(model, len(labels), what, example.to(_dtype(model)))
+    names = (*labels.names, *map(str, range(len(labels), classes)))
     return TrainingTask(
         model=model,
         train=learnt,
@@ -140,13 +144,12 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 def classify_inputs(model: nn.Module, batch: Batch) -> StepResult:
     """One label per row: logits (rows, classes), labels (rows,)."""
     labels = batch["labels"]
-    logits = _logits(model, batch["inputs"])
+    logits = logits_of(model(batch["inputs"].to(_dtype(model))))
     return StepResult(summed(logits, labels), len(labels), class_counts(logits, labels))
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return logits_of(model(inputs.to(dtype)))
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _labels(table: Table, settings: TextSettings) -> list[str | int]:
@@ -189,35 +192,3 @@ def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
     if array.dtype == np.uint8:
         return array
     return array.astype(np.float32) if array.dtype.kind in "iuf" else None
-
-
-def _class_names(model: nn.Module, batch: Batch, labels: Labels) -> tuple[str, ...]:
-    """Names of all the classes that the model has, found by running it on one row.
-
-    Raises:
-        UsageError: it cannot be run on the row, returns no logits, or has too few classes.
-    """
-    where, shape = type(model).__name__, list(batch["inputs"].shape)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = _logits(model, batch["inputs"])
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UsageError(
-            where,
-            expected=f"a model that takes a float tensor of shape {shape} and returns logits",
-            found=f"{type(error).__name__}: {error}",
-            remedy="correct the model or the rows",
-        ) from error
-    finally:
-        model.train(was_training)
-    classes = logits.shape[-1]
-    if logits.ndim != 2 or classes < len(labels):
-        raise UsageError(
-            where,
-            expected=f"logits of shape [1, {len(labels)}], one per label",
-            found=f"{list(logits.shape)}",
-            remedy="give the model as many outputs as there are labels",
-        )
-    return (*labels.names, *(str(i) for i in range(len(labels), classes)))

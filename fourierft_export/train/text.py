@@ -11,6 +11,7 @@ from torch import nn
 
 from .labels import Labels, label_ids, make_labels, read_labels
 from .loading import known_classes, load_classifier, usual_targets
+from .probe import count_classes
 from .rows import read_table
 from .split import SplitSettings, split
 from .steps import classify, score_classes
@@ -89,6 +90,7 @@ def text_classification(
     ids = label_ids(table, found, table.places, labels)
     learnt, scored, notes = split(list(zip(texts, ids, strict=True)), scored, rows)
     new: tuple[str, ...] = ()
+    own = model
     if model is None:
         model, new = load_classifier(directory, KIND, labels.names, dtype=dtype, seed=rows.seed)
         notes += head_notes(new, labels)
@@ -98,6 +100,11 @@ def text_classification(
         config.pad_token_id = encoder.pad_id  # a decoder's head reads the last token before it
     length = encoder.length(settings.max_length, USUAL_LENGTH)
     train = _encode(encoder, learnt, length)
+    full = sum(len(row["input_ids"]) == length for row in train)
+    if full:
+        notes += (f"{full} training rows fill all {length} tokens; what is longer is cut",)
+    if own is not None:
+        check_own(own, encoder, train[0], len(labels), axes=2)
     return TrainingTask(
         model=model,
         train=train,
@@ -114,6 +121,17 @@ def text_classification(
         notes=notes,
         labels=labels.names,
     )
+
+
+def check_own(model: nn.Module, encoder: TextEncoder, row: Row, labels: int, *, axes: int) -> None:
+    """Refuse a model that does not take the row, or has fewer classes than there are labels.
+
+    Raises:
+        UsageError: with what it made of the row.
+    """
+    batch = encoder.pad()([row])
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    count_classes(model, labels, " and ".join(inputs), axes=axes, **inputs)
 
 
 def text_columns(table: Table, asked: tuple[str, ...]) -> tuple[str, ...]:

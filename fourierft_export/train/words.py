@@ -18,7 +18,7 @@ from .split import SplitSettings, split
 from .steps import TagWords, score_tags
 from .table import Complaints, Table, brief, first_present, not_empty
 from .task import TrainingTask
-from .text import TextSettings, head_notes
+from .text import TextSettings, check_own, head_notes
 from .tokens import Row, TextEncoder
 
 KIND = "token-classification"
@@ -71,6 +71,7 @@ def token_classification(
     ids = label_ids(table, found, places, labels)
     learnt, scored, notes = split(_pairs(sentences, ids), scored, rows)
     new: tuple[str, ...] = ()
+    own = model
     if model is None:
         model, new = load_classifier(directory, KIND, labels.names, dtype=dtype, seed=rows.seed)
         notes += head_notes(new, labels)
@@ -81,6 +82,8 @@ def token_classification(
     if lost + also_lost:
         notes += (f"{lost + also_lost} words lie beyond {length} tokens and do not count",)
     kinds, begins = _bio(labels.names)
+    if own is not None:
+        check_own(own, encoder, train[0], len(labels), axes=3)
     return TrainingTask(
         model=model,
         train=train,

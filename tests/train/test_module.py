@@ -53,6 +53,16 @@ class Words(nn.Module):
         return self.last(self.embed(input_ids))
 
 
+class Sentiment(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Embedding(30522, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].float()
+        return self.last((self.embed(input_ids) * mask).sum(1) / mask.sum(1))
+
+
 def fails():
     raise RuntimeError("no weights today")
 
@@ -172,6 +182,22 @@ def test_a_model_of_text_takes_ready_ids(here: Path) -> None:
         prepare("text-classification", module="own_models:Words", data=data)
 
 
+def test_a_model_of_text_borrows_a_tokenizer(here: Path, data_dir: Path, minilm_dir: Path) -> None:
+    sst2, trec = (data_dir / f"text/{name}/train.tsv" for name in ("sst2", "trec"))
+    module, text = "own_models:Sentiment", "text-classification"
+    task = prepare(text, module=module, model=minilm_dir, data=sst2)
+    rows = task.train[:4]
+    with torch.no_grad():
+        whole = task.step(task.model, task.collate(rows))
+        alone = [float(task.step(task.model, task.collate([row])).loss) for row in rows]
+    assert sum(alone) == pytest.approx(float(whole.loss), rel=1e-6)
+    assert task.modules_to_save == ()
+    with pytest.raises(UsageError, match=r"the last one 6 or more.*found shape \[1, 2\]"):
+        prepare(text, module=module, model=minilm_dir, data=trec)
+    with pytest.raises(UsageError, match="a forward that takes input_ids"):
+        prepare(text, module="own_models:Net", model=minilm_dir, data=sst2)
+
+
 def test_a_factory_may_make_the_whole_task(here: Path, digits: Path) -> None:
     task = prepare(None, module="own_models:whole")
     result = task.step(task.model, task.collate(task.train))
@@ -217,7 +243,12 @@ def test_a_module_that_cannot_be_imported(here: Path, digits: Path) -> None:
     ("inputs", "labels", "kind", "message"),
     [
         (np.zeros((4, 5)), [0, 1, 2, 3], UsageError, r"a float tensor of shape \[1, 5\]"),
-        (np.zeros((6, 3)), list(range(6)), UsageError, r"logits of shape \[1, 6\].*found \[1, 4\]"),
+        (
+            np.zeros((6, 3)),
+            list(range(6)),
+            UsageError,
+            r"the last one 6 or more.*found shape \[1, 4\]",
+        ),
         (np.full((2, 3), np.nan), [0, 1], BadInputError, "not finite"),
         (np.array([["a"] * 3] * 2), [0, 1], BadInputError, "row 1: inputs"),
         (np.zeros((2, 3)), [0.5, 1.5], BadInputError, "row 1: label"),

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from fourierft_export.adapt.attach import capture
 from fourierft_export.adapt.config import FourierFTConfig
 from fourierft_export.adapt.inject import inject
 from fourierft_export.errors import (
@@ -20,6 +22,7 @@ from fourierft_export.errors import (
     FourierFTError,
     UsageError,
 )
+from fourierft_export.train.loading import load_classifier, usual_targets
 from fourierft_export.train.prepare import prepare
 from fourierft_export.train.task import TrainingTask
 
@@ -103,6 +106,45 @@ def test_more_than_a_head_may_not_be_missing(stories260k: Path, sst2: Path, tmp_
     assert caught.value.offenders == (lost,)
     with pytest.raises(BaseMismatchError):
         prepare("causal-lm", model=tmp_path, data=sst2)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+FAMILIES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
+    "bert without a pooler": (tf.BertForMaskedLM, SIZES, ("bert.pooler", "classifier")),
+    "roberta": (tf.RobertaModel, SIZES, ("classifier",)),
+    "distilbert": (
+        tf.DistilBertModel,
+        {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},
+        ("pre_classifier", "classifier"),
+    ),
+    "deberta": (tf.DebertaV2Model, SIZES, ("pooler", "classifier")),
+    "t5": (
+        tf.T5ForConditionalGeneration,
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+        ("classification_head",),
+    ),
+    "llama": (tf.LlamaForCausalLM, SIZES, ("score",)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_is_new_is_trained_and_saved(family: str, tmp_path: Path) -> None:
+    """A layer drawn at random that the adapter does not carry would be lost."""
+    model_class, sizes, wanted = FAMILIES[family]
+    config = model_class.config_class(vocab_size=60, intermediate_size=16, **sizes)
+    model_class(config).save_pretrained(tmp_path)
+    kind = "sequence-classification"
+    model, new = load_classifier(tmp_path, kind, ("a", "b", "c"), dtype="float32", seed=0)
+    assert sorted(new) == sorted(wanted)
+    again, _ = load_classifier(tmp_path, kind, ("a", "b", "c"), dtype="float32", seed=1)
+    others = dict(again.named_parameters())
+    # Biases and norms start at constants; weights that differ by the seed were drawn.
+    drawn = {n for n, p in model.named_parameters() if not torch.equal(p, others[n])}
+    assert drawn
+    assert all(any(name.startswith(f"{path}.") for path in new) for name in drawn)
+    config = FourierFTConfig(10, target_modules=usual_targets(model), modules_to_save=new)
+    inject(model, config)
+    assert drawn <= set(capture(model, "default").saved)
 
 
 @pytest.mark.parametrize("task_name", ["text-classification", "causal-lm"])

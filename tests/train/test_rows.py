@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError, UsageError
+from fourierft_export.errors import (
+    BadInputError,
+    FileAccessError,
+    FourierFTError,
+    MissingExtraError,
+    UsageError,
+)
+from fourierft_export.train.images import read_images
 from fourierft_export.train.labels import label_ids, make_labels, read_labels
 from fourierft_export.train.rows import MAX_LINE_BYTES, read_table
 from fourierft_export.train.split import SplitSettings, split
 from fourierft_export.train.table import Table
+from fourierft_export.train.text import TextSettings
 
 TEXTS = ['say "hi"', "naïve, 3 € – ok", 'a " b', "x"]
 LABELS = [1, 0, 2, 0]
@@ -268,3 +277,21 @@ def test_split_settings_out_of_range(settings: dict[str, Any]) -> None:
 def test_a_single_row_cannot_be_shared() -> None:
     with pytest.raises(UsageError, match="--eval-share 0"):
         split([1], None, SplitSettings())
+
+
+@pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("PIL", "folder")])
+def test_a_package_that_is_missing_is_named(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder/cat").mkdir(parents=True)
+    write(tmp_path, "folder/cat/a.png", b"x")
+    write(tmp_path, "a.parquet", b"x")
+    for module in [m for m in sys.modules if m.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"fourierft-export\[hf\]") as caught:
+        if package == "PIL":
+            read_images(tmp_path / name, TextSettings())
+        else:
+            read_table(tmp_path / name)
+    assert package in caught.value.expected

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -373,8 +375,11 @@ def test_images_are_the_same_from_a_folder_an_array_and_a_list(
         tmp_path / "a.jsonl",
         [{"image": f"folder/{labels[i]}/{i:02}.png", "label": int(labels[i])} for i in order],
     )
+    files = [(tmp_path / f"folder/{labels[i]}/{i:02}.png").read_bytes() for i in order]
+    held = [{"bytes": content, "path": None} for content in files]
+    pq.write_table(pa.table({"image": held, "label": labels[order]}), tmp_path / "a.parquet")
     batches = []
-    for data in (tmp_path / "folder", tmp_path / "a.npz", listed):
+    for data in (tmp_path / "folder", tmp_path / "a.npz", listed, tmp_path / "a.parquet"):
         task = prepare("image-classification", model=model, data=data, eval_share=0)
         batches.append(task.collate(task.train))
         assert task.labels == tuple(f"LABEL_{i}" for i in range(10))  # the model's own head
