@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,11 @@ def test_save_model_writes_a_bundle_that_any_copy_of_the_base_takes(
 
 @pytest.mark.parametrize("kind", ["plain", "groups and biases"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    kind: str, whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str,
+    whole: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def start(folder: str, *callbacks: Any) -> Any:
         if kind == "plain":
@@ -178,8 +183,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert losses(first) == losses(whole)[:4]
     resumed = start("parts")
     before = resumed.model
-    with caplog.at_level("WARNING"):
+    log = logging.getLogger("transformers")
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("INFO", "transformers"):
         resumed.train(resume_from_checkpoint=True)
+    assert "Loading model from" in caplog.text
     assert "missing keys" not in caplog.text
     assert losses(resumed) == losses(whole)
     assert resumed.model is before
