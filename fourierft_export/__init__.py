@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.attach import attach, capture, detach
     from fourierft_export.adapt.combine import combine
     from fourierft_export.adapt.config import FourierFTConfig
+    from fourierft_export.adapt.disabled import disabled
     from fourierft_export.adapt.fuse import fuse, restore
     from fourierft_export.adapt.inject import inject
     from fourierft_export.adapt.layer import FourierLinear
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from fourierft_export.merge.recover import recover_bundle
     from fourierft_export.merge.verify import verify_merged
     from fourierft_export.onnx_graph.apply import apply_onnx
-    from fourierft_export.onnx_graph.export import export_onnx
-    from fourierft_export.onnx_graph.pretrained import export_pretrained
     from fourierft_export.onnx_graph.recover import recover_onnx
-    from fourierft_export.onnx_graph.session import AdapterSession
+    from fourierft_export.onnx_graph.runtime.session import AdapterSession
+    from fourierft_export.onnx_graph.trace.export import export_onnx
+    from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
     from fourierft_export.proof.validate import validate
     from fourierft_export.train.accelerate_state import save_bundles
     from fourierft_export.train.hf import BundleCallback
@@ -49,6 +50,7 @@ __all__ = [
     "capture",
     "combine",
     "detach",
+    "disabled",
     "errors",
     "export_onnx",
     "export_pretrained",
@@ -68,7 +70,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdapterSession": "onnx_graph.session",
+    "AdapterSession": "onnx_graph.runtime.session",
     "Bundle": "bundle.file",
     "BundleCallback": "train.hf",
     "FourierFTConfig": "adapt.config",
@@ -79,8 +81,9 @@ _HOMES = {
     "capture": "adapt.attach",
     "combine": "adapt.combine",
     "detach": "adapt.attach",
-    "export_onnx": "onnx_graph.export",
-    "export_pretrained": "onnx_graph.pretrained",
+    "disabled": "adapt.disabled",
+    "export_onnx": "onnx_graph.trace.export",
+    "export_pretrained": "onnx_graph.trace.pretrained",
     "from_peft": "bundle.peft",
     "fuse": "adapt.fuse",
     "inject": "adapt.inject",

@@ -26,6 +26,7 @@ PUBLIC = [
     "capture",
     "combine",
     "detach",
+    "disabled",
     "errors",
     "export_onnx",
     "export_pretrained",
