@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -190,6 +191,8 @@ def train(
             max_rows=checked.max_train_rows,
             eval_share=checked.eval_share,
             seed=checked.seed,
+            # Autocast works on any dtype, and a large base is better not widened.
+            dtype="float32" if checked.dtype == "float32" else None,
         )
         report = train_adapter(
             task,
@@ -256,13 +259,16 @@ def _lines(report: TrainReport, model: str | None) -> list[str]:
         lines.append(f"stopped early: no better {report.metric} for {report.settings['patience']}")
     seen = [p for p in (report.metrics_file, report.picture) if p]
     lines.append(f"more: {', '.join(seen)}")
-    if report.bundle and model:
-        lines += [
-            f"next: fourierft-export validate --base {model} --bundle {report.bundle}",
-            f"      fourierft-export merge --base {model} --bundle {report.bundle} -o MERGED",
-            f"      fourierft-export export --base {model} --bundle {report.bundle} "
-            "--mode merged -o MODEL.onnx",
-        ]
-    elif report.bundle:
-        lines.append(f"next: fourierft-export inspect {report.bundle}")
-    return lines
+    if report.bundle is None:
+        return lines
+    if model is None:
+        return [*lines, f"next: fourierft-export inspect {report.bundle}"]
+    what = f"--base {quote(model)} --bundle {quote(report.bundle)}"
+    named = [label for label in report.labels if not label.isdecimal()]
+    labels = "".join(f" --label {quote(label)}" for label in named) if len(named) < 10 else ""
+    return [
+        *lines,
+        f"next: fourierft-export validate {what}",
+        f"      fourierft-export merge {what}{labels} -o MERGED",
+        f"      fourierft-export export {what} --mode merged -o MODEL.onnx",
+    ]

@@ -34,6 +34,7 @@ def draw_curve(report: TrainReport, path: Path) -> None:
     figure = Figure(figsize=(10 if scored else 5.5, 3.8), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    figure.subplots_adjust(left=0.07 if scored else 0.12, right=0.98, bottom=0.15, top=0.9)
     _losses(panels[0], report)
     if scored:
         _scores(panels[1], report)
@@ -41,7 +42,6 @@ def draw_curve(report: TrainReport, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlabel("step")
         panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.tight_layout()
     with staged_file(path, force=True) as partial:
         figure.savefig(partial, format="png")
 

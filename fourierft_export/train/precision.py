@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -35,6 +36,13 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which the model runs."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.is_mixed)
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Make what learns float32 where the base is of half precision: small steps would be lost."""
+    for parameter in parameters:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> int:

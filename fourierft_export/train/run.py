@@ -63,10 +63,12 @@ class Run:
         plan: Plan,
         out: Path,
         metrics_file: Path,
+        picture: bool,
         notes: tuple[str, ...],
     ) -> None:
         self.task, self.settings, self.adapter, self.learner = task, settings, adapter, learner
         self.plan, self.out, self.metrics_file, self.notes = plan, out, metrics_file, notes
+        self.picture = picture
         self.processes = learner.processes
         self.folder = folder_of(out)
         self.history = History()
@@ -231,10 +233,10 @@ class Run:
         if report.bundle is not None and outcome != "interrupted":
             self.adapter.load_bundle(Bundle.load(self.out))
         self.task.model.eval()
-        if can_draw():
+        if self.picture and can_draw():
             draw_curve(report, self.folder / PICTURE)
             report = replace(report, picture=str(self.folder / PICTURE))
-        else:
+        elif self.picture:
             told = "no picture of the learning curve: pip install 'fourierft-export[report]'"
             report = replace(report, notes=(*report.notes, told))
         write_metrics(report, self.metrics_file)

@@ -22,7 +22,7 @@ from .adapter import NAME, check_of_training_alone, continued_adapter, new_adapt
 from .held_out import with_rows_to_score
 from .interrupt import asked_to_stop
 from .optimizer import parameter_groups
-from .precision import Precision, cast_frozen_linears
+from .precision import Precision, cast_frozen_linears, widen
 from .processes import Processes, join
 from .report import TrainReport
 from .run import Plan, Progress, Run
@@ -46,6 +46,7 @@ def train_adapter(
     shard_base: bool = False,
     allow_base_mismatch: bool = False,
     metrics: str | os.PathLike[str] | None = None,
+    picture: bool = True,
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
@@ -67,6 +68,7 @@ def train_adapter(
         shard_base: spread the base over the processes (torchrun).
         allow_base_mismatch: accept a `bundle` that was trained on other base weights.
         metrics: where to write the report as JSON; by default in the folder.
+        picture: draw the learning curve, where matplotlib is installed.
         processes: those that train together; by default the ones that torchrun's environment names.
         progress: called with (what, done, total).
 
@@ -100,6 +102,7 @@ def train_adapter(
                 processes,
                 Path(out),
                 Path(metrics or folder_of(out) / METRICS),
+                picture,
                 bundle=bundle,
                 shard_base=shard_base,
                 allow_base_mismatch=allow_base_mismatch,
@@ -167,6 +170,7 @@ def _begin(
     processes: Processes,
     out: Path,
     metrics_file: Path,
+    picture: bool,
     *,
     bundle: Bundle | None,
     shard_base: bool,
@@ -183,6 +187,7 @@ def _begin(
         adapter = continued_adapter(task, bundle, allow_base_mismatch=allow_base_mismatch)
     precision = Precision(settings.dtype, processes.device)
     if precision.is_mixed:
+        widen(adapter.learning().values())
         cast_frozen_linears(task.model, precision.dtype)
     processes.wrap(task.model, shard_base=shard_base)
     groups = parameter_groups(
@@ -213,7 +218,9 @@ def _begin(
     per_epoch = math.ceil(len(task.train) / batch)
     steps = settings.steps or max(1, round((settings.epochs or 1) * per_epoch))
     plan = Plan(batch, per_epoch, steps, settings.eval_every or per_epoch)
-    return Run(task, settings, adapter, learner, plan, out, metrics_file, (*task.notes, *told))
+    return Run(
+        task, settings, adapter, learner, plan, out, metrics_file, picture, (*task.notes, *told)
+    )
 
 
 def _save_memory(model: torch.nn.Module) -> None:

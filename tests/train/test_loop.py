@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from fourierft_export.train import precision
 from fourierft_export.train.order import epoch_batches, hold_out, mixed_seed, share
 from fourierft_export.train.settings import TrainSettings
 from fourierft_export.train.task import StepResult, TrainingTask
-from fourierft_export.train.train import train_adapter
+from fourierft_export.train.train import train_adapter as train_adapter_and_draw
 
 MakeTask = Callable[..., TrainingTask]
+train_adapter = partial(train_adapter_and_draw, picture=False)
 FAST = {"n_frequency": 30, "scaling": 20.0, "learning_rate": 0.3, "head_learning_rate": 0.02}
 FAST |= {"batch_size": 8, "epochs": 3, "group_lengths": False}
 

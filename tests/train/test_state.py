@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from fourierft_export.train.interrupt import TrainingInterrupted
 from fourierft_export.train.settings import TrainSettings
 from fourierft_export.train.state import load_state
 from fourierft_export.train.task import StepResult, TrainingTask
-from fourierft_export.train.train import train_adapter
+from fourierft_export.train.train import train_adapter as train_adapter_and_draw
 
 MakeTask = Callable[..., TrainingTask]
+train_adapter = partial(train_adapter_and_draw, picture=False)
 RUN = TrainSettings(
     n_frequency=30,
     learning_rate=0.3,
@@ -265,5 +267,4 @@ def test_a_state_is_kilobytes_and_plain_numbers(make_task: MakeTask, tmp_path: P
     assert {p.name for p in (tmp_path / "a.train").iterdir()} == {
         "state.safetensors",
         "metrics.json",
-        "curve.png",
     }
