@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -20,7 +20,6 @@ from .tree import (
     base_modules,
     check_known,
     fourier_layers,
-    is_fused,
     original,
 )
 
@@ -64,12 +63,13 @@ def route(
             model is fused, or routed by another thread; while the model runs, a batch with
             another number of rows.
     """
-    rows = _checked(model, names, num_beams)
+    layers, saved = fourier_layers(model), adapted_modules(model)
+    rows = _checked(model, layers, saved, names, num_beams)
     plans: list[tuple[FourierLinear | AdaptedModule, Rows]] = []
-    for path, layer in fourier_layers(model).items():
+    for path, layer in layers.items():
         known = _known(rows, layer.adapters)
         plans.append((layer, _rows(path, known, num_beams, _groups(layer, known))))
-    for path, module in adapted_modules(model).items():
+    for path, module in saved.items():
         known = _known(rows, module.versions)
         plans.append((module, _rows(path, known, num_beams)))
     outer = []
@@ -108,7 +108,13 @@ def _groups(layer: FourierLinear, known: Names) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, groups.values()))
 
 
-def _checked(model: nn.Module, names: Sequence[str | None], num_beams: int) -> Names:
+def _checked(
+    model: nn.Module,
+    layers: Mapping[str, FourierLinear],
+    saved: Mapping[str, AdaptedModule],
+    names: Sequence[str | None],
+    num_beams: int,
+) -> Names:
     """`names` as a tuple.
 
     Raises:
@@ -124,9 +130,9 @@ def _checked(model: nn.Module, names: Sequence[str | None], num_beams: int) -> N
         raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
     rows = tuple(names)
     check_known(model, dict.fromkeys(name for name in rows if name is not None))
-    if is_fused(model):
+    if any(layer.fused_weight is not None for layer in layers.values()):
         raise UsageError("route", found="a model that is fused", remedy="call restore first")
-    routings = [layer.routing for layer in fourier_layers(model).values()]
+    routings = [layer.routing for layer in layers.values()]
     others = {r.now.thread for r in routings if r is not None and r.now is not None}
     if others - {threading.get_ident()}:
         raise UsageError(
@@ -134,15 +140,17 @@ def _checked(model: nn.Module, names: Sequence[str | None], num_beams: int) -> N
             found="a model that another thread is routing",
             remedy="route in one thread at a time, or give each thread a copy of the model",
         )
-    _check_heads(model, rows)
-    _check_batch_first(model, rows)
+    _check_heads(saved, rows)
+    routed = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
+    routed += [path for path, head in saved.items() if not set(rows).isdisjoint(head.versions)]
+    _check_batch_first(model, routed)
     return rows
 
 
-def _check_heads(model: nn.Module, rows: Names) -> None:
+def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
     """Answers of one shape only: those of a batch are stacked."""
     unlike = []
-    for path, module in adapted_modules(model).items():
+    for path, module in saved.items():
         users: dict[str | None, str] = {}  # version -> who uses it
         for name, version in zip(rows, _known(rows, module.versions), strict=True):
             users.setdefault(version, str(name))
@@ -166,18 +174,8 @@ def _check_heads(model: nn.Module, rows: Names) -> None:
         )
 
 
-def _check_batch_first(model: nn.Module, rows: Names) -> None:
+def _check_batch_first(model: nn.Module, routed: Iterable[str]) -> None:
     """Layers of torch itself say where their batch is."""
-    routed = [
-        path
-        for path, layer in fourier_layers(model).items()
-        if not set(rows).isdisjoint(layer.adapters)
-    ]
-    routed += [
-        path
-        for path, module in adapted_modules(model).items()
-        if not set(rows).isdisjoint(module.versions)
-    ]
     second = [path for path, module in base_modules(model) if _has_batch_second(original(module))]
     wrong = [p for p in dict.fromkeys(routed) if any(p.startswith(f"{s}.") for s in second)]
     if wrong:
