@@ -40,7 +40,9 @@ class Rows:
     groups: tuple[tuple[str, ...], ...]
     num_beams: int
     thread: int
-    _places: dict[tuple[int, torch.device], dict[str | None, Tensor]] = field(default_factory=dict)
+    _places: dict[tuple[int, torch.device, bool], dict[str | None, Tensor]] = field(
+        default_factory=dict
+    )
 
     def of(self, x: Tensor, features: int = 0) -> Names:
         """The name for each row of `x`, the first dimension before those of its features.
@@ -64,7 +66,8 @@ class Rows:
 
     def places(self, names: Names, device: torch.device) -> dict[str | None, Tensor]:
         """Name -> int64 positions of its rows on `device`, for what `of` returned."""
-        key = (len(names), device)
+        # Tensors made in inference mode cannot be used in training.
+        key = (len(names), device, torch.is_inference_mode_enabled())
         if key not in self._places:
             positions: dict[str | None, list[int]] = {}
             for i, name in enumerate(names):

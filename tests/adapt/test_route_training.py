@@ -125,6 +125,16 @@ def test_a_step_trains_each_adapter_on_its_rows(make_model: MakeModel) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_training_after_inference_mode_in_one_block(make_model: MakeModel) -> None:
+    model = trainee(make_model)
+    wanted = one_by_one(model)
+    with route(model, NAMES):
+        with torch.inference_mode():
+            loss_of(model)
+        loss_of(model).backward()
+    assert_same(gradients(model), wanted)
+
+
 def checkpointing(model: Any, reentrant: bool) -> None:
     model.activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": reentrant}
