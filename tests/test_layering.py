@@ -27,6 +27,15 @@ ROOMS = (
 )
 # proof checks what these make, so it must not share their code.
 CHECKED_BY_PROOF = {"adapt", "merge", "onnx_graph"}
+# Within onnx_graph: what all of it shares, then folder by folder, then the verbs.
+FOLDERS = (
+    {"fit", "groups", "metadata", "modes", "report", "runtime_paths", "several", "weight_input"},
+    {"find"},
+    {"edit"},
+    {"trace"},
+    {"runtime"},
+)
+STRANGERS = {"trace", "runtime"}
 NOT_IN_ROOMS = {"__init__", "__main__"}  # the front door: it may see every room
 
 
@@ -82,6 +91,27 @@ def test_room_imports_only_upwards(room: str) -> None:
             module = name.removesuffix(".__init__")
             found += violations(path.read_text("utf-8"), module, is_package)
     assert found == []
+
+
+def test_folders_of_onnx_graph_import_only_upwards() -> None:
+    """Shared modules, find, edit, then trace and runtime, which do not know each other; verbs."""
+    order = {name: level for level, names in enumerate(FOLDERS) for name in names}
+    found, seen = [], set()
+    for name, path in modules():
+        parts = name.split(".")
+        if parts[1] != "onnx_graph" or parts[2] == "__init__":
+            continue
+        own = order.get(parts[2], len(FOLDERS))
+        for line, there in imported_modules(path.read_text("utf-8"), name, parts[-1] == "__init__"):
+            if there.split(".")[0] == "torch" and parts[2] != "trace":
+                found.append(f"{name}:{line} imports torch")
+            target = there.split(".")[2] if there.startswith(f"{PACKAGE}.onnx_graph.") else None
+            level = order.get(target, len(FOLDERS)) if target else -1
+            seen.add(target)
+            if level > own or (target != parts[2] and {target, parts[2]} == STRANGERS):
+                found.append(f"{name}:{line} imports {there}")
+    assert found == []
+    assert seen >= {"groups", "find", "edit", "trace", "runtime", "search"}
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def export(
 ) -> Outcome:
     """Export a base with adapters to ONNX, with dynamic batch and sequence length."""
     from ..checkpoint.staging import check_output
-    from ..onnx_graph.pretrained import export_pretrained
+    from ..onnx_graph.trace.pretrained import export_pretrained
 
     check_output(output, force=force, inputs=(base, *bundles))
     report = export_pretrained(

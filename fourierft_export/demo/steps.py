@@ -20,7 +20,7 @@ from ..adapt.config import FourierFTConfig
 from ..adapt.inject import inject
 from ..bundle.file import Bundle
 from ..merge.merge import merge_checkpoint
-from ..onnx_graph.export import export_onnx
+from ..onnx_graph.trace.export import export_onnx
 from ..proof.report import Report
 from ..proof.validate import validate
 from . import vit

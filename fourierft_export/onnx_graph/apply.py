@@ -11,28 +11,28 @@ from ..bundle.weights import checked_weights
 from ..checkpoint.staging import check_output
 from ..errors import BaseMismatchError, UsageError
 from ..models.base import open_base
-from .belonging import bound_to, judge, wanted_layers
-from .beside import write_beside
-from .dense import find_saved, put_saved
-from .edits import Edits, Progress
-from .find import Finder
-from .found import Site
-from .heads import float_heads
-from .metadata import KEY, describe
+from .edit.apply_beside import write_beside
+from .edit.apply_paired import write_pair
+from .edit.edits import Edits, Progress
+from .edit.heads import float_heads
+from .edit.put_saved import put_saved
+from .edit.remember import remember
+from .edit.requantise import merge_quantised
+from .edit.sites import Job, feed_sites, merge_sites
+from .edit.unpack import unpack_sites
+from .edit.write import data_path, refuse_inputs, write_model
+from .find.belonging import bound_to, judge, wanted_layers
+from .find.finder import Finder
+from .find.found import Site
+from .find.quantised import QuantisedLinear
+from .find.saved import find_saved
+from .find.source import Source, open_onnx
+from .metadata import KEY, Written, describe
 from .modes import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
-from .pairing import write_pair
-from .quantised import QuantisedLinear
-from .recover import remember
 from .report import ExportReport, fed_shapes, value_shapes
-from .requantise import merge_quantised
-from .rewrite import Written
 from .runtime_paths import expander_path
 from .search import search
 from .several import Bundles, named_bundles, weighted
-from .sites import Job, feed_sites, merge_sites
-from .source import Source, open_onnx
-from .unpack import unpack_sites
-from .write import data_path, refuse_inputs, write_model
 
 MIN_OPSET = {UNMERGED: 13}
 

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..bundle.file import Bundle
 from .groups import Interface
-from .rewrite import Written
 
 KEY = "fourierft_export"
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one site.
+
+    Attributes:
+        layer: module path.
+        weight: name of the initializer that holds the weight, W or W + delta_W.
+        transposed: it holds it as (in, out).
+        terms: per adapter the names of its initializers: "spectrum", "entries", "scaling"; empty
+            when merged.
+    """
+
+    layer: str
+    weight: str
+    transposed: bool
+    terms: Mapping[str, Mapping[str, str]]
 
 
 def describe(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..bundle.file import Bundle
-from .dense import lacking
-from .find import FLOATS, Finder
-from .found import Found, Wanted
-from .inline import holders, inline_some
-from .quantised import QuantisedLinear, all_paths, find_quantised
-from .quantised_forms import quantised_linears
-from .source import Source
+from .edit.inline import holders, inline_some
+from .find.finder import FLOATS, Finder
+from .find.found import Found, Wanted
+from .find.quantised import QuantisedLinear, all_paths, find_quantised
+from .find.quantised_forms import quantised_linears
+from .find.saved import lacking
+from .find.source import Source
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -399,7 +399,7 @@ def test_adapters_are_swapped_in_an_applied_file(
     run: Run,
 ) -> None:
     """The default is the bundle's own; another one, with its own head, comes by a session."""
-    from fourierft_export.onnx_graph.session import AdapterSession
+    from fourierft_export.onnx_graph.runtime.session import AdapterSession
 
     rng = np.random.default_rng(5)
     heads = [

@@ -16,9 +16,9 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
-from fourierft_export.onnx_graph.batched import is_batch_first, leads_with_batch
-from fourierft_export.onnx_graph.shapes import fill_shapes
-from fourierft_export.onnx_graph.source import open_onnx
+from fourierft_export.onnx_graph.edit.batched import is_batch_first, leads_with_batch
+from fourierft_export.onnx_graph.edit.shapes import fill_shapes
+from fourierft_export.onnx_graph.find.source import open_onnx
 
 NAMES = (None, "one", "two")
 
@@ -57,8 +57,8 @@ def test_minilm_rows_equal_peft(minilm_tenants: Any, run: Any) -> None:
 def test_a_new_table_needs_no_new_graph(small_tenants: Any, run: Any) -> None:
     """Three rows where the file has two, the new one with the largest n."""
     from fourierft_export.onnx_graph.fit import fit
-    from fourierft_export.onnx_graph.graph_file import base_saved, facts_of
     from fourierft_export.onnx_graph.groups import table
+    from fourierft_export.onnx_graph.runtime.graph_file import base_saved, facts_of
 
     path = small_tenants.file("bank")
     facts = facts_of({p.key: p.value for p in onnx.load(path).metadata_props}, str(path))

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.errors import BaseMismatchError
 from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.consumers import scope_of_name
+from fourierft_export.onnx_graph.find.consumers import scope_of_name
 
 MODES = ("merged", "unmerged")
 RNG = np.random.default_rng(0)
@@ -367,7 +367,7 @@ def test_unmerged_at_several_opsets(
 def test_packed_weights_are_taken_apart_for_adapters_beside_them(
     name: str, mode: str, external: bool, make_bundle: Any, exact_delta: Any, tmp_path: Path
 ) -> None:
-    from fourierft_export.onnx_graph.session import AdapterSession
+    from fourierft_export.onnx_graph.runtime.session import AdapterSession
 
     case = CASES[name]
     base = {key: value.astype(np.float64) for key, value in case.layers.items()}

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
 from fourierft_export.models.load import load_model
-from fourierft_export.onnx_graph.pretrained import export_pretrained
+from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from fourierft_export.onnx_graph.fit import fit
-from fourierft_export.onnx_graph.graph_file import base_saved, facts_of
+from fourierft_export.onnx_graph.runtime.graph_file import base_saved, facts_of
 from fourierft_export.spectral.delta import reference_delta
 
 

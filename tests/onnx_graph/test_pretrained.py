@@ -17,7 +17,7 @@ import fourierft_export as ff
 from fourierft_export.adapt.active import activate
 from fourierft_export.errors import BaseMismatchError, UsageError
 from fourierft_export.models.load import load_model
-from fourierft_export.onnx_graph.pretrained import export_pretrained
+from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 
 MODES = ("merged", "unmerged")
 

@@ -20,9 +20,9 @@ from fourierft_export.errors import (
     FileAccessError,
     UsageError,
 )
-from fourierft_export.onnx_graph.adapter_file import write_adapter
-from fourierft_export.onnx_graph.graph_file import parameters_for
-from fourierft_export.onnx_graph.ort_session import device_of
+from fourierft_export.onnx_graph.runtime.adapter_file import write_adapter
+from fourierft_export.onnx_graph.runtime.graph_file import parameters_for
+from fourierft_export.onnx_graph.runtime.ort_session import device_of
 
 RUNTIME_MODES = ("swappable", "paired", "bank")
 

@@ -13,7 +13,7 @@ import pytest
 
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, FileAccessError
-from fourierft_export.onnx_graph.graph_file import parameters_for
+from fourierft_export.onnx_graph.runtime.graph_file import parameters_for
 from fourierft_export.onnx_graph.runtime_paths import expander_path
 
 MODES = ("swappable", "paired", "bank")

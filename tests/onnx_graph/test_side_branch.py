@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from fourierft_export.onnx_graph import side_branch
-from fourierft_export.onnx_graph.ops import Ops
-from fourierft_export.onnx_graph.tables import is_dense
+from fourierft_export.onnx_graph.edit import side_branch
+from fourierft_export.onnx_graph.edit.ops import Ops
+from fourierft_export.onnx_graph.edit.tables import is_dense
 from fourierft_export.spectral.delta import reference_delta
 
 ROWS, TOKENS, LAYERS = 3, 4, 2

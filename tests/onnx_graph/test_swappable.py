@@ -21,8 +21,8 @@ from torch import nn
 import fourierft_export as ff
 from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
-from fourierft_export.onnx_graph.adapter_file import read_adapter, write_adapter
-from fourierft_export.onnx_graph.graph_file import parameters_for
+from fourierft_export.onnx_graph.runtime.adapter_file import read_adapter, write_adapter
+from fourierft_export.onnx_graph.runtime.graph_file import parameters_for
 
 SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "onnx_swap" / "swap.py"
 

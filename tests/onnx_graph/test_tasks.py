@@ -16,8 +16,8 @@ import fourierft_export as ff
 from fourierft_export.errors import UsageError
 from fourierft_export.models.load import load_model
 from fourierft_export.models.task import get_task
-from fourierft_export.onnx_graph.pretrained import export_pretrained
 from fourierft_export.onnx_graph.report import ExportReport
+from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 from fourierft_export.proof.validate import validate
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
@@ -264,7 +264,7 @@ def test_outputs_that_do_not_matter_are_left_out(tmp_path: Path, run: Run) -> No
 
 
 def test_models_without_an_encoder(tiny_gpt2: Path, tmp_path: Path) -> None:
-    from fourierft_export.onnx_graph.encoder import EncoderView
+    from fourierft_export.onnx_graph.trace.encoder import EncoderView
 
     with pytest.raises(UsageError, match="no encoder"):
         EncoderView(load_model(tiny_gpt2, "causal-lm"))

@@ -19,7 +19,7 @@ from fourierft_export.errors import (
     BadInputError,
     UsageError,
 )
-from fourierft_export.onnx_graph.pretrained import export_pretrained
+from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 from fourierft_export.proof.graphs import Graph
 from fourierft_export.proof.validate import validate
 

@@ -1,0 +1,86 @@
+"""What a swappable or paired graph is fed for an adapter: made at its first run, and kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from ...spectral.delta import Term
+from ..groups import Interface
+from ..weight_input import WeightInput
+from .adapter_file import to_value
+
+Array = npt.NDArray[Any]
+
+
+class Expanded:
+    """ONNX Runtime values per adapter, those used longest ago first; for one thread at a time.
+
+    Args:
+        interface: the adapter inputs.
+        weights: of mode paired, the weights that the graph takes in place of the groups' inputs.
+        device: (name, number) as ONNX Runtime has it, where the values shall be.
+        memory_limit: bytes of values to keep, for weights only.
+    """
+
+    def __init__(
+        self,
+        interface: Interface,
+        weights: Sequence[WeightInput] | None,
+        device: tuple[str, int],
+        memory_limit: int | None,
+    ) -> None:
+        self._interface = interface
+        self._weights = weights
+        self._device = device
+        self._limit = None if weights is None else memory_limit
+        self._kept: OrderedDict[str | None, dict[str, Any]] = OrderedDict()
+
+    @property
+    def sizes(self) -> dict[str | None, int]:
+        """Bytes kept per adapter; None is the base."""
+        return {
+            name: sum(value.tensor_size_in_bytes() for value in values.values())
+            for name, values in self._kept.items()
+        }
+
+    def forget(self, name: str) -> None:
+        """Let an adapter's values go; runs that are under way keep them."""
+        self._kept.pop(name, None)
+
+    def values(self, name: str | None, feeds: Mapping[str, Array]) -> dict[str, Any]:
+        """What the graph is fed for an adapter.
+
+        Args:
+            name: of the adapter; None is the base.
+            feeds: what it feeds the interface.
+        """
+        if name not in self._kept:
+            arrays = dict(feeds) if self._weights is None else self._adapted(name, feeds)
+            self._kept[name] = {n: to_value(array, *self._device) for n, array in arrays.items()}
+            self._make_room(name)
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+    def _adapted(self, name: str | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        arrays = {saved.name: feeds[saved.name] for saved in self._interface.saved}
+        groups = self._interface.layers
+        for weight in self._weights or ():
+            group = groups[weight.layer]
+            row = group.layers.index(weight.layer)
+            term = Term(
+                feeds[group.spectrum][row], feeds[group.entries], float(feeds[group.scaling][row])
+            )
+            arrays[weight.name] = weight.base if name is None else weight.adapted([term])
+        return arrays
+
+    def _make_room(self, newest: str | None) -> None:
+        sizes = self.sizes
+        for name in list(sizes):
+            if self._limit is None or sum(sizes.values()) <= self._limit:
+                return
+            if name != newest:
+                del self._kept[name], sizes[name]

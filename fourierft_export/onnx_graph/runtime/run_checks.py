@@ -1,0 +1,88 @@
+"""What is asked of a run, checked before it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from ...errors import UsageError
+
+Array = npt.NDArray[Any]
+Adapter = str | Sequence[str | None] | None
+
+
+def check_inputs(
+    arrays: Mapping[str, Array], inputs: Sequence[str], reserved: Collection[str]
+) -> None:
+    """Refuse inputs that are missing, unknown or the adapter's own.
+
+    Args:
+        arrays: what is given.
+        inputs: names of the model's own inputs.
+        reserved: names of the adapter's.
+
+    Raises:
+        UsageError: listing them all.
+    """
+    wrong = [f"{name}: missing" for name in inputs if name not in arrays]
+    for name in arrays:
+        if name in reserved:
+            wrong.append(f"{name}: belongs to the adapter")
+        elif name not in inputs:
+            wrong.append(f"{name}: no such input")
+    if wrong:
+        raise UsageError("inputs", expected=", ".join(inputs), found=wrong[0], offenders=wrong)
+
+
+def per_row(adapter: Adapter, arrays: Mapping[str, Array], first: str) -> list[str | None]:
+    """The adapter of each row of the batch; `first` is the input whose rows count.
+
+    Raises:
+        UsageError: another number of names than of rows.
+    """
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * (len(arrays[first]) if arrays[first].ndim else 0)
+    sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if sizes != {len(adapter)}:
+        raise UsageError(
+            "adapter",
+            expected=f"one name for each of {' or '.join(map(str, sorted(sizes)))} rows",
+            found=f"{len(adapter)} names",
+        )
+    return list(adapter)
+
+
+def check_known(
+    names: Collection[str | None], known: Collection[str | None], loaded: Sequence[str]
+) -> None:
+    """Refuse adapters that are not among `known`; `loaded` is for the message.
+
+    Raises:
+        UsageError: naming them.
+    """
+    unknown = sorted({name for name in names if name is not None and name not in known})
+    if unknown:
+        raise UsageError(
+            "adapter " + ", ".join(repr(name) for name in unknown),
+            expected=f"one of {', '.join(loaded)}" if loaded else "a loaded one",
+            found="no adapter of that name",
+            remedy="load it first",
+        )
+
+
+def check_baked_in(adapter: Adapter, held: Sequence[str]) -> None:
+    """Refuse to choose an adapter of a file that holds `held` for good.
+
+    Raises:
+        UsageError: naming what was asked for.
+    """
+    names = {adapter} if adapter is None or isinstance(adapter, str) else {*adapter}
+    if not names <= {None, *(held if len(held) == 1 else ())}:
+        raise UsageError(
+            "adapter",
+            expected=f"None: the file holds {', '.join(held)} for good",
+            found=", ".join(map(repr, names)),
+            remedy="export in mode swappable, paired or bank to choose at run time",
+        )

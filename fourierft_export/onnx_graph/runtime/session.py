@@ -1,0 +1,278 @@
+"""ONNX Runtime with adapters that come and go: one session, one base, many adapters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle.file import Bundle
+from ...bundle.peft import from_peft
+from ...errors import UsageError
+from ..fit import check_parameters, fit, knows_base
+from ..groups import ADAPTER_ID, Interface, base_feeds, table
+from ..modes import BANK, PAIRED
+from ..runtime_paths import expander_path
+from .adapter_file import SUFFIX, read_adapter, to_value
+from .expanded import Expanded
+from .graph_file import base_saved, facts_of, read_model, weight_inputs
+from .ort_session import device_of, load_session, run_session
+from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
+
+Array = npt.NDArray[Any]
+
+log = logging.getLogger(__name__)
+
+
+class AdapterSession:
+    """An ONNX Runtime session whose adapter is chosen at every run; safe to share among threads.
+
+    What a run does with an adapter depends on the mode of the file: swappable feeds it; paired
+    feeds the adapted weights, which are made at the adapter's first run and kept; bank feeds a
+    table of all loaded adapters. Files of mode merged and unmerged run as they are.
+
+    Args:
+        onnx_path: a file that `export_onnx` or `apply_onnx` wrote.
+        providers: as onnxruntime.InferenceSession takes them; by default the CPU.
+        session_options: an onnxruntime.SessionOptions; its log level is raised while the file is
+            loaded, since ONNX Runtime warns of every overridable input.
+        memory_limit: bytes of weights to keep for the adapters (mode paired), the base's among
+            them: what was used longest ago goes first. No limit by default.
+
+    Attributes:
+        mode: of the file.
+        inputs: names of the model's own inputs.
+        outputs: names of its outputs.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        FileAccessError: the file, or the expander beside it, is missing.
+        BadInputError: not a file that this package made, external data that must not be read, or
+            a file that ONNX Runtime cannot load.
+    """
+
+    def __init__(
+        self,
+        onnx_path: str | os.PathLike[str],
+        *,
+        providers: Sequence[Any] | None = None,
+        session_options: Any = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        self.path = Path(onnx_path)
+        # ONNX Runtime follows links: what it reads is checked before it opens anything.
+        read_model(onnx_path)
+        providers = list(providers or ["CPUExecutionProvider"])
+        self._session = load_session(self.path, providers, session_options)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self._facts = facts_of(metadata, str(onnx_path))
+        self.mode = self._facts.mode
+        self._base = base_saved(onnx_path, self._facts)
+        self._device = device_of(
+            self._session.get_providers(), self._session.get_provider_options()
+        )
+        self._lock = threading.RLock()
+        self._adapters: dict[str, dict[str, Array]] = {}
+        self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
+        weights = None
+        if self.mode == PAIRED:
+            weights = weight_inputs(expander_path(onnx_path), self._facts)
+        own = {w.name for w in weights or ()} | {ADAPTER_ID}
+        interface = self._facts.interface
+        self._expanded = Expanded(interface or Interface(()), weights, self._device, memory_limit)
+        if interface is not None:
+            own |= {saved.name for saved in interface.saved}
+            own |= {n for g in interface.groups for n in (g.spectrum, g.entries, g.scaling)}
+        self.inputs = tuple(i.name for i in self._session.get_inputs() if i.name not in own)
+        self._reserved = own if interface is not None else set()
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters; of a merged or unmerged file those in it."""
+        if self._facts.interface is None:
+            return self._facts.adapters
+        return tuple(self._adapters)
+
+    @property
+    def resident(self) -> dict[str | None, int]:
+        """Bytes kept ready per adapter that has run, None for the base, least recently used first;
+        empty for banks.
+        """
+        with self._lock:
+            return self._expanded.sizes
+
+    def load(
+        self,
+        name: str,
+        bundle: Bundle | str | os.PathLike[str],
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        """Make an adapter available; it replaces one of the same name.
+
+        Args:
+            name: to ask for it by.
+            bundle: a bundle, its file, a PEFT adapter directory, or an `.onnx_adapter` file (which
+                says nothing of its base, so that only names, sizes and dtypes are checked). Of an
+                unbound bundle nothing tells its base either: a warning is logged.
+            allow_base_mismatch: accept a base other than the one it was trained on.
+
+        Raises:
+            UsageError: the file's mode takes no adapters.
+            BaseMismatchError: it does not belong to this graph: all misfits listed.
+            BadInputError: a damaged file, or parameters of an `.onnx_adapter` that do not fit.
+        """
+        interface = self._facts.interface
+        if interface is None:
+            raise UsageError(
+                f"adapter {name!r}",
+                expected="a file of mode swappable, paired or bank",
+                found=f"mode {self.mode}",
+                remedy="export the model in one of these modes",
+            )
+        if isinstance(bundle, (str, os.PathLike)) and os.fspath(bundle).endswith(SUFFIX):
+            parameters = read_adapter(bundle)
+            check_parameters(interface, parameters, os.fspath(bundle))
+            feeds = base_feeds(interface.groups) | self._base | parameters
+        else:
+            if isinstance(bundle, (str, os.PathLike)):
+                bundle = from_peft(bundle) if os.path.isdir(bundle) else Bundle.load(bundle)
+            feeds = fit(
+                interface,
+                bundle,
+                self._base,
+                where=f"adapter {name!r}",
+                allow_base_mismatch=allow_base_mismatch,
+            )
+            if not knows_base(bundle):
+                log.warning("adapter %r: no check was possible that it belongs to this base", name)
+        with self._lock:
+            self._adapters[name] = feeds
+            self._expanded.forget(name)
+            self._table = None
+
+    def prepare(self, name: str | None) -> None:
+        """Make an adapter's inputs ready (mode paired: its weights), so that its next run is not
+        the one that waits for it.
+
+        Raises:
+            UsageError: no adapter of that name.
+        """
+        if self._facts.interface is None:
+            check_baked_in(name, self.adapters)
+        elif self.mode == BANK:
+            _, ids = self._bank()
+            check_known([name], ids, self.adapters)
+        else:
+            self._values(name)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; runs that are under way keep what they need.
+
+        Raises:
+            UsageError: no adapter of that name.
+        """
+        with self._lock:
+            check_known([name], self._adapters, self.adapters)
+            del self._adapters[name]
+            self._expanded.forget(name)
+            self._table = None
+
+    def run(
+        self, inputs: Mapping[str, Any], adapter: Adapter = None, *, run_options: Any = None
+    ) -> dict[str, Array]:
+        """The model's outputs by name.
+
+        Args:
+            inputs: the model's own inputs by name.
+            adapter: a name; or one per row of the batch, where None is the base; None is the base
+                for all rows. A merged or unmerged file takes None, or the name of what is in it.
+            run_options: an onnxruntime.RunOptions.
+
+        Raises:
+            UsageError: an adapter that is not loaded, inputs that are missing, unknown or of
+                another dtype or size than the model's, or rows that do not match the batch.
+            BadInputError: ONNX Runtime fails at the model with these inputs.
+        """
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        check_inputs(arrays, self.inputs, self._reserved)
+        if self._facts.interface is None:
+            check_baked_in(adapter, self.adapters)
+            return self._run(arrays, {}, run_options)
+        if self.mode == BANK:
+            values, ids = self._bank()
+            names = per_row(adapter, arrays, self.inputs[0])
+            check_known(names, ids, self.adapters)
+            rows = np.array([ids[name] for name in names], np.int64)
+            return self._run(arrays | {ADAPTER_ID: rows}, values, run_options)
+        if adapter is None or isinstance(adapter, str):
+            return self._run(arrays, self._values(adapter), run_options)
+        return self._run_rows(arrays, per_row(adapter, arrays, self.inputs[0]), run_options)
+
+    def _run(
+        self, arrays: Mapping[str, Array], values: Mapping[str, Any], run_options: Any
+    ) -> dict[str, Array]:
+        feeds = {name: to_value(array) for name, array in arrays.items()} | dict(values)
+        results = run_session(self._session, self.outputs, feeds, run_options, self.path)
+        return {n: value.numpy() for n, value in zip(self.outputs, results, strict=True)}
+
+    def _run_rows(
+        self, arrays: Mapping[str, Array], names: Sequence[str | None], run_options: Any
+    ) -> dict[str, Array]:
+        """Rows of the batch with different adapters: one run for each adapter."""
+        if not names:
+            return self._run(arrays, self._values(None), run_options)
+        places: dict[str | None, list[int]] = {}
+        for row, name in enumerate(names):
+            places.setdefault(name, []).append(row)
+        parts = {
+            name: self._run(
+                {n: array[rows] for n, array in arrays.items()}, self._values(name), run_options
+            )
+            for name, rows in places.items()
+        }
+        order = np.argsort([row for rows in places.values() for row in rows])
+        outputs = {}
+        for output in self.outputs:
+            pieces = [parts[name][output] for name in places]
+            if any(len(p) != len(r) for p, r in zip(pieces, places.values(), strict=True)):
+                raise UsageError(
+                    f"output {output}",
+                    expected="one row for each row of the batch",
+                    found="another first dimension",
+                    remedy="run one adapter at a time",
+                )
+            outputs[output] = np.concatenate(pieces)[order]
+        return outputs
+
+    def _values(self, name: str | None) -> dict[str, Any]:
+        """What a swappable or paired graph is fed for one adapter."""
+        interface = self._facts.interface
+        if interface is None:
+            return {}
+        with self._lock:
+            if name is None:
+                return self._expanded.values(None, base_feeds(interface.groups) | self._base)
+            check_known([name], self._adapters, self.adapters)
+            return self._expanded.values(name, self._adapters[name])
+
+    def _bank(self) -> tuple[dict[str, Any], dict[str | None, int]]:
+        """The table of all adapters, and the row of each; kept until one comes or goes."""
+        interface = self._facts.interface
+        with self._lock:
+            if self._table is None and interface is not None:
+                feeds = [*self._adapters.values()] or [base_feeds(interface.groups) | self._base]
+                values = {
+                    name: to_value(array, *self._device)
+                    for name, array in table(interface.groups, feeds).items()
+                }
+                ids = {name: row for row, name in enumerate([None, *self._adapters])}
+                self._table = values, ids
+            return self._table or ({}, {})

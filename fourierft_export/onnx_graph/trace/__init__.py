@@ -1,0 +1,4 @@
+"""From a torch model to an ONNX file: the graph traced, adapters put in by `edit`.
+
+The only folder of this room that imports torch.
+"""

@@ -1,0 +1,198 @@
+"""torch.onnx.export, without its noise: a torch module with example inputs to an ONNX graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ...errors import UsageError
+
+Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+# Settings of transformers' models that add outputs or change their type.
+_PLAIN_OUTPUT = {
+    "use_cache": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+# From opset 23 on torch writes fused operators. Its RotaryEmbedding leaves out the broadcast over
+# the batch, which ONNX wants and ONNX Runtime checks: so newer graphs are those of 22, converted.
+_TRACED_OPSET = 22
+_NOISY = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+) -> ir.Model:
+    """The graph of `model` in evaluation mode, as torch.onnx's own exporter optimises it.
+
+    Args:
+        model: any module that torch.export can follow.
+        example_inputs: one tensor, positional arguments, or keyword arguments by name.
+        input_names: names of the graph's inputs; by default the arguments' own.
+        output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
+            else "output", or "output_0", "output_1", ... Some of those keys: only these outputs.
+        dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
+            fixed to the example's by default.
+        opset: of the standard operators, 18 to 25; torch's default if not given.
+
+    Raises:
+        UsageError: torch cannot export the model in this opset, or a size asked to be dynamic
+            became fixed.
+    """
+    args, kwargs = _arguments(example_inputs)
+    with evaluating(model), _plain_outputs(model), torch.no_grad():
+        every = _output_names(model(*args, **kwargs), output_names)
+        with _quiet():
+            try:
+                program = torch.onnx.export(
+                    model,
+                    args,
+                    kwargs=kwargs,
+                    input_names=input_names,
+                    output_names=every,
+                    dynamic_shapes=dynamic_shapes,
+                    opset_version=None if opset is None else min(opset, _TRACED_OPSET),
+                    dynamo=True,
+                    optimize=True,
+                    verbose=False,
+                )
+            except torch.onnx.OnnxExporterError as error:
+                raise UsageError(
+                    f"export of {type(model).__name__}",
+                    expected="a model that torch.onnx can export with these example inputs",
+                    found=_first_line(error.__cause__ or error),
+                    remedy="check the example inputs, input names and dynamic shapes",
+                ) from error
+    if program is None:
+        raise UsageError(f"export of {type(model).__name__}", found="no graph from torch.onnx")
+    graph = program.model
+    _check_names(graph, every)
+    if opset is not None:
+        _raise_opset(graph, opset)
+    _keep_outputs(graph, output_names or every)
+    return graph
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return ((inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)), {}
+
+
+def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
+    """A name for every output: those given, unless they are some keys of a mapping with more."""
+    if isinstance(outputs, Mapping):
+        keys = [str(name) for name, value in outputs.items() if value is not None]
+        return keys if names is None or set(names) < set(keys) else list(names)
+    if names is not None:
+        return list(names)
+    if isinstance(outputs, torch.Tensor):
+        return ["output"]
+    if isinstance(outputs, Sequence) and all(isinstance(o, torch.Tensor) for o in outputs):
+        return [f"output_{i}" for i in range(len(outputs))]
+    raise UsageError(
+        "model outputs",
+        expected="tensors, in a sequence or by name",
+        found=type(outputs).__name__,
+        remedy="name the outputs (output_names=...), or wrap the model",
+    )
+
+
+def _raise_opset(graph: ir.Model, opset: int) -> None:
+    """Convert a graph in place to `opset`, which is not older than its own."""
+    from onnxscript import version_converter
+
+    if graph.opset_imports[""] < opset:
+        with _quiet():
+            version_converter.convert_version(graph, opset)
+    if graph.opset_imports[""] != opset:
+        raise UsageError(
+            "opset",
+            expected=f"{opset}, as asked",
+            found=f"{graph.opset_imports['']}: this model cannot be written in that one",
+            remedy="choose another opset",
+        )
+
+
+def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:
+    """Leave only these outputs, in this order, and what they need."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    outputs = {str(value.name): value for value in graph.graph.outputs}
+    if list(outputs) != list(names):
+        graph.graph.outputs[:] = [outputs[name] for name in names]
+        RemoveUnusedNodesPass()(graph)
+
+
+def _check_names(graph: ir.Model, names: Sequence[str]) -> None:
+    found = [str(value.name) for value in graph.graph.outputs]
+    if found != list(names):
+        raise UsageError(
+            "model outputs",
+            expected=f"{len(names)} outputs: {', '.join(names)}",
+            found=f"{len(found)}: {', '.join(found)}",
+            remedy="give one name per output (output_names=...)",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode within the block; each module's own mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """A transformers model without cache, attentions and hidden states among its outputs."""
+    config = getattr(model, "config", None)
+    before = {name: getattr(config, name) for name in _PLAIN_OUTPUT if hasattr(config, name)}
+    try:
+        for name in before:
+            setattr(config, name, _PLAIN_OUTPUT[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stdout or stderr from the exporter, which prints, warns and logs."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
