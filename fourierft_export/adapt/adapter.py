@@ -86,6 +86,12 @@ class LayerAdapter(nn.Module):
             self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as any module; entries follow where a spectrum is assigned rather than copied."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.entries.device != self.spectrum.device:
+            self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
+
     def delta_weight(self) -> Tensor:
         """delta_W (M, N), float32 (float64 if the spectrum is), whatever autocast says."""
         with torch.autocast(self.spectrum.device.type, enabled=False):
