@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from ..errors import BadInputError, UsageError, missing_extra
 from ..models.load import quiet_transformers
 from .labels import label_ids, make_labels, read_labels
 from .loading import known_classes, load_classifier, trained_heads, usual_targets
+from .pictures import Source, check_file, check_pixels, load_image
 from .rows import read_table
 from .split import SplitSettings, split
 from .steps import classify, score_classes
@@ -24,16 +24,9 @@ from .table import Complaints, Table, brief, first_present, not_empty
 from .task import TrainingTask
 from .text import TextSettings, head_notes, label_column
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 KIND = "image-classification"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGES = (("image",), ("images",), ("path",), ("file_name",))
-MAX_PIXELS = 1 << 26
-
-# A file's path or its content; or uint8 pixels (height, width), with channels last or first if any.
-Source = str | bytes | np.ndarray[Any, Any]
 Images = Sequence[Source] | np.ndarray[Any, Any]
 Row = tuple[Source, int]
 
@@ -107,22 +100,22 @@ def read_images(path: str | os.PathLike[str], settings: TextSettings) -> tuple[T
         name = first_present(table, [asked] if asked else IMAGES, "images", "--text-column")[0]
     column: Any = table.columns[name]
     if isinstance(column, np.ndarray):
-        return table, _check_pixels(f"{table.path}, array {name}", column)
+        return table, check_pixels(f"{table.path}, array {name}", column)
     complaints = Complaints(table.path, "an image file in every row")
     root = Path(table.path) if os.path.isdir(path) else Path(table.path).parent
     sources: list[Source] = []
     for place, value in zip(table.places, column, strict=True):
         # Parquet files of data sets hold images as {"bytes": ..., "path": ...}.
-        content = value.get("bytes") if isinstance(value, dict) else None
-        file = value.get("path") if isinstance(value, dict) else value
-        if not (isinstance(content, bytes) or (isinstance(file, str) and file)):
+        told = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+        if not isinstance(told, bytes | str) or not told:
             complaints.add(place, f"image {brief(value)}")
             continue
-        source = content if isinstance(content, bytes) else os.fspath(root / file)
+        source = told if isinstance(told, bytes) else os.fspath(root / told)
         sources.append(source)
-        wrong = _check(source)
+        wrong = check_file(source)
         if wrong:
-            complaints.add(place, f"{file}: {wrong}" if place != file else wrong)
+            # In a folder, the place is the file.
+            complaints.add(place, wrong if told in (place, source) else f"{told!s}: {wrong}")
     complaints.check()
     return table, sources
 
@@ -144,78 +137,6 @@ def _read_folder(root: Path) -> Table:
     places = [path.relative_to(root).as_posix() for path in paths]
     labels = [place.split("/")[0] for place in places]
     return not_empty(Table(os.fspath(root), {"image": places, "label": labels}, places))
-
-
-def _check_pixels(where: str, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
-        raise BadInputError(
-            where,
-            expected="uint8 of shape (n, height, width), with channels first or last if any",
-            found=f"{images.dtype} of shape {list(images.shape)}",
-            remedy="store pixels from 0 to 255",
-        )
-    if images.ndim == 4 and not {images.shape[1], images.shape[3]} & {1, 3}:
-        raise BadInputError(
-            where, expected="one or three channels", found=f"shape {list(images.shape)}"
-        )
-    return images
-
-
-def _check(source: str | bytes) -> str | None:
-    """Why a file is no image, if so; pixels are not decoded yet."""
-    image = _pillow()
-    try:
-        with image.open(_file(source)) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                return f"{width} x {height} pixels, more than {MAX_PIXELS}"
-            opened.verify()
-    except FileNotFoundError:
-        return "no such file"
-    # Pillow's decoders raise many kinds on damaged files.
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError, EOFError) as error:
-        return f"not an image: {type(error).__name__}"
-    return None
-
-
-def _file(source: str | bytes) -> str | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
-
-
-def _pillow() -> Any:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", "reading images") from None
-    return PIL.Image
-
-
-def load_image(source: Source, mode: str) -> Image:
-    """One image in Pillow's `mode` ("RGB", "L").
-
-    Raises:
-        BadInputError: its pixels cannot be decoded.
-    """
-    pillow = _pillow()
-    image: Image
-    if isinstance(source, np.ndarray):
-        pixels = source
-        if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
-            pixels = pixels.transpose(1, 2, 0)
-        squeezed = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-        image = pillow.fromarray(np.ascontiguousarray(squeezed)).convert(mode)
-        return image
-    try:
-        with pillow.open(_file(source)) as opened:
-            image = opened.convert(mode)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise BadInputError(
-            source if isinstance(source, str) else "an image in the data",
-            expected="an image",
-            found=str(error).splitlines()[0] if str(error) else "",
-            remedy="remove or repair it",
-        ) from error
-    return image
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +24,20 @@ from .table import Complaints, Table, brief, not_empty
 
 MAX_LINE_BYTES = 4 << 20
 MAX_NPZ_BYTES = 16 << 30
+# What zipfile, its decompressors and numpy raise for damaged archives; the runtime errors are about
+# features of zip files that numpy never writes.
+_DAMAGED_NPZ = (
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -174,7 +190,7 @@ def _read_npz(path: str) -> Table:
             _check_headers(path, archive)
         with np.load(path, allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, MemoryError) as error:
+    except _DAMAGED_NPZ as error:
         _unreadable(path, "an npz file of plain arrays", error)
     lengths = {name: len(a) if a.ndim else -1 for name, a in columns.items()}
     if len(set(lengths.values())) > 1 or -1 in lengths.values():

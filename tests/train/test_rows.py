@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fourierft_export.errors import (
     BadInputError,
@@ -24,6 +25,7 @@ from fourierft_export.errors import (
 )
 from fourierft_export.train.images import read_images
 from fourierft_export.train.labels import label_ids, make_labels, read_labels
+from fourierft_export.train.pictures import load_image
 from fourierft_export.train.rows import MAX_LINE_BYTES, read_table
 from fourierft_export.train.split import SplitSettings, split
 from fourierft_export.train.table import Table
@@ -295,3 +297,62 @@ def test_a_package_that_is_missing_is_named(
         else:
             read_table(tmp_path / name)
     assert package in caught.value.expected
+
+
+def whole_files() -> dict[str, bytes]:
+    """A sound file of each kind, by its name."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 3), dtype=np.uint8)
+    packed, table = io.BytesIO(), io.BytesIO()
+    np.savez_compressed(packed, images=pixels, labels=np.arange(3))
+    pq.write_table(pa.table({"text": TEXTS, "label": LABELS}), table)
+    files = {
+        "a.tsv": "text\tlabel\nü a\t1\nb\t0\n".encode(),
+        "a.csv": 'text,label\n"ü, ""a",1\nb,0\n'.encode(),
+        "a.jsonl": b'{"text":"\\u00fc","label":1}\n{"inputs":[1,2.5]}\n',
+        "a.npz": packed.getvalue(),
+        "a.parquet": table.getvalue(),
+    }
+    for kind in ("png", "jpeg", "gif", "tiff", "webp"):
+        picture = io.BytesIO()
+        Image.fromarray(pixels[0]).save(picture, kind)
+        files[f"cat/a.{kind}"] = picture.getvalue()
+    return files
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A byte changed, some cut off, put in or taken out."""
+    out = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(0, len(out) + 1))
+        kind = rng.integers(0, 4)
+        if kind == 0:
+            del out[at:]
+        elif kind == 1:
+            out[at:at] = rng.bytes(int(rng.integers(1, 5)))
+        elif kind == 2:
+            del out[at : at + int(rng.integers(1, 6))]
+        elif at < len(out):
+            out[at] = rng.integers(0, 256)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("name", whole_files())
+def test_damaged_files_raise_only_the_packages_own_errors(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(list(name.encode()))
+    content = whole_files()[name]
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+
+    def read(what: bytes) -> bool:
+        path.write_bytes(what)
+        try:
+            if name.startswith("cat/"):
+                load_image(read_images(tmp_path / "data", TextSettings())[1][0], "RGB")
+            else:
+                read_table(path)
+        except FourierFTError:
+            return False
+        return True
+
+    assert read(content)
+    assert sum(not read(damaged(content, rng)) for _ in range(60)) > 5
