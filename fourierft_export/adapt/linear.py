@@ -153,9 +153,10 @@ def to_array(tensor: Tensor) -> Array:
     gather = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor if gather is None else gather()
     host = whole.detach().cpu().contiguous()
+    # Unlike Tensor.numpy, this leaves the storage resizable, which FSDP2 relies on.
     if host.dtype == torch.bfloat16:
-        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: Array = host.numpy()
+        return np.from_dlpack(host.view(torch.int16)).view(ml_dtypes.bfloat16)
+    array: Array = np.from_dlpack(host)
     return array
 
 

@@ -40,11 +40,11 @@ def delta_weight(
     spectrum = spectrum.detach().to(wide)
     if _on_host(spectrum, entries) and wide == torch.float32:
         target = np.empty(shape, np.float32)
-        start = None if weight is None else host_array(weight)
+        start = None if weight is None else host_array(weight, read_only=True)
         numpy_delta.rebuild(
             None if start is None else [start],
             [target],
-            spectrum.numpy()[None],
+            host_array(spectrum, read_only=True)[None],
             entries.numpy(),
             scaling,
             torch.get_num_threads(),
@@ -182,14 +182,23 @@ def _token_tables(
     return tables
 
 
-def host_array(tensor: Tensor) -> AnyFloat:
-    """A CPU tensor as the numpy array over the same memory, bfloat16 included."""
+def host_array(tensor: Tensor, *, read_only: bool = False) -> AnyFloat:
+    """A CPU tensor as the numpy array over the same memory, bfloat16 included.
+
+    Args:
+        tensor: any float dtype.
+        read_only: nobody writes to the array. The tensor's storage can then be resized, as FSDP2
+            does to let go of a weight that it gathered; `Tensor.numpy` ends that for good.
+    """
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
+    is_half = tensor.dtype == torch.bfloat16
+    tensor = tensor.view(torch.uint16) if is_half else tensor
+    array: AnyFloat = np.from_dlpack(tensor) if read_only else tensor.numpy()
+    if is_half:
         import ml_dtypes
 
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        return array.view(ml_dtypes.bfloat16)
+    return array
 
 
 def _on_host(*tensors: Tensor) -> bool:

@@ -103,7 +103,7 @@ def test_different_models_are_refused_everywhere(seen: list[dict[str, Any]]) -> 
 def test_bundles_and_state_dicts_of_wrapped_models(seen: list[dict[str, Any]]) -> None:
     for process in seen:
         found = process["state dicts"]
-        same = ("ddp", "attached to ddp", "sharded", "into fsdp")
+        same = ("ddp", "attached to ddp", "sharded", "into fsdp", "user's fsdp")
         assert [found[key] for key in same] == [found["expected"]] * len(same)
         assert found["attached to fsdp"]
         assert max(found["output"]) <= 1e-6

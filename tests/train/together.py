@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fourierft_export import FourierFTConfig, attach, capture, inject
 from fourierft_export.errors import FourierFTError
+from fourierft_export.spectral import cost
 from fourierft_export.train.processes import Processes, join
 from fourierft_export.train.settings import TrainSettings
 from fourierft_export.train.task import Batch, StepResult, Sums, TrainingTask
@@ -108,9 +109,11 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 10,
     "device": "cpu",
 }
+# name -> model, settings, whether two processes share the base.
 RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "classifier": ("classifier", {}, False),
     "classifier, sharded": ("classifier", {"bias": "fourier_only"}, True),
+    "classifier, sharded, dense": ("classifier", {"target_modules": "all-linear"}, True),
     "language model": ("language model", {"accumulate": 2}, False),
     "language model, sharded": ("language model", {"gradient_checkpointing": True}, True),
     "language model, fewer rows than processes": ("language model", {"batch_size": 3}, True),
@@ -124,13 +127,14 @@ def train(name: str, folder: Path, processes: Processes | None = None) -> dict[s
     kind, more, sharded = RUNS[name]
     task = make_task(kind, ROWS.get(name, 37))
     many = processes is not None and processes.world > 1
-    report = train_adapter(
-        task,
-        folder / f"{name}.fourierft.safetensors",
-        TrainSettings(**(SETTINGS | more)),
-        shard_base=sharded and many,
-        processes=processes,
-    )
+    with cost.force(form="dense" if "dense" in name else "token"):
+        report = train_adapter(
+            task,
+            folder / f"{name}.fourierft.safetensors",
+            TrainSettings(**(SETTINGS | more)),
+            shard_base=sharded and many,
+            processes=processes,
+        )
     return {
         "loss": report.history.losses,
         "norm": report.history.norms,
@@ -194,6 +198,8 @@ def frozen_values(processes: Processes, sharded: bool) -> float:
 def state_dicts(processes: Processes) -> dict[str, Any]:
     """Bundles and state dicts of models in DDP and FSDP2, against those of the plain model."""
     from torch.distributed.checkpoint import state_dict as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
@@ -227,6 +233,13 @@ def state_dicts(processes: Processes) -> dict[str, Any]:
     empty = processes.wrap(inject(classifier(), config), shard_base=True)
     dcp.set_model_state_dict(empty, plain.state_dict(), options=whole)
     spectra_only = FourierFTConfig(n_frequency=40, scaling=20.0)
+    torch.manual_seed(5)
+    users = inject(classifier(), config)  # a user's own call, which spreads the adapter as well
+    for part in (*users.bert.encoder.layer, users):  # type: ignore[union-attr, misc]
+        fully_shard(part, mesh=init_device_mesh("cpu", (processes.world,)))
+    with cost.force(form="dense"):
+        users(input_ids=ids).logits.sum().backward()
+
     later = processes.wrap(inject(classifier(), spectra_only, "other"), shard_base=True)
     torch.manual_seed(6)
     late = inject(classifier(), spectra_only)
@@ -241,6 +254,7 @@ def state_dicts(processes: Processes) -> dict[str, Any]:
         "ddp": digest(capture(parallel).to_bytes()),
         "attached to ddp": digest(capture(attached).to_bytes()),
         "sharded": digest(captured.to_bytes()),
+        "user's fsdp": digest(capture(users).to_bytes()),
         "from fsdp": digest(capture(again).to_bytes()),
         "into fsdp": digest(capture(empty).to_bytes()),
         "attached to fsdp": capture(later).to_bytes() == capture(late).to_bytes(),
