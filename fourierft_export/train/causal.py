@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import BadInputError
 from .loading import load_causal, usual_targets
+from .losses import continue_text, score_text
 from .rows import read_table
 from .scores import IGNORED
 from .split import SplitSettings, split
-from .steps import continue_text, score_text
 from .table import Complaints, Table, brief
 from .task import TrainingTask
 from .text import TextSettings, read_texts, text_columns

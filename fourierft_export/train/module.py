@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ..errors import BadInputError, FourierFTError, UsageError
 from .labels import label_ids, make_labels, read_labels
 from .loading import usual_targets
+from .losses import logits_of, score_classes, summed
 from .probe import count_classes
 from .rows import read_table
 from .scores import class_counts
 from .split import SplitSettings, split
-from .steps import logits_of, score_classes, summed
 from .table import Complaints, Table, brief, first_present
 from .task import Batch, StepResult, TrainingTask
 from .text import TextSettings, label_column

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .steps import logits_of
+from .losses import logits_of
 
 
 def count_classes(

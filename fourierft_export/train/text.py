@@ -11,10 +11,10 @@ from torch import nn
 
 from .labels import Labels, label_ids, make_labels, read_labels
 from .loading import known_classes, load_classifier, usual_targets
+from .losses import classify, score_classes
 from .probe import count_classes
 from .rows import read_table
 from .split import SplitSettings, split
-from .steps import classify, score_classes
 from .table import Complaints, Table, brief, first_present
 from .task import TrainingTask
 from .tokens import Row, TextEncoder
