@@ -7,7 +7,7 @@ import os
 import click
 
 from .console import Outcome, size_text, verb
-from .options import PATH, base_option, force_option, output_option, read_bundle
+from .options import PATH, base_option, force_option, links_option, output_option, read_bundle
 
 
 @verb
@@ -37,6 +37,7 @@ from .options import PATH, base_option, force_option, output_option, read_bundle
     metavar="FILE.onnx",
     help="For onnx-adapter and onnx-inputs: the swappable graph, the paired graph or its expander.",
 )
+@links_option
 @force_option
 def pack(
     source: str,
@@ -46,6 +47,7 @@ def pack(
     entry_rule: str | None,
     target: str,
     onnx: str | None,
+    allow_links: bool,
     force: bool,
 ) -> Outcome:
     """Pack the PEFT FourierFT adapter in SOURCE into one small, checked file.
@@ -55,10 +57,17 @@ def pack(
     from ..bundle.describe import describe_bundle
     from ..bundle.peft import find_adapter, from_peft, left_out
     from ..checkpoint.staging import check_output
+    from ..errors import UsageError
 
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
+    if allow_links and onnx is None:
+        raise UsageError(
+            "--allow-links", expected="--onnx FILE.onnx beside it", found="a bundle to write"
+        )
     if target != "bundle" or onnx is not None:
-        return _for_onnx(source, output, base, adapter, entry_rule, target, onnx, force)
+        return _for_onnx(
+            source, output, base, adapter, entry_rule, target, onnx, allow_links, force
+        )
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
@@ -92,6 +101,7 @@ def _for_onnx(
     entry_rule: str | None,
     target: str,
     onnx: str | None,
+    allow_links: bool,
     force: bool,
 ) -> Outcome:
     from ..bundle.peft import from_peft
@@ -113,7 +123,7 @@ def _for_onnx(
         bundle = read_bundle(source)
         bundle = bundle.bind(base, entry_rule) if base else bundle
     plain = target == "onnx-inputs"
-    parameters = parameters_for(onnx, bundle, both_graphs=plain)
+    parameters = parameters_for(onnx, bundle, both_graphs=plain, allow_links=allow_links)
     (write_inputs if plain else write_adapter)(output, parameters, force=force)
     size = os.stat(output).st_size
     facts = {"path": output, "to": target, "bytes": size, "inputs": sorted(parameters)}

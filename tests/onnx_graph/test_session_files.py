@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 import fourierft_export as ff
+from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import BadInputError, FileAccessError
 from fourierft_export.onnx_graph.runtime.graph_file import parameters_for
 from fourierft_export.onnx_graph.runtime_paths import expander_path
@@ -136,3 +137,33 @@ def test_tensors_that_begin_at_one_place(small_tenants: Any, tmp_path: Path) -> 
     without = {name: array for name, array in bundle.saved.items() if name != "head.bias"}
     feeds = parameters_for(path, ff.Bundle(bundle.spec, bundle.spectra, without, {}))
     np.testing.assert_array_equal(feeds["head.bias"], content[:3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_links_within_the_folder_if_allowed(
+    mode: str, small_tenants: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """As from a store of models that keeps each content once; links that leave it stay refused."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path, one = folder / "model.onnx", small_tenants.bundles["one"]
+    link_inside(external(small_tenants.file(mode), path), tmp_path / "elsewhere")
+    if mode == "paired":
+        data = external(expander_path(small_tenants.file(mode)), expander_path(path))
+        os.replace(data, folder / "expander.bin")
+        data.symlink_to("expander.bin")
+    session = ff.AdapterSession(path, allow_links=True)
+    session.load("one", one)
+    small_tenants.check(session.run(small_tenants.inputs, "one")["output"], "one")
+    if mode != "bank":
+        found = parameters_for(path, one, allow_links=True)
+        np.testing.assert_array_equal(found["head.weight"], one.saved["head.weight"])
+        arguments = ["pack", str(small_tenants.bundle_file("one")), "-o", str(tmp_path / "out")]
+        arguments += ["--to", "onnx-adapter", "--onnx", str(path)]
+        assert run_command(arguments) == 3
+        assert "--allow-links" in capsys.readouterr().err
+        assert run_command([*arguments, "--allow-links"]) == 0
+    data = folder / "other.bin"
+    link(data, tmp_path / "elsewhere")
+    with pytest.raises(BadInputError):
+        ff.AdapterSession(path, allow_links=True)

@@ -34,18 +34,19 @@ def parameters_for(
     *,
     both_graphs: bool = False,
     allow_base_mismatch: bool = False,
+    allow_links: bool = False,
 ) -> dict[str, Array]:
     """What an adapter feeds a swappable graph, or the expander of a paired one, input by input.
 
     Of a paired graph itself these are its saved heads and biases; with `both_graphs` also what its
-    expander takes.
+    expander takes. `allow_links` as in `read_model`.
 
     Raises:
         UsageError: the graph takes no single adapter, or nothing of this one.
         BaseMismatchError: the adapter does not fit the graph.
         BadInputError, FileAccessError: not a file that this package made.
     """
-    model = read_model(path)
+    model = read_model(path, allow_links=allow_links)
     facts = facts_of({p.key: p.value for p in model.metadata_props}, os.fspath(path))
     taken = {value.name for value in model.graph.input}
     if facts.interface is None or facts.mode == BANK:
@@ -59,7 +60,7 @@ def parameters_for(
     # An expander takes no saved tensors, and holds none.
     expands = facts.mode == PAIRED and takes_spectra
     zeros = {s.name: np.zeros(s.shape, s.dtype) for s in facts.interface.saved}
-    base = zeros if expands else base_saved(path, facts)
+    base = zeros if expands else base_saved(path, facts, allow_links=allow_links)
     feeds = fit(
         facts.interface,
         bundle,
@@ -126,15 +127,19 @@ def facts_of(metadata: Mapping[str, str], where: str) -> GraphFacts:
         ) from None
 
 
-def base_saved(path: str | os.PathLike[str], facts: GraphFacts) -> dict[str, Array]:
+def base_saved(
+    path: str | os.PathLike[str], facts: GraphFacts, *, allow_links: bool = False
+) -> dict[str, Array]:
     """The base's saved tensors, which an exported file keeps beside the adapter's.
+
+    `allow_links` as in `read_model`.
 
     Raises:
         BadInputError: they are not in the file.
     """
     if facts.interface is None or not facts.interface.saved:
         return {}
-    constants = _Constants(path)
+    constants = _Constants(path, allow_links)
     found = {}
     missing = []
     for saved in facts.interface.saved:
@@ -155,13 +160,17 @@ def base_saved(path: str | os.PathLike[str], facts: GraphFacts) -> dict[str, Arr
     return found
 
 
-def weight_inputs(path: str | os.PathLike[str], facts: GraphFacts) -> list[WeightInput]:
+def weight_inputs(
+    path: str | os.PathLike[str], facts: GraphFacts, *, allow_links: bool = False
+) -> list[WeightInput]:
     """The weights that an expander makes, with their base values.
+
+    `allow_links` as in `read_model`.
 
     Raises:
         BadInputError: the expander lacks some.
     """
-    constants = _Constants(path)
+    constants = _Constants(path, allow_links)
     inputs = []
     missing = []
     for layer, sites in facts.weights.items():
@@ -186,15 +195,16 @@ class _Constants:
 
     Args:
         path: the file; its external data is checked, and read from where the check saw it.
+        allow_links: as in `read_model`.
 
     Raises:
         FileAccessError, BadInputError: as `read_model`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        model = read_model(path)
+    def __init__(self, path: str | os.PathLike[str], allow_links: bool) -> None:
+        model = read_model(path, allow_links=allow_links)
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._ranges = external_ranges(model, path)
+        self._ranges = external_ranges(model, path, allow_links=allow_links)
 
     def get(self, name: str) -> Array | None:
         """The array of this name, or None."""
@@ -218,8 +228,12 @@ class _Constants:
         return np.array(numpy_helper.to_array(plain))
 
 
-def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+def read_model(path: str | os.PathLike[str], *, allow_links: bool = False) -> onnx.ModelProto:
     """An ONNX file without its external data, of which it is known that it may be read.
+
+    Args:
+        path: an .onnx file.
+        allow_links: also accept external data behind links that end inside the model's folder.
 
     Raises:
         FileAccessError: missing or unreadable, or its external data is.
@@ -233,5 +247,5 @@ def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         model = onnx.load(os.fspath(path), load_external_data=False)
     except DecodeError:
         raise BadInputError(path, expected="an ONNX model", found="something else") from None
-    external_ranges(model, path)
+    external_ranges(model, path, allow_links=allow_links)
     return model

@@ -44,6 +44,7 @@ class AdapterSession:
             loaded, since ONNX Runtime warns of every overridable input.
         memory_limit: bytes of weights to keep for the adapters (mode paired), the base's among
             them: what was used longest ago goes first. No limit by default.
+        allow_links: follow links of external data that end inside the model's folder.
 
     Attributes:
         mode: of the file.
@@ -64,16 +65,17 @@ class AdapterSession:
         providers: Sequence[Any] | None = None,
         session_options: Any = None,
         memory_limit: int | None = None,
+        allow_links: bool = False,
     ) -> None:
         self.path = Path(onnx_path)
         # ONNX Runtime follows links: what it reads is checked before it opens anything.
-        read_model(onnx_path)
+        read_model(onnx_path, allow_links=allow_links)
         providers = list(providers or ["CPUExecutionProvider"])
         self._session = load_session(self.path, providers, session_options)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self._facts = facts_of(metadata, str(onnx_path))
         self.mode = self._facts.mode
-        self._base = base_saved(onnx_path, self._facts)
+        self._base = base_saved(onnx_path, self._facts, allow_links=allow_links)
         self._device = device_of(
             self._session.get_providers(), self._session.get_provider_options()
         )
@@ -82,7 +84,8 @@ class AdapterSession:
         self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
         weights = None
         if self.mode == PAIRED:
-            weights = weight_inputs(expander_path(onnx_path), self._facts)
+            expander = expander_path(onnx_path)
+            weights = weight_inputs(expander, self._facts, allow_links=allow_links)
         own = {w.name for w in weights or ()} | {ADAPTER_ID}
         interface = self._facts.interface
         self._expanded = Expanded(interface or Interface(()), weights, self._device, memory_limit)
