@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import click
 
 from .. import __version__
 from ..errors import FourierFTError, extra_of
+from ..train.voice import one_voice
 from .apply import apply
 from .console import emit_error
 from .demo import demo
@@ -83,13 +86,20 @@ def run(words: Sequence[str]) -> int:
     as_json, debug = "--json" in words, "--debug" in words
     if not debug:
         _quiet_libraries()
+
+    def tell(error: dict[str, object], text: str) -> None:
+        # Of processes that train together, one says what went wrong.
+        with one_voice() if words[:1] == ["train"] else nullcontext(True) as mine:
+            if mine:
+                emit_error(error, text, as_json=as_json)
+
     try:
         code = verbs.main(list(words), prog_name="fourierft-export", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except FourierFTError as error:
         if debug:
             traceback.print_exc()
-        emit_error(error.to_dict(), error.summary, as_json=as_json)
+        tell(error.to_dict(), error.summary)
         return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
@@ -98,14 +108,14 @@ def run(words: Sequence[str]) -> int:
         where = error.ctx.command_path if error.ctx else "fourierft-export"
         found = error.format_message().rstrip(".")
         text = f"{where}: {found}; see {where} --help"
-        _emit_plain("usage", 2, where, found, text, as_json=as_json)
+        tell(_plain("usage", 2, where, found), text)
         return 2
     except (click.Abort, KeyboardInterrupt) as error:
         # click turns the interrupt into an exception of its own; a verb may have said what is left.
         kept = str(error if isinstance(error, KeyboardInterrupt) else error.__cause__ or "")
         text = f"interrupted; {kept}" if kept else "interrupted"
         found = f"an interrupt; {kept}" if kept else "an interrupt"
-        _emit_plain("interrupted", INTERRUPTED, "", found, text, as_json=as_json)
+        tell(_plain("interrupted", INTERRUPTED, "", found), text)
         return INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
@@ -120,19 +130,18 @@ def run(words: Sequence[str]) -> int:
         verb = " ".join(["fourierft-export", *words[:1]])
         missing = extra_of(error, verb) if isinstance(error, ModuleNotFoundError) else None
         if missing:
-            emit_error(missing.to_dict(), missing.summary, as_json=as_json)
+            tell(missing.to_dict(), missing.summary)
             return missing.exit_code
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         text = f"unexpected error: {found}; run it again with --debug and report what it prints"
-        _emit_plain("unexpected", 1, "", found, text, as_json=as_json)
+        tell(_plain("unexpected", 1, "", found), text)
         return 1
 
 
-def _emit_plain(kind: str, code: int, where: str, found: str, text: str, *, as_json: bool) -> None:
+def _plain(kind: str, code: int, where: str, found: str) -> dict[str, object]:
     """An error that is none of the package's own."""
     blank = {"expected": "", "remedy": "", "offenders": []}
-    fields = {"kind": kind, "code": code, "where": where, "found": found, **blank}
-    emit_error(fields, text, as_json=as_json)
+    return {"kind": kind, "code": code, "where": where, "found": found, **blank}
 
 
 def _quiet_libraries() -> None:
@@ -144,3 +153,5 @@ def _quiet_libraries() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -7,50 +7,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 _PATIENCE = timedelta(seconds=5)
 
 
-def is_one_of_many() -> bool:
-    """Whether torchrun, or something like it, started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """For the body of a command: of many processes, the first that fails says why.
+def one_voice() -> Iterator[bool]:
+    """For whoever is about to tell of an error: whether this process is to do so.
 
-    The others, most of which fail because of the first, leave silently.
-
-    Raises:
-        SystemExit: in those others, with the exit code that their error asks for.
+    Of many processes the first that fails says why. Most of the others fail because of it; they
+    wait until it is told, for torchrun ends all as soon as one has ended.
     """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if not is_one_of_many() or _is_first():
-            raise
-        interrupted = isinstance(error, KeyboardInterrupt)
-        raise SystemExit(130 if interrupted else getattr(error, "exit_code", 1)) from None
+    store = _store() if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    if store is None:
+        yield True
+        return
+    from torch.distributed import DistError
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    asked, told = (f"fourierft_export/{attempt}/{what}" for what in ("asked", "told"))
+    first = True
+    with suppress(DistError):
+        first = store.add(asked, 1) == 1
+        if not first:
+            store.wait([told], _PATIENCE)
+    yield first
+    if first:
+        with suppress(DistError):
+            store.set(told, "")
 
 
-def _is_first() -> bool:
-    """Whether no other process has asked before; true where nobody can be asked."""
+def _store() -> Any | None:
+    """The store that torchrun keeps, which outlives any of its processes; None without one."""
     from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-    # torchrun keeps this store itself, so it outlives any of the processes.
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
-        store = TCPStore(
-            str(address),
-            int(port or ""),
-            is_master=False,
-            timeout=_PATIENCE,
-            wait_for_workers=False,
-        )
-        return bool(store.add(f"fourierft_export/failed/{attempt}", 1) == 1)
+        return TCPStore(host, int(port), is_master=False, timeout=_PATIENCE, wait_for_workers=False)
     except (DistError, ValueError):
-        return True
+        return None
