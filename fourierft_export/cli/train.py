@@ -227,6 +227,9 @@ def _read(config: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], di
         words = given[name]
         if len(words) == 1 and not _PLAIN.fullmatch(words[0]):
             given[name] = words[0]
+    for name, other in (("epochs", "steps"), ("steps", "epochs")):
+        if given[name] is not None:
+            found.pop(other, None)  # they are one setting in two units
     found |= {name: value for name, value in given.items() if value is not None and value != ()}
     run = {name: found.pop(name) for name in RUN_KEYS if name in found}
     if isinstance(run.get("text_column"), str):

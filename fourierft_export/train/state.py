@@ -26,7 +26,9 @@ VERSION = 1
 FOLDER_SUFFIX = ".train"
 FILE = "state.safetensors"
 # Settings that may differ when a run goes on: they change how, not what, is computed.
-FREE = frozenset({"accumulate", "device", "gradient_checkpointing", "patience", "threads"})
+FREE = frozenset(
+    {"accumulate", "device", "eval_every", "gradient_checkpointing", "patience", "threads"}
+)
 
 
 @dataclass
