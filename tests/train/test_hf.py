@@ -32,9 +32,10 @@ CONFIG = ff.FourierFTConfig(
 BUNDLE = "adapter.fourierft.safetensors"
 
 
-def bert(seed: int = 0) -> Any:
+def bert(seed: int = 0, **fields: Any) -> Any:
     torch.manual_seed(seed)
-    config = tf.BertConfig(**SHAPE, vocab_size=60, max_position_embeddings=32, num_labels=3)
+    fields |= {"vocab_size": 60, "max_position_embeddings": 32, "num_labels": 3}
+    config = tf.BertConfig(**SHAPE, **fields)
     return tf.BertForSequenceClassification(config)
 
 
@@ -224,13 +225,11 @@ def test_the_best_checkpoint_comes_back_and_the_others_go(tmp_path: Path) -> Non
 def test_accumulated_parts_make_the_same_step(tmp_path: Path) -> None:
     curves = []
     for parts in (1, 2):
-        model = injected()
+        model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        ff.inject(model, dataclasses.replace(CONFIG, init_weights=True))
         # Else the Trainer takes this head to divide by the whole batch, which it does not
         # (transformers issue 47688), and losses double with or without an adapter.
         model.accepts_loss_kwargs = False
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         run = trainer(
             model,
             tmp_path / str(parts),
