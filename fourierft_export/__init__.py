@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from fourierft_export.train.accelerate_state import save_bundles
     from fourierft_export.train.hf import BundleCallback
     from fourierft_export.train.optimizer import parameter_groups
+    from fourierft_export.train.settings import TrainSettings
+    from fourierft_export.train.task import StepResult, TrainingTask
+    from fourierft_export.train.train import train_adapter
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,9 @@ __all__ = [
     "BundleCallback",
     "FourierFTConfig",
     "FourierLinear",
+    "StepResult",
+    "TrainSettings",
+    "TrainingTask",
     "activate",
     "apply_onnx",
     "attach",
@@ -65,6 +71,7 @@ __all__ = [
     "route",
     "save_bundles",
     "to_peft",
+    "train_adapter",
     "validate",
     "verify_merged",
 ]
@@ -75,6 +82,9 @@ _HOMES = {
     "BundleCallback": "train.hf",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
+    "StepResult": "train.task",
+    "TrainSettings": "train.settings",
+    "TrainingTask": "train.task",
     "activate": "adapt.active",
     "apply_onnx": "onnx_graph.apply",
     "attach": "adapt.attach",
@@ -95,6 +105,7 @@ _HOMES = {
     "route": "adapt.route",
     "save_bundles": "train.accelerate_state",
     "to_peft": "bundle.peft",
+    "train_adapter": "train.train",
     "validate": "proof.validate",
     "verify_merged": "merge.verify",
 }

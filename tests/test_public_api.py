@@ -20,6 +20,9 @@ PUBLIC = [
     "BundleCallback",
     "FourierFTConfig",
     "FourierLinear",
+    "StepResult",
+    "TrainSettings",
+    "TrainingTask",
     "activate",
     "apply_onnx",
     "attach",
@@ -41,6 +44,7 @@ PUBLIC = [
     "route",
     "save_bundles",
     "to_peft",
+    "train_adapter",
     "validate",
     "verify_merged",
 ]
