@@ -327,6 +327,7 @@ def test_unloading(pair: Pair, tokens: Tensor) -> None:
 
 def test_a_name_is_just_a_name(make_model: MakeModel, tokens: Tensor) -> None:
     """Names that are also names of modules, of attributes or parts of other names."""
+    base = make_model("llama")
     outputs, bundles = [], []
     for name in (
         "default",
@@ -338,9 +339,10 @@ def test_a_name_is_just_a_name(make_model: MakeModel, tokens: Tensor) -> None:
         "self_attn",
         "1",
     ):
+        model, twin = copy.deepcopy(base), copy.deepcopy(base)
         torch.manual_seed(1)
-        model = inject(make_model("llama"), FourierFTConfig(**COMMON, **LLAMA), name)
-        twin = inject(make_model("llama"), FourierFTConfig(**COMMON, **LLAMA), name)
+        inject(model, FourierFTConfig(**COMMON, **LLAMA), name)
+        inject(twin, FourierFTConfig(**COMMON, **LLAMA), name)
         twin.load_state_dict(model.state_dict())
         outputs.append(output(twin, tokens))
         bundles.append(capture(model, name).to_bytes())
@@ -633,3 +635,89 @@ def test_the_layers_attributes_are_the_bases(pair: Pair) -> None:
         assert torch.equal(layer.weight, theirs.weight)
         assert (layer.bias is None) == (theirs.bias is None)
         assert "n_frequency=40" in repr(layer)
+
+
+# Other architectures, saved modules
+
+
+def test_encoder_and_decoder(make_model: MakeModel, tokens: Tensor) -> None:
+    from peft import FourierFTConfig as PeftConfig
+    from peft import get_peft_model
+
+    fields = COMMON | {"task_type": "SEQ_2_SEQ_LM"}  # the usual targets: q and v, in both halves
+    base = make_model("t5")
+    torch.manual_seed(1)
+    theirs: Any = get_peft_model(copy.deepcopy(base), PeftConfig(**fields)).eval()
+    torch.manual_seed(1)
+    ours: Any = inject(copy.deepcopy(base), FourierFTConfig(**fields))
+    assert len(fourier_layers(ours)) == 2 * (2 + 2 + 2)  # T5 attends across, too
+    inputs = {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+    with torch.no_grad():
+        found, expected = ours(**inputs).logits, theirs(**inputs).logits
+        apart = (found - base(**inputs).logits).abs().max()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert apart > 1e-3
+    settings = {"max_new_tokens": 6, "do_sample": False, "decoder_start_token_id": 0}
+    generated = ours.generate(tokens, **settings)
+    assert torch.equal(generated, theirs.generate(input_ids=tokens, **settings))
+    assert torch.equal(fuse(ours).generate(tokens, **settings), generated)
+
+
+def test_modules_saved_by_different_adapters(make_model: MakeModel, tokens: Tensor) -> None:
+    """Different modules may be active together, the same one may not: in PEFT, too."""
+    pair = Pair(make_model, "llama")
+    pair.add("a", modules_to_save=["lm_head"]).add("b", seed=2, modules_to_save=["up_proj"])
+    with torch.no_grad():
+        for model in (pair.ours, pair.theirs):
+            for name, parameter in model.named_parameters():
+                if ("modules_to_save" in name or ".versions." in name) and parameter.ndim == 2:
+                    parameter.mul_(1.5)
+    for names in (["a"], ["b"], ["a", "b"], ["b", "a"]):
+        pair.activate(*names).check(tokens)
+    pair.add("c", seed=3, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="modules_to_save"):
+        pair.theirs.base_model.set_adapter(["a", "c"])
+    with pytest.raises(UsageError) as caught:
+        activate(pair.ours, ["a", "c"])
+    assert caught.value.offenders == ("lm_head: a and c both bring their own",)
+    detach(pair.ours, "a")
+    pair.theirs.delete_adapter("a")
+    pair.activate("c", "b").check(tokens)
+
+
+def test_all_settings_at_once(make_model: MakeModel, tokens: Tensor) -> None:
+    """n_frequency by pattern, block numbers, a trained head, biases: ten steps as PEFT's."""
+    from peft import FourierFTConfig as PeftConfig
+    from peft import get_peft_model
+
+    fields = COMMON | {
+        "target_modules": ["query", "value", "dense"],
+        "exclude_modules": ["pooler.dense"],
+        "layers_to_transform": [0, 2],
+        "n_frequency_pattern": {"query": 17, r"layer\.2\.output\.dense": 5},
+        "task_type": "SEQ_CLS",
+        "bias": "fourier_only",
+        "init_weights": True,
+    }
+    labels = torch.tensor([0, 1, 2])
+    seen = []
+    base = make_model("bert-cls")
+    for adapt, make_config in ((inject, FourierFTConfig), (get_peft_model, PeftConfig)):
+        torch.manual_seed(1)
+        model: Any = adapt(copy.deepcopy(base), make_config(**fields))
+        model.eval()
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        counts = sorted(p.numel() for p in learning.values())
+        optimizer = torch.optim.AdamW(learning.values(), lr=3e-2)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        seen.append((counts, losses))
+    assert seen[0][0] == seen[1][0]
+    assert {5, 17, 40} <= set(seen[0][0])
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-5)
+    assert seen[0][1][-1] < 0.8 * seen[0][1][0]
