@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -491,3 +492,22 @@ def test_export_is_refused_with_the_layers(mode: str, tmp_path: Path) -> None:
         export_onnx(adapted("own"), (torch.randn(2, 12),), tmp_path / "a.onnx", mode=mode)
     assert caught.value.offenders == ("first: Ternary",)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    """The trial of the base's gradient must not disturb what checkpointing counts."""
+    grads = []
+    for checkpointed in (False, True):
+        model = adapted("own", target_modules=["first"])
+        layer = fourier_layers(model)["first"]
+        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        for _ in range(2):
+            if checkpointed:
+                out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+            else:
+                out = model(x)
+            out.square().sum().backward()
+        grads.append((x.grad, layer.adapter("default").spectrum.grad))
+    for found, expected in zip(*grads, strict=True):
+        assert torch.equal(found, expected)
