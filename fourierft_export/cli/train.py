@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -112,6 +116,7 @@ _SCORES = section("Scores and outputs")
 @_RUN("--schedule", type=click.Choice(["linear", "cosine", "constant"]))
 @_RUN("--max-grad-norm", type=float, metavar="X", help="0 leaves gradients as they are.")
 @_RUN("--seed", type=int, metavar="N", help="[default: 0]")
+@_RUN("--dropout/--no-dropout", default=None, help="The base's own.  [default: no]")
 @_RUN(
     "--group-lengths/--no-group-lengths",
     default=None,
@@ -194,19 +199,20 @@ def train(
             # Autocast works on any dtype, and a large base is better not widened.
             dtype="float32" if checked.dtype == "float32" else None,
         )
-        report = train_adapter(
-            task,
-            output,
-            checked,
-            bundle=bundle,
-            resume=resume,
-            force=force,
-            shard_base=bool(run.get("shard_base")),
-            allow_base_mismatch=allow_base_mismatch,
-            metrics=metrics,
-            processes=processes,
-            progress=progress if processes.is_writer else None,
-        )
+        with _scores_on_stderr():
+            report = train_adapter(
+                task,
+                output,
+                checked,
+                bundle=bundle,
+                resume=resume,
+                force=force,
+                shard_base=bool(run.get("shard_base")),
+                allow_base_mismatch=allow_base_mismatch,
+                metrics=metrics,
+                processes=processes,
+                progress=progress if processes.is_writer else None,
+            )
     finally:
         processes.close()
     if not processes.is_writer:
@@ -235,6 +241,23 @@ def _read(config: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], di
     if isinstance(run.get("text_column"), str):
         run["text_column"] = [run["text_column"]]
     return run, found
+
+
+@contextmanager
+def _scores_on_stderr() -> Iterator[None]:
+    """A line per evaluation, where no bar shows: a run of hours should not be silent in a log."""
+    if sys.stderr.isatty():
+        yield
+        return
+    log = logging.getLogger("fourierft_export.train.run")
+    before, handler = log.level, logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _lines(report: TrainReport, model: str | None) -> list[str]:

@@ -54,6 +54,8 @@ class TrainSettings:
         dtype: what the model computes in; spectra and heads are float32 always.
         device: "cpu", "cuda", "cuda:1", "mps"; by default a GPU where there is one.
         threads: of the CPU.
+        dropout: keep the base's dropout. Off by default: an adapter of some thousand numbers hardly
+            overfits, and without it several processes learn exactly as one does.
         gradient_checkpointing: compute activations twice to hold fewer of them.
         group_lengths: rows of like length meet in a batch, where the task knows lengths.
         eval_every: steps between evaluations; by default one after every epoch.
@@ -94,6 +96,7 @@ class TrainSettings:
     dtype: str = "float32"
     device: str | None = None
     threads: int | None = None
+    dropout: bool = False
     gradient_checkpointing: bool = False
     group_lengths: bool = True
     eval_every: int | None = None
@@ -230,6 +233,7 @@ _RULES: dict[str, _Rule] = {
     "dtype": _one_of(DTYPES),
     "device": _TEXT,
     "threads": _whole(1, optional=True),
+    "dropout": _SWITCH,
     "gradient_checkpointing": _SWITCH,
     "group_lengths": _SWITCH,
     "eval_every": _whole(1, optional=True),

@@ -47,6 +47,7 @@ class Learner:
         accumulate: parts that a process takes its share of a batch in.
         max_grad_norm: longer gradients are shortened to it; 0 for never.
         seed: of the run.
+        dropout: keep the base's.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Learner:
     accumulate: int
     max_grad_norm: float
     seed: int
+    dropout: bool = False
 
     def step(self, number: int, batch: Sequence[int], *, asked: Callable[[], bool]) -> StepReport:
         """Learn from these rows: the gradient of their mean loss, one update.
@@ -74,7 +76,7 @@ class Learner:
         parameters = list(self.learning.values())
         # Dropout is a function of the step, so that a resumed run draws the same.
         torch.manual_seed(mixed_seed(self.seed, number, self.processes.rank, 0xD0))
-        set_training(self.model)
+        set_training(self.model, dropout=self.dropout)
         self.optimizer.zero_grad(set_to_none=True)
         loss, count = self._backward(batch)
         self.processes.reduce_gradients(parameters)
@@ -123,16 +125,25 @@ class Learner:
         return norm
 
 
-def set_training(model: nn.Module) -> None:
-    """Training mode, but for the statistics of frozen normalisation layers.
+def set_training(model: nn.Module, *, dropout: bool) -> None:
+    """The mode to learn in.
 
-    The bundle does not hold them: what moved here would be missing where the adapter is used.
+    Without dropout this is the mode of inference, but for blocks that compute activations twice
+    and for recurrent layers, whose backward pass some devices only know in training mode. The
+    statistics of normalisation layers stay as they are either way: the bundle does not hold them,
+    so that what moved here would be missing where the adapter is used.
+
+    Args:
+        model: changed in place.
+        dropout: keep the base's.
     """
-    model.train()
+    model.train(dropout)
     for _, module in base_modules(model):
         inner = original(module)
         if isinstance(inner, nn.modules.batchnorm._BatchNorm):
             inner.eval()
+        elif isinstance(inner, nn.RNNBase) or getattr(inner, "gradient_checkpointing", False):
+            inner.training = True
 
 
 def _diverged(number: int, loss: float, norm: float) -> UsageError:

@@ -213,6 +213,7 @@ def _begin(
         accumulate=settings.accumulate,
         max_grad_norm=settings.max_grad_norm or 0.0,
         seed=settings.seed,
+        dropout=settings.dropout,
     )
     batch = settings.batch_size or defaults.BATCH_SIZE
     per_epoch = math.ceil(len(task.train) / batch)

@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite(make_task: MakeTask, tmp_path: Path) -> None:
 
     def breaks(model: nn.Module, batch: Any) -> StepResult:
         nonlocal calls
-        calls += model.training
+        calls += torch.is_grad_enabled()
         found = task.step(model, batch)
         return replace(found, loss=found.loss * float("nan")) if calls == 8 else found
 
@@ -342,11 +342,21 @@ def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(base_modules(model))
 
 
+def test_the_bases_dropout_is_off_unless_asked_for(make_task: MakeTask, tmp_path: Path) -> None:
+    def losses(name: str, probability: float, **changes: Any) -> list[float]:
+        run = settings(steps=3, epochs=None, **changes)
+        return train_adapter(make_task(dropout=probability), tmp_path / name, run).history.losses
+
+    plain = losses("a", 0.0)
+    assert losses("b", 0.5) == plain
+    assert losses("c", 0.5, dropout=True) != plain
+
+
 def test_dropout_is_a_matter_of_the_seed(make_task: MakeTask, tmp_path: Path) -> None:
     losses = []
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
-        run = settings(seed=seed, steps=3, epochs=None)
+        run = settings(seed=seed, steps=3, epochs=None, dropout=True)
         report = train_adapter(make_task(dropout=0.5), tmp_path / str(number), run)
         losses.append(report.history.losses)
     assert losses[0] == losses[1] != losses[2]

@@ -39,6 +39,7 @@ RUN = TrainSettings(
     device="cpu",
     weight_decay=0.01,
     schedule="cosine",
+    dropout=True,
 )
 
 
