@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from .curve import can_draw, draw_curve
 from .evaluate import LOWER_IS_BETTER, check_metric, evaluate, is_better
 from .interrupt import TrainingInterrupted
 from .live import identity
-from .order import epoch_batches, mixed_seed
+from .order import mixed_seed
+from .plan import Plan
 from .report import TrainReport, write_metrics
 from .schedule import rate_factor
 from .settings import TrainSettings
@@ -36,19 +38,10 @@ from .step import PEAK, Learner
 from .task import TrainingTask
 
 Progress = Callable[[str, int, int], None]
+log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # between two states, if no evaluation comes first
 PICTURE = "curve.png"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is: rows in a batch, batches in an epoch, steps in all and between scores."""
-
-    batch_size: int
-    per_epoch: int
-    steps: int
-    eval_every: int
 
 
 class Run:
@@ -82,7 +75,6 @@ class Run:
             "rows to score": len(task.eval or ()),
         }
         self.saved_at = time.monotonic()
-        self.batches: tuple[int, list[list[int]]] = (-1, [])
 
     @property
     def step(self) -> int:
@@ -145,26 +137,11 @@ class Run:
         )
         for group in self.learner.optimizer.param_groups:
             group["lr"] = group[PEAK] * factor
-        found = self.learner.step(step, self.batch(step), asked=asked)
+        found = self.learner.step(step, self.plan.batch(step), asked=asked)
         self.history.losses.append(found.loss)
         self.history.norms.append(found.norm)
         self.history.seconds.append(found.seconds)
         return found.stop
-
-    def batch(self, step: int) -> list[int]:
-        """The rows of a step."""
-        epoch, place = divmod(step, self.plan.per_epoch)
-        if self.batches[0] != epoch:
-            lengths = self.task.lengths if self.settings.group_lengths else None
-            found = epoch_batches(
-                len(self.task.train),
-                self.plan.batch_size,
-                seed=self.settings.seed,
-                epoch=epoch,
-                lengths=lengths,
-            )
-            self.batches = epoch, found
-        return self.batches[1][place]
 
     def score(self) -> None:
         """Score the adapter as it is, and keep it if it is the best; at step 0 it is not kept."""
@@ -191,8 +168,12 @@ class Run:
 
     def keep(self, metrics: dict[str, float], *, is_best: bool) -> None:
         """Note an evaluation; write the adapter if it is the best."""
-        if is_best and self.processes.is_writer:
-            self.adapter.bundle().save(self.out, force=True)
+        if self.processes.is_writer:
+            if is_best:
+                self.adapter.bundle().save(self.out, force=True)
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            kept = "; kept" if is_best else ""
+            log.info("step %d of %d: %s%s", self.step, self.plan.steps, scores or "saved", kept)
         self.history.evaluations.append(
             {
                 "step": self.step,

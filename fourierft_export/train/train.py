@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,10 +21,11 @@ from .adapter import NAME, check_of_training_alone, continued_adapter, new_adapt
 from .held_out import with_rows_to_score
 from .interrupt import asked_to_stop
 from .optimizer import parameter_groups
+from .plan import make_plan
 from .precision import Precision, cast_frozen_linears, widen
 from .processes import Processes, join
 from .report import TrainReport
-from .run import Plan, Progress, Run
+from .run import Progress, Run
 from .settings import TrainSettings
 from .state import FILE, folder_of, load_state
 from .step import PEAK, Learner
@@ -215,10 +215,7 @@ def _begin(
         seed=settings.seed,
         dropout=settings.dropout,
     )
-    batch = settings.batch_size or defaults.BATCH_SIZE
-    per_epoch = math.ceil(len(task.train) / batch)
-    steps = settings.steps or max(1, round((settings.epochs or 1) * per_epoch))
-    plan = Plan(batch, per_epoch, steps, settings.eval_every or per_epoch)
+    plan = make_plan(task, settings)
     return Run(
         task, settings, adapter, learner, plan, out, metrics_file, picture, (*task.notes, *told)
     )

@@ -71,7 +71,11 @@ def test_a_language_model_for_people(
     words = [*stories, "--eval", stories[-1], "-o", str(out), "--device", "cpu"]
     words += ["--epochs", "4", "--batch-size", "4", "--n-frequency", "200", "--eval-every", "4"]
     assert run(words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    scored = [line for line in shown.err.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in scored] == [f"step {n} of 12" for n in (0, 4, 8, 12)]
+    assert ", perplexity " in scored[1] and scored[1].endswith("; kept")
+    lines = shown.out.splitlines()
     assert lines[0].startswith(f"{out}: ")
     assert "10 layers adapted, 2,000 coefficients" in lines[0]
     told = json.loads((tmp_path / "b.fourierft.safetensors.train/metrics.json").read_text())
