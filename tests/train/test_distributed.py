@@ -17,6 +17,7 @@ from torch import nn
 SCRIPT = Path(__file__).with_name("together.py")
 ROOT = SCRIPT.parent.parent.parent
 EXACT = {"rel": 1e-6}
+STOPPED_AT = 14  # the last state is that of step 10
 HALF = {"rel": 2.0**-8}  # in bfloat16 a batch of another size is rounded otherwise
 
 
@@ -36,6 +37,9 @@ together = load_script()
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("together")
+    (folder / "stopped").mkdir()
+    with pytest.raises(together.DiedError):
+        together.train("classifier", folder / "stopped", stop_at=STOPPED_AT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
@@ -63,6 +67,15 @@ def test_two_processes_learn_as_one(seen: list[dict[str, Any]], name: str, tmp_p
         counted = {k: v for k, v in other["metrics"].items() if k != "loss"}
         assert counted.items() <= mine["metrics"].items()
     assert seen[1][name] == two, "both processes must know the same"
+
+
+def test_two_processes_go_on_where_one_stopped(seen: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone = together.train("classifier", tmp_path)
+    resumed = seen[0]["resumed"]
+    assert len(alone["loss"]) > STOPPED_AT
+    assert resumed["loss"][:10] == alone["loss"][:10]
+    assert resumed["loss"] == pytest.approx(alone["loss"], **EXACT)
+    assert seen[1]["resumed"] == resumed
 
 
 def test_sums_and_flags(seen: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """What two processes do together for `test_distributed.py`; torchrun runs this file.
 
-Usage: together.py FOLDER. Every process writes what it saw to FOLDER/rank-N.json.
+Usage: together.py FOLDER. Every process writes what it saw to FOLDER/rank-N.json. FOLDER/stopped
+holds what a lone process left of the run "classifier" when it died.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ SETTINGS: dict[str, Any] = {
     "scaling": 60.0,
     "learning_rate": 0.2,
     "head_learning_rate": 0.03,
-    "epochs": 4,
+    "epochs": 3,
     "batch_size": 8,
     "eval_every": 10,
     "device": "cpu",
@@ -122,8 +123,24 @@ RUNS: dict[str, tuple[str, dict[str, Any], bool]] = {
 ROWS = {"language model, fewer rows than processes": 7}
 
 
-def train(name: str, folder: Path, processes: Processes | None = None) -> dict[str, Any]:
+class DiedError(Exception):
+    """A process that died between two steps."""
+
+
+def train(
+    name: str,
+    folder: Path,
+    processes: Processes | None = None,
+    *,
+    stop_at: int | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
     """One of RUNS, by as many processes as there are."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done == stop_at:
+            raise DiedError
+
     kind, more, sharded = RUNS[name]
     task = make_task(kind, ROWS.get(name, 37))
     many = processes is not None and processes.world > 1
@@ -134,6 +151,8 @@ def train(name: str, folder: Path, processes: Processes | None = None) -> dict[s
             TrainSettings(**(SETTINGS | more)),
             shard_base=sharded and many,
             processes=processes,
+            resume=resume,
+            progress=progress,
         )
     return {
         "loss": report.history.losses,
@@ -282,6 +301,7 @@ def main(folder: Path) -> None:
     seen["state dicts"] = state_dicts(processes)
     for name in RUNS:
         seen[name] = train(name, folder, processes)
+    seen["resumed"] = train("classifier", folder / "stopped", processes, resume=True)
     (folder / f"rank-{processes.rank}.json").write_text(json.dumps(seen), "utf-8")
     processes.close()
 
