@@ -104,7 +104,7 @@ def put_standins(model: ir.Model) -> None:
             _hand_over(graph, node.outputs[0], make(_Stage(graph, node)))
             if kind in _WITH_SUM and len(node.outputs) > 3:
                 _hand_over(graph, node.outputs[3], _same(_Stage(graph, node)))
-        except LookupError:
+        except (LookupError, TypeError):
             continue  # not as its signature says: its output stays unknown
 
 
