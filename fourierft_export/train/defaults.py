@@ -14,8 +14,8 @@ from statistics import median
 
 # Found by experiment; see samples/quality.
 GAIN = 0.4  # rms(delta_W) of unit coefficients, against 1 / sqrt(N): decides scaling
-LEARNING_RATE = 0.05  # of the spectra, at that gain
-HEAD_LEARNING_RATE = 2e-3
+LEARNING_RATE = 0.15  # of the spectra, at that gain
+HEAD_LEARNING_RATE = 5e-3
 N_FREQUENCY = 1000
 FILL = 4  # a layer's spectrum is left at least so many times larger than n
 INIT_ZEROS = True
