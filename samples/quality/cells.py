@@ -43,7 +43,7 @@ def train_cell(cell: Cell, rows: Rows, model: str, dtype: str) -> dict[str, Any]
     import torch
     import transformers
 
-    from fourierft_export.train.prepare import prepare
+    from fourierft_export.train.data.prepare import prepare
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -138,7 +138,7 @@ def _peer(task: Any, cell: Cell, dtype: str) -> dict[str, Any]:
         factor = rate_factor(step, len(batches), warmup=defaults.WARMUP, schedule=defaults.SCHEDULE)
         for group, peak in zip(optimizer.param_groups, peaks, strict=False):
             group["lr"] = peak * factor
-        seconds.append(learner.step(step, batch, stop=False).seconds)
+        seconds.append(learner.step(step, batch, asked=bool).seconds)
     scores = evaluate(
         model,
         task,

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from fourierft_export.demo.vit import DigitViT, ViTConfig
 from fourierft_export.errors import BadInputError, UsageError
-from fourierft_export.train.prepare import prepare
+from fourierft_export.train.data.prepare import prepare
 
 SOURCE = """
 from types import SimpleNamespace

@@ -22,8 +22,8 @@ from fourierft_export.errors import (
     FourierFTError,
     UsageError,
 )
-from fourierft_export.train.loading import load_classifier, usual_targets
-from fourierft_export.train.prepare import prepare
+from fourierft_export.train.data.loading import load_classifier, usual_targets
+from fourierft_export.train.data.prepare import prepare
 from fourierft_export.train.task import TrainingTask
 
 

@@ -23,13 +23,13 @@ from fourierft_export.errors import (
     MissingExtraError,
     UsageError,
 )
-from fourierft_export.train.images import read_images
-from fourierft_export.train.labels import label_ids, make_labels, read_labels
-from fourierft_export.train.pictures import load_image
-from fourierft_export.train.rows import MAX_LINE_BYTES, read_table
-from fourierft_export.train.split import SplitSettings, split
-from fourierft_export.train.table import Table
-from fourierft_export.train.text import TextSettings
+from fourierft_export.train.data.images import read_images
+from fourierft_export.train.data.labels import label_ids, make_labels, read_labels
+from fourierft_export.train.data.pictures import load_image
+from fourierft_export.train.data.rows import MAX_LINE_BYTES, read_table
+from fourierft_export.train.data.split import SplitSettings, split
+from fourierft_export.train.data.table import Table
+from fourierft_export.train.data.text import TextSettings
 
 TEXTS = ['say "hi"', "naïve, 3 € – ok", 'a " b', "x"]
 LABELS = [1, 0, 2, 0]

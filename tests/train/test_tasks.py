@@ -24,9 +24,9 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fourierft_export.errors import BadInputError, UsageError
-from fourierft_export.train.pieces import PieceEncoder
-from fourierft_export.train.prepare import prepare
-from fourierft_export.train.scores import IGNORED
+from fourierft_export.train.data.pieces import PieceEncoder
+from fourierft_export.train.data.prepare import prepare
+from fourierft_export.train.data.scores import IGNORED
 from fourierft_export.train.task import TrainingTask
 
 SENTENCES = [

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
-from fourierft_export.train.scores import (
+from fourierft_export.train.data.scores import (
     IGNORED,
     class_counts,
     class_scores,

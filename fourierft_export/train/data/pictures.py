@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadInputError, missing_extra
+from ...errors import BadInputError, missing_extra
 
 if TYPE_CHECKING:
     from PIL.Image import Image

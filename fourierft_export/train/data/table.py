@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import BadInputError, UsageError
+from ...errors import BadInputError, UsageError
 
 T = TypeVar("T")
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..adapt.attach import capture
-from ..adapt.tree import adapter_names
-from ..bundle.file import SUFFIX, Bundle
-from ..checkpoint.staging import staged_file
-from ..errors import UsageError
-from .live import adapter_tensors
+from ...adapt.attach import capture
+from ...adapt.tree import adapter_names
+from ...bundle.file import SUFFIX, Bundle
+from ...checkpoint.staging import staged_file
+from ...errors import UsageError
+from ..live import adapter_tensors
 
 ADAPTER_FILE = f"adapter{SUFFIX}"
 WEIGHTS_FILE = "model.safetensors"

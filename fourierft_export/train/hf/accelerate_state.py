@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..adapt.tree import adapter_names
-from ..bundle.file import SUFFIX, Bundle
-from ..errors import UsageError
-from .live import check_only_learns, refill
+from ...adapt.tree import adapter_names
+from ...bundle.file import SUFFIX, Bundle
+from ...errors import UsageError
+from ..live import check_only_learns, refill
 from .saving import write_adapter
 
 

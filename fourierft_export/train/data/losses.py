@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..task import Batch, StepResult, Sums
 from .scores import IGNORED, class_counts, class_scores, entity_counts, entity_scores
-from .task import Batch, StepResult, Sums
 
 
 def logits_of(output: Any) -> Tensor:

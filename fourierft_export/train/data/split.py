@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 T = TypeVar("T")
 MAX_HELD_OUT = 1000

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInputError, UsageError, missing_extra
-from ..models.examples import input_names
-from ..models.load import quiet_transformers
+from ...errors import BadInputError, UsageError, missing_extra
+from ...models.examples import input_names
+from ...models.load import quiet_transformers
 from . import pieces
 from .scores import IGNORED
 

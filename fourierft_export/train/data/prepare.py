@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from ..errors import FileAccessError, UsageError
+from ...errors import FileAccessError, UsageError
+from ..task import TrainingTask
 from .causal import causal_lm
 from .images import image_classification
 from .module import call_factory, plain_classification
 from .split import SplitSettings
-from .task import TrainingTask
 from .text import TextSettings, text_classification
 from .words import token_classification
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import BadInputError
+from ...errors import BadInputError
+from ..task import TrainingTask
 from .loading import load_causal, usual_targets
 from .losses import continue_text, score_text
 from .rows import read_table
 from .scores import IGNORED
 from .split import SplitSettings, split
 from .table import Complaints, Table, brief
-from .task import TrainingTask
 from .text import TextSettings, read_texts, text_columns
 from .tokens import Pad, Row, TextEncoder, row_length, text_inputs, vocabulary
 

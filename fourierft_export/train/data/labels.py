@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BadInputError
+from ...errors import BadInputError
 from .table import Complaints, Table, brief
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..task import TrainingTask
 from .labels import as_label, label_ids, make_labels, same_kind
 from .loading import known_classes, load_classifier, usual_targets
 from .losses import TagWords, score_tags
@@ -17,7 +18,6 @@ from .rows import read_table, text_lines
 from .scores import IGNORED
 from .split import SplitSettings, split
 from .table import Complaints, Table, brief, first_present, not_empty
-from .task import TrainingTask
 from .text import TextSettings, check_own, head_notes
 from .tokens import Row, TextEncoder
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..task import TrainingTask
 from .labels import Labels, label_ids, make_labels, read_labels
 from .loading import known_classes, load_classifier, usual_targets
 from .losses import classify, score_classes
@@ -16,7 +17,6 @@ from .probe import count_classes
 from .rows import read_table
 from .split import SplitSettings, split
 from .table import Complaints, Table, brief, first_present
-from .task import TrainingTask
 from .tokens import Row, TextEncoder
 
 KIND = "sequence-classification"

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInputError, FourierFTError, UsageError
+from ...errors import BadInputError, FourierFTError, UsageError
+from ..task import Batch, StepResult, TrainingTask
 from .labels import label_ids, make_labels, read_labels
 from .loading import usual_targets
 from .losses import logits_of, score_classes, summed
@@ -25,7 +26,6 @@ from .rows import read_table
 from .scores import class_counts
 from .split import SplitSettings, split
 from .table import Complaints, Table, brief, first_present
-from .task import Batch, StepResult, TrainingTask
 from .text import TextSettings, label_column
 
 INPUTS = (("inputs",), ("images",), ("pixel_values",))

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInputError, UsageError, missing_extra
-from ..models.load import quiet_transformers
+from ...errors import BadInputError, UsageError, missing_extra
+from ...models.load import quiet_transformers
+from ..task import TrainingTask
 from .labels import label_ids, make_labels, read_labels
 from .loading import known_classes, load_classifier, trained_heads, usual_targets
 from .losses import classify, score_classes
@@ -21,7 +22,6 @@ from .pictures import Source, check_file, check_pixels, load_image
 from .rows import read_table
 from .split import SplitSettings, split
 from .table import Complaints, Table, brief, first_present, not_empty
-from .task import TrainingTask
 from .text import TextSettings, head_notes, label_column
 
 KIND = "image-classification"
