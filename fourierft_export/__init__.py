@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fourierft_export.onnx_graph.trace.export import export_onnx
     from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
     from fourierft_export.proof.validate import validate
-    from fourierft_export.train.accelerate_state import save_bundles
-    from fourierft_export.train.hf import BundleCallback
+    from fourierft_export.train.hf.accelerate_state import save_bundles
+    from fourierft_export.train.hf.callback import BundleCallback
     from fourierft_export.train.optimizer import parameter_groups
     from fourierft_export.train.settings import TrainSettings
     from fourierft_export.train.task import StepResult, TrainingTask

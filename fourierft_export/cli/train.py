@@ -172,7 +172,7 @@ def train(
     output = run.get("output")
     if not isinstance(output, str):
         raise click.UsageError("Missing option '-o' / '--output'.")
-    from ..train.prepare import prepare
+    from ..train.data.prepare import prepare
     from ..train.processes import join
     from ..train.train import check_outputs, train_adapter
 

@@ -94,6 +94,8 @@ class Processes:
         Raises:
             UsageError: they are not.
         """
+        if self.world == 1:
+            return
         mine = [tensor.detach() for tensor in tensors]
         facts = repr([(tuple(tensor.shape), tensor.dtype) for tensor in mine])
         if self._differs(torch.tensor([zlib.crc32(facts.encode())])).any():

@@ -209,11 +209,13 @@ class Run:
     def finish(self, outcome: str) -> TrainReport:
         """The last files; the model gets the adapter that the bundle holds."""
         report = self.report(outcome)
+        if self.history.best is not None and outcome != "interrupted":
+            if self.processes.is_writer:
+                self.adapter.load_bundle(Bundle.load(self.out))
+            self.processes.level(self.adapter.tensors().values())
+        self.task.model.eval()
         if not self.processes.is_writer:
             return report
-        if report.bundle is not None and outcome != "interrupted":
-            self.adapter.load_bundle(Bundle.load(self.out))
-        self.task.model.eval()
         if self.picture and can_draw():
             draw_curve(report, self.folder / PICTURE)
             report = replace(report, picture=str(self.folder / PICTURE))
