@@ -14,7 +14,9 @@ from statistics import median
 
 # Found by experiment; see samples/quality.
 GAIN = 0.4  # rms(delta_W) of unit coefficients, against 1 / sqrt(N): decides scaling
-LEARNING_RATE = 0.15  # of the spectra, at that gain
+LEARNING_RATE = 0.15  # of the spectra, at that gain, for a run of so many steps:
+STEPS = 190
+RATE_RANGE = (1 / 8, 3)  # what shorter and longer runs may multiply it by
 HEAD_LEARNING_RATE = 5e-3
 N_FREQUENCY = 1000
 FILL = 4  # a layer's spectrum is left at least so many times larger than n
@@ -53,11 +55,25 @@ def scaling(sizes: Mapping[str, LayerSize]) -> float:
     return float(f"{value:.{SCALING_DIGITS}g}")
 
 
+def typical_rate(steps: int | None = None) -> float:
+    """The spectra's learning rate at `GAIN`: a long run takes smaller steps.
+
+    Under Adam a coefficient moves by about the rate in every step; that noise adds up as the root
+    of the steps.
+
+    Args:
+        steps: of the run; by default `STEPS`.
+    """
+    least, most = RATE_RANGE
+    return LEARNING_RATE * min(most, max(least, math.sqrt(STEPS / (steps or STEPS))))
+
+
 def spectrum_rates(
     sizes: Mapping[str, LayerSize],
     scaling: float,
     learning_rate: float | None = None,
     *,
+    steps: int | None = None,
     same: bool = False,
 ) -> dict[str, float]:
     """The learning rate of each layer's spectrum: inversely as its gain.
@@ -66,12 +82,13 @@ def spectrum_rates(
         sizes: layer -> shape and n.
         scaling: of the adapter.
         learning_rate: the median layer's; by default the one that moves its delta_W as
-            `LEARNING_RATE` does at `GAIN`, so that a scaling of the user's own changes nothing.
+            `typical_rate` does at `GAIN`, so that a scaling of the user's own changes nothing.
+        steps: of the run, for that default.
         same: give every layer the median layer's rate.
     """
     typical = median(size.unit_gain for size in sizes.values())
     if learning_rate is None:
-        learning_rate = LEARNING_RATE * GAIN / (abs(scaling) * typical)
+        learning_rate = typical_rate(steps) * GAIN / (abs(scaling) * typical)
     if same:
         return dict.fromkeys(sizes, learning_rate)
     return {path: learning_rate * typical / size.unit_gain for path, size in sizes.items()}

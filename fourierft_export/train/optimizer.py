@@ -24,6 +24,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     spectrum_weight_decay: float = 0.0,
     same_rate: bool = False,
+    steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """The parameters of `model` that learn, as groups for an optimizer of torch.
 
@@ -40,6 +41,7 @@ def parameter_groups(
         spectrum_weight_decay: of the spectra.
         same_rate: give every layer the same rate, rather than the one at which its delta_W moves
             like the others'.
+        steps: of the run, if known: longer runs learn at a lower rate by default.
 
     Raises:
         UsageError: no spectrum learns.
@@ -56,7 +58,7 @@ def parameter_groups(
     for scaling in dict.fromkeys(adapter.origin.scaling for adapter in spectra.values()):
         one = {path: a for path, a in spectra.items() if a.origin.scaling == scaling}
         sizes = {path: LayerSize(a.shape, a.n_frequency) for path, a in one.items()}
-        rates = spectrum_rates(sizes, scaling, learning_rate, same=same_rate)
+        rates = spectrum_rates(sizes, scaling, learning_rate, steps=steps, same=same_rate)
         for rate in dict.fromkeys(rates.values()):
             tensors = [adapter.spectrum for path, adapter in one.items() if rates[path] == rate]
             groups.append(_group("spectrum", tensors, rate, spectrum_weight_decay))

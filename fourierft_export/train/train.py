@@ -190,6 +190,7 @@ def _begin(
         widen(adapter.learning().values())
         cast_frozen_linears(task.model, precision.dtype)
     processes.wrap(task.model, shard_base=shard_base)
+    plan = make_plan(task, settings)
     groups = parameter_groups(
         task.model,
         learning_rate=settings.learning_rate,
@@ -197,6 +198,7 @@ def _begin(
         weight_decay=settings.weight_decay,
         spectrum_weight_decay=settings.spectrum_weight_decay,
         same_rate=settings.layer_rates == "same",
+        steps=plan.steps,
     )
     for group in groups:
         group[PEAK] = group["lr"]
@@ -215,7 +217,6 @@ def _begin(
         seed=settings.seed,
         dropout=settings.dropout,
     )
-    plan = make_plan(task, settings)
     return Run(
         task, settings, adapter, learner, plan, out, metrics_file, picture, (*task.notes, *told)
     )

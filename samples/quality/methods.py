@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fourierft_export.train import defaults
 from fourierft_export.train.task import TrainingTask
 
 N_FREQUENCY = 1000
@@ -57,11 +56,6 @@ def peft_fourierft(task: TrainingTask) -> nn.Module:
     return get_peft_model(task.model, config)
 
 
-def _around(rate: float) -> tuple[float, ...]:
-    """Four rates, each about twice the one before."""
-    return tuple(float(f"{rate * factor:.1g}") for factor in (0.25, 0.5, 1, 2))
-
-
 # Every method chooses among four rates. The head's rate is the same wherever something besides the
 # head learns.
 METHODS = {
@@ -70,6 +64,6 @@ METHODS = {
     "peft": Method("FourierFT n=1000 (PEFT)", (0.03, 0.06, 0.12, 0.25), peft_fourierft),
     "ours": Method("FourierFT n=1000 (this toolkit, defaults)", (None,)),
     "ours-searched": Method(
-        "FourierFT n=1000 (this toolkit, rate searched)", _around(defaults.LEARNING_RATE * 2)
+        "FourierFT n=1000 (this toolkit, rate searched)", (0.05, 0.1, 0.2, 0.3)
     ),
 }

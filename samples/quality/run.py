@@ -86,7 +86,7 @@ def main() -> None:
 def searched(name: str, quick: bool) -> tuple[float | None, ...]:
     """The rates to choose among."""
     rates = METHODS[name].rates
-    return rates[1:3] if quick and len(rates) > 1 else rates
+    return rates[1::2] if quick and len(rates) > 1 else rates
 
 
 def best_rate(found: Results, task: str, name: str, quick: bool) -> float | None:

@@ -157,6 +157,18 @@ def test_a_scaling_of_the_users_own_changes_the_rate_and_not_the_movement() -> N
     assert tripled == {name: pytest.approx(rate / 3, rel=1e-12) for name, rate in usual.items()}
 
 
+def test_longer_runs_learn_at_a_lower_rate() -> None:
+    scaling = defaults.scaling(SIZES)
+    usual = defaults.spectrum_rates(SIZES, scaling)
+    longer = defaults.spectrum_rates(SIZES, scaling, steps=4 * defaults.STEPS)
+    for name in SIZES:
+        assert longer[name] == pytest.approx(usual[name] / 2, rel=1e-12)
+    endless = defaults.typical_rate(10**9), defaults.typical_rate(1)
+    assert endless == (defaults.LEARNING_RATE / 8, defaults.LEARNING_RATE * 3)
+    given = defaults.spectrum_rates(SIZES, scaling, 0.1, steps=10**6)
+    assert given == defaults.spectrum_rates(SIZES, scaling, 0.1)
+
+
 def test_a_rate_of_the_users_own_is_the_median_layers() -> None:
     rates = defaults.spectrum_rates(SIZES, 10.0, 0.2)
     gains = {name: size.unit_gain for name, size in SIZES.items()}
