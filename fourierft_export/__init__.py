@@ -79,7 +79,7 @@ __all__ = [
 _HOMES = {
     "AdapterSession": "onnx_graph.runtime.session",
     "Bundle": "bundle.file",
-    "BundleCallback": "train.hf",
+    "BundleCallback": "train.hf.callback",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
     "StepResult": "train.task",
@@ -103,7 +103,7 @@ _HOMES = {
     "recover_onnx": "onnx_graph.recover",
     "restore": "adapt.fuse",
     "route": "adapt.route",
-    "save_bundles": "train.accelerate_state",
+    "save_bundles": "train.hf.accelerate_state",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",
     "validate": "proof.validate",
