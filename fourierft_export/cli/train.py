@@ -80,7 +80,12 @@ _SCORES = section("Scores and outputs")
     help="Any of these options, with _ for -; those on the command line win.",
 )
 @_ADAPTER("--bundle", type=PATH, metavar="BUNDLE", help="Train this adapter further.")
-@_ADAPTER("--n-frequency", type=int, metavar="N", help="Coefficients per layer.  [default: 1000]")
+@_ADAPTER(
+    "--n-frequency",
+    type=int,
+    metavar="N",
+    help="Coefficients per layer.  [default: 1000, at most a quarter of the smallest layer]",
+)
 @_ADAPTER(
     "--scaling", type=float, metavar="X", help="Of delta W.  [default: by the layers' shapes]"
 )
