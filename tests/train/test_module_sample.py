@@ -20,7 +20,7 @@ def test_digits_learn_to_be_read_when_rotated(tmp_path: Path) -> None:
         [sys.executable, *command], cwd=SAMPLES, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout)["train"]
     assert report["before"]["accuracy"] < 0.3
     assert report["best"]["accuracy"] > 0.6
     assert len(Bundle.load(out).layers) == 26
