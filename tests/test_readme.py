@@ -1,7 +1,7 @@
 """The README's examples run: every fenced block that follows a `<!-- test -->` line.
 
 They run in order in one folder, where each may use what the ones before it wrote, and where
-`minilm/` is the base model and `adapter/` a PEFT adapter of it.
+`minilm/` is the base model, `adapter/` a PEFT adapter of it, and `train.tsv` and `dev.tsv` are rows.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ def test_every_mark_has_a_block() -> None:
 
 
 @pytest.mark.timeout(1200)  # torch starts in every block: minutes on a busy machine
-def test_examples_run(minilm_dir: Path, trained_minilm_adapter: Path, tmp_path: Path) -> None:
+def test_examples_run(
+    minilm_dir: Path, trained_minilm_adapter: Path, data_dir: Path, tmp_path: Path
+) -> None:
     shutil.copytree(minilm_dir, tmp_path / "minilm")
     shutil.copytree(trained_minilm_adapter, tmp_path / "adapter")
+    for name in ("train.tsv", "dev.tsv"):
+        lines = (data_dir / "text/sst2" / name).read_text("utf-8").splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(lines[:65]), "utf-8")
     scripts = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
     for number, block in enumerate(blocks(README.read_text("utf-8")), start=1):
