@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +54,7 @@ def _losses(axes: Axes, report: TrainReport) -> None:
     axes.plot(steps, losses, color=QUIET, linewidth=0.8, alpha=0.6, label="each step")
     axes.plot(
         steps,
-        smoothed(losses, 1 - 1 / max(2.0, len(losses) / 20)),
+        smoothed(losses, max(1, len(losses) // 40)),
         color=BLUE,
         linewidth=1.8,
         label="smoothed",
@@ -75,16 +77,15 @@ def _scores(axes: Axes, report: TrainReport) -> None:
     axes.set_title(title, loc="left")
 
 
-def smoothed(values: list[float], memory: float) -> list[float]:
-    """Exponential moving averages that start with the first value.
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """Means over the neighbours up to `reach` on either side, as far as there are any.
 
-    Args:
-        values: any number of them.
-        memory: from 0 (the values themselves) to below 1.
+    A mean that only looks back would lag behind a loss that falls fast.
     """
-    found: list[float] = []
-    total = weight = 0.0
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1.0
-        found.append(total / weight)
+    sums = [0.0, *accumulate(values)]
+    count = len(values)
+    found = []
+    for i in range(count):
+        first, end = max(0, i - reach), min(count, i + reach + 1)
+        found.append((sums[end] - sums[first]) / (end - first))
     return found

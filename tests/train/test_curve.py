@@ -61,7 +61,7 @@ def test_without_matplotlib_it_says_so(
 
 
 def test_smoothing() -> None:
-    assert smoothed([3.0, 3.0, 3.0], 0.9) == pytest.approx([3.0, 3.0, 3.0])
-    assert smoothed([1.0, 5.0], 0.5) == pytest.approx([1.0, (0.5 * 1 + 5) / 1.5])
-    assert smoothed([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
-    assert smoothed([], 0.9) == []
+    assert smoothed([3.0, 3.0, 3.0], 2) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([1.0, 5.0, 9.0, 1.0], 1) == pytest.approx([3.0, 5.0, 5.0, 5.0])
+    assert smoothed([1.0, 5.0, 2.0], 0) == [1.0, 5.0, 2.0]
+    assert smoothed([], 3) == []
