@@ -59,9 +59,9 @@ def route(
         The model.
 
     Raises:
-        UsageError: an unknown name or none at all; adapters whose heads differ in shape; the
-            model is fused, or routed by another thread; while the model runs, a batch with
-            another number of rows.
+        UsageError: an unknown name or none at all; adapters whose heads differ in shape, or hold
+            modules that adapters change as well; the model is fused, or routed by another thread;
+            while the model runs, a batch with another number of rows.
     """
     layers, saved = fourier_layers(model), adapted_modules(model)
     rows = _checked(model, layers, saved, names, num_beams)
@@ -141,6 +141,7 @@ def _checked(
             remedy="route in one thread at a time, or give each thread a copy of the model",
         )
     _check_heads(saved, rows)
+    _check_not_nested(layers, saved, rows)
     routed = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
     routed += [path for path, head in saved.items() if not set(rows).isdisjoint(head.versions)]
     _check_batch_first(model, routed)
@@ -171,6 +172,23 @@ def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
             found=f"{len(unlike)} tensors of different shapes",
             remedy="run these adapters in batches of their own",
             offenders=unlike,
+        )
+
+
+def _check_not_nested(
+    layers: Mapping[str, FourierLinear], saved: Mapping[str, AdaptedModule], rows: Names
+) -> None:
+    """A module that is run once for each adapter hands on parts of the batch, not rows in order."""
+    split = [path for path, m in saved.items() if len(set(_known(rows, m.versions))) > 1]
+    inner = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
+    nested = [f"{i}: within {s}" for s in split for i in (*inner, *split) if i.startswith(f"{s}.")]
+    if nested:
+        raise UsageError(
+            "route",
+            expected="saved modules with nothing in them that adapters change as well",
+            found=f"{len(nested)} modules within others",
+            remedy="run the rows of each adapter by themselves, under activate",
+            offenders=nested,
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UsageError
 from ..spectral import torch_ops
@@ -40,7 +41,9 @@ def routed_linear(layer: FourierLinear, x: Tensor, rows: Rows) -> Tensor:
     names = rows.of(x, features=1)
     parts = [part for group in rows.groups for part in _group_delta(layer, x, rows, names, group)]
     dtype = result.dtype
-    wide = torch.promote_types(dtype, parts[0][1].dtype)
+    wide = dtype
+    for _, part in parts:
+        wide = torch.promote_types(wide, part.dtype)
     places = torch.cat([place for place, _ in parts])
     delta = torch.cat([part.to(wide) for _, part in parts])
     if len(parts) == 1 and len(places) == len(names):
@@ -106,24 +109,35 @@ def routed_module(
 ) -> Any:
     """What each row's own version answers to its rows of every tensor among the arguments.
 
+    Tensors may be within tuples, lists and dictionaries.
+
     Raises:
-        UsageError: another number of rows; several versions, and the answer is not one tensor
-            with a row for each.
+        UsageError: another number of rows; several versions, and there is no tensor among the
+            arguments, or the answer is not one tensor with a row for each.
     """
     _refuse_export(rows)
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if first is None or len(set(rows.names)) == 1:
+    if len(set(rows.names)) == 1:
         return module.under(rows.names[0])(*args, **kwargs)
+    given = (args, kwargs)
+    first = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), None)
+    if first is None:
+        raise UsageError(
+            f"module {rows.where} within route",
+            expected="a tensor among the arguments, with a row for each row of the batch",
+            found=", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "none",
+            remedy="run the rows of each adapter by themselves, under activate",
+        )
     names = rows.of(first)
     places = rows.places(names, first.device)
     parts: list[Tensor] = []
     for name, place in places.items():
 
-        def own(value: Any, place: Tensor = place) -> Any:
-            mine = isinstance(value, Tensor) and value.ndim and value.shape[0] == len(names)
+        def own(value: Tensor, place: Tensor = place) -> Tensor:
+            mine = value.ndim and value.shape[0] == len(names)
             return value.index_select(0, place.to(value.device)) if mine else value
 
-        answer = module.under(name)(*map(own, args), **{k: own(v) for k, v in kwargs.items()})
+        own_args, own_kwargs = tree_map_only(Tensor, own, given)
+        answer = module.under(name)(*own_args, **own_kwargs)
         if not isinstance(answer, Tensor) or answer.shape[:1] != place.shape:
             raise UsageError(
                 f"module {rows.where} within route",

@@ -121,6 +121,10 @@ class Routing:
         self.now: Rows | None = None
         self.latest: Rows | None = None
 
+    def __reduce__(self) -> tuple[type[Routing], tuple[()]]:
+        # A copy of the model is in no block: none would end there.
+        return Routing, ()
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def current(self, module: FourierLinear | AdaptedModule) -> Rows | None:
         """The rows that the pass of `module` which begins now must use."""

@@ -34,7 +34,7 @@ def combine_bundles(
     Its spectra are sums in double precision, stored as float32 (float64 if one of the bundles
     is). A layer keeps the seed's entries if all its adapters have them, or a part of them (a
     smaller n_frequency); the other layers get the union of the entries, under the `explicit` rule.
-    Seed and scaling are those of the first bundle.
+    Seed and scaling are those of the first bundle (the first whose scaling is not 0).
 
     Args:
         bundles: one or more, on one base; with different seeds or entry rules they must be bound.
@@ -95,7 +95,8 @@ def _check_together(bundles: Sequence[Bundle], labels: Sequence[str]) -> None:
                 wrong.append(f"{layer.name}: {problem} in {owner} and {label}")
     for name in first:
         _, _, rest = name.partition(".")
-        if rest in first:
+        # An adapter that has both means two layers.
+        if rest in first and not any({name, rest} <= set(b.spectra) for b in bundles):
             wrong.append(f"{name}: called {rest} by another adapter")
     if wrong:
         raise BaseMismatchError(

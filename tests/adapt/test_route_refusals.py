@@ -151,6 +151,66 @@ def test_versions_that_answer_with_more_than_one_tensor() -> None:
         assert model(torch.randn(2, 4)).shape == (2, 4)
 
 
+class Scaled(nn.Module):
+    """A module with a tensor of its own that takes its input within a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, given: Any) -> Tensor:
+        x, others = given
+        return (x + sum(others["more"])) * self.scale
+
+
+def test_tensors_within_containers_are_routed_and_none_are_refused() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.scaled = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scaled((self.inner(x), {"more": [x, 1.0]}))
+
+    config = FourierFTConfig(n_frequency=5, target_modules=["inner"], modules_to_save=["scaled"])
+    model = inject(Holder(), config, "a")
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        adapted_modules(model)["scaled"].version("a").module.scale.mul_(3)
+        with route(model, ["a", None, "a"]):
+            found = model(x)
+        for i, name in enumerate(("a", [], "a")):
+            torch.testing.assert_close(found[i], activate(model, name)(x[i]))
+        refused = pytest.raises(UsageError, match=r"scaled within route.*a tensor among.*tuple")
+        with refused, route(model, ["a", None, "a"]):
+            model.scaled((1.0, {"more": [1.0]}))
+
+
+def test_saved_modules_within_saved_modules() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.dense = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dense(x) * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), Head())
+    for name in ("a", "b"):
+        config = FourierFTConfig(n_frequency=5, target_modules=["0"], modules_to_save=["1"])
+        inject(model, config, name)
+    # Beams make parts of a batch as long as another batch.
+    with pytest.raises(UsageError) as caught, route(model, ["a", "b"], num_beams=2):
+        pytest.fail("the block was entered")
+    assert caught.value.offenders == ("1.dense: within 1",)
+    x = torch.randn(2, 4)
+    with torch.no_grad(), route(model, ["b", "b"]):
+        found = model(x)
+    torch.testing.assert_close(found, activate(model, "b")(x))
+
+
 def test_fused(model: Any) -> None:
     fuse(activate(model, "b"))
     with pytest.raises(UsageError, match="restore"), route(model, NAMES):

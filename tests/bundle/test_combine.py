@@ -104,6 +104,11 @@ def test_bundles_of_different_bases_are_refused() -> None:
     )
 
 
+def test_layers_whose_names_end_alike_are_not_one_layer() -> None:
+    bundles = [bundle(layers=("x", "base.x")), bundle(seed=2, layers=("x",))]
+    assert_sum(combine_bundles(bundles), bundles, [1.0, 1.0])
+
+
 def test_heads_by_place() -> None:
     one = bundle(bias=np.ones(3, np.float32), count=np.array([1]))
     two = bundle(bias=np.full(3, 4.0, np.float32), count=np.array([2]))
