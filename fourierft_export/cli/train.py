@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from ..train.report import TrainReport
 
 TASKS = ("text-classification", "token-classification", "image-classification", "causal-lm")
-# Keys of a settings file besides those of TrainSettings.
-RUN_KEYS = (
-    "model",
-    "module",
-    "task",
-    "data",
-    "eval",
-    "output",
-    "bundle",
-    "text_column",
-    "label_column",
-    "pack",
-    "shard_base",
-    "metrics_file",
-)
+# Keys of a settings file besides those of TrainSettings, and what they hold.
+RUN_KEYS: dict[str, type] = {
+    "model": str,
+    "module": str,
+    "task": str,
+    "data": str,
+    "eval": str,
+    "output": str,
+    "bundle": str,
+    "text_column": list,
+    "label_column": str,
+    "pack": bool,
+    "shard_base": bool,
+    "metrics_file": str,
+}
 
 _PLAIN = re.compile(r"(?!all-linear$)[\w.-]+")  # the end of a path, rather than an expression
 
@@ -77,7 +77,7 @@ _SCORES = section("Scores and outputs")
     "--config",
     type=PATH,
     metavar="FILE.toml",
-    help="Any of these options, with _ for -; those on the command line win.",
+    help="These options but --resume and the Others, with _ for -; the command line's win.",
 )
 @_ADAPTER("--bundle", type=PATH, metavar="BUNDLE", help="Train this adapter further.")
 @_ADAPTER(
@@ -175,14 +175,16 @@ def train(
 
     checked = TrainSettings(**settings)
     output = run.get("output")
-    if not isinstance(output, str):
+    if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from ..train.data.prepare import prepare
     from ..train.processes import join
     from ..train.train import check_outputs, train_adapter
 
     metrics = run.get("metrics_file")
-    check_outputs(output, metrics, resume=resume, force=force)
+    inputs = [run[key] for key in ("model", "data", "eval", "bundle") if run.get(key)]
+    inputs += [config] if config else []
+    check_outputs(output, metrics, resume=resume, force=force, inputs=tuple(inputs))
     bundle = read_bundle(run["bundle"]) if run.get("bundle") else None
     processes = join(checked.device)
     try:
@@ -233,7 +235,7 @@ def _read(config: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], di
     from ..train.toml_file import read_settings
 
     known = (*SETTING_NAMES, *RUN_KEYS)
-    found = {} if config is None else read_settings(config, known)
+    found = {} if config is None else read_settings(config, known, RUN_KEYS)
     for name in ("target_modules", "exclude_modules"):
         words = given[name]
         if len(words) == 1 and not _PLAIN.fullmatch(words[0]):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..bundle.file import Bundle
+from ..errors import FileAccessError
 from . import defaults
 from .adapter import LiveAdapter
 from .curve import can_draw, draw_curve
@@ -86,6 +87,13 @@ class Run:
         path = self.folder / FILE
         state = load_state(path)
         check_same(state, self.facts, path)
+        if state.history.best is not None and not self.out.is_file():
+            raise FileAccessError(
+                self.out,
+                expected=f"the best adapter so far, of step {state.history.best['step']}",
+                found="nothing there",
+                remedy="put it back, or begin again with --force in place of --resume",
+            )
         self.history = state.history
         self.adapter.load(state.tensors)
         set_moments(self.learner.optimizer, self.learner.learning, state.moments)
@@ -94,6 +102,8 @@ class Run:
 
     def clear(self) -> None:
         """Make room for a new run."""
+        if not self.processes.is_writer:
+            return
         self.folder.mkdir(exist_ok=True)
         for path in (self.folder / FILE, self.folder / PICTURE, self.metrics_file, self.out):
             path.unlink(missing_ok=True)
@@ -104,6 +114,7 @@ class Run:
         if self.step == 0 and not self.history.evaluations:
             progress("scoring the untrained adapter", 0, plan.steps)
             self.score()
+            self.clear()  # no sooner: a run that cannot begin leaves what it would replace
         outcome = "finished"
         while self.step < plan.steps:
             if self.out_of_patience():
@@ -184,11 +195,16 @@ class Run:
         )
 
     def out_of_patience(self) -> bool:
-        """Whether so many evaluations came after the best that there is no hope."""
+        """Whether so many evaluations came after the best score that there is no hope."""
         patience = self.settings.patience
-        return bool(
-            patience and self.history.best is not None and self.history.since_best >= patience
-        )
+        if patience is None or self.task.eval is None:
+            return False
+        scores = [e["metrics"][self.metric] for e in self.history.evaluations if e["step"] > 0]
+        best = 0
+        for place, score in enumerate(scores):
+            if is_better(score, scores[best], higher=self.higher):
+                best = place
+        return len(scores) - 1 - best >= patience
 
     def save(self) -> None:
         """Write the state and the report so far."""

@@ -25,6 +25,9 @@ Names = str | tuple[str, ...] | list[str] | None
 class TrainSettings:
     """How to train. Field names are the keys of a settings file and, with dashes, the options.
 
+    `max_length` and `max_train_rows` are for whoever makes the task from files; the loop takes the
+    task's rows as they are.
+
     Attributes:
         n_frequency: coefficients per layer.
         n_frequency_pattern: other values of it, by regular expression or full path of a layer.
@@ -64,7 +67,7 @@ class TrainSettings:
         keep: "best" or "last": which adapter the bundle holds.
         eval_share: share of the training rows to score by where no others are given.
         max_length: longer rows are cut to this many tokens.
-        max_train_rows: use the first so many rows only.
+        max_train_rows: use at most so many rows, drawn by `seed`.
 
     Raises:
         UsageError: values out of range; all of them are listed.

@@ -52,14 +52,6 @@ class History:
         """The evaluation of the adapter that is kept."""
         return next((e for e in reversed(self.evaluations) if e["is_best"]), None)
 
-    @property
-    def since_best(self) -> int:
-        """How many evaluations there were after the best."""
-        for back, evaluation in enumerate(reversed(self.evaluations)):
-            if evaluation["is_best"]:
-                return back
-        return len(self.evaluations)
-
 
 @dataclass
 class State:

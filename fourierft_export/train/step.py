@@ -113,7 +113,7 @@ class Learner:
                 items += found.count
             share_of = found.loss / len(batch) if rows else found.loss * 0.0
             self.precision.scaler.scale(share_of).backward()
-        return float(sum(loss.double().item() for loss in losses)), items
+        return float(sum(loss.item() for loss in losses)), items
 
     def _shorten(self, gradients: list[Tensor]) -> float:
         """Shorten the gradient to the largest norm allowed; its norm before."""

@@ -88,8 +88,8 @@ def train_adapter(
     settings = resolved(settings)
     check_outputs(out, metrics, resume=resume, force=force)
     owned = processes is None
-    processes = processes or join(settings.device)
     check_new_name(task.model, NAME)
+    processes = processes or join(settings.device)
     try:
         with ExitStack() as stack:
             stack.enter_context(_taken_off_after_failure(task.model))
@@ -110,8 +110,6 @@ def train_adapter(
             processes.barrier()  # all have looked at the outputs before anyone writes
             if resume:
                 run.take_up()
-            elif processes.is_writer:
-                run.clear()
             return run.go(progress or _silent, stopped)
     finally:
         if owned:
@@ -142,24 +140,32 @@ def check_outputs(
     *,
     resume: bool,
     force: bool,
+    inputs: tuple[str | os.PathLike[str], ...] = (),
 ) -> None:
     """Refuse outputs that exist, before anything slow begins.
 
+    Args:
+        out: the bundle.
+        metrics: the report, if it does not go into the bundle's folder.
+        resume: go on with what is there.
+        force: replace what is there.
+        inputs: files and folders that are read.
+
     Raises:
         UsageError: the bundle, its folder or the metrics exist, with neither `resume` nor `force`;
-            or both are asked for.
+            both are asked for; one of them is an input, or the bundle and the metrics are one.
         FileAccessError: a folder to write to is missing; no state to resume from.
     """
     if resume and force:
         raise UsageError(
             "resume, force", expected="one of them", found="both", remedy="leave one out"
         )
-    check_output(out, force=force or resume)
+    check_output(out, force=force or resume, inputs=inputs)
     folder = folder_of(out)
     empty = folder.is_dir() and not any(folder.iterdir())  # of a run that had nothing to keep yet
-    check_output(folder, force=force or resume or empty)
+    check_output(folder, force=force or resume or empty, inputs=inputs)
     if metrics is not None:
-        check_output(metrics, force=force or resume)
+        check_output(metrics, force=force or resume, inputs=(*inputs, out, folder / FILE))
     if resume:
         load_state(folder / FILE)
 

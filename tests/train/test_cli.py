@@ -142,6 +142,7 @@ def test_a_model_of_ones_own(
         (["-o", "a", "--resume", "--force"], 2, "expected one of them, found both"),
         (["-o", "a", "--task", "poetry"], 2, "poetry"),
         (["-o", "a", "--bundle", "absent"], 6, "absent"),
+        (["-o", "a", "--bundle", "./a", "--force"], 2, "an output apart from the inputs"),
         (["-o", "a", "--config", "absent.toml"], 6, "absent.toml"),
         (["-o", "a", "--device", "abacus"], 2, "abacus"),
     ],

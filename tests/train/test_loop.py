@@ -228,14 +228,13 @@ def test_keep_last_and_another_metric(make_task: MakeTask, tmp_path: Path) -> No
     assert not (tmp_path / "c").exists()
 
 
-def test_patience(make_task: MakeTask, tmp_path: Path) -> None:
-    """A rate of zero never gets better than at the first evaluation."""
-    still = settings(learning_rate=0.0, head_learning_rate=0.0, patience=2, epochs=9)
-    report = train_adapter(make_task(), tmp_path / "a", still)
-    assert report.stopped == "patience"
-    assert [e["step"] for e in report.history.evaluations] == [0, 5, 10, 15]
-    assert report.best_step == 5
-    assert report.planned_steps == 45
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_patience(keep: str, make_task: MakeTask, tmp_path: Path) -> None:
+    """A rate of zero never gets better than at the first evaluation, whatever is kept."""
+    run = settings(learning_rate=0.0, head_learning_rate=0.0, patience=2, epochs=9, keep=keep)
+    report = train_adapter(make_task(), tmp_path / "a", run)
+    assert (report.stopped, report.steps, report.planned_steps) == ("patience", 15, 45)
+    assert report.best_step == {"best": 5, "last": 15}[keep]
 
 
 def test_rows_are_held_out_where_none_are_given(make_task: MakeTask, tmp_path: Path) -> None:
@@ -311,8 +310,17 @@ def test_outputs_are_looked_at_first(make_task: MakeTask, tmp_path: Path) -> Non
         train_adapter(make_task(), tmp_path / "a", settings(), force=True, resume=True)
     report = train_adapter(make_task(), tmp_path / "a", settings(epochs=1, seed=3), force=True)
     assert report.steps == 5
-    assert (tmp_path / "a").read_bytes() != before
+    after = (tmp_path / "a").read_bytes()
+    assert after != before
     assert not list(tmp_path.glob("*partial*"))
+    # A run that cannot begin leaves what it would have replaced.
+    for wrong in ({"metric": "acuracy"}, {"n_frequency": 10**6}):
+        with pytest.raises(UsageError):
+            train_adapter(make_task(), tmp_path / "a", settings(**wrong), force=True)
+        assert (tmp_path / "a").read_bytes() == after
+        assert (tmp_path / "a.train/state.safetensors").exists()
+    with pytest.raises(UsageError, match="expected an output apart from the inputs"):
+        train_adapter(make_task(), tmp_path / "c", settings(), metrics=tmp_path / "c")
 
 
 def test_no_rows(make_task: MakeTask, tmp_path: Path) -> None:

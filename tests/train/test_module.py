@@ -206,7 +206,7 @@ def test_a_factory_may_make_the_whole_task(here: Path, digits: Path) -> None:
         exact = ((task.model(x.expand(6, 2)) - x) ** 2).double().sum()
     assert float(result.loss.detach()) == pytest.approx(float(exact), rel=1e-6)
     told = prepare(None, module="own_models:whole", data=digits)
-    assert told.notes == ("--data and --eval are not read: the module brings its own rows",)
+    assert told.notes == ("not used, since the module brings a whole task: --data",)
     assert replace(told, notes=()).metric == "loss"
 
 

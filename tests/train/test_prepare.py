@@ -195,6 +195,12 @@ CALLS: dict[str, tuple[dict[str, Any], type[FourierFTError], str]] = {
     "too short": ({"max_length": 3}, UsageError, "found 3"),
     "no such column": ({"text_columns": ("body",)}, UsageError, "found columns text, label"),
     "words for a text": ({"task": "token-classification"}, UsageError, "words: tokens or words"),
+    "a second column for one text": (
+        {"task": "causal-lm", "text_columns": ("text", "label")},
+        UsageError,
+        "at most 1, found 'text', 'label'",
+    ),
+    "three texts": ({"text_columns": ("a", "b", "c")}, UsageError, "at most 2"),
     "no rows": ({"max_rows": 0}, UsageError, "max_rows"),
 }
 

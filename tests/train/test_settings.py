@@ -114,6 +114,17 @@ def test_unknown_settings_are_refused_with_a_hint(tmp_path: Path) -> None:
         "lerning_rate: no such setting; did you mean learning_rate?",
         "zzz: no such setting",
     )
+    kinds = {"data": str, "pack": bool, "text_column": list}
+    path.write_text('data = ["a.tsv"]\npack = "no"\ntext_column = ["a", 1]\n')
+    with pytest.raises(UsageError) as caught:
+        read_settings(path, kinds, kinds)
+    assert caught.value.offenders == (
+        "data: expected a text, found ['a.tsv']",
+        "pack: expected true or false, found 'no'",
+        "text_column: expected a text or a list of texts, found ['a', 1]",
+    )
+    path.write_text('data = "a.tsv"\npack = false\ntext_column = "a"\n')
+    assert read_settings(path, kinds, kinds)["text_column"] == "a"
     path.write_text("max-length = 1\nmax_length = 2\n")
     with pytest.raises(UsageError, match="max_length: given twice"):
         read_settings(path, SETTING_NAMES)
@@ -121,7 +132,7 @@ def test_unknown_settings_are_refused_with_a_hint(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
-    for content in (b"seed = \n", b"\xff\xfe"):
+    for content in (b"seed = \n", b"\xff\xfe", b"seed = " + b"9" * 5000, b"a = " + b"[" * 100_000):
         path.write_bytes(content)
         with pytest.raises(BadInputError, match="a TOML file"):
             read_settings(path, SETTING_NAMES)

@@ -241,6 +241,17 @@ def test_another_base_or_other_rows_are_refused(make_task: MakeTask, tmp_path: P
     assert caught.value.offenders == ("rows: another than then",)
 
 
+def test_a_run_whose_bundle_is_gone_does_not_go_on(make_task: MakeTask, tmp_path: Path) -> None:
+    """Its best adapter was there alone."""
+    with pytest.raises(TrainingInterrupted):
+        train_adapter(with_interrupt(make_task(), 6), tmp_path / "a", RUN)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(FileAccessError, match="the best adapter so far, of step 5"):
+        train_adapter(make_task(), tmp_path / "a", RUN, resume=True)
+    (tmp_path / "b").rename(tmp_path / "a")
+    assert train_adapter(make_task(), tmp_path / "a", RUN, resume=True).steps == 20
+
+
 def test_states_that_are_none(make_task: MakeTask, tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="leave --resume out"):
         train_adapter(make_task(), tmp_path / "a", RUN, resume=True)

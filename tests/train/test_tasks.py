@@ -166,11 +166,17 @@ def test_pairs_are_the_tokenizers_pairs(data_dir: Path, minilm_dir: Path) -> Non
         assert row["labels"] == int(label)
 
 
-def test_a_decoders_head_reads_the_last_token(tmp_path: Path, data_dir: Path) -> None:
-    """Rows of one batch that end at different places: the pad id must be known to the model."""
+@pytest.mark.parametrize("pad", [None, 7])
+def test_a_decoders_head_reads_the_last_token(
+    pad: int | None, tmp_path: Path, data_dir: Path
+) -> None:
+    """Rows of one batch end at different places: they are filled with what the model skips.
+
+    The tokenizer's own pad id is 0.
+    """
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=30522, num_labels=2,
+        vocab_size=30522, num_labels=2, pad_token_id=pad,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)

@@ -15,8 +15,8 @@ from .losses import continue_text, score_text
 from .rows import read_table
 from .scores import IGNORED
 from .split import SplitSettings, split
-from .table import Complaints, Table, brief
-from .text import TextSettings, read_texts, text_columns
+from .table import Complaints, Table, brief, first_present
+from .text import TEXTS, TextSettings, read_texts
 from .tokens import Pad, Row, TextEncoder, row_length, text_inputs, vocabulary
 
 USUAL_LENGTH = 512
@@ -104,7 +104,9 @@ def _positions(model: nn.Module) -> int | None:
 
 def _encoded(table: Table, settings: TextSettings, encoder: TextEncoder) -> list[Row]:
     """Every text's ids, uncut: packing loses nothing."""
-    texts = read_texts(table, text_columns(table, settings.text_columns)[:1])
+    asked = settings.text_columns
+    wanted = [asked] if asked else TEXTS
+    texts = read_texts(table, first_present(table, wanted, "a column of text", "--text-column"))
     end = None if encoder.tokenizer is None else encoder.tokenizer.eos_token_id
     rows = encoder.encode(texts, None)
     for row in rows:

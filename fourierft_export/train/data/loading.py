@@ -26,7 +26,9 @@ def known_classes(directory: str | os.PathLike[str], task: str) -> dict[str, int
     named = config.get("id2label")
     if likely is None or likely.name != task or not isinstance(named, Mapping):
         return None
-    return {str(name): int(i) for i, name in named.items() if str(i).isdigit()} or None
+    found = {str(name): int(i) for i, name in named.items() if str(i).isdigit()}
+    # Names that repeat, or ids with gaps, do not say which class is which.
+    return found if sorted(found.values()) == list(range(len(named) or 1)) else None
 
 
 def load_classifier(

@@ -84,15 +84,16 @@ def continue_text(model: nn.Module, batch: Batch) -> StepResult:
     counted = labels != IGNORED
     correct = (logits.detach().argmax(-1) == labels)[counted].sum()
     tokens = counted.sum()
-    sums = {"loss_sum": loss.detach().double(), "tokens": tokens, "correct": correct}
+    # On the CPU: not every device has float64.
+    sums = {"loss_sum": loss.detach().cpu().double(), "tokens": tokens, "correct": correct}
     return StepResult(loss, int(tokens), sums)
 
 
 def score_text(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """Metrics of `continue_text`: perplexity, and how often the likeliest token is right."""
-    tokens = sums["tokens"].double().cpu().clamp(min=1)
-    mean = sums["loss_sum"].double().cpu() / tokens
+    tokens = sums["tokens"].cpu().double().clamp(min=1)
+    mean = sums["loss_sum"].cpu() / tokens
     return {
         "perplexity": float(torch.exp(mean)),
-        "accuracy": float(sums["correct"].double().cpu() / tokens),
+        "accuracy": float(sums["correct"].cpu() / tokens),
     }

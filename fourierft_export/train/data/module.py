@@ -106,6 +106,13 @@ def plain_classification(
                 expected=f"inputs of shape {list(inputs.shape[1:])}",
                 found=f"{list(other_inputs.shape[1:])}",
             )
+        if (other_inputs.dtype == np.uint8) != (inputs.dtype == np.uint8):
+            raise BadInputError(
+                other.path,
+                expected=f"inputs of {inputs.dtype}, as in {table.path}",
+                found=f"{other_inputs.dtype}",
+                remedy="store both in one way: bytes are scaled to 0..1, other numbers are not",
+            )
         ids = label_ids(other, _labels(other, settings), other.places, labels)
         scored = list(zip(other_inputs, ids, strict=True))
     ids = label_ids(table, found, table.places, labels)

@@ -66,8 +66,25 @@ def prepare(
         raise UsageError("task", expected=" or ".join(TASKS), found=repr(task))
     own = None if module is None else call_factory(module)
     if isinstance(own, TrainingTask):
-        ignored = "--data and --eval are not read: the module brings its own rows"
-        return replace(own, notes=(*own.notes, ignored)) if data or eval_data else own
+        given = {
+            "--model": model,
+            "--task": task,
+            "--data": data,
+            "--eval": eval_data,
+            "--text-column": text_columns,
+            "--label-column": label_column,
+            "--max-length": max_length,
+            "--max-train-rows": max_rows,
+            "--pack": pack,
+        }
+        unused = ", ".join(name for name, value in given.items() if value)
+        told = f"not used, since the module brings a whole task: {unused}"
+        return replace(own, notes=(*own.notes, told)) if unused else own
+    most = 2 if task == "text-classification" else 1
+    if len(text_columns) > most:
+        raise UsageError(
+            "text_column", expected=f"at most {most}", found=", ".join(map(repr, text_columns))
+        )
     if data is None:
         raise UsageError("data", expected="rows to learn from", found="none", remedy="give --data")
     if model is not None and not os.path.isdir(model):

@@ -44,7 +44,7 @@ def class_scores(correct: Tensor, true: Tensor, predicted: Tensor) -> dict[str, 
     Args:
         correct, true, predicted: (classes,) as `class_counts` gives them, summed.
     """
-    c, t, p = correct.double().cpu(), true.double().cpu(), predicted.double().cpu()
+    c, t, p = correct.cpu().double(), true.cpu().double(), predicted.cpu().double()
     rows, right = float(t.sum()), float(c.sum())
     occurs = (t + p) > 0
     f1 = (2 * c[occurs] / (t + p)[occurs]).mean() if bool(occurs.any()) else torch.zeros(())

@@ -53,11 +53,16 @@ class TextEncoder:
         self._pieces: pieces.PieceEncoder | None = None
         if not _has_tokenizer(directory) and (Path(directory) / pieces.FILE).is_file():
             self._pieces = pieces.PieceEncoder(directory)
-            self.pad_id = pieces.UNKNOWN
+            usual = pieces.UNKNOWN
         else:
             self.tokenizer = load_tokenizer(directory, words=words)
             ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-            self.pad_id = next((i for i in ids if i is not None), 0)
+            usual = next((i for i in ids if i is not None), 0)
+        # The model's own comes first: by it a decoder's head finds the end of a row, and RoBERTa
+        # counts positions.
+        own = getattr(getattr(model, "config", None), "pad_token_id", None)
+        size = vocabulary(model) or 1 << 31
+        self.pad_id: int = own if isinstance(own, int) and 0 <= own < size else usual
         self.limit = _limit(model, self.tokenizer, self.pad_id)
 
     def length(self, asked: int | None, usual: int) -> int:
