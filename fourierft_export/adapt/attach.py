@@ -71,9 +71,10 @@ def attach(
         The same model.
 
     Raises:
-        UsageError: the name is taken, or the model has no weights yet (meta device).
+        UsageError: the name is taken; the model has no weights yet (meta device), is fused, or is
+            within a `route` block; the bundle both replaces and changes a weight.
         BaseMismatchError: layers or tensors that the model lacks, other shapes, other base
-            weights: all of them listed, and the model unchanged.
+            weights: all of them listed. The model is unchanged after either.
     """
     check_new_name(model, name)
     plan = plan_attachment(model, bundle, allow_base_mismatch)

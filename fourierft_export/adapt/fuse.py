@@ -36,7 +36,7 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
     Raises:
         UsageError: fused already; no adapter named or active; a merged weight is not finite in
             the base's dtype (float16 ends at 65,504), or a layer is quantised: all such layers
-            listed.
+            listed, and the model unchanged.
     """
     if is_fused(model):
         raise UsageError("fuse", found="a model that is fused already", remedy="call restore first")
@@ -49,9 +49,14 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
         p: m for p, m in fourier_layers(model).items() if not set(wanted).isdisjoint(m.adapters)
     }
     check_mergeable("fuse", {path: layer.linear for path, layer in touched.items()})
+    before = active_adapters(model)
     activate(model, wanted)
     layers = [(path, layer) for path, layer in fourier_layers(model).items() if layer.active]
-    weights = merged_weights(dict(layers))
+    try:
+        weights = merged_weights(dict(layers))
+    except UsageError:
+        activate(model, before)
+        raise
     for path, layer in layers:
         layer.fused_weight = weights[path]
     update_learning(model)

@@ -139,5 +139,5 @@ def _own_tensors(
 
 def _is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer has no parameters, or some that are no plain floats."""
-    own = [p for p in module._parameters.values() if p is not None]
-    return is_linear(module) and not (own and all(map(is_plain, own)))
+    there = list(module.parameters())  # those within it, too: a head may tell its own sizes
+    return is_linear(module) and not (there and all(map(is_plain, there)))

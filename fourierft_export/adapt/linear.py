@@ -50,7 +50,8 @@ def is_linear(module: nn.Module) -> bool:
         return True
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     counted = all(type(size) is int and size > 0 for size in sizes)
-    return counted and type(module).forward is not nn.Module.forward
+    # Scripted modules have a forward that their class does not tell.
+    return counted and getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:

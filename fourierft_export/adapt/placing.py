@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..bundle import fingerprint
@@ -32,8 +33,7 @@ def plan_attachment(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool)
     """Find a place on `model` for everything that `bundle` brings; nothing is changed.
 
     Raises:
-        UsageError: the model has no weights yet.
-        BaseMismatchError: as in `attach`.
+        UsageError, BaseMismatchError: as in `attach`.
     """
     modules = {path: original(module) for path, module in base_modules(model)}
     roots = {path.split(".")[0] for path in modules}
@@ -76,6 +76,7 @@ def plan_attachment(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool)
                 wrong.append(f"{tensor_name}: floats expected, found {there.dtype} (quantised)")
                 continue
             check_can_be_saved(path, modules[path])
+            _check_not_meta(path, there.device)
             plan.saved.setdefault(path, {})[leaf] = value.to(there.device, there.dtype)
     if unchecked:
         log.info(
@@ -95,7 +96,26 @@ def plan_attachment(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool)
             else "give the model that the adapter belongs to, or allow_base_mismatch=True",
             offenders=wrong,
         )
+    both = [f"{path}.weight" for path in plan.layers if "weight" in plan.saved.get(path, ())]
+    if both:
+        raise UsageError(
+            f"attach to {type(model).__name__}",
+            expected="an adapter that either replaces a weight or changes it",
+            found=f"{len(both)} weights that it does both to",
+            remedy="leave these layers out of target_modules or of modules_to_save",
+            offenders=both,
+        )
     return plan
+
+
+def _check_not_meta(path: str, device: torch.device) -> None:
+    if device.type == "meta":
+        raise UsageError(
+            f"layer {path}",
+            expected="a model with weights",
+            found="the meta device",
+            remedy="load the weights first, then attach",
+        )
 
 
 def _misfit(
@@ -107,13 +127,7 @@ def _misfit(
         return f"no such layer in the model; {did_you_mean(path, linear) or 'none is alike'}"
     if not is_linear(module):
         return f"a linear layer expected, found {type(module).__name__}"
-    if layer_device(module).type == "meta":
-        raise UsageError(
-            f"layer {path}",
-            expected="a model with weights",
-            found="the meta device",
-            remedy="load the weights first, then attach",
-        )
+    _check_not_meta(path, layer_device(module))
     shape = layer_shape(module)
     if layer.shape is not None and layer.shape != shape:
         return f"shape {list(layer.shape)} expected, found {list(shape)}"

@@ -242,6 +242,29 @@ def test_shapes_layers_and_tensors_are_checked_even_then(make_model: MakeModel) 
     assert len(refused(smaller, unbound(bundle)).offenders) == 2 + 2
 
 
+def test_a_weight_both_changed_and_replaced_is_refused(make_model: MakeModel) -> None:
+    bundle = capture(adapted(make_model("bert-cls"), target_modules="all-linear"))
+    path = bundle.layers[0].name
+    weight = np.zeros(bundle.layers[0].shape or (), np.float32)
+    both = Bundle.build(bundle.spec, bundle.spectra, {f"{path}.weight": weight})
+    model = make_model("bert-cls")
+    before = structure(model)
+    with pytest.raises(UsageError, match="both") as caught:
+        attach(model, both, trainable=True)
+    assert caught.value.offenders == (f"{path}.weight",)
+    assert structure(model) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_head_without_values_is_refused(make_model: MakeModel) -> None:
+    bundle = capture(adapted(make_model("bert-cls"), task_type="SEQ_CLS"))
+    model: Any = make_model("bert-cls")
+    model.classifier.to("meta")
+    with pytest.raises(UsageError, match=r"classifier.*meta"):
+        attach(model, bundle)
+    assert adapter_names(model) == ()
+
+
 def test_unbound_and_too_large(make_model: MakeModel) -> None:
     name = "encoder.layer.0.attention.self.query"
     spec = AdapterSpec(1, 2.0, (LayerSpec(name, 1025), LayerSpec("embeddings.LayerNorm", 1)))
