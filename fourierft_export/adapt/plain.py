@@ -1,4 +1,4 @@
-"""The adapted model as a plain one for a while: the base's module tree with the adapters in it."""
+"""The adapted model with the base's module tree for a while: what an exporter must see."""
 
 from __future__ import annotations
 
@@ -8,31 +8,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .fuse import merged_weights
 from .layer import FourierLinear
 from .saved import AdaptedModule
-from .tree import base_modules, check_not_routed, fourier_layers, put
-
-
-@contextmanager
-def plain_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block, `model` has the base's modules, with the active adapters merged in.
-
-    Every `FourierLinear` is a plain layer of the base's type holding W + delta_W (rounded once),
-    heads and biases are the active adapter's; module paths and parameter names are the base's, so
-    that an exporter sees the graph it would see of the base. Everything is put back afterwards,
-    also after an exception.
-
-    Raises:
-        UsageError: a merged weight is not finite in the base's dtype.
-    """
-    weights = merged_weights(fourier_layers(model))
-
-    def plain(path: str, layer: FourierLinear) -> nn.Module:
-        return with_weight(layer.linear, weights[path])
-
-    with swapped_layers(model, plain):
-        yield model
+from .tree import base_modules, check_not_routed, put
 
 
 @contextmanager

@@ -129,17 +129,6 @@ def add_delta_weight(
     return target
 
 
-def merge_delta_weight(
-    weight: AnyFloat,
-    terms: Iterable[Term],
-    *,
-    transposed: bool = False,
-    threads: int | None = None,
-) -> None:
-    """`add_delta_weight` in place: the extra memory is a few MB, whatever the weight's size."""
-    _add_terms(weight, weight, list(terms), transposed, threads)
-
-
 def merge_delta_weights(
     weights: Sequence[AnyFloat],
     spectra: AnyFloat,

@@ -30,7 +30,7 @@ from fourierft_export import (
     merge_checkpoint,
 )
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.plain import plain_modules
+from fourierft_export.adapt.fuse import merged_weights
 from fourierft_export.adapt.tree import fourier_layers
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost
@@ -188,12 +188,36 @@ def test_what_needs_a_weight_is_refused(kind: str) -> None:
     with pytest.raises(UsageError, match="checkpoint") as caught:
         fuse(model)
     assert [line.split(":")[0] for line in caught.value.offenders] == ["first"]
-    with pytest.raises(UsageError) as caught, plain_modules(model):
-        pass
+    with pytest.raises(UsageError) as caught:
+        merged_weights(fourier_layers(model))
     assert [line.split(":")[0] for line in caught.value.offenders] == ["first"]
     with pytest.raises(UsageError, match="float"):
         _ = fourier_layers(model)["first"].weight
     assert torch.equal(model(x), before)
+
+
+def test_a_scripted_layer_is_a_base() -> None:
+    linear = nn.Linear(6, 4)
+    model = nn.Sequential(torch.jit.script(linear))
+    inject(model, FourierFTConfig(n_frequency=5, target_modules="all-linear"))
+    x = torch.randn(3, 6)
+    delta = fourier_layers(model)["0"].adapter("default").delta_weight()
+    torch.testing.assert_close(model(x), linear(x) + x @ delta.T)
+
+
+def test_a_head_that_tells_its_sizes_is_no_quantised_layer() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 6, 2
+            self.dense = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dense(x)
+
+    model = nn.Sequential(nn.Linear(6, 6), Head())
+    config = FourierFTConfig(n_frequency=5, target_modules=["0"], modules_to_save=["1"])
+    assert capture(inject(model, config)).saved.keys() == {"1.dense.weight", "1.dense.bias"}
 
 
 def test_fuse_names_the_quantised_layers_only() -> None:

@@ -1,9 +1,10 @@
-"""fuse, restore, and the plain view that exporters get."""
+"""fuse, restore, and plain layers in the place of adapted ones."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fourierft_export import FourierFTConfig, FourierLinear, fuse, inject, restore
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.plain import plain_modules
+from fourierft_export.adapt.fuse import merged_weights
+from fourierft_export.adapt.plain import swapped_layers, with_weight
 from fourierft_export.adapt.tree import active_adapters, fourier_layers
 from fourierft_export.errors import UsageError
 
@@ -120,8 +122,10 @@ def test_what_is_refused(make_model: MakeModel) -> None:
 
 def test_overflow_in_float16_names_every_layer(make_model: MakeModel) -> None:
     model = adapted(make_model("bert-cls"), scaling=1e9).half()
+    activate(model, [])
     with pytest.raises(UsageError) as caught:
-        fuse(model)
+        fuse(model, "default")
+    assert active_adapters(model) == ()
     assert len(caught.value.offenders) == 6
     assert "bert.encoder.layer.0.attention.self.query.weight" in caught.value.offenders[0]
     assert all(layer.fused_weight is None for layer in fourier_layers(model).values())
@@ -134,6 +138,12 @@ def test_fused_models_are_copied_and_moved(make_model: MakeModel, tokens: Tensor
     assert output(twin.double(), tokens).dtype == torch.float64
 
 
+def plain(model: nn.Module) -> AbstractContextManager[Mapping[str, nn.Module]]:
+    """The base's modules, with the active adapters merged in."""
+    weights = merged_weights(fourier_layers(model))
+    return swapped_layers(model, lambda path, layer: with_weight(layer.linear, weights[path]))
+
+
 @pytest.mark.parametrize(("kind", "fields"), CASES)
 def test_the_plain_view_is_the_bases_tree(
     make_model: MakeModel, tokens: Tensor, kind: str, fields: dict[str, Any]
@@ -142,8 +152,9 @@ def test_the_plain_view_is_the_bases_tree(
     model = adapted(make_model(kind), **fields)
     before = [(n, id(m)) for n, m in model.named_modules()]
     expected = output(model, tokens)
-    with plain_modules(model) as plain:
-        assert plain is model
+    fourier_paths = fourier_layers(model).keys()
+    with plain(model) as layers:
+        assert layers.keys() == fourier_paths
         modules = [(n, type(m)) for n, m in model.named_modules()]
         assert modules == [(n, type(m)) for n, m in base.named_modules()]
         state = model.state_dict()
@@ -162,7 +173,7 @@ def test_the_plain_view_is_the_bases_tree(
 def test_the_plain_view_ends_after_an_exception(make_model: MakeModel) -> None:
     model = adapted(make_model("gpt2"))
     before = [(n, id(m)) for n, m in model.named_modules()]
-    with pytest.raises(RuntimeError, match="stop"), plain_modules(model):
+    with pytest.raises(RuntimeError, match="stop"), plain(model):
         assert isinstance(model.transformer.h[0].mlp.c_proj, Conv1D)
         raise RuntimeError("stop")
     assert [(n, id(m)) for n, m in model.named_modules()] == before
@@ -172,6 +183,6 @@ def test_the_plain_view_ends_after_an_exception(make_model: MakeModel) -> None:
 def test_the_plain_view_of_a_fused_model(make_model: MakeModel, tokens: Tensor) -> None:
     model = fuse(adapted(make_model("gpt2")))
     expected = output(model, tokens)
-    with plain_modules(model):
+    with plain(model):
         torch.testing.assert_close(output(model, tokens), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(output(model, tokens), expected)

@@ -16,7 +16,6 @@ from fourierft_export.spectral.delta import (
     add_delta_weight,
     delta_weight,
     delta_weights,
-    merge_delta_weight,
     merge_delta_weights,
     reference_delta,
 )
@@ -174,12 +173,13 @@ def test_layers_together_equal_layers_alone(threads: int, path: str, count: int)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_in_place_equals_a_new_array(dtype: type, transposed: bool) -> None:
     shape = (34, 21)
-    terms = [Term(*make_case(shape, 0.4, True, seed), 0.3) for seed in (1, 2)]
+    spectrum, entries = make_case(shape, 0.4, True, 1)
     stored = shape[::-1] if transposed else shape
     weight = float32_weights(stored, 1)[0].astype(dtype)
+    terms = [Term(spectrum, entries, 0.3)]
     expected = add_delta_weight(weight, terms, transposed=transposed)
     memory = weight.ctypes.data
-    merge_delta_weight(weight, terms, transposed=transposed)
+    merge_delta_weights([weight], spectrum[None], entries, 0.3, transposed=transposed)
     assert weight.ctypes.data == memory
     assert np.array_equal(weight.view(np.uint8), expected.view(np.uint8))
 
@@ -192,7 +192,7 @@ def test_in_place_merge_needs_little_memory() -> None:
     weight = np.zeros(shape, np.float32)
     tracemalloc.start()
     try:
-        merge_delta_weight(weight, [Term(spectrum, entries, 1.0)], threads=2)
+        merge_delta_weights([weight], spectrum[None], entries, 1.0, threads=2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
