@@ -24,7 +24,7 @@ from .edit.write import data_path, refuse_inputs, write_model
 from .find.belonging import bound_to, judge, wanted_layers
 from .find.finder import Finder
 from .find.found import Site
-from .find.quantised import QuantisedLinear
+from .find.quantised import QuantisedSite, by_node
 from .find.saved import find_saved
 from .find.source import Source, open_onnx
 from .metadata import KEY, Written, describe
@@ -133,9 +133,8 @@ def apply_onnx(
         put_saved(places, edits, bound)
         places = {}
     sites: Mapping[str, Sequence[Site]] = found.sites
-    if mode in (SWAPPABLE, PAIRED, BANK) or (quantised and mode == UNMERGED):
-        sites = unpack_sites(edits, sites)
     if mode == PAIRED:
+        sites = unpack_sites(edits, sites)
         interface, written, made = write_pair(edits, adapters, sites, places)
     elif mode in (SWAPPABLE, BANK) or (quantised and mode == UNMERGED):
         each = {layer: several for layer, (several, _) in quantised.items()}
@@ -145,9 +144,13 @@ def apply_onnx(
     else:
         job = Job(source, edits, adapters, found.sites)
         written = (merge_sites if mode == MERGED else feed_sites)(job)
-        for layer, (several, _) in quantised.items():
-            terms = [one.term for one in job.terms(layer)]
-            losses[layer] = max(merge_quantised(edits, one, terms) for one in several)
+        for linear, parts in by_node({layer: each for layer, (each, _) in quantised.items()}):
+            changes = {
+                layer: (rows, [one.term for one in job.terms(layer)])
+                for layer, rows in parts.items()
+            }
+            for layer, loss in merge_quantised(edits, linear, changes).items():
+                losses[layer] = max(loss, losses.get(layer, 0.0))
     content = describe(
         version=__version__,
         mode=mode,
@@ -216,7 +219,7 @@ def _check_source(source: Source, mode: str) -> None:
 
 
 def _check_quantised(
-    source: Source, mode: str, quantised: Mapping[str, Sequence[QuantisedLinear]]
+    source: Source, mode: str, quantised: Mapping[str, Sequence[QuantisedSite]]
 ) -> None:
     if mode in (MERGED, PAIRED) and quantised:
         raise BaseMismatchError(
@@ -225,9 +228,7 @@ def _check_quantised(
             found=f"{len(quantised)} quantised ones, which merging would quantise again",
             remedy="use --mode unmerged, swappable or bank: the adapter becomes a float branch"
             + ("; or pass --allow-requantise" if mode == MERGED else ""),
-            offenders=[
-                f"{layer}: {each[0].weight} ({each[0].kind})" for layer, each in quantised.items()
-            ],
+            offenders=[f"{layer}: {each[0].describe()}" for layer, each in quantised.items()],
         )
 
 

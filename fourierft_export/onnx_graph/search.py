@@ -10,8 +10,10 @@ from ..bundle.file import Bundle
 from .edit.inline import holders, inline_some
 from .find.finder import FLOATS, Finder
 from .find.found import Found, Wanted
-from .find.quantised import QuantisedLinear, all_paths, find_quantised
+from .find.packed import parse_mapped
+from .find.quantised import QuantisedLinear, all_paths
 from .find.quantised_forms import quantised_linears
+from .find.quantised_search import Judged, find_quantised
 from .find.saved import lacking
 from .find.source import Source
 
@@ -27,14 +29,14 @@ class Search:
         finder: of the graph as it is now.
         found: the layers' float weights.
         linears: the graph's quantised layers.
-        quantised: layer -> its quantised weights, and what the fingerprint says of them.
+        quantised: layer -> its quantised sites, and what the fingerprint says of them.
         notes: functions that were expanded.
     """
 
     finder: Finder
     found: Found
     linears: Sequence[QuantisedLinear]
-    quantised: dict[str, tuple[list[QuantisedLinear], str | None]]
+    quantised: dict[str, Judged]
     notes: tuple[str, ...] = ()
 
 
@@ -75,10 +77,14 @@ def _once(source: Source, wanted: Sequence[Wanted], mapping: Mapping[str, str]) 
     finder = Finder(source, all_paths(linears))
     found = finder.find(wanted, mapping)
     lost = [want for want in wanted if want.name in found.missing]
-    quantised = find_quantised(linears, lost, found.bridge, mapping)
-    for layer in quantised:
+    sizes = sorted({want.shape[0] for want in wanted if want.shape})
+    quantised = find_quantised(linears, lost, found.bridge, mapping, sizes)
+    for layer in quantised.sites:
         del found.missing[layer]
-    return Search(finder, found, linears, quantised)
+    found.missing |= quantised.missing
+    for layer, listed in quantised.hints.items():
+        found.missing[layer] += f"; quantised ones that may hold it: {listed}"
+    return Search(finder, found, linears, quantised.sites)
 
 
 def _in_functions(
@@ -92,7 +98,7 @@ def _in_functions(
     if not source.model.functions:
         return set()
     missing = [want for want in wanted if want.name in first.found.missing]
-    named = {mapping[want.name].partition("[")[0] for want in missing if want.name in mapping}
+    named = {parse_mapped(mapping[want.name])[0] for want in missing if want.name in mapping}
     saved = set(lacking(first.finder, first.found.bridge, bundles).values())
     saved |= {shape[::-1] for shape in saved}
 

@@ -7,16 +7,15 @@ weight is quantised and W + delta_W cannot be had).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ...bundle.file import Bundle
 from ...bundle.fingerprint import fingerprint, judge
 from ...bundle.spec import Fingerprint, LayerSpec
 from ...errors import UsageError
+from ..find.content import part_of
 from ..find.found import Site, Wanted
 from ..find.linears import SavedSite
-from ..find.quantised import QuantisedLinear
+from ..find.quantised import QuantisedSite
 from ..find.saved import Place
 from ..find.source import Array, Source, constant_of
 from ..fit import full_feeds
@@ -25,36 +24,11 @@ from ..modes import BANK, UNMERGED
 from .bank import write_bank
 from .batched import batch_of
 from .edits import Edits
+from .parts import Ends, Outputs, ends_of
 from .shapes import fill_shapes
 from .swappable import write_swappable
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
 SIDE_OPSET = 18
-
-
-@dataclass(frozen=True, eq=False)
-class Ends:
-    """Where a linear layer's x comes in and its y goes out.
-
-    Attributes:
-        fed: the node, and the number of its input, at which x comes in.
-        y: what comes out.
-    """
-
-    fed: tuple[ir.Node, int]
-    y: ir.Value
-
-    @property
-    def inputs(self) -> tuple[ir.Value | None]:
-        """X as it is now: with the adapter's share, if another adapted layer gives it."""
-        return (self.fed[0].inputs[self.fed[1]],)
-
-    @property
-    def outputs(self) -> tuple[ir.Value]:
-        """Y."""
-        return (self.y,)
 
 
 def write_beside(
@@ -62,7 +36,7 @@ def write_beside(
     mode: str,
     bundles: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
-    quantised: Mapping[str, Sequence[QuantisedLinear]],
+    quantised: Mapping[str, Sequence[QuantisedSite]],
     places: Mapping[str, Place],
 ) -> Interface:
     """Add adapters to the outputs of linear layers; the weights stay as they are.
@@ -72,7 +46,7 @@ def write_beside(
         mode: "swappable" or "bank"; "unmerged" for constants in place of inputs.
         bundles: adapter name -> bundle, bound; one, but for a bank.
         sites: layer -> its float weights.
-        quantised: layer -> its quantised weights.
+        quantised: layer -> its quantised sites.
         places: of the saved tensors, for swappable and bank.
 
     Returns:
@@ -102,9 +76,7 @@ def write_beside(
     if mode == BANK:
         batch_of(source.model)
     fill_shapes(source.model)
-    ends = _ends(source, sites) | {
-        layer: [Ends(one.fed, one.y) for one in linears] for layer, linears in quantised.items()
-    }
+    ends = _ends(source, sites, quantised)
     saved, base = saved_sites(edits, places)
     interface = Interface(
         group_layers([*bundles.values()]),
@@ -125,31 +97,51 @@ def write_beside(
     return interface
 
 
-def _ends(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Ends]]:
-    ends: dict[str, list[Ends]] = {}
+def _ends(
+    source: Source,
+    sites: Mapping[str, Sequence[Site]],
+    quantised: Mapping[str, Sequence[QuantisedSite]],
+) -> dict[str, list[Ends]]:
+    """Where each layer's x comes in and its y goes out; packed outputs are split."""
+    outputs: dict[str, list[Outputs]] = {}
     offenders = []
     for layer, several in sites.items():
         for site in several:
             why = _obstacle(source, site)
             if why:
                 offenders.append(f"{layer}: {why}")
-            for use in [] if why else site.uses:
-                ends.setdefault(layer, []).append(Ends((use.linear, 0), use.linear.outputs[0]))
+                continue
+            total = site.candidate.shape[1 if site.in_out else 0]
+            start = site.start or 0
+            part = None if site.start is None else slice(start, start + site.shape[0])
+            outputs.setdefault(layer, []).extend(
+                Outputs((use.linear, 0), use.linear.outputs[0], total, part) for use in site.uses
+            )
     if offenders:
         raise UsageError(
             source.path,
             expected="layers that are a MatMul or Gemm of the main graph each",
             found=f"{len(offenders)} others",
-            remedy="use mode merged or unmerged",
+            remedy="adapt these layers before the others are quantised"
+            if quantised
+            else "use mode merged or unmerged",
             offenders=offenders,
         )
-    return ends
+    for layer, there in quantised.items():
+        outputs[layer] = [
+            Outputs(
+                one.linear.fed,
+                one.linear.y,
+                one.linear.shape[0],
+                None if one.start is None else one.rows,
+            )
+            for one in there
+        ]
+    return ends_of(source.model.graph, outputs)
 
 
 def _obstacle(source: Source, site: Site) -> str | None:
     """Why nothing can be added to the output of this layer."""
-    if site.start is not None:
-        return f"packed with others in {site.candidate.name}"
     for use in site.uses:
         node = use.linear
         if node.graph is not source.model.graph:
@@ -184,7 +176,7 @@ def base_fingerprints(
     source: Source,
     bundles: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
-    quantised: Mapping[str, Sequence[QuantisedLinear]] | None = None,
+    quantised: Mapping[str, Sequence[QuantisedSite]] | None = None,
 ) -> dict[str, Fingerprint]:
     """The base weights' fingerprints, by which adapters that come later are checked.
 
@@ -201,14 +193,16 @@ def base_fingerprints(
         tensor = constant_of(several[0].candidate.value)
         if tensor is None:
             continue
-        weight = source.read(tensor)
+        weight = part_of(
+            source.read(tensor), several[0].in_out, several[0].start, several[0].shape[0]
+        )
         stored_in_out = any(layer.fan_in_fan_out for layer in specs.get(name, ()))
         there = fingerprint(weight if several[0].in_out == stored_in_out else weight.T)
         own = [layer.fingerprint for layer in specs.get(name, ()) if layer.fingerprint is not None]
         prints[name] = next((one for one in own if judge(one, there) != "different"), there)
-    for name, linears in (quantised or {}).items():
+    for name, parts in (quantised or {}).items():
         for layer in specs.get(name, ()):
             want = Wanted(name, layer.shape, layer.fan_in_fan_out, layer.fingerprint)
-            if layer.fingerprint and all(one.verdict(want) != "different" for one in linears):
+            if layer.fingerprint and all(one.verdict(want) != "different" for one in parts):
                 prints.setdefault(name, layer.fingerprint)
     return prints

@@ -7,7 +7,7 @@ sum would not fit otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,30 +23,38 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def merge_quantised(edits: Edits, linear: QuantisedLinear, terms: Sequence[Term]) -> float:
+def merge_quantised(
+    edits: Edits, linear: QuantisedLinear, changes: Mapping[str, tuple[slice, Sequence[Term]]]
+) -> dict[str, float]:
     """Replace a quantised weight by W + delta_W, quantised in the same form.
 
     Args:
         edits: of the graph, which is changed in place.
-        linear: the layer.
-        terms: the adapters' changes.
+        linear: the node.
+        changes: layer -> its outputs (of several, if they are packed) and the adapters' changes.
 
     Returns:
-        The loss: the norm of what the new weight lacks of W + delta_W, relative to that of delta_W
-        (Frobenius; W is the dequantised base weight). 1 is as bad as no adapter.
+        Layer -> its loss: the norm of what the new weight lacks of W + delta_W, relative to that of
+        delta_W (Frobenius; W is the dequantised base weight). 1 is as bad as no adapter.
 
     Raises:
         BaseMismatchError: a form that cannot be taken apart.
     """
-    if linear.dequantised is None or linear.scale is None:
+    blocked = linear.kind == "QDQ" and linear.block_size > 0
+    if linear.dequantised is None or linear.scale is None or blocked:
         raise BaseMismatchError(
             f"weight {linear.weight}",
             expected="a plain MatMulNBits, QDQ or dynamic int8 weight",
-            found=f"another form of {linear.kind}",
+            found=f"{linear.kind} with a scale per block"
+            if blocked
+            else f"another form of {linear.kind}",
             remedy="use --mode unmerged, swappable or bank",
         )
     before, _ = linear.dequantised()
-    wanted = add_delta_weight(np.ascontiguousarray(before), list(terms))
+    before = np.ascontiguousarray(before)
+    wanted = before.copy()
+    for rows, terms in changes.values():
+        wanted[rows] = add_delta_weight(before[rows], list(terms))
     node, index = linear.integers
     value, tensor = _constant(linear.integers)
     scale_value, scale_tensor = _constant(linear.scale)
@@ -60,8 +68,14 @@ def merge_quantised(edits: Edits, linear: QuantisedLinear, terms: Sequence[Term]
     new = integers.reshape(old.shape)
     edits.put(edits.own(value, [(node, index)]), lambda: new)
     edits.put(edits.own(scale_value, [linear.scale]), lambda: scales)
-    lost = np.linalg.norm((after - wanted).astype(np.float64))
-    return float(lost / max(np.linalg.norm((wanted - before).astype(np.float64)), 1e-30))
+    return {
+        layer: _norm(after[rows] - wanted[rows]) / max(_norm(wanted[rows] - before[rows]), 1e-30)
+        for layer, (rows, _) in changes.items()
+    }
+
+
+def _norm(difference: Array) -> float:
+    return float(np.linalg.norm(difference.astype(np.float64)))
 
 
 def _constant(place: tuple[ir.Node, int]) -> tuple[ir.Value, ir.TensorProtocol]:

@@ -1,4 +1,4 @@
-"""Packed weights taken apart: one product per layer, where an adapter has to sit beside each.
+"""Packed weights taken apart: one product per layer, where each weight has to be an input.
 
 y = x [A | B | C] becomes Concat(x A, x B, x C): the same numbers, from three smaller products.
 """

@@ -12,7 +12,7 @@ from ...errors import BaseMismatchError
 from ...models.base import Base
 from ...spectral.entries import current_rule, entries_sha256, spectral_entries
 from .found import Found, Wanted
-from .quantised import QuantisedLinear
+from .quantised import QuantisedSite
 from .source import Source
 
 
@@ -36,7 +36,7 @@ def wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Want
 def judge(
     source: Source,
     found: Found,
-    quantised: Mapping[str, tuple[Sequence[QuantisedLinear], str | None]],
+    quantised: Mapping[str, tuple[Sequence[QuantisedSite], str | None]],
     allow_base_mismatch: bool,
 ) -> tuple[str, ...]:
     """Notes on what was found.
@@ -44,7 +44,7 @@ def judge(
     Args:
         source: the graph.
         found: its float weights.
-        quantised: layer -> its quantised weights, and what the fingerprint says of them.
+        quantised: layer -> its quantised sites, and what the fingerprint says of them.
         allow_base_mismatch: let other values pass, never other shapes.
 
     Raises:
@@ -53,8 +53,8 @@ def judge(
     offenders = [f"{layer}: {why}" for layer, why in found.missing.items()]
     verdicts = {layer: {site.verdict for site in sites} for layer, sites in found.sites.items()}
     names = {layer: sites[0].candidate.name for layer, sites in found.sites.items()}
-    for layer, (linears, verdict) in quantised.items():
-        verdicts[layer], names[layer] = {verdict}, linears[0].weight
+    for layer, (there, verdict) in quantised.items():
+        verdicts[layer], names[layer] = {verdict}, there[0].describe()
     others = [layer for layer, verdict in verdicts.items() if "different" in verdict]
     if not allow_base_mismatch:
         offenders += [

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 SCOPES = "pkg.torch.onnx.name_scopes"
 STANDARD = ("", "ai.onnx")
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
-_WEIGHT = re.compile(r"(?:\.MatMul)?\.(?:weight|kernel)(?:_quantized|_Q\d\w*)?$")
+_WEIGHT = re.compile(
+    r"(?:\.MatMul(?:NBits)?(?:\.DequantizeLinear)?)?\.q?(?:weight|kernel)"
+    r"(?:_quantized|(?:_DQ)?_Q\d\w*)?$"
+)
 _BIAS = re.compile(r"(?:\.Add)?\.bias(?:_quantized)?$")
 _MAX_TEXT = 4096
 

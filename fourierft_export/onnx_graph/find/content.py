@@ -66,7 +66,7 @@ def matches(
         outputs, inputs = reversed(shape) if in_out else shape
         if inputs != want.shape[1] or outputs < want.shape[0]:
             continue
-        for start in _starts(outputs, want.shape[0], sizes):
+        for start in starts(outputs, want.shape[0], sizes):
             pick = pick or source.picker(tensor)
             if _samples_fit(pick, in_out, start, want):
                 part = None if outputs == want.shape[0] else start
@@ -97,13 +97,13 @@ def part_of(weight: Array, in_out: bool, start: int | None, outputs: int) -> Arr
     return weight[:, where] if in_out else weight[where]
 
 
-def _starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
+def starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
     """Where a part of `size` outputs may begin in a packed weight of `total`."""
     if total == size:
         return [0]
-    starts = {0, *range(0, min(total, size * _MAX_PARTS), size), total - size, total - 2 * size}
-    starts |= {first + second for first in sizes for second in (0, *sizes)}
-    return sorted(start for start in starts if 0 <= start <= total - size)
+    found = {0, *range(0, min(total, size * _MAX_PARTS), size), total - size, total - 2 * size}
+    found |= {first + second for first in sizes for second in (0, *sizes)}
+    return sorted(start for start in found if 0 <= start <= total - size)
 
 
 def _samples_fit(pick: Pick, in_out: bool, start: int, want: Wish) -> bool:

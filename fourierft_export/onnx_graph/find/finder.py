@@ -7,7 +7,6 @@ both orientations. Never by shape alone: square layers make that unsafe.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,13 @@ from ...models.base import Bridge, find_bridge
 from .consumers import Use, linear_uses, same_module, same_path, scope_of_weight
 from .content import Match, matches, verdict
 from .found import Candidate, Found, Site, Wanted
+from .packed import packed_in, packed_paths, parse_mapped, start_in, unknown_size
 from .source import Source, constant_of, constants
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
-_MAPPED = re.compile(r"(?P<name>.*?)(?:\[(?P<start>\d+):(?P<stop>\d+)\])?", re.DOTALL)
 _SHOWN = 6
 
 
@@ -51,6 +50,7 @@ class Finder:
                     self._note(kind, path, one, uses)
         self.paths = {path for lookup in self.lookups.values() for path in lookup}
         self.paths |= {same_path(path) for path in more_paths}
+        self.paths |= {part for path in tuple(self.paths) for part in packed_paths(path)}
 
     def _note(self, kind: str, path: str, one: Candidate, uses: tuple[Use, ...]) -> None:
         self.lookups[kind].setdefault(same_path(path), []).append((one, uses))
@@ -94,15 +94,27 @@ class Finder:
         return None
 
     def _mapped(self, want: Wanted, text: str) -> list[Site] | str:
-        parsed = _MAPPED.fullmatch(text)
-        name = parsed["name"] if parsed else text
+        name, part = parse_mapped(text)
         one = self.by_name.get(name)
         if one is None:
-            return f"--map names {name}, which is no matrix of floats that the graph uses"
-        start = int(parsed["start"]) if parsed and parsed["start"] else None
-        stop = int(parsed["stop"]) if parsed and parsed["stop"] else None
-        part = None if start is None or stop is None else (start, stop)
+            return f"--map names {name}, {self._other(name)}"
         return self._site(want, one, one.uses, "map", part=part)
+
+    def _other(self, name: str) -> str:
+        """What a constant is that is no matrix of floats."""
+        constant = next((v for v in constants(self.source.model) if v.name == name), None)
+        tensor = None if constant is None else constant_of(constant)
+        if constant is None or tensor is None:
+            return "which is no constant of the graph"
+        kind = f"which is {tensor.dtype.name} {list(tensor.shape.numpy())}"
+        users = [node for node, _ in constant.uses()]
+        inner = any(node.graph is not self.source.model.graph for node in users)
+        used = ", ".join(sorted({node.op_type for node in users})) or "nothing"
+        where = " in a subgraph or function" if inner else ""
+        return (
+            f"{kind}, used by {used}{where}: neither a matrix of floats, nor the integers of a "
+            "MatMulNBits, QDQ or dynamic int8 layer of the main graph"
+        )
 
     def by_path(self, want: Wanted, bridge: Bridge) -> list[Site] | str | None:
         """The layer's sites by name, scope or bias; why they do not fit; None if there is none."""
@@ -121,7 +133,28 @@ class Finder:
                 return fits or good
             if results:
                 return str(results[0])
-        return None
+        return self._packed(want, path)
+
+    def _packed(self, want: Wanted, path: str) -> list[Site] | str | None:
+        """The layer's part of what its name is packed in, unless its content is another's."""
+        place = packed_in(path)
+        whole = place[0] if place else ""
+        hits = [hit for lookup in self.lookups.values() for hit in lookup.get(whole, [])]
+        if place is None or not hits:
+            return None
+        one, uses = hits[0]
+        layouts = {use.in_out for use in uses}
+        if want.shape is None:
+            return unknown_size(want.name, one.name, one.describe())
+        if len({hit.name for hit, _ in hits}) > 1 or len(layouts) != 1:
+            return None
+        start = start_in(place[1], want.shape[0], one.shape[1 if True in layouts else 0])
+        if start is None:
+            return None
+        sites = self._site(want, one, uses, "name", part=(start, start + want.shape[0]))
+        # The order is a convention only: the content tells better.
+        doubtful = isinstance(sites, str) or "different" in {site.verdict for site in sites}
+        return None if doubtful else sites
 
     def _by_content(self, want: Wanted, sizes: Sequence[int]) -> list[Site] | str:
         if want.fingerprint is None or want.shape is None:

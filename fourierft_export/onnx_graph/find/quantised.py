@@ -15,8 +15,6 @@ import ml_dtypes
 import numpy as np
 
 from ...bundle.fingerprint import SAMPLE_RTOL, sample_positions
-from ...models.base import Bridge
-from .consumers import same_path
 from .found import Wanted
 from .source import Array
 
@@ -41,7 +39,8 @@ class QuantisedLinear:
         integers, scale, zero: where the constants come in: (node, index of the input).
         in_out: the integers are (in, out).
         axis: of the integers, along which there is one scale each, if there are several.
-        block_size, bits: of MatMulNBits.
+        block_size: of MatMulNBits, and of QDQ with one scale per block along the axis; else 0.
+        bits: of MatMulNBits.
     """
 
     weight: str
@@ -60,53 +59,76 @@ class QuantisedLinear:
     block_size: int = 0
     bits: int = 8
 
-    def verdict(self, want: Wanted) -> str | None:
-        """What the fingerprint says: "precision", "different", or None without one."""
-        if want.fingerprint is None or self.dequantised is None:
+
+@dataclass(frozen=True, eq=False)
+class QuantisedSite:
+    """A layer of a quantised linear node: all of its outputs, or some where several are packed.
+
+    Attributes:
+        linear: the node.
+        start: the layer's first output, for packed ones; else None.
+        shape: (out, in) of the layer.
+    """
+
+    linear: QuantisedLinear
+    start: int | None
+    shape: tuple[int, int]
+
+    @property
+    def rows(self) -> slice:
+        """The layer's outputs."""
+        return slice(self.start or 0, (self.start or 0) + self.shape[0])
+
+    def verdict(self, want: Wanted, content: tuple[Array, Array] | None = None) -> str | None:
+        """What the fingerprint says: "precision", "different", or None without one.
+
+        Args:
+            want: the layer.
+            content: what `linear.dequantised` gave, if it was called already.
+        """
+        if want.fingerprint is None or self.linear.dequantised is None:
             return None
         if want.shape is not None and want.shape != self.shape:
             return "different"
-        weight, step = self.dequantised()
+        weight, step = content or self.linear.dequantised()
+        outputs, inputs = self.shape
+        at = sample_positions(outputs * inputs)
         if want.stored_in_out:
-            weight, step = weight.T, step.T
-        at = sample_positions(weight.size)
+            into, out = np.unravel_index(at, (inputs, outputs))
+        else:
+            out, into = np.unravel_index(at, (outputs, inputs))
+        out = out + self.rows.start
         expected = np.frombuffer(want.fingerprint.samples, "<u2").view(ml_dtypes.bfloat16)
         exact = expected.astype(np.float64)
-        error = np.abs(weight.reshape(-1)[at] - exact)
+        error = np.abs(weight[out, into] - exact)
         # The largest value of a block may be clipped by up to a step.
-        fits = error <= step.reshape(-1)[at] * 1.01 + SAMPLE_RTOL * np.abs(exact)
+        fits = error <= step[out, into] * 1.01 + SAMPLE_RTOL * np.abs(exact)
         return "precision" if fits.all() else "different"
 
+    def describe(self) -> str:
+        """The site for a list that a person chooses from."""
+        part = "" if self.start is None else f"[{self.rows.start}:{self.rows.stop}]"
+        return f"{self.linear.weight}{part} {list(self.shape)} ({self.linear.kind})"
 
-def find_quantised(
-    linears: Sequence[QuantisedLinear],
-    wanted: Iterable[Wanted],
-    bridge: Bridge,
-    mapping: Mapping[str, str],
-) -> dict[str, tuple[list[QuantisedLinear], str | None]]:
-    """The layers that are among `linears`, each with what its fingerprint says.
+
+def whole(linear: QuantisedLinear) -> QuantisedSite:
+    """A linear node that is one layer."""
+    return QuantisedSite(linear, None, linear.shape)
+
+
+def by_node(
+    sites: Mapping[str, Sequence[QuantisedSite]],
+) -> Iterator[tuple[QuantisedLinear, dict[str, slice]]]:
+    """Each linear node once, with the layers in it and their outputs.
 
     Args:
-        linears: of the graph.
-        wanted: layers that have no float weight in it.
-        bridge: from the adapter's paths to the graph's.
-        mapping: layer -> name of a constant of integers.
+        sites: layer -> where it is.
     """
-    found: dict[str, tuple[list[QuantisedLinear], str | None]] = {}
-    for want in wanted:
-        path = same_path(bridge.to_base(want.name))
-        if want.name in mapping:
-            hits = [one for one in linears if one.weight == mapping[want.name]]
-        else:
-            hits = [one for one in linears if path in map(same_path, one.paths)]
-        if not hits and want.fingerprint is not None and want.name not in mapping:
-            hits = [one for one in linears if one.verdict(want) == "precision"]
-            hits = hits if len({one.weight for one in hits}) == 1 else []
-        if hits:
-            verdicts = {one.verdict(want) for one in hits}
-            worst = "different" if "different" in verdicts else verdicts.pop()
-            found[want.name] = hits, worst
-    return found
+    found: dict[QuantisedLinear, dict[str, slice]] = {}
+    for layer, several in sites.items():
+        for one in several:
+            found.setdefault(one.linear, {})[layer] = one.rows
+    yield from found.items()
 
 
 def all_paths(linears: Iterable[QuantisedLinear]) -> Iterator[str]:

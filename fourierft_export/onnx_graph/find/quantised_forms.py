@@ -146,21 +146,24 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     dequantise = producer
     by_rows = bool("transB" in node.attributes and node.attributes["transB"].as_int())
     in_out = by_rows == turned
-    axis = int(dequantise.attributes["axis"].as_int()) % 2 if "axis" in dequantise.attributes else 1
+    axis, block = (
+        int(dequantise.attributes[name].as_int()) if name in dequantise.attributes else default
+        for name, default in (("axis", 1), ("block_size", 0))
+    )
+    axis %= 2
 
     def dequantised() -> tuple[Array, Array]:
         values = source.read(tensor).astype(np.float32)
         scale, zero = _input(source, dequantise, 1), _input(source, dequantise, 2)
         if scale is None:
             raise ValueError("DequantizeLinear without a constant scale")
-        along = [-1, 1] if axis == 0 else [1, -1]
-        scale = np.abs(scale.astype(np.float32).reshape(along))
-        offset = 0 if zero is None else zero.astype(np.float32).reshape(along)
-        weights, step = (values - offset) * scale, np.broadcast_to(scale, values.shape)
+        scale = _spread(scale.astype(np.float32), values.shape, axis, block)
+        offset = 0 if zero is None else _spread(zero.astype(np.float32), values.shape, axis, block)
+        weights, step = (values - offset) * scale, np.broadcast_to(np.abs(scale), values.shape)
         return (weights.T, step.T) if in_out else (weights, step)
 
     first, second = (int(size) for size in tensor.shape.numpy())
-    known = _is_constant(dequantise, 1) and "block_size" not in dequantise.attributes
+    known = _is_constant(dequantise, 1) and _is_constant(dequantise, 2)
     name = str(integers.name)
     return QuantisedLinear(
         name,
@@ -178,7 +181,16 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         else None,
         in_out=in_out,
         axis=axis,
+        block_size=block,
     )
+
+
+def _spread(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
+    """Scales or zero points of a matrix, in a form that it can be multiplied with."""
+    if block:
+        repeated = np.repeat(values, block, axis=axis)
+        return repeated[: shape[0], : shape[1]]
+    return values.reshape([-1, 1] if axis == 0 else [1, -1])
 
 
 def _plain_product(node: ir.Node) -> bool:

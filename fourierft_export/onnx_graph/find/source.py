@@ -6,6 +6,7 @@ at a time, by positional reads: a memory map would crash the process if the file
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -72,8 +73,13 @@ class Source:
             data = read_exactly(fd, where.offset, where.offset + where.length, where.file)
         finally:
             os.close(fd)
+        shape = tensor.shape.numpy()
+        if tensor.dtype.name in ("INT4", "UINT4"):  # two in a byte, the low one first
+            packed = np.frombuffer(data, np.uint8)
+            both = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)
+            return both[: math.prod(shape)].view(tensor.dtype.numpy()).reshape(shape)
         dtype = tensor.dtype.numpy().newbyteorder("<")
-        return np.frombuffer(data, dtype).reshape(tensor.shape.numpy())
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def picker(self, tensor: ir.TensorProtocol) -> Callable[[Array, Array], Array]:
         """A function that gives a few values of a matrix, without reading all of an external one.

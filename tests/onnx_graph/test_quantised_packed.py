@@ -1,0 +1,360 @@
+"""Quantised weights in which several layers are packed, as onnxruntime-genai writes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fourierft_export.errors import BaseMismatchError
+from fourierft_export.onnx_graph.apply import apply_onnx
+from fourierft_export.onnx_graph.recover import recover_onnx
+from fourierft_export.onnx_graph.runtime.session import AdapterSession
+
+Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+FORMS = ("4 bit", "4 bit asymmetric", "8 bit", "4 bit QDQ", "QDQ", "dynamic int8")
+WEIGHT_ONLY = FORMS[:4]
+ATTN = "model.layers.0.self_attn"
+RANGES = {f"{ATTN}.q_proj": (0, 48), f"{ATTN}.k_proj": (48, 64), f"{ATTN}.v_proj": (64, 80)}
+RNG = np.random.default_rng(0)
+PARTS = {
+    name: (RNG.standard_normal((stop - start, 32)) / 5).astype(np.float32)
+    for name, (start, stop) in RANGES.items()
+}
+PACKED = np.concatenate([*PARTS.values()])
+BIAS = RNG.standard_normal(80).astype(np.float32)
+X = RNG.standard_normal((3, 4, 32)).astype(np.float32)
+STEM = "model.layers.0.attn.qkv_proj.MatMul"
+
+
+def write_float(path: Path) -> Path:
+    """A product with all three at once, by the names that onnxruntime-genai gives."""
+    shapes = {"x": ["batch", 4, 32], "y": ["batch", 4, 80]}
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items())
+    nodes = [
+        helper.make_node("MatMul", ["x", f"{STEM}.weight"], ["m"], f"/{STEM[:-7]}/MatMul"),
+        helper.make_node("Add", ["m", "bias"], ["y"], "add"),
+    ]
+    nodes[0].name = "/model/layers.0/attn/qkv_proj/MatMul"
+    constants = {f"{STEM}.weight": PACKED.T, "bias": BIAS}
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The float model, and what onnxruntime's quantisers make of it."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    folder = tmp_path_factory.mktemp("packed")
+    plain = write_float(folder / "float.onnx")
+
+    class Rows(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rows: Iterator[dict[str, np.ndarray]] = iter([{"x": X}, {"x": 1.5 * X}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rows, None)
+
+    out = {form: folder / f"{form}.onnx" for form in FORMS}
+    logging.disable(logging.WARNING)
+    quantize_dynamic(plain, out["dynamic int8"], weight_type=QuantType.QInt8)
+    quantize_static(plain, out["QDQ"], Rows(), quant_format=QuantFormat.QDQ, per_channel=True)
+    for form in WEIGHT_ONLY:
+        quantiser = MatMulNBitsQuantizer(
+            onnx.load(plain),
+            bits=int(form[0]),
+            block_size=16,
+            is_symmetric="asymmetric" not in form,
+            quant_format=QuantFormat.QDQ if "QDQ" in form else QuantFormat.QOperator,
+        )
+        quantiser.process()
+        quantiser.model.save_model_to_file(str(out[form]))
+    logging.disable(logging.NOTSET)
+    return {"float": plain, **out}
+
+
+@pytest.fixture(scope="module")
+def bundle(make_bundle: Any) -> Any:
+    return make_bundle([*PARTS], PARTS, n=40, scaling=40.0)
+
+
+@pytest.fixture(scope="module")
+def share(bundle: Any, exact_delta: Any) -> np.ndarray:
+    """What the adapter adds to y, in float64."""
+    deltas = [exact_delta(bundle, name, weight.shape) for name, weight in PARTS.items()]
+    return X.astype(np.float64) @ np.concatenate(deltas).T
+
+
+def check(form: str, got: np.ndarray, base: np.ndarray, share: np.ndarray) -> None:
+    """The base's own output plus the adapter's share; behind QDQ the sum is quantised again."""
+    assert np.abs(share).max() > 0.5
+    if form == "QDQ":
+        assert np.median(np.abs(got - base - share)) < 0.05
+    else:
+        np.testing.assert_allclose(got, base + share, rtol=0, atol=2e-5)
+
+
+def renamed(path: Path, out: Path) -> Path:
+    """The model without a name that tells anything."""
+    model = onnx.load(path)
+    new = {tensor.name: f"c{i}" for i, tensor in enumerate(model.graph.initializer)}
+    for tensor in model.graph.initializer:
+        tensor.name = new[tensor.name]
+    for number, node in enumerate(model.graph.node):
+        node.name = f"n{number}"
+        node.input[:] = [new.get(name, name) for name in node.input]
+    onnx.save(model, out)
+    return out
+
+
+def integers(path: Path) -> str:
+    """The name of the packed weight."""
+    graph = onnx.load(path).graph
+    largest = max(graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+    return str(largest.name)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"), [*((form, "unmerged") for form in FORMS), ("4 bit", "swappable")]
+)
+def test_each_part_gets_its_own_branch(
+    form: str,
+    mode: str,
+    files: dict[str, Path],
+    bundle: Any,
+    share: np.ndarray,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """By name; the weight stays as it is, and the bundle comes back out of the file."""
+    out = tmp_path / "out.onnx"
+    report = apply_onnx(files[form], bundle, out, mode=mode)
+    assert set(report.layers) == set(PARTS)
+    assert any("3 layers are quantised" in note for note in report.notes)
+    assert not any("no check" in note for note in report.notes)
+    base, got = (run(path, {"x": X})["y"] for path in (files[form], out))
+    check(form, got, base, share)
+    before, after = (
+        {t.name: t.SerializeToString() for t in onnx.load(path).graph.initializer}
+        for path in (files[form], out)
+    )
+    assert before.items() <= after.items()
+    assert recover_onnx(out)["default"].to_bytes() == bundle.to_bytes()
+
+
+@pytest.mark.parametrize("form", WEIGHT_ONLY)
+def test_the_dequantised_base_plus_the_adapter(
+    form: str, files: dict[str, Path], bundle: Any, exact_delta: Any, tmp_path: Path
+) -> None:
+    """x (W + delta_W)^T + b in float64, with the W that onnxruntime itself has."""
+
+    def run(path: Path, feeds: dict[str, Any]) -> dict[str, np.ndarray]:
+        options = ort.SessionOptions()
+        # Else a product behind DequantizeLinear rounds its input to int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return {"y": session.run(["y"], feeds)[0]}
+
+    identity = np.eye(32, dtype=np.float32).reshape(8, 4, 32)
+    base = (run(files[form], {"x": identity})["y"].reshape(32, 80) - BIAS).T.astype(np.float64)
+    assert 0.001 < np.abs(base - PACKED).max() < 0.2
+    for name, (start, stop) in RANGES.items():
+        base[start:stop] += exact_delta(bundle, name, PARTS[name].shape)
+    apply_onnx(files[form], bundle, tmp_path / "out.onnx", mode="unmerged")
+    got = run(tmp_path / "out.onnx", {"x": X})["y"]
+    np.testing.assert_allclose(got, X.astype(np.float64) @ base.T + BIAS, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["float", "4 bit", "QDQ", "dynamic int8"])
+def test_a_bank_of_packed_layers(
+    form: str,
+    files: dict[str, Path],
+    make_bundle: Any,
+    exact_delta: Any,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    """Each row has its own adapter, one of which has a part of the layers only."""
+    names = [*PARTS]
+    bundles = {
+        "a": make_bundle(names, PARTS, n=40, scaling=40.0),
+        "b": make_bundle(names[1:], PARTS, n=30, seed=3, scaling=60.0),
+    }
+    out = tmp_path / "bank.onnx"
+    apply_onnx(files[form], bundles, out, mode="bank")
+    base = run(files[form], {"x": X})["y"]
+    want = np.zeros((3, 4, 80))
+    for row, name in ((0, "b"), (2, "a")):
+        for layer in bundles[name].spectra:
+            start, stop = RANGES[layer]
+            delta = exact_delta(bundles[name], layer, PARTS[layer].shape)
+            want[row, :, start:stop] = X[row].astype(np.float64) @ delta.T
+    check(form, run(out, {"x": X, "adapter_id": np.array([2, 0, 1])})["y"], base, want)
+
+
+@pytest.mark.parametrize("form", ["4 bit asymmetric", "4 bit QDQ", "QDQ", "dynamic int8"])
+def test_parts_without_names_are_found_by_content(
+    form: str, files: dict[str, Path], bundle: Any, tmp_path: Path, run: Run
+) -> None:
+    named, out = tmp_path / "named.onnx", tmp_path / "out.onnx"
+    apply_onnx(files[form], bundle, named, mode="swappable")
+    apply_onnx(renamed(files[form], tmp_path / "in.onnx"), bundle, out, mode="swappable")
+    got, want = (run(path, {"x": X})["y"] for path in (out, named))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_parts_in_another_order_are_found_by_content(
+    files: dict[str, Path], make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    """The names tell q, k, v; what is in the weight tells better."""
+    swapped = {f"{ATTN}.k_proj": (64, 80), f"{ATTN}.v_proj": (48, 64)}
+    weights = {name: PACKED[start:stop] for name, (start, stop) in swapped.items()}
+    bundle, out = make_bundle([*weights], weights, n=40, scaling=40.0), tmp_path / "out.onnx"
+    for form in ("float", "4 bit"):
+        apply_onnx(files[form], bundle, out, mode="swappable", force=True)
+        want = np.zeros((3, 4, 80))
+        for name, (start, stop) in swapped.items():
+            delta = exact_delta(bundle, name, weights[name].shape)
+            want[:, :, start:stop] = X.astype(np.float64) @ delta.T
+        check(form, run(out, {"x": X})["y"], run(files[form], {"x": X})["y"], want)
+
+
+@pytest.mark.parametrize("form", ["float", "4 bit", "dynamic int8"])
+def test_parts_by_map(
+    form: str, files: dict[str, Path], make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    """An unbound adapter says nothing of its sizes: nothing but the caller can tell them."""
+    unbound, out = make_bundle([*PARTS], n=40, scaling=40.0), tmp_path / "out.onnx"
+    name = integers(files[form])
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(files[form], unbound, out, mode="swappable")
+    assert len(caught.value.offenders) == 3
+    told = "".join(caught.value.offenders)
+    assert f"{ATTN}.q_proj: packed in {name}" in told
+    assert f"--map {ATTN}.q_proj={name}[START:STOP]" in told
+    mapping = {layer: f"{name}[{start}:{stop}]" for layer, (start, stop) in RANGES.items()}
+    apply_onnx(files[form], unbound, out, mode="swappable", mapping=mapping)
+    deltas = [exact_delta(unbound, layer, weight.shape) for layer, weight in PARTS.items()]
+    want = X.astype(np.float64) @ np.concatenate(deltas).T
+    check(form, run(out, {"x": X})["y"], run(files[form], {"x": X})["y"], want)
+
+
+def test_maps_that_cannot_be(
+    files: dict[str, Path], bundle: Any, make_bundle: Any, tmp_path: Path
+) -> None:
+    path, out = files["4 bit"], tmp_path / "out.onnx"
+    name, q = integers(path), f"{ATTN}.q_proj"
+    cases = {
+        f"{name}[40:88]": "has no outputs 40 to 88",
+        f"{name}[0:32]": "shape [48, 32] expected",
+        name: f"say which: {name}[START:STOP]",
+        f"{name}[20:68]": f"is found for {q}, too",
+        "nothing": "no constant of the graph",
+        "bias": "which is FLOAT [80], used by Add: neither a matrix of floats",
+    }
+    for text, why in cases.items():
+        with pytest.raises(BaseMismatchError) as caught:
+            apply_onnx(path, bundle, out, mode="unmerged", mapping={q: text})
+        assert any(why in one for one in caught.value.offenders), (text, caught.value.offenders)
+    assert not out.exists()
+    other = make_bundle(["elsewhere"], {"elsewhere": PARTS[q]})
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(renamed(path, tmp_path / "in.onnx"), make_bundle(["elsewhere"]), out)
+    hint = f"quantised ones that may hold it: {integers(tmp_path / 'in.onnx')} [80, 32]"
+    assert hint in caught.value.offenders[0]
+    apply_onnx(path, other, out, mode="unmerged")
+
+
+def test_another_base_is_told_and_may_be_allowed(
+    files: dict[str, Path], make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    """By name a layer is found that holds another weight, as quantisers that calibrate make."""
+    others = {name: weight[::-1].copy() for name, weight in PARTS.items()}
+    bundle, out = make_bundle([*PARTS], others, n=40, scaling=40.0), tmp_path / "out.onnx"
+    with pytest.raises(BaseMismatchError, match="allow-base-mismatch") as caught:
+        apply_onnx(files["4 bit"], bundle, out, mode="unmerged")
+    assert len(caught.value.offenders) == 3
+    assert f"{integers(files['4 bit'])}[48:64] [16, 32] (MatMulNBits)" in "".join(
+        caught.value.offenders
+    )
+    apply_onnx(files["4 bit"], bundle, out, mode="unmerged", allow_base_mismatch=True)
+    deltas = [exact_delta(bundle, name, weight.shape) for name, weight in PARTS.items()]
+    want = X.astype(np.float64) @ np.concatenate(deltas).T
+    check("4 bit", run(out, {"x": X})["y"], run(files["4 bit"], {"x": X})["y"], want)
+
+
+def test_a_session_swaps_adapters_of_packed_layers(
+    files: dict[str, Path], bundle: Any, share: np.ndarray, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out.onnx"
+    apply_onnx(files["4 bit"], bundle, out, mode="swappable")
+    session = AdapterSession(out)
+    session.load("mine", bundle)
+    base = run(files["4 bit"], {"x": X})["y"]
+    for adapter, want in (("mine", base + share), (None, base)):
+        got = session.run({"x": X}, adapter=adapter)["y"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["4 bit", "QDQ", "dynamic int8"])
+def test_merging_packed_parts_when_asked(
+    form: str, files: dict[str, Path], bundle: Any, exact_delta: Any, tmp_path: Path
+) -> None:
+    """One weight is quantised again, once; the losses are those of each layer's rows."""
+    from fourierft_export.onnx_graph.find.quantised_forms import quantised_linears
+    from fourierft_export.onnx_graph.find.source import open_onnx
+
+    out = tmp_path / "out.onnx"
+    with pytest.raises(BaseMismatchError, match="--mode unmerged"):
+        apply_onnx(files[form], bundle, out)
+    report = apply_onnx(files[form], bundle, out, allow_requantise=True)
+    assert report.losses.keys() == set(PARTS)
+    (before,), (after,) = (quantised_linears(open_onnx(path)) for path in (files[form], out))
+    assert before.dequantised is not None
+    assert after.dequantised is not None
+    weight, step = after.dequantised()
+    wanted = before.dequantised()[0].copy()
+    deltas = {name: exact_delta(bundle, name, part.shape) for name, part in PARTS.items()}
+    for name, (start, stop) in RANGES.items():
+        wanted[start:stop] += deltas[name]
+    assert (np.abs(weight - wanted) <= 0.5 * step * 1.001 + 1e-6).all()
+    for name, place in RANGES.items():
+        rows = slice(*place)
+        loss = np.linalg.norm(weight[rows] - wanted[rows]) / np.linalg.norm(deltas[name])
+        assert report.losses[name] == pytest.approx(loss, rel=1e-3)
+
+
+def test_scales_per_block_in_external_data(
+    files: dict[str, Path], bundle: Any, share: np.ndarray, tmp_path: Path, run: Run
+) -> None:
+    """Four-bit integers that lie outside are read, and copied; they are not merged into."""
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save_model(
+        onnx.load(files["4 bit QDQ"]),
+        path,
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=0,
+    )
+    apply_onnx(path, bundle, out, mode="unmerged")
+    check("4 bit QDQ", run(out, {"x": X})["y"], run(path, {"x": X})["y"], share)
+    with pytest.raises(BaseMismatchError, match="QDQ with a scale per block"):
+        apply_onnx(path, bundle, out, allow_requantise=True, force=True)
