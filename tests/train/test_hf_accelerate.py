@@ -119,6 +119,28 @@ def test_models_without_the_adapter_are_saved_as_ever(tmp_path: Path) -> None:
     assert (tmp_path / "whole" / "model.safetensors").stat().st_size > 4 * 16 * 300
 
 
+def test_two_models_with_an_adapter_each(tmp_path: Path) -> None:
+    run = Run()
+    torch.manual_seed(7)
+    other = ff.inject(
+        nn.Sequential(nn.Linear(6, 5)), ff.FourierFTConfig(8, target_modules=["0"]), "b"
+    )
+    run.accelerator.prepare(other)
+    run.accelerator.prepare(nn.Linear(2, 2))
+    ff.save_bundles(run.accelerator)
+    ff.save_bundles(run.accelerator, "b")
+    stored = [run.bundle().to_bytes(), ff.capture(other, "b").to_bytes()]
+    run.accelerator.save_state(str(tmp_path / "state"))
+    assert (tmp_path / "state" / "model.safetensors").stat().st_size < 200  # the plain one
+    run.steps()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    run.accelerator.load_state(str(tmp_path / "state"))
+    assert [run.bundle().to_bytes(), ff.capture(other, "b").to_bytes()] == stored
+
+
 def test_a_state_that_would_lose_something_is_not_written(tmp_path: Path) -> None:
     run = Run()
     ff.save_bundles(run.accelerator)

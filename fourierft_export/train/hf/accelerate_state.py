@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from ...adapt.tree import adapter_names
 from ...bundle.file import SUFFIX, Bundle
 from ...errors import UsageError
-from ..live import check_only_learns, refill
+from ..live import adapter_tensors, check_only_learns, refill
 from .saving import write_adapter
 
 
@@ -46,16 +47,19 @@ def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
     file = f"{name}{SUFFIX}"
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if len(weights) != len(models):
-            raise UsageError(
-                "accelerator.save_state",
-                expected="models that every process holds whole",
-                found=f"distributed type {accelerator.distributed_type}",
-                remedy="remove the hooks, and save the model in accelerate's own way",
-            )
-        for index, model in _adapted(models):
+        for _, model in _adapted(models):
             check_only_learns(model, name)
-            del weights[index]
+            # By its names: hooks of other adapters may have taken their models' weights already.
+            own = adapter_tensors(model)
+            place = next((i for i, found in enumerate(weights) if _holds(found, own)), None)
+            if place is None:
+                raise UsageError(
+                    "accelerator.save_state",
+                    expected="models that every process holds whole",
+                    found=f"distributed type {accelerator.distributed_type}",
+                    remedy="remove the hooks, and save the model in accelerate's own way",
+                )
+            del weights[place]
             if accelerator.is_main_process:
                 write_adapter(model, name, folder, file)
 
@@ -82,3 +86,9 @@ def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
             accelerator.register_load_state_pre_hook(load),
         )
     )
+
+
+def _holds(weights: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether a state dict has all these names, under whatever prefix a wrapper gave them."""
+    there = [f".{key}" for key in weights]
+    return all(any(key.endswith(f".{name}") for key in there) for name in names)
