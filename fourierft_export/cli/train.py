@@ -226,7 +226,11 @@ def train(
         return Outcome({}, silent=True)
     data = report.to_dict(curves=False)
     notes = data.pop("notes")
-    return Outcome({"train": data}, _lines(report, run.get("model")), notes)
+    return Outcome(
+        {"train": data},
+        _lines(report, run.get("model"), "at the start" if bundle else "untrained"),
+        notes,
+    )
 
 
 def _read(config: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -267,8 +271,8 @@ def _scores_on_stderr() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _lines(report: TrainReport, model: str | None) -> list[str]:
-    """What was trained, how well, where things lie, and what to try next."""
+def _lines(report: TrainReport, model: str | None, start: str) -> list[str]:
+    """What was trained, how well (from which `start`), where things lie, and what to try next."""
     spectra, heads = report.parameters["spectra"], report.parameters["heads"]
     adapter = report.adapter
     first = (
@@ -278,7 +282,7 @@ def _lines(report: TrainReport, model: str | None) -> list[str]:
     lines = [first if report.bundle else "no bundle was written"]
     if report.best:
         name = report.metric
-        before = f"{report.before[name]:.4g} untrained, " if name in report.before else ""
+        before = f"{report.before[name]:.4g} {start}, " if name in report.before else ""
         lines.append(
             f"{name}: {before}{report.best[name]:.4g} at its best, after step {report.best_step} "
             f"of {report.steps} (scored on {report.eval_rows:,} rows)"

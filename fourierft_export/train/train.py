@@ -15,7 +15,7 @@ from ..adapt.attach import detach
 from ..adapt.tree import adapter_names, check_new_name
 from ..bundle.file import Bundle
 from ..checkpoint.staging import check_output
-from ..errors import UsageError
+from ..errors import FileAccessError, UsageError
 from . import defaults
 from .adapter import NAME, check_of_training_alone, continued_adapter, new_adapter
 from .held_out import with_rows_to_score
@@ -154,7 +154,8 @@ def check_outputs(
     Raises:
         UsageError: the bundle, its folder or the metrics exist, with neither `resume` nor `force`;
             both are asked for; one of them is an input, or the bundle and the metrics are one.
-        FileAccessError: a folder to write to is missing; no state to resume from.
+        FileAccessError: a folder to write to is missing, or a file where a folder belongs or the
+            other way round; no state to resume from.
     """
     if resume and force:
         raise UsageError(
@@ -166,6 +167,14 @@ def check_outputs(
     check_output(folder, force=force or resume or empty, inputs=inputs)
     if metrics is not None:
         check_output(metrics, force=force or resume, inputs=(*inputs, out, folder / FILE))
+    files = [path for path in (out, metrics) if path is not None and os.path.isdir(path)]
+    if files or (folder.exists() and not folder.is_dir()):
+        raise FileAccessError(
+            (files or [folder])[0],
+            expected="a file to write" if files else "a folder to write to",
+            found="a folder" if files else "a file",
+            remedy="choose another output",
+        )
     if resume:
         load_state(folder / FILE)
 

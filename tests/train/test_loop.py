@@ -17,7 +17,7 @@ from torch import nn
 
 from fourierft_export import Bundle, FourierFTConfig, attach, capture, inject
 from fourierft_export.adapt.tree import fourier_layers, original
-from fourierft_export.errors import BaseMismatchError, UsageError
+from fourierft_export.errors import BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.train import precision
 from fourierft_export.train.order import epoch_batches, hold_out, mixed_seed, share
 from fourierft_export.train.settings import TrainSettings
@@ -319,6 +319,16 @@ def test_outputs_are_looked_at_first(make_task: MakeTask, tmp_path: Path) -> Non
             train_adapter(make_task(), tmp_path / "a", settings(**wrong), force=True)
         assert (tmp_path / "a").read_bytes() == after
         assert (tmp_path / "a.train/state.safetensors").exists()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "e.train").write_text("notes")
+    for out, metrics, found in (
+        ("d", None, "a folder"),
+        ("f", "d", "a folder"),
+        ("e", None, "a file"),
+    ):
+        with pytest.raises(FileAccessError, match=f"found {found}"):
+            place = tmp_path / metrics if metrics else None
+            train_adapter(make_task(), tmp_path / out, settings(), metrics=place, force=True)
     with pytest.raises(UsageError, match="expected an output apart from the inputs"):
         train_adapter(make_task(), tmp_path / "c", settings(), metrics=tmp_path / "c")
 
