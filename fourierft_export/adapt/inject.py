@@ -71,25 +71,27 @@ def base_model_name(model: nn.Module) -> str | None:
 
 def freeze(model: nn.Module) -> None:
     """Stop the base from learning; `detach` lets those parameters learn again."""
-    frozen: list[str] = list(getattr(model, FROZEN, ()))
+    holder = original(model)
+    frozen: list[str] = list(getattr(holder, FROZEN, ()))
     for path, module in base_modules(model):
         for leaf, parameter in original(module)._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 frozen.append(f"{path}.{leaf}" if path else leaf)
-    setattr(model, FROZEN, tuple(frozen))
+    setattr(holder, FROZEN, tuple(frozen))
 
 
 def unfreeze(model: nn.Module) -> None:
     """Undo `freeze`, once no adapter is left."""
     if adapter_names(model):
         return
-    frozen = set(getattr(model, FROZEN, ()))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    holder = original(model)
+    frozen = set(getattr(holder, FROZEN, ()))
+    for name, parameter in holder.named_parameters(remove_duplicate=False):
         if name in frozen:
             parameter.requires_grad_(True)
-    if hasattr(model, FROZEN):
-        delattr(model, FROZEN)
+    if hasattr(holder, FROZEN):
+        delattr(holder, FROZEN)
 
 
 def _initial_spectrum(n_frequency: int, linear: nn.Module, zeros: bool) -> Tensor:

@@ -16,10 +16,15 @@ def original(module: nn.Module) -> nn.Module:
     """The base's module under any wrappers.
 
     A layer may carry both kinds: FourierLinear outside, AdaptedModule inside. A whole model may be
-    within DistributedDataParallel.
+    within DistributedDataParallel, or what torch.compile makes of it.
     """
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module.module
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif type(module).__name__ == "OptimizedModule":  # its own module is slow to import
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            break
     if isinstance(module, FourierLinear):
         module = module.base_layer
     return module.original if isinstance(module, AdaptedModule) else module

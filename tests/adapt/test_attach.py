@@ -316,6 +316,19 @@ def test_detach_gives_back_the_same_modules(
     assert adapter_names(model) == ()
 
 
+def test_a_compiled_model_has_the_names_of_what_was_compiled(make_model: MakeModel) -> None:
+    model = adapted(make_model("bert-cls"), task_type="SEQ_CLS")
+    compiled: Any = torch.compile(model)
+    bundle = capture(model)
+    assert capture(compiled).to_bytes() == bundle.to_bytes()
+    base = structure(make_model("bert-cls"))
+    detach(compiled)
+    assert [name for name, _ in structure(model)] == [name for name, _ in base]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    attach(compiled, bundle)
+    assert capture(model).to_bytes() == bundle.to_bytes()
+
+
 def test_detach_one_of_several(make_model: MakeModel, tokens: Tensor) -> None:
     head = capture(adapted(make_model("bert-cls"), task_type="SEQ_CLS", bias="all"))
     plain = capture(adapted(make_model("bert-cls"), target_modules="all-linear"))
