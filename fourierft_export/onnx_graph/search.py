@@ -12,7 +12,7 @@ from .find.finder import FLOATS, Finder
 from .find.found import Found, Wanted
 from .find.packed import parse_mapped
 from .find.quantised import QuantisedLinear, all_paths
-from .find.quantised_forms import quantised_linears
+from .find.quantised_forms import others, quantised_linears
 from .find.quantised_search import Judged, find_quantised
 from .find.saved import lacking
 from .find.source import Source
@@ -84,6 +84,10 @@ def _once(source: Source, wanted: Sequence[Wanted], mapping: Mapping[str, str]) 
     found.missing |= quantised.missing
     for layer, listed in quantised.hints.items():
         found.missing[layer] += f"; quantised ones that may hold it: {listed}"
+    if found.missing:
+        for kind in others(source):
+            for layer in found.missing.keys() - quantised.missing.keys():
+                found.missing[layer] += f"; or in {kind}"
     return Search(finder, found, linears, quantised.sites)
 
 

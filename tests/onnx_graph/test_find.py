@@ -403,3 +403,69 @@ def test_overlapping_parts_are_refused(mode: str, make_bundle: Any, tmp_path: Pa
     with pytest.raises(BaseMismatchError) as caught:
         apply_onnx(path, make_bundle(["q", "v"]), tmp_path / "o.onnx", mode=mode, mapping=mapping)
     assert "found for q, too" in caught.value.offenders[0]
+
+
+PACKED_OTHERWISE = {
+    "behind a Transpose": Case(
+        [node("Transpose", ["qkv"], ["t"], perm=[1, 0]), node("MatMul", ["x", "t"], ["y"])],
+        {"qkv": np.concatenate([A, B])},
+        lambda w: {"y": X @ np.concatenate([w["q"], w["k"]]).T},
+        {"q": A, "k": B},
+    ),
+    "behind a Cast": Case(
+        [node("Cast", ["qkv"], ["t"], to=1), node("MatMul", ["x", "t"], ["y"])],
+        {"qkv": np.concatenate([A, B]).T},
+        lambda w: {"y": X @ np.concatenate([w["q"], w["k"]]).T},
+        {"q": A, "k": B},
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable", "bank", "paired"])
+@pytest.mark.parametrize("name", PACKED_OTHERWISE)
+def test_packed_weights_behind_other_nodes(
+    name: str, mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+) -> None:
+    from fourierft_export.errors import UsageError
+
+    case = PACKED_OTHERWISE[name]
+    path = save(tmp_path / "in.onnx", case.nodes, case.constants, {"y": [3, 16]})
+    bundle, out = make_bundle(["q", "k"], case.layers), tmp_path / "out.onnx"
+    if mode == "paired":
+        with pytest.raises(UsageError, match="mode merged or unmerged") as caught:
+            apply_onnx(path, bundle, out, mode=mode)
+        why = f"q: packed with others in qkv, and a {name.split()[-1]} comes before the MatMul"
+        assert why in caught.value.offenders
+        return
+    apply_onnx(path, bundle, out, mode=mode)
+    feeds = {"x": X} | ({"adapter_id": np.ones(3, np.int64)} if mode == "bank" else {})
+    changed = {key: w + exact_delta(bundle, key, w.shape) for key, w in case.layers.items()}
+    got = run(out, feeds)["y"]
+    np.testing.assert_allclose(got, case.want(changed)["y"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["swappable", "bank"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("weight first", "a: a.weight is used by MatMul in another way than x W"),
+        ("weight first, turned", "a: a.weight is used by MatMul in another way than x W"),
+        ("in a subgraph", "a: its MatMul is in a subgraph or function, which sees no adapter"),
+    ],
+)
+def test_what_no_adapter_can_be_beside(
+    name: str, why: str, mode: str, make_bundle: Any, tmp_path: Path
+) -> None:
+    from fourierft_export.errors import UsageError
+
+    nodes, constants = CASES["weight first"].nodes, CASES["weight first"].constants
+    if name.endswith("turned"):
+        turn = node("Transpose", ["a.weight"], ["w"], perm=[1, 0])
+        nodes = [turn, nodes[0], node("MatMul", ["w", "t"], ["u"]), nodes[2]]
+        constants = {"a.weight": A.T}
+    elif name == "in a subgraph":
+        nodes, constants = subgraph(False), {"w": A.T}
+    path = save(tmp_path / "in.onnx", nodes, constants, {"y": [3, 8]})
+    with pytest.raises(UsageError, match="use mode merged or unmerged") as caught:
+        apply_onnx(path, make_bundle(["a"], {"a": A}), tmp_path / "out.onnx", mode=mode)
+    assert caught.value.offenders == (why,)

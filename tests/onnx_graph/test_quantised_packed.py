@@ -73,10 +73,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.rows, None)
 
-    out = {form: folder / f"{form}.onnx" for form in FORMS}
+    out = {form: folder / f"{form}.onnx" for form in (*FORMS, "QOperator")}
     logging.disable(logging.WARNING)
     quantize_dynamic(plain, out["dynamic int8"], weight_type=QuantType.QInt8)
     quantize_static(plain, out["QDQ"], Rows(), quant_format=QuantFormat.QDQ, per_channel=True)
+    quantize_static(plain, out["QOperator"], Rows(), quant_format=QuantFormat.QOperator)
     for form in WEIGHT_ONLY:
         quantiser = MatMulNBitsQuantizer(
             onnx.load(plain),
@@ -358,3 +359,33 @@ def test_scales_per_block_in_external_data(
     check("4 bit QDQ", run(out, {"x": X})["y"], run(path, {"x": X})["y"], share)
     with pytest.raises(BaseMismatchError, match="QDQ with a scale per block"):
         apply_onnx(path, bundle, out, allow_requantise=True, force=True)
+
+
+@pytest.mark.parametrize("kind", ["subgraph", "QOperator"])
+def test_quantised_products_that_take_no_adapter_are_told(
+    kind: str, files: dict[str, Path], bundle: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.onnx"
+    model = onnx.load(files["4 bit" if kind == "subgraph" else kind])
+    if kind == "subgraph":
+        inner = helper.make_graph(list(model.graph.node), "inner", [], list(model.graph.output), [])
+        del model.graph.node[:]
+        yes = numpy_helper.from_array(np.array(True))
+        model.graph.node.extend(
+            [
+                helper.make_node("Constant", [], ["yes"], value=yes),
+                helper.make_node("If", ["yes"], ["y"], then_branch=inner, else_branch=inner),
+            ]
+        )
+        why = "MatMulNBits in a subgraph, which sees no adapter"
+    else:
+        why = "QLinearMatMul, whose quantised form is not understood"
+    onnx.save(model, path)
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable")
+    assert len(caught.value.offenders) == 3
+    assert all(f"; or in {why}" in one for one in caught.value.offenders)
+    mapping = {f"{ATTN}.q_proj": f"{integers(path)}[0:48]"}
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable", mapping=mapping)
+    assert any("of the main graph" in one for one in caught.value.offenders)

@@ -12,6 +12,7 @@ from ...bundle.file import Bundle
 from ...bundle.fingerprint import fingerprint, judge
 from ...bundle.spec import Fingerprint, LayerSpec
 from ...errors import UsageError
+from ..find.consumers import source_of
 from ..find.content import part_of
 from ..find.found import Site, Wanted
 from ..find.linears import SavedSite
@@ -145,14 +146,11 @@ def _obstacle(source: Source, site: Site) -> str | None:
     for use in site.uses:
         node = use.linear
         if node.graph is not source.model.graph:
-            return f"in a function or subgraph ({node.op_type})"
+            return f"its {node.op_type} is in a subgraph or function, which sees no adapter"
         turned = "transA" in node.attributes and node.attributes["transA"].as_int()
-        if (
-            node.op_type not in ("MatMul", "Gemm")
-            or turned
-            or node.inputs[0] is site.candidate.value
-        ):
-            return f"used by {node.op_type} in another way than x W"
+        first = source_of(node.inputs[0]) is site.candidate.value
+        if node.op_type not in ("MatMul", "Gemm") or turned or first:
+            return f"{site.candidate.name} is used by {node.op_type} in another way than x W"
     return None if site.uses else f"{site.candidate.name} is used by no MatMul or Gemm"
 
 

@@ -19,6 +19,7 @@ from ..modes import PAIRED
 from .apply_beside import SIDE_OPSET, base_fingerprints, saved_sites
 from .edits import Edits
 from .paired import expander, write_paired
+from .unpack import whole_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +56,7 @@ def write_pair(
             remedy="apply one: the expander makes weights of any other",
         )
     packed = [
-        f"{layer}: packed with others in {site.candidate.name}"
+        f"{layer}: packed with others in {site.candidate.name}, and {whole_for(edits, site)}"
         for layer, several in sites.items()
         for site in several
         if site.start is not None
@@ -64,8 +65,8 @@ def write_pair(
         raise UsageError(
             edits.source.path,
             expected="layers with weights of their own",
-            found=f"{len(packed)} packed ones",
-            remedy="use mode merged or unmerged",
+            found=f"{len(packed)} packed ones that cannot be taken apart",
+            remedy="use mode merged or unmerged, which change them where they are",
             offenders=packed,
         )
     (bundle,) = bundles.values()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..find.consumers import Use
+from ..find.consumers import STANDARD, Use
 from ..find.content import part_of
 from ..find.found import Candidate, Site
 from ..find.source import Array, constant_of
@@ -36,7 +36,7 @@ def unpack_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[str,
     packed: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
     for several in sites.values():
         for site in several:
-            if site.start is not None and all(_is_plain(edits, use) for use in site.uses):
+            if site.start is not None and whole_for(edits, site) is None:
                 key = site.candidate.name, tuple(id(use.node) for use in site.uses)
                 packed.setdefault(key, []).append(site)
     made: dict[tuple[str, int], Site] = {}
@@ -49,17 +49,25 @@ def unpack_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[str,
     }
 
 
-def _is_plain(edits: Edits, use: Use) -> bool:
-    node = use.linear
-    if use.node is not node or node.graph is not edits.source.model.graph or use.index != 1:
-        return False
-    settings = {"transA": 0, "alpha": 1.0, "beta": 1.0}
-    same = all(
-        node.attributes[name].value == value
-        for name, value in settings.items()
-        if name in node.attributes
-    )
-    return same and node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx")
+def whole_for(edits: Edits, site: Site) -> str | None:
+    """Why a packed weight cannot be taken apart at this site; None if it can."""
+    for use in site.uses:
+        node = use.linear
+        settings = {"transA": 0, "alpha": 1.0, "beta": 1.0}
+        same = all(
+            node.attributes[name].value == value
+            for name, value in settings.items()
+            if name in node.attributes
+        )
+        if node.graph is not edits.source.model.graph:
+            return f"its {node.op_type} is in a subgraph or function"
+        if use.node is not node:
+            return f"a {use.node.op_type} comes before the {node.op_type}"
+        if node.op_type not in ("MatMul", "Gemm") or node.domain not in STANDARD:
+            return f"{node.op_type} uses it"
+        if use.index != 1 or not same:
+            return f"used by {node.op_type} in another way than x W"
+    return None
 
 
 def _taken_apart(edits: Edits, group: Sequence[Site]) -> list[Site]:

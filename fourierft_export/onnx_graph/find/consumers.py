@@ -83,6 +83,15 @@ def _follow(
             yield from _follow(model, user, at, turned, depth + 1)
 
 
+def source_of(value: ir.Value | None) -> ir.Value | None:
+    """Where a value comes from, through what only turns or casts it."""
+    node = value.producer() if value is not None else None
+    while node is not None and _passes_on(node, 0):
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    return value
+
+
 def _passes_on(node: ir.Node, index: int) -> bool:
     kinds = ("Transpose", "Cast", "Identity")
     return index == 0 and node.domain in STANDARD and node.op_type in kinds

@@ -31,6 +31,38 @@ def quantised_linears(source: Source) -> list[QuantisedLinear]:
     return found
 
 
+# Quantised products that have no x and y in float, or whose integers are laid out otherwise.
+_OTHERS = (
+    "DynamicQuantizeMatMul",
+    "MatMulBnb4",
+    "MatMulFpQ4",
+    "MatMulIntegerToFloat",
+    "QAttention",
+    "QGemm",
+    "QLinearMatMul",
+)
+
+
+def others(source: Source) -> list[str]:
+    """Kinds of quantised products beside which no adapter can be put, and why, one line each."""
+    import onnx_ir as ir
+
+    known: set[str] = set()
+    inner: set[str] = set()
+    for node in ir.traversal.RecursiveGraphIterator(source.model.graph):
+        if node.op_type in _OTHERS:
+            known.add(node.op_type)
+        elif (
+            node.op_type in ("MatMulNBits", "MatMulInteger")
+            and node.graph is not source.model.graph
+        ):
+            inner.add(node.op_type)
+    return [
+        *(f"{kind}, whose quantised form is not understood" for kind in sorted(known)),
+        *(f"{kind} in a subgraph, which sees no adapter" for kind in sorted(inner)),
+    ]
+
+
 def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
     """com.microsoft MatMulNBits: B [N, blocks, bytes] uint8, scales per block of inputs."""
     x, weight = node.inputs[0], node.inputs[1]
