@@ -1,7 +1,7 @@
 """The README's examples run: every fenced block that follows a `<!-- test -->` line.
 
-They run in order in one folder, where each may use what the ones before it wrote. There `minilm/` is
-the base model, `adapter/` a PEFT adapter of it, and `train.tsv` and `dev.tsv` are rows.
+They run in order in one folder, where each may use what the ones before it wrote. There `minilm/`
+is the base model, `adapter/` a PEFT adapter of it, and `train.tsv` and `dev.tsv` are rows.
 """
 
 from __future__ import annotations
