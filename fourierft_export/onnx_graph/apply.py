@@ -72,7 +72,7 @@ def apply_onnx(
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.
         mapping: layer -> initializer, or `initializer[start:stop]` (outputs) in a packed weight,
-            for layers that are not found otherwise.
+            for layers that are not found otherwise; of a quantised weight, its integers.
         allow_base_mismatch: accept weights other than those the adapter was trained on.
         allow_links: follow links of external data that end inside the model's folder.
         allow_requantise: merge into quantised weights by quantising the sum again; the report's
