@@ -168,6 +168,19 @@ def load_state(path: Path) -> State:
             found=f"version {version}" if version else "another safetensors file",
             remedy="begin again with --force",
         )
+    try:
+        return _state(told, found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInputError(
+            path,
+            expected="the whole state of a run",
+            found=f"one that lacks something: {error!r}",
+            remedy="begin again with --force",
+        ) from error
+
+
+def _state(told: dict[str, Any], found: dict[str, Tensor]) -> State:
+    """The state that a file's text and tensors tell."""
     losses, norms, seconds = (
         found.pop(f"history:{name}").tolist() for name in ("losses", "norms", "seconds")
     )

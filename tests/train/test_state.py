@@ -265,6 +265,11 @@ def test_states_that_are_none(make_task: MakeTask, tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(BadInputError):
             train_adapter(make_task(), tmp_path / "a", RUN, resume=True)
+    lacking = good.replace(b"history:losses", b"history:lossez")  # whole, but for a name
+    assert lacking != good
+    path.write_bytes(lacking)
+    with pytest.raises(BadInputError, match="lacks something: KeyError"):
+        train_adapter(make_task(), tmp_path / "a", RUN, resume=True)
     path.write_bytes((tmp_path / "a").read_bytes())  # a bundle is a safetensors file, too
     with pytest.raises(BadInputError, match="another safetensors file"):
         train_adapter(make_task(), tmp_path / "a", RUN, resume=True)
