@@ -13,8 +13,9 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 
 ROOMS = (
     "errors",
+    "types",
     "spectral",
-    "checkpoint",
+    "files",
     "models",
     "bundle",
     "adapt",

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ..spectral import torch_ops
-
-Entries = npt.NDArray[np.int64]
+from ..types import Entries
 
 
 @dataclass(frozen=True)

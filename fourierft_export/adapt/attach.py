@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +12,7 @@ from ..bundle.file import Bundle
 from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
 from ..errors import UsageError
 from ..spectral.entries import current_rule, entries_sha256
+from ..types import Array
 from .active import activate, update_learning
 from .adapter import AdapterOrigin
 from .inject import base_model_name, freeze, unfreeze
@@ -42,7 +42,6 @@ from .tree import (
 )
 
 Model = TypeVar("Model", bound=nn.Module)
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def attach(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
-from .adapter import AdapterOrigin, Entries, LayerAdapter
+from ..types import Entries
+from .adapter import AdapterOrigin, LayerAdapter
 from .beside import check_answer, warn_if_gradients_stop
 from .linear import (
     float_weight,

@@ -9,7 +9,6 @@ weight, for there is no W of floats to add it to.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from ..types import Array
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REMEDY = (

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from ..errors import BaseMismatchError
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
+from ..types import Array
 from . import fingerprint
-from .content import Array
 from .spec import AdapterSpec, LayerSpec
 
 

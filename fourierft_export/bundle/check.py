@@ -7,10 +7,11 @@ from math import isfinite, prod
 
 import numpy as np
 
-from ..checkpoint import dtypes
-from ..checkpoint.container import FLOAT_DTYPES
+from ..files import dtypes
+from ..files.container import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
-from .content import RESERVED, Array
+from ..types import Array
+from .content import RESERVED
 from .names import MAX_NAMES, why_not
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import BadInputError, BaseMismatchError, UsageError
 from ..spectral.entries import entries_sha256
-from .content import Array
+from ..types import Array
 from .file import Bundle
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 from .weights import checked_weights

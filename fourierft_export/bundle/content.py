@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from ..checkpoint.container import DTYPE_BITS
-from ..checkpoint.strict_json import canonical
+from ..files.container import DTYPE_BITS
+from ..files.strict_json import canonical
+from ..types import Array
 from . import peft_config
 from .spec import AdapterSpec
 
@@ -18,8 +17,6 @@ VERSION = 1
 RESERVED = "fourierft."
 SPEC_KEY = "fourierft"
 HASH_KEY = "sha256"
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import dtypes, strict_json
-from ..checkpoint.container import DTYPE_BITS, FLOAT_DTYPES, Header
-from ..checkpoint.fields import Fields
-from ..checkpoint.strict_json import canonical
 from ..errors import BadInputError
+from ..files import dtypes, strict_json
+from ..files.container import DTYPE_BITS, FLOAT_DTYPES, Header
+from ..files.fields import Fields
+from ..files.strict_json import canonical
 from ..spectral.entries import ENTRY_RULES
 from . import names, peft_config
 from .content import (

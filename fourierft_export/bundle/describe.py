@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import dtypes
+from ..files import dtypes
 from . import names
 from .file import Bundle
 from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_adapter, read_peft_config

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import dtypes
-from ..checkpoint.container import encode_header
-from ..checkpoint.strict_json import canonical
+from ..files import dtypes
+from ..files.container import encode_header
+from ..files.strict_json import canonical
 from . import names, peft_config
 from .content import (
     HASH_KEY,

@@ -11,13 +11,14 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ..checkpoint.container import header_length, open_regular, parse_header, read_exactly
-from ..checkpoint.staging import staged_file
 from ..errors import BadInputError
+from ..files.container import header_length, open_regular, parse_header, read_exactly
+from ..files.staging import staged_file
 from ..spectral.entries import entries_sha256, spectral_entries
+from ..types import Array
 from .bind import BaseLike, bound_spec
 from .check import layer_offenders, saved_offenders, spec_offenders
-from .content import HASH_KEY, Array, Content
+from .content import HASH_KEY, Content
 from .decode import check_kind, decode
 from .encode import encode
 from .names import natural_key

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from ..checkpoint import dtypes
+from ..files import dtypes
 from .spec import Fingerprint
 
 DIGEST_BYTES = 16

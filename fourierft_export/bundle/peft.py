@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import dtypes, strict_json
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.container import encode_header, read_file
-from ..checkpoint.staging import staged_directory
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
+from ..files import dtypes, strict_json
+from ..files.checkpoint import Checkpoint
+from ..files.container import encode_header, read_file
+from ..files.staging import staged_directory
+from ..types import Array
 from . import peft_config
 from .bind import BaseLike
 from .content import likely_peft_config
@@ -37,8 +38,6 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) -> Path:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.strict_json import canonical
+from ..files.strict_json import canonical
 
 PEFT_TYPE = "FOURIERFT"
 

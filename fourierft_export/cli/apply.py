@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .console import Outcome, Progress, graph_lines, verb
+from ..types import Progress
+from .console import Outcome, graph_lines, verb
 from .options import (
     PATH,
     allow_mismatch_option,
@@ -67,8 +68,8 @@ def apply(
     force: bool,
 ) -> Outcome:
     """Put adapters into an ONNX file that other tools made; PyTorch is not needed."""
-    from ..checkpoint.staging import check_output
     from ..errors import UsageError
+    from ..files.staging import check_output
     from ..onnx_graph.apply import apply_onnx
 
     wrong = [text for text in mapped if "=" not in text]

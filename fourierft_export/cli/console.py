@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, printable
+from ..types import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 SHOW_PROGRESS_AFTER = 1.0
 COUNTED_IN_BYTES = frozenset({"merging", "verifying", "recovering"})
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .console import Outcome, Progress, verb
+from ..types import Progress
+from .console import Outcome, verb
 from .options import PATH, force_option
 
 
@@ -20,7 +21,7 @@ def demo(progress: Progress, output: str, seed: int, force: bool) -> Outcome:
     It is trained here on scikit-learn's handwritten digits; one adapter teaches it inverted
     images, the other rotated ones.
     """
-    from ..checkpoint.staging import check_output
+    from ..files.staging import check_output
 
     check_output(output, force=force)
     from ..demo.render import render

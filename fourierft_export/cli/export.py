@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .console import Outcome, Progress, graph_lines, verb
+from ..types import Progress
+from .console import Outcome, graph_lines, verb
 from .options import (
     PATH,
     allow_mismatch_option,
@@ -86,7 +87,7 @@ def export(
     force: bool,
 ) -> Outcome:
     """Export a base with adapters to ONNX, with dynamic batch and sequence length."""
-    from ..checkpoint.staging import check_output
+    from ..files.staging import check_output
     from ..onnx_graph.trace.pretrained import export_pretrained
 
     check_output(output, force=force, inputs=(base, *bundles))

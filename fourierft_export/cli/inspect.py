@@ -34,8 +34,8 @@ def describe(path: str) -> dict[str, Any]:
     from ..bundle.describe import describe_adapter, describe_adapter_config, describe_bundle
     from ..bundle.file import Bundle
     from ..bundle.peft import CONFIG_FILE
-    from ..checkpoint.container import read_header
     from ..errors import FileAccessError
+    from ..files.container import read_header
     from ..models.describe import describe_base
 
     if not os.path.lexists(path):

@@ -6,7 +6,8 @@ import math
 
 import click
 
-from .console import Outcome, Progress, size_text, verb
+from ..types import Progress
+from .console import Outcome, size_text, verb
 from .options import (
     PATH,
     allow_mismatch_option,
@@ -75,7 +76,7 @@ def merge(
     it was made of, and verify checks it; where the base is a single file, so is the output, and it
     has none.
     """
-    from ..checkpoint.staging import check_output
+    from ..files.staging import check_output
     from ..merge.merge import merge_checkpoint
     from ..merge.report import least_survival
 

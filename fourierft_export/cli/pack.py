@@ -56,8 +56,8 @@ def pack(
     """
     from ..bundle.describe import describe_bundle
     from ..bundle.peft import find_adapter, from_peft, left_out
-    from ..checkpoint.staging import check_output
     from ..errors import UsageError
+    from ..files.staging import check_output
 
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
     if allow_links and onnx is None:

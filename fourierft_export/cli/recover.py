@@ -6,7 +6,8 @@ import os
 
 import click
 
-from .console import Outcome, Progress, size_text, verb
+from ..types import Progress
+from .console import Outcome, size_text, verb
 from .options import PATH, force_option, links_option, output_option, read_bundle
 
 
@@ -65,8 +66,8 @@ def recover(
     difference that no FourierFT adapter with these entries makes is refused. With --onnx, the
     bundle that was exported, bit for bit.
     """
-    from ..checkpoint.staging import check_output
     from ..errors import UsageError
+    from ..files.staging import check_output
 
     if onnx is not None:
         options = {
@@ -117,8 +118,8 @@ def recover(
 def _from_onnx(
     path: str, adapter: str | None, output: str, *, allow_links: bool, force: bool
 ) -> Outcome:
-    from ..checkpoint.staging import check_output
     from ..errors import UsageError
+    from ..files.staging import check_output
     from ..onnx_graph.recover import recover_onnx
 
     check_output(output, force=force, inputs=(path,))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import Outcome, Progress, size_text, verb
+from ..types import Progress
+from .console import Outcome, size_text, verb
 from .options import PATH, allow_mismatch_option, force_option, read_bundle
 from .sections import Sectioned, section
 

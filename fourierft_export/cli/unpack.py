@@ -16,7 +16,7 @@ def unpack(bundle: str, output: str, force: bool) -> Outcome:
     """Write BUNDLE as a directory that PEFT loads, tensors bit for bit."""
     from ..bundle.file import Bundle
     from ..bundle.peft import to_peft
-    from ..checkpoint.staging import check_output
+    from ..files.staging import check_output
 
     check_output(output, force=force, inputs=(bundle,))
     opened = Bundle.load(bundle)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .console import Outcome, Progress, verb
+from ..types import Progress
+from .console import Outcome, verb
 from .options import PATH, allow_mismatch_option, base_option, force_option, task_option
 
 
@@ -55,8 +56,8 @@ def validate(
 
     All adapted artifacts must agree, and must differ from the base. Exit code 5 if not.
     """
-    from ..checkpoint.staging import check_output, staged_file
     from ..errors import ValidationError
+    from ..files.staging import check_output, staged_file
     from ..proof.render import render_html, render_text
     from ..proof.validate import validate as run
 

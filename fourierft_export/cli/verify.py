@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ..errors import ValidationError
-from .console import Outcome, Progress, size_text, verb
+from ..types import Progress
+from .console import Outcome, size_text, verb
 from .options import PATH
 
 

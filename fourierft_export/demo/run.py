@@ -11,11 +11,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..checkpoint.staging import check_output, staged_directory
 from ..errors import UsageError, missing_extra
+from ..files.staging import check_output, staged_directory
+from ..types import Progress
 from .result import DemoResult
-
-Progress = Callable[[str, int, int], None]
 
 NEEDED = {"torch": "torch", "onnxscript": "torch", "onnxruntime": "ort", "sklearn": "demo"}
 PICTURE = "demo.png"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from ..bundle.file import Bundle
 from ..bundle.spec import AdapterSpec, LayerSpec
-from ..checkpoint.container import FLOAT_DTYPES
 from ..errors import UsageError
+from ..files.container import FLOAT_DTYPES
 from ..models.base import Base
 
 SCALING = 150.0

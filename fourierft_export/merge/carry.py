@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..checkpoint import strict_json
-from ..checkpoint.container import open_regular, read_exactly
-from ..checkpoint.links import checked_file
 from ..errors import FileAccessError
+from ..files import strict_json
+from ..files.container import open_regular, read_exactly
+from ..files.links import checked_file
 
 MANIFEST = "manifest.json"
 STALE_SUFFIXES = (

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from ..bundle.file import Bundle
 from ..errors import BaseMismatchError, UsageError
 from ..models.base import Base, BaseLayer, Bridge
 from ..models.heads import head_labels
 from ..spectral.delta import Term
+from ..types import Array
 
 _OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Ingredient(NamedTuple):

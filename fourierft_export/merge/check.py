@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -11,9 +11,8 @@ from ..bundle.fingerprint import compare, fingerprint_of_samples, judge, sample_
 from ..bundle.spec import LayerSpec
 from ..errors import BaseMismatchError
 from ..models.base import Base, BaseLayer
+from ..types import Progress
 from .changes import Ingredient
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checkpoint.container import DTYPE_BITS
-from ..checkpoint.pipe import IN_FLIGHT
 from ..errors import FileAccessError
+from ..files.container import DTYPE_BITS
+from ..files.pipe import IN_FLIGHT
 from ..spectral.cost import choose_delta_path
 from .memory import available_memory
 from .plan import OutShard, OutTensor

@@ -16,10 +16,10 @@ import numpy as np
 
 from .. import __version__
 from ..bundle.file import Bundle
-from ..checkpoint import strict_json
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.container import read_file
 from ..errors import BadInputError
+from ..files import strict_json
+from ..files.checkpoint import Checkpoint
+from ..files.container import read_file
 from ..models.base import Base, open_base
 from . import carry
 from .changes import collect

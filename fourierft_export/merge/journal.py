@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import strict_json
-from ..checkpoint.container import open_regular, read_exactly, read_file
 from ..errors import FourierFTError
+from ..files import strict_json
+from ..files.container import open_regular, read_exactly, read_file
 from .plan import OutShard
 from .shard import WrittenShard, WrittenTensor
 

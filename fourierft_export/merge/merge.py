@@ -10,13 +10,14 @@ from pathlib import Path
 
 from ..bundle.file import Bundle
 from ..bundle.weights import checked_weights
-from ..checkpoint.staging import check_output
-from ..checkpoint.write import check_space
 from ..errors import UsageError
+from ..files.staging import check_output
+from ..files.write import check_space
 from ..models.base import Base, open_base
+from ..types import Progress
 from . import carry
 from .changes import collect
-from .check import Checked, Progress, check
+from .check import Checked, check
 from .config import merged_config
 from .estimate import SMALL_FILES, check_memory, memory_needed
 from .executors import OpenExecutor, dask_cluster, local_processes

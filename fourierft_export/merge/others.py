@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import numpy as np
 
-from ..checkpoint.container import FLOAT_DTYPES, TensorInfo
-from ..checkpoint.dtypes import to_numpy
 from ..errors import BaseMismatchError
+from ..files.container import FLOAT_DTYPES, TensorInfo
+from ..files.dtypes import to_numpy
 from ..models.base import Base
 from ..models.heads import head_labels
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from ..types import Array
 
 _HEADS = ("classifier", "classification_head", "score", "pooler", "pre_classifier")
 

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-
-from ..checkpoint.checkpoint import Checkpoint, Shard
-from ..checkpoint.container import FLOAT_DTYPES, TensorInfo
-from ..checkpoint.dtypes import to_name
-from ..checkpoint.write import Slot, in_file_order
+from ..files.checkpoint import Checkpoint, Shard
+from ..files.container import FLOAT_DTYPES, TensorInfo
+from ..files.dtypes import to_name
+from ..files.write import Slot, in_file_order
+from ..types import Array
 from .changes import Changes, LayerChange
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,10 @@ from ..models.base import Base, BaseLayer, open_base
 from ..models.task import likely_task
 from ..spectral.delta import Term
 from ..spectral.entries import spectral_entries
+from ..types import Array, Progress
 from .asked import asked_for
 from .others import other_changes
 from .spectrum import Fit, fit, spectrum_of
-
-Array = np.ndarray[Any, np.dtype[Any]]
-Progress = Callable[[str, int, int], None]
 
 MOST_RESIDUAL = 1.5
 LEAST_SIGNAL = 4.0

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from ..types import Array
 
 
 def round_once(total: Array, weight: Array, delta: Array, result: Array, scratch: Array) -> None:

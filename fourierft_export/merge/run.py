@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bundle.names import natural_key
-from ..checkpoint.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
-from ..checkpoint.write import check_space, copy_file
 from ..errors import FileAccessError
+from ..files.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
+from ..files.write import check_space, copy_file
+from ..types import Progress
 from . import carry
-from .check import Checked, Progress, settle
+from .check import Checked, settle
 from .executors import OpenExecutor, run_tasks
 from .job import Job, place, write_in_place, write_task
 from .journal import Journal

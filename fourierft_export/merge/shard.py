@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..bundle.fingerprint import fingerprint, judge
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.clone import try_clone
-from ..checkpoint.container import TensorInfo
-from ..checkpoint.staging import sync
-from ..checkpoint.write import Buffer, TensorWriter, copy_file
 from ..errors import BadInputError
+from ..files.checkpoint import Checkpoint
+from ..files.clone import try_clone
+from ..files.container import TensorInfo
+from ..files.staging import sync
+from ..files.write import Buffer, TensorWriter, copy_file
 from .changes import LayerChange
 from .plan import OutShard, OutTensor
 from .tensors import as_array, converted, merged

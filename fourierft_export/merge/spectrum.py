@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ..spectral.delta import Term, each_block
 from ..spectral.half_spectrum import fold, roots
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from ..types import Array
 
 # Values of a block of rows: 2 MB as float64.
 _BLOCK = 1 << 18

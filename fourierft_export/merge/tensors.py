@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..checkpoint.container import FLOAT_DTYPES
-from ..checkpoint.dtypes import to_name, to_numpy
 from ..errors import BadInputError
+from ..files.container import FLOAT_DTYPES
+from ..files.dtypes import to_name, to_numpy
 from ..spectral.delta import Term, each_block
+from ..types import Array
 from .rounding import round_once
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # The bits of the exponent, all of them set in NaN and infinity, of the floats that are stored.
 _EXPONENT = {

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ..checkpoint import strict_json
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.container import read_file
 from ..errors import BadInputError, FileAccessError, FourierFTError, ValidationError
+from ..files import strict_json
+from ..files.checkpoint import Checkpoint
+from ..files.container import read_file
+from ..types import Progress
 from .carry import MANIFEST, companions
 from .journal import file_sha256
 from .manifest import KIND, SCHEMA
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

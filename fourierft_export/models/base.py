@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import strict_json
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.container import FLOAT_DTYPES, TensorInfo, read_file
 from ..errors import MAX_OFFENDERS_SHOWN, BadInputError, BaseMismatchError
+from ..files import strict_json
+from ..files.checkpoint import Checkpoint
+from ..files.container import FLOAT_DTYPES, TensorInfo, read_file
 from .renaming import renamed_modules
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from .. import __version__
 from ..bundle.file import Bundle
 from ..bundle.weights import checked_weights
-from ..checkpoint.staging import check_output
 from ..errors import BaseMismatchError, UsageError
+from ..files.staging import check_output
 from ..models.base import open_base
+from ..types import Progress
 from .edit.apply_beside import write_beside
 from .edit.apply_paired import write_pair
-from .edit.edits import Edits, Progress
+from .edit.edits import Edits
 from .edit.heads import float_heads
 from .edit.put_saved import put_saved
 from .edit.remember import remember

@@ -6,8 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.container import open_regular
 from ..errors import BadInputError
+from ..files.container import open_regular
 from .metadata import KEY
 
 if TYPE_CHECKING:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import judge
@@ -17,9 +15,8 @@ from ..bundle.spec import LayerSpec
 from ..errors import BadInputError, BaseMismatchError
 from ..models.base import find_bridge
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
+from ..types import Array
 from .groups import Group, Interface, spectral_feeds
-
-Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..bundle.file import Bundle
 from ..bundle.spec import Fingerprint
+from ..types import Array
 
 PREFIX = "fourierft."
 ADAPTER_ID = "adapter_id"
 BASE_PREFIX = f"{PREFIX}base."
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

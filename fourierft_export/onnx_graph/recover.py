@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import names
 from ..bundle.file import Bundle
-from ..checkpoint import dtypes, strict_json
-from ..checkpoint.container import TensorInfo, parse_header
 from ..errors import BadInputError, UsageError
-from .find.source import Array, Source, constant_of, open_onnx
+from ..files import dtypes, strict_json
+from ..files.container import TensorInfo, parse_header
+from ..types import Array
+from .find.source import Source, constant_of, open_onnx
 from .metadata import KEY
 
 if TYPE_CHECKING:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy.typing as npt
 
 from ..spectral.delta import Term, add_delta_weight
-
-Array = npt.NDArray[Any]
+from ..types import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.external import external_ranges
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ..files.external import external_ranges
 from .compare import Array
 
 _NUMPY_TYPES = {

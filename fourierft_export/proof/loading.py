@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ..files.checkpoint import Checkpoint
 from ..models.base import read_config
 from ..models.task import Task, auto_class_for
 from .compare import Array

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..bundle.file import Bundle
 from ..errors import UsageError
+from ..types import Progress
 from .artifacts import Artifacts
 from .compare import Array, Outputs
 from .graphs import Graph
@@ -22,7 +23,6 @@ from .model_sides import run_models
 from .report import Comparison, Report, Side
 from .tolerances import Tolerance, resolve_tolerances
 
-Progress = Callable[[str, int, int], None]
 PathLike = str | os.PathLike[str]
 SideFunction = Callable[[Mapping[str, Array]], Outputs]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..types import Entries
 from .cost import choose_delta_path, useful_threads
-from .entries import Entries
 from .half_spectrum import ROW_MAKERS, half_spectrum
 from .threads import default_threads, run_shares
 

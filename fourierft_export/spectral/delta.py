@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from ..types import Entries
 from .blocks import AnyFloat, Float32, Put, adder, rebuild_blocks
 from .cost import choose_delta_path
-from .entries import Entries, check_shape
+from .entries import check_shape
 
 
 class Term(NamedTuple):

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-
-Entries = npt.NDArray[np.int64]
+from ..types import Entries
 
 ENTRY_RULES = ("small", "r64")
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .entries import Entries
+from ..types import Entries
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

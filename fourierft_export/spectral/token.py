@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from ..types import Entries
 from .delta import check_term
-from .entries import Entries
 from .half_spectrum import add_rounds, in_rounds
 from .threads import default_threads, run_shares
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.staging import staged_file
+from ..files.staging import staged_file
 from .report import TrainReport
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..checkpoint.staging import staged_file
-from ..checkpoint.strict_json import pretty
+from ..files.staging import staged_file
+from ..files.strict_json import pretty
 from .state import History
 
 SCHEMA = 1

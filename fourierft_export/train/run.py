@@ -13,6 +13,7 @@ import torch
 
 from ..bundle.file import Bundle
 from ..errors import FileAccessError
+from ..types import Progress
 from . import defaults
 from .adapter import LiveAdapter
 from .curve import can_draw, draw_curve
@@ -38,7 +39,6 @@ from .state import (
 from .step import PEAK, Learner
 from .task import TrainingTask
 
-Progress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # between two states, if no evaluation comes first

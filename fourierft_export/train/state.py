@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn, optim
 
-from ..checkpoint import strict_json
-from ..checkpoint.staging import staged_file
 from ..errors import BadInputError, FileAccessError, UsageError
+from ..files import strict_json
+from ..files.staging import staged_file
 
 KEY = "fourierft_train"
 VERSION = 1

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..checkpoint.container import read_file
 from ..errors import BadInputError, UsageError
+from ..files.container import read_file
 
 if sys.version_info >= (3, 11):
     import tomllib

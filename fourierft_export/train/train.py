@@ -14,8 +14,9 @@ import torch
 from ..adapt.attach import detach
 from ..adapt.tree import adapter_names, check_new_name
 from ..bundle.file import Bundle
-from ..checkpoint.staging import check_output
 from ..errors import FileAccessError, UsageError
+from ..files.staging import check_output
+from ..types import Progress
 from . import defaults
 from .adapter import NAME, check_of_training_alone, continued_adapter, new_adapter
 from .held_out import with_rows_to_score
@@ -25,7 +26,7 @@ from .plan import make_plan
 from .precision import Precision, cast_frozen_linears, widen
 from .processes import Processes, join
 from .report import TrainReport
-from .run import Progress, Run
+from .run import Run
 from .settings import TrainSettings
 from .state import FILE, folder_of, load_state
 from .step import PEAK, Learner

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 from fourierft_export.bundle.peft import from_peft
-from fourierft_export.checkpoint.checkpoint import Checkpoint
+from fourierft_export.files.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHILD = str(Path(__file__).with_name("merge_child.py"))

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
-from fourierft_export.checkpoint.checkpoint import Checkpoint
+from fourierft_export.files.checkpoint import Checkpoint
 
 Array = np.ndarray[Any, Any]
 

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft
-from fourierft_export.checkpoint.checkpoint import Checkpoint
 from fourierft_export.errors import UsageError
+from fourierft_export.files.checkpoint import Checkpoint
 from fourierft_export.merge.merge import merge_checkpoint
 
 Array = np.ndarray[Any, Any]

@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fourierft_export.bundle.file import Bundle
-from fourierft_export.checkpoint.checkpoint import Checkpoint
 from fourierft_export.errors import BadInputError, UsageError
+from fourierft_export.files.checkpoint import Checkpoint
 from fourierft_export.merge.merge import merge_checkpoint
 
 Array = np.ndarray[Any, Any]

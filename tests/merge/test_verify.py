@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fourierft_export.bundle.file import Bundle
-from fourierft_export.checkpoint.checkpoint import Checkpoint
 from fourierft_export.errors import BadInputError, FileAccessError, ValidationError
+from fourierft_export.files.checkpoint import Checkpoint
 from fourierft_export.merge.merge import merge_checkpoint
 from fourierft_export.merge.verify import verify_merged
 

@@ -12,13 +12,14 @@ from ...bundle.file import Bundle
 from ...bundle.fingerprint import fingerprint, judge
 from ...bundle.spec import Fingerprint, LayerSpec
 from ...errors import UsageError
+from ...types import Array
 from ..find.consumers import source_of
 from ..find.content import part_of
 from ..find.found import Site, Wanted
 from ..find.linears import SavedSite
 from ..find.quantised import QuantisedSite
 from ..find.saved import Place
-from ..find.source import Array, Source, constant_of
+from ..find.source import Source, constant_of
 from ..fit import full_feeds
 from ..groups import Interface, Saved, group_layers, table
 from ..modes import BANK, UNMERGED

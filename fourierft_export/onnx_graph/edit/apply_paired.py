@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...spectral.delta import Term
+from ...types import Array
 from ..find.found import Site
 from ..find.locate import WeightSite
 from ..find.saved import Place
-from ..find.source import Array, constant_of
+from ..find.source import constant_of
 from ..fit import full_feeds
 from ..groups import Interface, Saved, group_layers
 from ..metadata import Written

@@ -8,12 +8,12 @@ the base, which is not in the table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import UsageError
+from ...types import Array
 from ..find.linears import HasEnds, SavedSite
 from ..groups import ADAPTER_ID, BASE_PREFIX, PREFIX, Interface
 from .batched import batch_of, is_batch_first, leads_with_batch
@@ -24,7 +24,6 @@ from .swappable import group_inputs
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Array = npt.NDArray[Any]
 
 ADAPTERS = f"{PREFIX}adapters"
 

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...checkpoint.container import open_regular, read_exactly
-from ...checkpoint.external import EXTERNAL, Range, tensors
-from ...checkpoint.staging import check_output, os_errors_named, work_folder
-from ...checkpoint.write import as_bytes, check_space
 from ...errors import BadInputError, UsageError
-from ..find.source import Array, Source, constant_of
+from ...files.container import open_regular, read_exactly
+from ...files.external import EXTERNAL, Range, tensors
+from ...files.staging import check_output, os_errors_named, work_folder
+from ...files.write import as_bytes, check_space
+from ...types import Array, Progress
+from ..find.source import Source, constant_of
 from .ops import free_name
 from .write import check_data_output, data_path, publish_model
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Make = Callable[[], Array]
-Progress = Callable[[str, int, int], None]
 
 _MARK = "\0patch."  # no file can have this name
 _CHUNK = 16 << 20

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...types import Array
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Array = npt.NDArray[Any]
 
 FLOAT32 = 1  # onnx.TensorProto.FLOAT
 

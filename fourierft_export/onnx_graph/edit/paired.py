@@ -8,12 +8,12 @@ the first graph takes it. Saved heads and biases go straight to the first graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ...spectral.delta import Term
+from ...types import Array
 from ..find.linears import SavedSite
 from ..find.locate import WeightSite
 from ..groups import Group, Interface
@@ -24,8 +24,6 @@ from .swappable import group_inputs, saved_inputs, take_out
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Array = npt.NDArray[Any]
 
 
 def write_paired(

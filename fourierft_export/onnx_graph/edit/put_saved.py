@@ -9,8 +9,9 @@ import numpy as np
 
 from ...bundle.file import Bundle
 from ...errors import BadInputError, UsageError
+from ...types import Array
 from ..find.saved import Place
-from ..find.source import Array, constant_of
+from ..find.source import constant_of
 from .edits import Edits
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...bundle.file import Bundle
-from ...checkpoint.container import header_length, parse_header
+from ...files.container import header_length, parse_header
+from ...types import Array
 from ..find.consumers import same_module
-from ..find.source import Array, constant_of, constants
+from ..find.source import constant_of, constants
 from ..metadata import KEY
 
 if TYPE_CHECKING:

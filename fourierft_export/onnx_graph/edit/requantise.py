@@ -14,9 +14,10 @@ import numpy as np
 
 from ...errors import BaseMismatchError
 from ...spectral.delta import Term, add_delta_weight
+from ...types import Array
 from ..find.quantised import QuantisedLinear
 from ..find.quantised_forms import unpacked
-from ..find.source import Array, constant_of
+from ..find.source import constant_of
 from .edits import Edits
 
 if TYPE_CHECKING:

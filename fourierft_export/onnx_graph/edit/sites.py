@@ -11,9 +11,10 @@ import numpy as np
 from ...bundle.file import Bundle
 from ...errors import BadInputError
 from ...spectral.delta import Term, add_delta_weight
+from ...types import Array
 from ..find.content import part_of
 from ..find.found import Site
-from ..find.source import Array, Source, constant_of
+from ..find.source import Source, constant_of
 from ..metadata import Written
 from .edits import Edits
 from .functions import add_functions

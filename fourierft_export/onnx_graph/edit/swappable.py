@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ...types import Array
 from ..find.linears import HasEnds, SavedSite
 from ..groups import BASE_PREFIX, Group, Interface
 from .ops import FLOAT32, Ops
@@ -15,8 +15,6 @@ from .side_branch import Frequencies, SideBranches
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Array = npt.NDArray[Any]
 
 
 def write_swappable(

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...types import Array
 from ..find.consumers import STANDARD, Use
 from ..find.content import part_of
 from ..find.found import Candidate, Site
-from ..find.source import Array, constant_of
+from ..find.source import constant_of
 from .edits import Edits
 from .ops import free_name, replace_uses
 

@@ -8,7 +8,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...checkpoint.staging import (
+from ...files.staging import (
     check_output,
     os_errors_named,
     set_umask_mode,

@@ -13,7 +13,8 @@ import numpy as np
 
 from ...bundle.fingerprint import SAMPLE_ATOL, SAMPLE_RTOL, compare, sample_positions
 from ...bundle.spec import Fingerprint
-from .source import Array, Source, constant_of
+from ...types import Array
+from .source import Source, constant_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import BadInputError, UsageError
+from ...types import Array
 from .locate import WeightSite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Array = npt.NDArray[Any]
 
 
 class HasEnds(Protocol):

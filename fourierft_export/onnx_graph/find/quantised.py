@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from ...bundle.fingerprint import SAMPLE_RTOL, sample_positions
+from ...types import Array
 from .found import Wanted
-from .source import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir

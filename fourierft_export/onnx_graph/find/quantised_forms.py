@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...types import Array
 from .consumers import STANDARD, paths_of
 from .quantised import QuantisedLinear
-from .source import Array, Source, constant_of
+from .source import Source, constant_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,19 +11,18 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from ...checkpoint.container import open_regular, read_exactly
-from ...checkpoint.external import Range, external_ranges
 from ...errors import BadInputError
+from ...files.container import open_regular, read_exactly
+from ...files.external import Range, external_ranges
+from ...types import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Array = npt.NDArray[Any]
 MAX_MODEL_BYTES = 2**31
 
 

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ...checkpoint.container import open_regular
-from ...checkpoint.staging import staged_file
 from ...errors import BadInputError, missing_extra
-
-Array = npt.NDArray[Any]
+from ...files.container import open_regular
+from ...files.staging import staged_file
+from ...types import Array
 
 SUFFIX = ".onnx_adapter"
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16

@@ -6,14 +6,11 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy.typing as npt
-
 from ...spectral.delta import Term
+from ...types import Array
 from ..groups import Interface
 from ..weight_input import WeightInput
 from .adapter_file import to_value
-
-Array = npt.NDArray[Any]
 
 
 class Expanded:

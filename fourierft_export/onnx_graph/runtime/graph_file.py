@@ -6,15 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ...bundle.file import Bundle
-from ...checkpoint.container import open_regular, read_exactly
-from ...checkpoint.external import EXTERNAL, external_ranges, tensor_bytes
 from ...errors import BadInputError, UsageError
+from ...files.container import open_regular, read_exactly
+from ...files.external import EXTERNAL, external_ranges, tensor_bytes
+from ...types import Array
 from ..fit import fit
 from ..groups import BASE_PREFIX, Interface
 from ..metadata import KEY
@@ -24,8 +24,6 @@ from ..weight_input import WeightInput
 
 if TYPE_CHECKING:
     import onnx
-
-Array = npt.NDArray[Any]
 
 
 def parameters_for(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
-
-import numpy.typing as npt
 
 from ...errors import UsageError
+from ...types import Array
 
-Array = npt.NDArray[Any]
 Adapter = str | Sequence[str | None] | None
 
 

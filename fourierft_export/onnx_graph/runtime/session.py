@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...bundle.file import Bundle
 from ...bundle.peft import from_peft
 from ...errors import UsageError
+from ...types import Array
 from ..fit import check_parameters, fit, knows_base
 from ..groups import ADAPTER_ID, Interface, base_feeds, table
 from ..modes import BANK, PAIRED
@@ -24,8 +24,6 @@ from .expanded import Expanded
 from .graph_file import base_saved, facts_of, read_model, weight_inputs
 from .ort_session import device_of, load_session, run_session
 from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
-
-Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from ...adapt.linear import check_mergeable, stored_weight, to_array
 from ...adapt.plain import swapped_layers, with_weight
 from ...adapt.tree import active_adapters, fourier_layers
 from ...bundle.file import Bundle
-from ...checkpoint.staging import check_output
 from ...errors import UsageError
+from ...files.staging import check_output
 from ...spectral.delta import Term
+from ...types import Progress
 from ..edit.inline import inline_functions
 from ..edit.remember import remember
 from ..edit.rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
@@ -33,8 +34,6 @@ from ..runtime_paths import expander_path
 from .runtime_export import build_runtime, runtime_layers
 from .trace import Inputs, trace
 from .versions import check_ir_version, check_opset, set_ir_version
-
-Progress = Callable[[str, int, int], None]
 
 _DTYPES = ("float32", "float16", "bfloat16")
 

@@ -15,20 +15,21 @@ from ...adapt.saved import own_state
 from ...adapt.tree import adapted_modules, fourier_layers
 from ...bundle.file import Bundle
 from ...bundle.weights import checked_weights
-from ...checkpoint.staging import check_output
 from ...errors import UsageError
+from ...files.staging import check_output
 from ...merge.check import check
 from ...models.base import Base, open_base
 from ...models.examples import dynamic_axes, example_inputs, output_names
 from ...models.heads import head_labels
 from ...models.load import load_model
 from ...models.task import get_task, infer_task
+from ...types import Progress
 from ..modes import BANK, DEFAULTS, MERGED, RUNTIME_MODES
 from ..report import ExportReport
 from ..several import Bundles, named_bundles, weighted
 from .cache import CachedModel
 from .encoder import EncoderView
-from .export import Progress, export_onnx
+from .export import export_onnx
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from ...bundle.file import Bundle
 from ...bundle.fingerprint import fingerprint
 from ...errors import UsageError
 from ...spectral.delta import Term
+from ...types import Array
 from ..edit.bank import write_bank
 from ..edit.ops import constant_value
 from ..edit.paired import expander, write_paired
@@ -38,8 +38,6 @@ from .trace import Inputs, trace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from ...checkpoint import strict_json
-from ...checkpoint.container import read_file
 from ...errors import BadInputError
+from ...files import strict_json
+from ...files.container import read_file
 
 FILE = "pieces.json"
 UNKNOWN, BEGIN = 0, 1

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ...checkpoint import strict_json
-from ...checkpoint.container import open_regular
 from ...errors import BadInputError, UsageError, missing_extra
+from ...files import strict_json
+from ...files.container import open_regular
 from .table import Complaints, Table, brief, not_empty
 
 MAX_LINE_BYTES = 4 << 20

@@ -20,8 +20,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ...adapt.attach import capture
 from ...adapt.tree import adapter_names
 from ...bundle.file import SUFFIX, Bundle
-from ...checkpoint.staging import staged_file
 from ...errors import UsageError
+from ...files.staging import staged_file
 from ..live import adapter_tensors
 
 ADAPTER_FILE = f"adapter{SUFFIX}"

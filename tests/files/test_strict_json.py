@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourierft_export.checkpoint.strict_json import MAX_DEPTH, canonical, loads, pretty
 from fourierft_export.errors import BadInputError
+from fourierft_export.files.strict_json import MAX_DEPTH, canonical, loads, pretty
 
 # Keys that fail to encode (half surrogate pairs) are refused; hypothesis makes none.
 JSON = st.recursive(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fourierft_export.checkpoint.clone import try_clone
+from fourierft_export.files.clone import try_clone
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FICLONE is Linux's")

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from safetensors import deserialize
 from safetensors.numpy import save
 
-from fourierft_export.checkpoint import dtypes
-from fourierft_export.checkpoint.container import (
+from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError
+from fourierft_export.files import dtypes
+from fourierft_export.files.container import (
     DTYPE_BITS,
     encode_header,
     header_length,
@@ -27,7 +28,6 @@ from fourierft_export.checkpoint.container import (
     read_exactly,
     read_header,
 )
-from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
         "b": {"dtype": "I8", "shape": [], "data_offsets": [24, 25]}}  # fmt: skip

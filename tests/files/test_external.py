@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from fourierft_export.checkpoint.external import Range, external_ranges
 from fourierft_export.errors import BadInputError, FileAccessError
+from fourierft_export.files.external import Range, external_ranges
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

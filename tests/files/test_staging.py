@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fourierft_export.checkpoint.staging import (
+from fourierft_export.errors import FileAccessError, UsageError
+from fourierft_export.files.staging import (
     check_output,
     staged_directory,
     staged_file,
     work_folder,
 )
-from fourierft_export.errors import FileAccessError, UsageError
 
 
 def listing(directory: Path) -> list[str]:
@@ -95,7 +95,7 @@ def killed(tmp_path: Path, stage: str, then: str) -> list[str]:
     script = textwrap.dedent(f"""
         import os, signal, sys
         from pathlib import Path
-        from fourierft_export.checkpoint.staging import {stage}
+        from fourierft_export.files.staging import {stage}
         out = Path(sys.argv[1])
         with {stage}(out) as partial:
             {then}
@@ -145,7 +145,7 @@ def test_a_plan_is_taken_over_and_kept_apart(tmp_path: Path) -> None:
 
 def test_work_that_a_killed_run_left_is_there_when_it_shall_be_kept(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from fourierft_export.checkpoint.staging import work_folder\n"
+        "import os, sys; from fourierft_export.files.staging import work_folder\n"
         "with work_folder(sys.argv[1], plan='p') as f:\n"
         "    (f / 'done').touch(); os.kill(os.getpid(), 9)"
     )

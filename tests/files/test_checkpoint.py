@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fourierft_export.checkpoint.checkpoint import Checkpoint
 from fourierft_export.errors import BadInputError, FileAccessError
+from fourierft_export.files.checkpoint import Checkpoint
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 TENSORS = {
