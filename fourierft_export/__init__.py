@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.merge.merge import merge_checkpoint
-    from fourierft_export.merge.recover import recover_bundle
     from fourierft_export.merge.verify import verify_merged
     from fourierft_export.onnx_graph.apply import apply_onnx
-    from fourierft_export.onnx_graph.recover import recover_onnx
     from fourierft_export.onnx_graph.runtime.session import AdapterSession
     from fourierft_export.onnx_graph.trace.export import export_onnx
     from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
     from fourierft_export.proof.validate import validate
+    from fourierft_export.recover.from_checkpoint import recover_bundle
+    from fourierft_export.recover.from_onnx import recover_onnx
     from fourierft_export.train.hf.accelerate_state import save_bundles
     from fourierft_export.train.hf.callback import BundleCallback
     from fourierft_export.train.optimizer import parameter_groups
@@ -99,8 +99,8 @@ _HOMES = {
     "inject": "adapt.inject",
     "merge_checkpoint": "merge.merge",
     "parameter_groups": "train.optimizer",
-    "recover_bundle": "merge.recover",
-    "recover_onnx": "onnx_graph.recover",
+    "recover_bundle": "recover.from_checkpoint",
+    "recover_onnx": "recover.from_onnx",
     "restore": "adapt.fuse",
     "route": "adapt.route",
     "save_bundles": "train.hf.accelerate_state",

@@ -16,14 +16,7 @@ from ..types import Array
 from .active import activate, update_learning
 from .adapter import AdapterOrigin
 from .inject import base_model_name, freeze, unfreeze
-from .linear import (
-    float_weight,
-    is_conv1d,
-    layer_device,
-    layer_shape,
-    to_array,
-    to_tensor,
-)
+from .linear import float_weight, is_conv1d, layer_device, layer_shape, to_array, to_tensor
 from .placing import plan_attachment
 from .tree import (
     active_adapters,

@@ -19,14 +19,7 @@ from ..spectral.entries import current_rule, spectral_entries
 from ..types import Entries
 from .adapter import AdapterOrigin, LayerAdapter
 from .beside import check_answer, warn_if_gradients_stop
-from .linear import (
-    float_weight,
-    is_conv1d,
-    is_linear,
-    layer_device,
-    layer_shape,
-    stored_weight,
-)
+from .linear import float_weight, is_conv1d, is_linear, layer_device, layer_shape, stored_weight
 from .mixed import MixedTensor
 from .saved import AdaptedModule
 

@@ -15,13 +15,7 @@ from .active import let_learn
 from .layer import FourierLinear
 from .rows import Names, Routing, Rows
 from .saved import AdaptedModule, own_state
-from .tree import (
-    adapted_modules,
-    base_modules,
-    check_known,
-    fourier_layers,
-    original,
-)
+from .tree import adapted_modules, base_modules, check_known, fourier_layers, original
 
 
 @contextmanager

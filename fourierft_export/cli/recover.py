@@ -88,7 +88,7 @@ def recover(
         raise UsageError("recover", expected="--base and --merged, or --onnx", found=found)
     if adapter is not None:
         raise UsageError("--adapter", expected="--onnx, whose adapters have names", found="none")
-    from ..merge.recover import recover_bundle
+    from ..recover.from_checkpoint import recover_bundle
 
     inputs = (base, merged, *([like] if like else []))
     check_output(output, force=force, inputs=inputs)
@@ -120,7 +120,7 @@ def _from_onnx(
 ) -> Outcome:
     from ..errors import UsageError
     from ..files.staging import check_output
-    from ..onnx_graph.recover import recover_onnx
+    from ..recover.from_onnx import recover_onnx
 
     check_output(output, force=force, inputs=(path,))
     bundles = recover_onnx(path, allow_links=allow_links)

@@ -12,24 +12,24 @@ from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
 from ..models.base import open_base
 from ..types import Progress
-from .edit.apply_beside import write_beside
-from .edit.apply_paired import write_pair
-from .edit.edits import Edits
-from .edit.heads import float_heads
-from .edit.put_saved import put_saved
-from .edit.remember import remember
-from .edit.requantise import merge_quantised
-from .edit.sites import Job, feed_sites, merge_sites
-from .edit.unpack import unpack_sites
-from .edit.write import data_path, refuse_inputs, write_model
-from .find.belonging import bound_to, judge, wanted_layers
-from .find.finder import Finder
-from .find.found import Site
-from .find.quantised import QuantisedSite, by_node
-from .find.saved import find_saved
-from .find.source import Source, open_onnx
+from .graph.edits import Edits
+from .graph.source import Source, open_onnx
+from .graph.write import data_path, refuse_inputs, write_model
+from .locate.belonging import bound_to, judge, wanted_layers
+from .locate.finder import Finder
+from .locate.found import Site
+from .locate.quantised import QuantisedSite, by_node
+from .locate.saved import find_saved
 from .metadata import KEY, Written, describe
-from .modes import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
+from .mode_names import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
+from .modes.apply_beside import write_beside
+from .modes.apply_paired import write_pair
+from .modes.heads import float_heads
+from .modes.put_saved import put_saved
+from .modes.remember import remember
+from .modes.requantise import merge_quantised
+from .modes.sites import Job, feed_sites, merge_sites
+from .modes.unpack import unpack_sites
 from .report import ExportReport, fed_shapes, value_shapes
 from .runtime_paths import expander_path
 from .search import search

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..bundle.file import Bundle
-from .edit.inline import holders, inline_some
-from .find.finder import FLOATS, Finder
-from .find.found import Found, Wanted
-from .find.packed import parse_mapped
-from .find.quantised import QuantisedLinear, all_paths
-from .find.quantised_forms import others, quantised_linears
-from .find.quantised_search import Judged, find_quantised
-from .find.saved import lacking
-from .find.source import Source
+from .graph.inline import holders, inline_some
+from .graph.source import Source
+from .locate.finder import FLOATS, Finder
+from .locate.found import Found, Wanted
+from .locate.packed import parse_mapped
+from .locate.quantised import QuantisedLinear, all_paths
+from .locate.quantised_forms import others, quantised_linears
+from .locate.quantised_search import Judged, find_quantised
+from .locate.saved import lacking
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -194,8 +194,8 @@ def test_what_is_counted_in_bytes_is_what_the_library_reports(
     base: Path, bundle: Path, tmp_path: Path
 ) -> None:
     from fourierft_export.merge.merge import merge_checkpoint
-    from fourierft_export.merge.recover import recover_bundle
     from fourierft_export.merge.verify import verify_merged
+    from fourierft_export.recover.from_checkpoint import recover_bundle
 
     seen: dict[str, int] = {}
     note: Any = lambda what, done, total: seen.update({what: total})  # noqa: E731

@@ -14,12 +14,7 @@ from pathlib import Path
 import pytest
 
 from fourierft_export.errors import FileAccessError, UsageError
-from fourierft_export.files.staging import (
-    check_output,
-    staged_directory,
-    staged_file,
-    work_folder,
-)
+from fourierft_export.files.staging import check_output, staged_directory, staged_file, work_folder
 
 
 def listing(directory: Path) -> list[str]:

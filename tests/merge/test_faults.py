@@ -20,12 +20,7 @@ import numpy as np
 import pytest
 
 from fourierft_export.bundle.file import Bundle
-from fourierft_export.errors import (
-    BadInputError,
-    BaseMismatchError,
-    FileAccessError,
-    UsageError,
-)
+from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.files.checkpoint import Checkpoint
 from fourierft_export.merge import estimate, executors, run
 from fourierft_export.merge.merge import merge_checkpoint

@@ -17,8 +17,8 @@ from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft
 from fourierft_export.errors import BaseMismatchError, UsageError, ValidationError
 from fourierft_export.merge.merge import merge_checkpoint
-from fourierft_export.merge.recover import recover_bundle
-from fourierft_export.merge.spectrum import fit, half_unit, spectrum_of
+from fourierft_export.recover.from_checkpoint import recover_bundle
+from fourierft_export.recover.spectrum import fit, half_unit, spectrum_of
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
-from fourierft_export.onnx_graph.edit.batched import is_batch_first, leads_with_batch
-from fourierft_export.onnx_graph.edit.shapes import fill_shapes
-from fourierft_export.onnx_graph.find.source import open_onnx
+from fourierft_export.onnx_graph.graph.shapes import fill_shapes
+from fourierft_export.onnx_graph.graph.source import open_onnx
+from fourierft_export.onnx_graph.modes.batched import is_batch_first, leads_with_batch
 
 NAMES = (None, "one", "two")
 

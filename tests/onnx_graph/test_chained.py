@@ -13,8 +13,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 import fourierft_export as ff
-from fourierft_export.onnx_graph.find.quantised_forms import quantised_linears
-from fourierft_export.onnx_graph.find.source import open_onnx
+from fourierft_export.onnx_graph.graph.source import open_onnx
+from fourierft_export.onnx_graph.locate.quantised_forms import quantised_linears
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 LAYERS = ("a", "b", "c")

@@ -20,8 +20,8 @@ from torch import nn
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, UsageError
 from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.recover import recover_onnx
 from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
+from fourierft_export.recover.from_onnx import recover_onnx
 
 KEY = "fourierft_export"
 Variant = Callable[[ff.Bundle], ff.Bundle]

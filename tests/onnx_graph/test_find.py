@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.errors import BaseMismatchError
 from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.find.consumers import scope_of_name
+from fourierft_export.onnx_graph.locate.consumers import scope_of_name
 
 MODES = ("merged", "unmerged")
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from fourierft_export.onnx_graph.edit import functions
+from fourierft_export.onnx_graph.modes import functions
 from fourierft_export.spectral.delta import reference_delta
 
 SHAPES = [

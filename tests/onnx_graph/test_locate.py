@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from fourierft_export.errors import BadInputError
-from fourierft_export.onnx_graph.find.locate import locate_marks
+from fourierft_export.onnx_graph.locate.marks import locate_marks
 
 RNG = np.random.default_rng(0)
 A, B, C = (RNG.standard_normal((4, 4)).astype(np.float32) for _ in range(3))

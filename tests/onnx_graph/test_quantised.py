@@ -290,8 +290,8 @@ def test_dequantised_weights_are_those_that_onnxruntime_uses(
     files: dict[str, Path], model: nn.Module, run: Run, tmp_path: Path
 ) -> None:
     """MatMulNBits by hand against its own product with the identity."""
-    from fourierft_export.onnx_graph.find.quantised_forms import quantised_linears
-    from fourierft_export.onnx_graph.find.source import open_onnx
+    from fourierft_export.onnx_graph.graph.source import open_onnx
+    from fourierft_export.onnx_graph.locate.quantised_forms import quantised_linears
 
     for form in FORMS:
         for one in quantised_linears(open_onnx(files[form])):
@@ -316,8 +316,8 @@ def test_merging_when_asked_tells_what_it_loses(
     run: Run,
 ) -> None:
     """The losses are those of the weights in the file; no other node, and near W + delta_W."""
-    from fourierft_export.onnx_graph.find.quantised_forms import quantised_linears
-    from fourierft_export.onnx_graph.find.source import open_onnx
+    from fourierft_export.onnx_graph.graph.source import open_onnx
+    from fourierft_export.onnx_graph.locate.quantised_forms import quantised_linears
 
     bundle, out = bound(model, make_bundle, scaling=60.0), tmp_path / "out.onnx"
     report = apply_onnx(files[form], bundle, out, allow_requantise=True)

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.errors import BaseMismatchError
 from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.recover import recover_onnx
 from fourierft_export.onnx_graph.runtime.session import AdapterSession
+from fourierft_export.recover.from_onnx import recover_onnx
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 FORMS = ("4 bit", "4 bit asymmetric", "8 bit", "4 bit QDQ", "QDQ", "dynamic int8")
@@ -320,8 +320,8 @@ def test_merging_packed_parts_when_asked(
     form: str, files: dict[str, Path], bundle: Any, exact_delta: Any, tmp_path: Path
 ) -> None:
     """One weight is quantised again, once; the losses are those of each layer's rows."""
-    from fourierft_export.onnx_graph.find.quantised_forms import quantised_linears
-    from fourierft_export.onnx_graph.find.source import open_onnx
+    from fourierft_export.onnx_graph.graph.source import open_onnx
+    from fourierft_export.onnx_graph.locate.quantised_forms import quantised_linears
 
     out = tmp_path / "out.onnx"
     with pytest.raises(BaseMismatchError, match="--mode unmerged"):

@@ -12,7 +12,7 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.modes import MODES
+from fourierft_export.onnx_graph.mode_names import MODES
 
 
 @pytest.mark.parametrize("mode", MODES)

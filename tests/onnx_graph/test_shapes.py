@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fourierft_export.onnx_graph.edit.shapes import fill_shapes
-from fourierft_export.onnx_graph.find.source import open_onnx
+from fourierft_export.onnx_graph.graph.shapes import fill_shapes
+from fourierft_export.onnx_graph.graph.source import open_onnx
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 SIZES = {"batch": 3, "tokens": 5}

@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from fourierft_export.onnx_graph.edit import side_branch
-from fourierft_export.onnx_graph.edit.ops import Ops
-from fourierft_export.onnx_graph.edit.tables import is_dense
+from fourierft_export.onnx_graph.graph.ops import Ops
+from fourierft_export.onnx_graph.modes import side_branch
+from fourierft_export.onnx_graph.modes.tables import is_dense
 from fourierft_export.spectral.delta import reference_delta
 
 ROWS, TOKENS, LAYERS = 3, 4, 2

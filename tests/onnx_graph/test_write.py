@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from fourierft_export.errors import FileAccessError, UsageError
-from fourierft_export.onnx_graph.edit import write
+from fourierft_export.onnx_graph.graph import write
 
 
 def model(fill: float = 1.0, valid: bool = True) -> ir.Model:

@@ -15,10 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.spec import LayerSpec
-from fourierft_export.errors import (
-    BadInputError,
-    UsageError,
-)
+from fourierft_export.errors import BadInputError, UsageError
 from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 from fourierft_export.proof.graphs import Graph
 from fourierft_export.proof.validate import validate

@@ -13,9 +13,7 @@ import torch
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.peft import from_peft
-from fourierft_export.errors import (
-    ValidationError,
-)
+from fourierft_export.errors import ValidationError
 from fourierft_export.merge.merge import merge_checkpoint
 from fourierft_export.proof.validate import validate
 

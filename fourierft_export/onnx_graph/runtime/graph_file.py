@@ -18,7 +18,7 @@ from ...types import Array
 from ..fit import fit
 from ..groups import BASE_PREFIX, Interface
 from ..metadata import KEY
-from ..modes import BANK, PAIRED
+from ..mode_names import BANK, PAIRED
 from ..runtime_paths import expander_path
 from ..weight_input import WeightInput
 

@@ -22,13 +22,13 @@ from ...errors import UsageError
 from ...files.staging import check_output
 from ...spectral.delta import Term
 from ...types import Progress
-from ..edit.inline import inline_functions
-from ..edit.remember import remember
-from ..edit.rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
-from ..edit.write import data_path, write_model
-from ..find.locate import locate_marks
+from ..graph.inline import inline_functions
+from ..graph.write import data_path, write_model
+from ..locate.marks import locate_marks
 from ..metadata import describe
-from ..modes import DEFAULTS, MERGED, MODES, RUNTIME_MODES
+from ..mode_names import DEFAULTS, MERGED, MODES, RUNTIME_MODES
+from ..modes.remember import remember
+from ..modes.rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from ..report import ExportReport, fed_shapes, value_shapes
 from ..runtime_paths import expander_path
 from .runtime_export import build_runtime, runtime_layers

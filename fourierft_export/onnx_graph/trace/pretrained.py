@@ -24,7 +24,7 @@ from ...models.heads import head_labels
 from ...models.load import load_model
 from ...models.task import get_task, infer_task
 from ...types import Progress
-from ..modes import BANK, DEFAULTS, MERGED, RUNTIME_MODES
+from ..mode_names import BANK, DEFAULTS, MERGED, RUNTIME_MODES
 from ..report import ExportReport
 from ..several import Bundles, named_bundles, weighted
 from .cache import CachedModel

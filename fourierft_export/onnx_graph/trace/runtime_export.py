@@ -22,17 +22,17 @@ from ...bundle.fingerprint import fingerprint
 from ...errors import UsageError
 from ...spectral.delta import Term
 from ...types import Array
-from ..edit.bank import write_bank
-from ..edit.ops import constant_value
-from ..edit.paired import expander, write_paired
-from ..edit.remember import remember
-from ..edit.swappable import write_swappable
-from ..find.linears import SavedSite, linear_nodes, locate_saved
-from ..find.locate import WeightSite, locate_marks
 from ..fit import full_feeds
+from ..graph.ops import constant_value
 from ..groups import BASE_PREFIX, Interface, Saved, base_feeds, group_layers, table
+from ..locate.linears import SavedSite, linear_nodes, locate_saved
+from ..locate.marks import WeightSite, locate_marks
 from ..metadata import Written, describe
-from ..modes import BANK, DEFAULTS, PAIRED, REQUIRED, SWAPPABLE
+from ..mode_names import BANK, DEFAULTS, PAIRED, REQUIRED, SWAPPABLE
+from ..modes.bank import write_bank
+from ..modes.paired import expander, write_paired
+from ..modes.remember import remember
+from ..modes.swappable import write_swappable
 from ..weight_input import WeightInput
 from .trace import Inputs, trace
 

@@ -1,0 +1,134 @@
+"""New nodes for a graph: named, with equal constants made once, in order at the end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...types import Array
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+STANDARD = ("", "ai.onnx")
+FLOAT32 = 1  # onnx.TensorProto.FLOAT
+
+
+class Ops:
+    """Adds nodes and constants to a graph.
+
+    New nodes go to the end of the graph until `finish` sorts it, so that they may feed old ones.
+
+    Args:
+        graph: changed in place.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        nodes = [node for node in graph if node.name]
+        self._names = {str(node.name) for node in nodes} | set(graph.initializers)
+        self._names |= {str(value.name) for node in graph for value in node.outputs}
+        self._names |= {str(value.name) for value in graph.inputs}
+
+    def free(self, name: str) -> str:
+        """`name`, with a number behind it if the graph uses it already; it is taken from now on."""
+        name = free_name(name, self._names)
+        self._names.add(name)
+        return name
+
+    def release(self, name: str) -> None:
+        """Let `name` be taken again."""
+        self._names.discard(name)
+
+    def op(self, kind: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
+        """The output of a new node; node and output are called `name`."""
+        return self.ops(kind, inputs, name, 1, **attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        outputs: int,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """The outputs of a new node."""
+        import onnx_ir as ir
+
+        name = self.free(name)
+        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for index, output in enumerate(node.outputs):
+            output.name = name if outputs == 1 else self.free(f"{name}.{index}")
+        self.graph.append(node)
+        return node.outputs
+
+    def constant(self, content: npt.ArrayLike, name: str) -> ir.Value:
+        """An initializer with this content; an equal one that was made here before serves again."""
+        array = np.asarray(content)
+        key = array.dtype.name, array.shape, array.tobytes()
+        if key not in self._constants:
+            self._constants[key] = self.initializer(array, name)
+        return self._constants[key]
+
+    def initializer(self, array: Array, name: str) -> ir.Value:
+        """A new initializer; its name gets a number if it is taken."""
+        value = constant_value(array, self.free(name))
+        self.graph.register_initializer(value)
+        return value
+
+    def overridable(
+        self, array: Array, name: str, shape: Sequence[int | str] | None = None
+    ) -> ir.Value:
+        """A new graph input of this very name with a default; sizes by name are the caller's."""
+        import onnx_ir as ir
+
+        value = constant_value(array, name)
+        self._names.add(name)
+        self.graph.register_initializer(value)
+        if shape is not None:
+            value.shape = ir.Shape(shape)
+        self.graph.inputs.append(value)
+        return value
+
+    def finish(self) -> None:
+        """Bring all nodes into an order in which they can run."""
+        self.graph.sort()
+
+
+def constant_value(array: Array, name: str) -> ir.Value:
+    """A value with a constant content, in no graph yet."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+    return ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """`name`, with a number behind it if it is taken."""
+    numbers = itertools.count(1)
+    free = name
+    while free in taken:
+        free = f"{name}.{next(numbers)}"
+    return free
+
+
+def replace_uses(users: Sequence[tuple[ir.Node, int]], old: ir.Value, new: ir.Value) -> None:
+    """Feed `new` to `users` of `old`; new gets its type and shape, and a graph output its name."""
+    for node, index in users:
+        node.replace_input_with(index, new)
+    new.type, new.shape = old.type, old.shape
+    graph = old.graph
+    if graph is not None and old.is_graph_output():
+        old.name, new.name = f"{old.name}.base", old.name
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new

@@ -1,0 +1,263 @@
+"""Mode bank: a table of adapters as inputs, and per row of the batch the number of its adapter.
+
+The table is the groups' inputs with the number of adapters in front: spectrum [A, L, n], entries
+[A, n, 2], scaling [A, L], saved tensors [A, ...]. `adapter_id` [batch] counts its rows from 1; 0 is
+the base, which is not in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import UsageError
+from ...types import Array
+from ..graph.ops import FLOAT32, Ops, replace_uses
+from ..groups import ADAPTER_ID, BASE_PREFIX, PREFIX, Interface
+from ..locate.linears import HasEnds, SavedSite
+from .batched import batch_of, is_batch_first, leads_with_batch
+from .side_branch import SideBranches
+from .swappable import group_inputs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+ADAPTERS = f"{PREFIX}adapters"
+
+
+def write_bank(
+    model: ir.Model,
+    linears: Mapping[str, Sequence[HasEnds]],
+    interface: Interface,
+    defaults: Mapping[str, Array],
+    saved: Iterable[SavedSite] = (),
+    base_saved: Mapping[str, Array] | None = None,
+) -> None:
+    """Give a graph a table of adapters, and every row of its batch the one it asks for.
+
+    Args:
+        model, linears, interface, saved: as in `swappable.write_swappable`; the first dimension of
+            the graph's first input is the batch, and that of every adapted layer's input.
+        defaults: input name -> default table, from `groups.table`.
+        base_saved: the base's own saved tensors, for id 0.
+
+    Raises:
+        UsageError: a layer or saved tensor works on something whose first dimension is not the
+            batch, or an operator cannot have one saved tensor per row.
+    """
+    graph = model.graph
+    batch = batch_of(model)
+    _check_batched(linears, batch)
+    ops = Ops(graph)
+    ids = ops.overridable(np.zeros(1, np.int64), ADAPTER_ID, [batch])
+    ops.graph.initializers.pop(ADAPTER_ID)
+    ids.const_value = None
+    rows = _Rows(ops, ids)
+    _write_saved(rows, interface, defaults, list(saved), base_saved or {}, batch)
+    branches = SideBranches(ops)
+    for group in interface.groups:
+        inputs = group_inputs(ops, group, defaults, [ADAPTERS])
+        spectrum, entries, scaling = (rows.pick(value) for value in inputs)
+        if group.dtype != "float32":
+            spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
+        scaling = ops.op("Mul", [scaling, rows.adapted], f"{group.scaling}.or_none")
+        name = f"fourierft.group.{group.index}"
+        frequencies = branches.group(
+            spectrum, entries, scaling, group.shape, name=name, batch=rows.batch
+        )
+        for row, layer in enumerate(group.layers):
+            for number, node in enumerate(linears[layer]):
+                suffix = f".{number}" if number else ""
+                x, y = node.inputs[0], node.outputs[0]
+                if x is not None:
+                    branches.add(frequencies, row, x, y, name=f"{layer}.adapter{suffix}")
+    branches.finish()
+
+
+def _check_batched(linears: Mapping[str, Sequence[HasEnds]], batch: int | str) -> None:
+    wrong = []
+    for layer, nodes in linears.items():
+        for x in (node.inputs[0] for node in nodes):
+            if x is not None and not leads_with_batch(x, batch):
+                shape = "unknown" if x.shape is None else str([str(size) for size in x.shape])
+                wrong.append(f"{layer}: input {shape}")
+    if wrong:
+        raise UsageError(
+            "bank",
+            expected=f"the batch ({batch}) first in the input of every adapted layer",
+            found=f"{len(wrong)} layers without, or where nothing tells",
+            remedy="export in mode swappable, or make the batch a dynamic size",
+            offenders=wrong,
+        )
+
+
+class _Rows:
+    """What each row of the batch takes from the table."""
+
+    def __init__(self, ops: Ops, ids: ir.Value) -> None:
+        self.ops = ops
+        one = ops.constant(np.array(1), f"{PREFIX}one")
+        zero = ops.constant(np.array(0), f"{PREFIX}zero")
+        self.ids = ids
+        self.batch = ops.op("Shape", [ids], f"{PREFIX}batch")
+        before = ops.op("Sub", [ids, one], f"{PREFIX}row")
+        self.index = ops.op("Max", [before, zero], f"{PREFIX}table_row")
+        adapted = ops.op("Greater", [ids, zero], f"{PREFIX}adapted")
+        factor = ops.op("Cast", [adapted], f"{PREFIX}factor", to=FLOAT32)
+        axis = ops.constant(np.array([1]), f"{PREFIX}layer_axis")
+        self.adapted = ops.op("Unsqueeze", [factor, axis], f"{PREFIX}factors")
+
+    def pick(self, table: ir.Value) -> ir.Value:
+        """[A, ...] -> [B, ...]; some row for id 0."""
+        return self.ops.op("Gather", [table, self.index], f"{table.name}.picked", axis=0)
+
+    def pick_or_base(self, table: ir.Value, base: Array) -> ir.Value:
+        """[A, ...] -> [B, ...]; the base's own for id 0."""
+        own = self.ops.constant(base[None], BASE_PREFIX + str(table.name))
+        both = self.ops.op("Concat", [own, table], f"{table.name}.with_base", axis=0)
+        return self.ops.op("Gather", [both, self.ids], f"{table.name}.picked", axis=0)
+
+
+def _write_saved(
+    rows: _Rows,
+    interface: Interface,
+    defaults: Mapping[str, Array],
+    sites: Sequence[SavedSite],
+    base_saved: Mapping[str, Array],
+    batch: int | str,
+) -> None:
+    """One version of each saved tensor per row, where an operator can have that."""
+    ops = rows.ops
+    wrong = []
+    at: dict[str, list[SavedSite]] = {}
+    for site in sites:
+        at.setdefault(site.name, []).append(site)
+        for node, index in site.value.uses():
+            if _kind(node, index) is None or not _has_rows(node, batch):
+                wrong.append(f"{site.name}: used by {node.op_type}")
+    if wrong:
+        raise UsageError(
+            "bank",
+            expected="saved tensors of linear layers and layer norms that work on the batch",
+            found=f"{len(wrong)} uses of another kind",
+            remedy="export in mode swappable",
+            offenders=wrong,
+        )
+    for tensor in interface.saved:
+        for site in at[tensor.name]:
+            # The numbers of the mark are in use no longer; id 0 has the base's.
+            base = base_saved[tensor.name]
+            site.value.name = ops.free(f"{PREFIX}unused.{site.value.name}")
+        table = ops.overridable(defaults[tensor.name], tensor.name, [ADAPTERS, *tensor.shape])
+        picked = rows.pick_or_base(table, base)
+        for site in at[tensor.name]:
+            for node, index in tuple(site.value.uses()):
+                if _kind(node, index) == "scale":
+                    _scale(ops, node, picked, np.ones_like(base))
+                else:
+                    _use(ops, rows, node, index, picked, site.turned, base)
+            ops.graph.initializers.pop(str(site.value.name), None)
+
+
+def _has_rows(node: ir.Node, batch: int | str) -> bool:
+    """Whether a node's output has the batch first; graph outputs may call it by another name."""
+    rank = len(node.outputs[0].shape or ())
+    return rank > 1 and any(
+        is_batch_first(value, batch) and len(value.shape or ()) == rank
+        for value in (node.outputs[0], *node.inputs)
+        if value is not None
+    )
+
+
+def _kind(node: ir.Node, index: int) -> str | None:
+    """How a node uses a saved tensor: as weight, bias or scale, or in a way that has no rows."""
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    if node.domain != "" or any(
+        node.attributes[name].value != value
+        for name, value in plain.items()
+        if name in node.attributes
+    ):
+        return None
+    if node.op_type in ("MatMul", "Gemm") and index == 1:
+        return "weight"
+    if node.op_type == "LayerNormalization" and index == 1:
+        return "scale"
+    last = node.op_type in ("Gemm", "LayerNormalization") and index == 2
+    return "bias" if node.op_type == "Add" or last else None
+
+
+def _use(
+    ops: Ops,
+    rows: _Rows,
+    node: ir.Node,
+    index: int,
+    picked: ir.Value,
+    turned: bool,
+    base: Array,
+) -> None:
+    """Let `node` use the rows' own tensors [B, ...] in place of the one at `index`."""
+    name = str(picked.name)
+    y = node.outputs[0]
+    users = tuple(y.uses())
+    if _kind(node, index) == "bias":
+        bias = _broadcast(ops, picked, y)
+        if node.op_type == "Add":
+            node.replace_input_with(index, bias)
+            return
+        # A norm gets zeros: ONNX Runtime 1.31 crashes on one whose bias is named "".
+        norm = node.op_type == "LayerNormalization"
+        none = ops.constant(np.zeros_like(base), f"{PREFIX}zeros{len(base)}") if norm else None
+        node.replace_input_with(index, none)
+        replace_uses(users, y, ops.op("Add", [y, bias], f"{name}.added"))
+        return
+    x, fixed = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    if x is None:
+        return
+    by_columns = node.op_type == "MatMul" or not _flag(node, "transB")
+    weight = picked
+    if by_columns == turned:
+        weight = ops.op("Transpose", [picked], f"{name}.turned", perm=[0, 2, 1])
+    tokens = ops.constant(np.array([-1]), f"{PREFIX}tokens")
+    sizes = [ops.op("Shape", [x], f"{name}.{what}", **at) for what, at in _LEADING.items()]
+    three = ops.op("Concat", [rows.batch, tokens, sizes[1]], f"{name}.sizes", axis=0)
+    product = ops.op(
+        "MatMul", [ops.op("Reshape", [x, three], f"{name}.rows"), weight], f"{name}.product"
+    )
+    width = ops.op("Shape", [weight], f"{name}.width", start=-1)
+    shape = ops.op("Concat", [sizes[0], width], f"{name}.shape", axis=0)
+    result = ops.op("Reshape", [product, shape], f"{name}.output")
+    if fixed is not None:
+        result.type, result.shape = y.type, y.shape
+        result = ops.op("Add", [result, fixed], f"{name}.with_bias")
+    replace_uses(users, y, result)
+    ops.graph.remove(node)
+
+
+def _scale(ops: Ops, node: ir.Node, picked: ir.Value, ones: Array) -> None:
+    """Let a LayerNormalization have the rows' own scales; what it added is added afterwards."""
+    y, name = node.outputs[0], str(picked.name)
+    users = tuple(y.uses())
+    fixed = node.inputs[2] if len(node.inputs) > 2 else None
+    node.replace_input_with(1, ops.constant(ones, f"{PREFIX}ones{len(ones)}"))
+    scaled = ops.op("Mul", [y, _broadcast(ops, picked, y)], f"{name}.scaled")
+    if fixed is not None:
+        node.replace_input_with(2, ops.constant(np.zeros_like(ones), f"{PREFIX}zeros{len(ones)}"))
+        scaled = ops.op("Add", [scaled, fixed], f"{name}.with_bias")
+    replace_uses(users, y, scaled)
+
+
+def _broadcast(ops: Ops, picked: ir.Value, y: ir.Value) -> ir.Value:
+    """[B, C] as it goes with y [B, ..., C]."""
+    rank = len(y.shape or ())
+    own = ops.constant(np.array([0, *[1] * (rank - 2), -1]), f"{PREFIX}bias{rank}")
+    return ops.op("Reshape", [picked, own], f"{picked.name}.broadcast")
+
+
+_LEADING: dict[str, dict[str, int]] = {"leading": {"end": -1}, "last": {"start": -1}}
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    return name in node.attributes and bool(node.attributes[name].value)

@@ -1,0 +1,148 @@
+"""Quantised layers that an adapter brings whole, as heads: made float again to take its tensors.
+
+A head in float does not go into integers, and need not: the adapter has all of it. So the layer
+becomes a plain MatMul with the dequantised weight, which is then replaced as in a float graph (and
+stays as the base's own, where the adapter is an input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import BaseMismatchError
+from ...models.base import Bridge
+from ..graph.ops import Ops, replace_uses
+from ..graph.source import Source, constant_of
+from ..locate.consumers import same_path
+from ..locate.quantised import QuantisedLinear
+from ..locate.quantised_forms import after_qdq, only_user
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def float_heads(
+    source: Source, linears: Sequence[QuantisedLinear], saved: Iterable[str], bridge: Bridge
+) -> list[QuantisedLinear]:
+    """Make the quantised linear layers float whose weight is a saved tensor of an adapter.
+
+    Of layers whose bias is one, the bias.
+
+    Args:
+        source: the graph, which is changed in place.
+        linears: its quantised layers.
+        saved: names of the adapters' saved tensors.
+        bridge: from the adapter's paths to the graph's.
+
+    Returns:
+        Those of `linears` that were made float.
+
+    Raises:
+        BaseMismatchError: listing those whose form is not understood.
+    """
+    names = {same_path(name): name for name in map(bridge.to_base, saved)}
+    heads, biases = (
+        {
+            one: names[f"{path}.{kind}"]
+            for one in linears
+            for path in map(same_path, one.paths)
+            if f"{path}.{kind}" in names
+        }
+        for kind in ("weight", "bias")
+    )
+    unknown = [
+        f"{name}: {one.weight} is quantised ({one.kind}) in a form that is not understood"
+        for one, name in heads.items()
+        if one.dequantised is None or one.scale is None
+    ]
+    if unknown:
+        raise BaseMismatchError(
+            source.path,
+            expected="heads in float, or plainly quantised",
+            found=f"{len(unknown)} others",
+            remedy="quantise the base without these layers (nodes_to_exclude)",
+            offenders=unknown,
+        )
+    ops = Ops(source.model.graph)
+    for one, name in biases.items():
+        _float_bias(source, ops, one, name)
+    for one, name in heads.items():
+        _make_float(ops, one, name)
+    ops.finish()
+    return list(heads)
+
+
+def _make_float(ops: Ops, linear: QuantisedLinear, name: str) -> None:
+    """Give x W^T + b in place of a quantised layer."""
+    if linear.dequantised is None or linear.scale is None:
+        raise ValueError(f"{linear.weight} is not understood")
+    scale, x = _constant(linear.scale), linear.fed[0].inputs[linear.fed[1]]
+    if scale is None or x is None:
+        raise ValueError(f"{linear.weight} has no constant scale, or nothing is fed to it")
+    weight = linear.dequantised()[0].T.astype(scale.dtype.numpy())
+    module = name.removesuffix(".weight")
+    old = linear.y
+    users = tuple(old.uses())
+    # Named as exporters name nodes, so that the module is found by it.
+    y = ops.op("MatMul", [x, ops.initializer(weight, name)], f"/{module}/MatMul")
+    bias = linear.node.inputs[2] if linear.node.op_type == "Gemm" else None
+    if bias is not None:
+        y = ops.op("Add", [y, bias], f"/{module}/Add")
+    replace_uses(users, old, y)
+    # Behind the bias, as behind the product, a range measured for the base's head would clip.
+    add = only_user(y, "Add")
+    after = y if add is None else after_qdq(add.outputs[0])
+    if add is not None and after is not add.outputs[0]:
+        replace_uses(tuple(after.uses()), after, add.outputs[0])
+        _prune(ops, after)
+    _prune(ops, old)
+
+
+def _float_bias(source: Source, ops: Ops, linear: QuantisedLinear, name: str) -> None:
+    """The layer's bias as a float constant, if it is a dequantised one."""
+    if linear.node.op_type == "Gemm":
+        place = (linear.node, 2)
+    else:
+        add = only_user(linear.y, "Add")
+        if add is None:
+            return
+        place = add, 1 - [v is linear.y for v in add.inputs].index(True)
+    bias = place[0].inputs[place[1]] if len(place[0].inputs) > place[1] else None
+    dequantise = bias.producer() if bias is not None else None
+    if bias is None or dequantise is None or dequantise.op_type != "DequantizeLinear":
+        return
+    parts = [_constant((dequantise, i)) for i in range(len(dequantise.inputs))]
+    if parts[0] is None or parts[1] is None:
+        return
+    values, scale = source.read(parts[0]).astype(np.float64), source.read(parts[1])
+    zero = source.read(parts[2]).astype(np.float64) if len(parts) > 2 and parts[2] else 0.0
+    content = ((values - zero) * scale.astype(np.float64)).astype(scale.dtype)
+    old = str(bias.name)
+    bias.name = ops.free(f"{old}.quantised")
+    ops.release(old)
+    place[0].replace_input_with(place[1], ops.initializer(content, name))
+    _prune(ops, bias)
+
+
+def _constant(place: tuple[ir.Node, int]) -> ir.TensorProtocol | None:
+    value = place[0].inputs[place[1]]
+    return None if value is None else constant_of(value)
+
+
+def _prune(ops: Ops, value: ir.Value) -> None:
+    """Remove what made a value that nothing uses any more."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        node = one.producer()
+        if node is None:
+            if not one.uses() and not one.is_graph_input() and not one.is_graph_output():
+                ops.graph.initializers.pop(str(one.name), None)
+        elif node.graph is ops.graph and not any(
+            output.uses() or output.is_graph_output() for output in node.outputs
+        ):
+            waiting += [v for v in node.inputs if v is not None]
+            ops.graph.remove(node, safe=True)

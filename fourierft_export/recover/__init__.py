@@ -1,0 +1,1 @@
+"""Bundles recovered from merged checkpoints and from ONNX files."""
