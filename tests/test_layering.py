@@ -106,7 +106,7 @@ def test_room_imports_only_upwards(room: str) -> None:
 
 
 def test_folders_of_onnx_graph_import_only_upwards() -> None:
-    """Shared modules, graph, locate, modes; then trace and runtime, strangers to each other; verbs."""
+    """Each folder imports only from those before it; trace and runtime do not know each other."""
     order = {name: level for level, names in enumerate(FOLDERS) for name in names}
     found, seen = [], set()
     for name, path in modules():
