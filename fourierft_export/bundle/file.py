@@ -14,13 +14,14 @@ import numpy as np
 from ..errors import BadInputError
 from ..files.container import header_length, open_regular, parse_header, read_exactly
 from ..files.staging import staged_file
+from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
 from ..types import Array
-from .bind import BaseLike, bound_spec
 from .check import layer_offenders, saved_offenders, spec_offenders
 from .content import HASH_KEY, Content
 from .decode import check_kind, decode
 from .encode import encode
+from .fit import check_fits, fit_adapter, layers_of_base
 from .names import natural_key
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
@@ -138,9 +139,7 @@ class Bundle:
             )
         return entries
 
-    def bind(
-        self, base: str | os.PathLike[str] | BaseLike, entry_rule: str | None = None
-    ) -> Bundle:
+    def bind(self, base: str | os.PathLike[str] | Base, entry_rule: str | None = None) -> Bundle:
         """This adapter with shapes, entries and fingerprints taken from a base.
 
         A bundle that is bound already is checked against the base and returned as it is.
@@ -154,11 +153,11 @@ class Bundle:
             BaseMismatchError: layers that are absent, too small, of another shape, or whose
                 weight is not the fingerprinted one: all of them listed.
         """
-        if isinstance(base, (str, os.PathLike)):
-            from ..models.base import open_base
-
-            base = open_base(base)
-        return replace(self, spec=bound_spec(self.spec, base, entry_rule))
+        opened = base if isinstance(base, Base) else open_base(base)
+        found = layers_of_base(opened, self.spectra)
+        fit = fit_adapter(self.spec, found, entry_rule=entry_rule)
+        check_fits(opened.directory, [fit], allow_base_mismatch=None)
+        return replace(self, spec=fit.spec)
 
     def to_bytes(self) -> bytes:
         """The bundle as the bytes of its file; equal content gives equal bytes."""

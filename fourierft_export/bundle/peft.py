@@ -20,9 +20,9 @@ from ..files import dtypes, strict_json
 from ..files.checkpoint import Checkpoint
 from ..files.container import encode_header, read_file
 from ..files.staging import staged_directory
+from ..models.base import Base, open_base
 from ..types import Array
 from . import peft_config
-from .bind import BaseLike
 from .content import likely_peft_config
 from .file import Bundle
 from .spec import AdapterSpec, LayerSpec
@@ -115,7 +115,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
 
 def from_peft(
     directory: str | os.PathLike[str],
-    base: str | os.PathLike[str] | BaseLike | None = None,
+    base: str | os.PathLike[str] | Base | None = None,
     *,
     adapter: str | None = None,
     entry_rule: str | None = None,
@@ -188,12 +188,10 @@ def _is_base_weight(name: str) -> bool:
     return name.endswith(f"{BASE_LAYER}.weight")
 
 
-def _local_base(path: str | None) -> BaseLike | None:
+def _local_base(path: str | None) -> Base | None:
     """base_model_name_or_path if it is a readable model directory on this machine."""
     if not path or not os.path.isfile(os.path.join(path, "config.json")):
         return None
-    from ..models.base import open_base
-
     try:
         return open_base(path)
     except (BadInputError, FileAccessError):  # pickled weights, say: nobody asked for this base

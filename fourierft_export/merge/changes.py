@@ -106,7 +106,7 @@ def collect(base: Base, ingredients: Sequence[Ingredient]) -> Changes:
             before = layers[key].parts if key in layers else ()
             part = Part(ingredient, module)
             name = layers[key].name if key in layers else module
-            layers[key] = LayerChange(name, layer.tensor, layer.fan_in_fan_out, (*before, part))
+            layers[key] = LayerChange(name, layer.tensor, layer.transposed, (*before, part))
             if key not in base.tensors:
                 outside.add(key)
                 prefixes.add(bridge.strip)

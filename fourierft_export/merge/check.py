@@ -162,7 +162,7 @@ def _misfits(bundle: Bundle, layers: Mapping[str, BaseLayer]) -> list[str]:
         there = layers[layer.name]
         if layer.shape != there.shape:
             lines.append(f"{layer.name}: shape {_sizes(layer)}, in the base {list(there.shape)}")
-        elif layer.fan_in_fan_out != there.fan_in_fan_out:
+        elif layer.fan_in_fan_out != there.transposed:
             lines.append(f"{layer.name}: the base stores its weight the other way round")
     return lines
 

@@ -50,7 +50,7 @@ class BaseLayer:
         module: its path in the adapter's language.
         tensor: name of the stored weight.
         shape: (out_features, in_features).
-        fan_in_fan_out: the tensor is stored as (in_features, out_features).
+        transposed: the tensor is stored as (in_features, out_features).
         dtype: safetensors dtype name.
         tied: the weight is the input embedding's; changing it for this layer needs a tensor of
             its own (`own_tensor`).
@@ -60,7 +60,7 @@ class BaseLayer:
     module: str
     tensor: str
     shape: tuple[int, int]
-    fan_in_fan_out: bool
+    transposed: bool
     dtype: str
     tied: bool
     own_tensor: str
@@ -176,39 +176,43 @@ class Base:
             return {}
         return renamed_modules(self.directory, self.config, self.tensors)
 
+    def find(self, modules: Iterable[str]) -> dict[str, BaseLayer | str]:
+        """The linear layers at these module paths, or why there is none (with the nearest name)."""
+        paths = list(modules)
+        bridge = self.bridge(paths)
+        found: dict[str, BaseLayer | str] = {}
+        missing = 0
+        for path in paths:
+            # A person reads the first few offenders; near names for all of them may take minutes.
+            found[path] = self._layer(path, bridge, near=missing < MAX_OFFENDERS_SHOWN)
+            missing += isinstance(found[path], str)
+        return found
+
     def layers(self, modules: Iterable[str]) -> dict[str, BaseLayer]:
         """The linear layers at these module paths.
 
         Raises:
             BaseMismatchError: listing every path that has no float matrix as its weight.
         """
-        paths = list(modules)
-        bridge = self.bridge(paths)
-        found: dict[str, BaseLayer] = {}
-        offenders: list[str] = []
-        for path in paths:
-            # A person reads the first few offenders; near names for all of them may take minutes.
-            layer = self._layer(path, bridge, near=len(offenders) < MAX_OFFENDERS_SHOWN)
-            if isinstance(layer, str):
-                offenders.append(f"{path}: {layer}")
-            else:
-                found[path] = layer
-        if offenders:
+        found = self.find(modules)
+        layers = {path: layer for path, layer in found.items() if isinstance(layer, BaseLayer)}
+        if len(layers) < len(found):
             raise BaseMismatchError(
                 self.directory,
                 expected="a base with every layer of the adapter",
-                found=f"{len(offenders)} of {len(paths)} layers missing or not float matrices",
+                found=f"{len(found) - len(layers)} of {len(found)} layers missing or not float "
+                "matrices",
                 remedy="give the base model that the adapter belongs to",
-                offenders=offenders,
+                offenders=[f"{path}: {why}" for path, why in found.items() if path not in layers],
             )
-        return found
+        return layers
 
     def layer(self, module: str) -> BaseLayer:
         """The linear layer at one module path (see `layers`)."""
         return self.layers([module])[module]
 
     def weight(self, module: str) -> np.ndarray[Any, Any]:
-        """The weight of a module as stored: (out, in), or (in, out) with fan_in_fan_out."""
+        """The weight of a module as stored: (out, in), or (in, out) if transposed."""
         return self.checkpoint.read(self.layer(module).tensor)
 
     @cached_property

@@ -168,8 +168,7 @@ def _paired(
     misfits = [
         f"{name}: {list(there[name].shape)} in the base, {list(here[name].shape)} merged"
         for name in names
-        if there[name].shape != here[name].shape
-        or there[name].fan_in_fan_out != here[name].fan_in_fan_out
+        if there[name].shape != here[name].shape or there[name].transposed != here[name].transposed
     ]
     if misfits:
         raise BaseMismatchError(
@@ -205,7 +204,7 @@ def _recovered(
     """The spectrum of one layer, and how well it explains the difference."""
     weight = before.checkpoint.read(there.tensor)
     result = after.checkpoint.read(here.tensor)
-    stored = entries[:, ::-1] if there.fan_in_fan_out else entries
+    stored = entries[:, ::-1] if there.transposed else entries
     spectrum = spectrum_of(weight, result, stored, scaling)
     return spectrum, fit(weight, result, Term(spectrum, stored, scaling))
 

@@ -56,7 +56,7 @@ def test_a_prefix_is_bridged(ours: str, theirs: str, make_base: MakeBase) -> Non
     assert layer.module == f"{ours}{QUERY}"
     assert layer.tensor == layer.own_tensor == f"{theirs}{QUERY}.weight"
     assert layer.shape == (6, 4)
-    assert (layer.fan_in_fan_out, layer.dtype, layer.tied) == (False, "F32", False)
+    assert (layer.transposed, layer.dtype, layer.tied) == (False, "F32", False)
     assert base.weight(f"{ours}{QUERY}").tolist() == weight.tolist()
 
 
@@ -106,7 +106,7 @@ def test_conv1d_is_stored_transposed(make_base: MakeBase) -> None:
     }
     base = open_base(make_base(tensors, model_type="gpt2"))
     found = base.layers(["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj", "lm_head"])
-    assert [(m.shape, m.fan_in_fan_out) for m in found.values()] == [
+    assert [(m.shape, m.transposed) for m in found.values()] == [
         ((12, 4), True),
         ((4, 16), True),
         ((7, 4), False),
@@ -117,7 +117,7 @@ def test_conv1d_is_stored_transposed(make_base: MakeBase) -> None:
 def test_the_same_names_are_plain_elsewhere(make_base: MakeBase) -> None:
     base = open_base(make_base({"h.0.c_proj.weight": matrix(3, 5)}, model_type="gpt_bigcode"))
     assert base.layer("h.0.c_proj").shape == (3, 5)
-    assert not base.layer("h.0.c_proj").fan_in_fan_out
+    assert not base.layer("h.0.c_proj").transposed
 
 
 def test_without_a_config_nobody_knows_how_conv1d_is_stored(
@@ -136,7 +136,7 @@ def test_without_a_config_nobody_knows_how_conv1d_is_stored(
 
 def test_real_gpt2_shapes(tiny_gpt2: Path) -> None:
     layer = open_base(tiny_gpt2).layer("transformer.h.1.attn.c_attn")
-    assert (layer.shape, layer.fan_in_fan_out) == ((96, 32), True)
+    assert (layer.shape, layer.transposed) == ((96, 32), True)
 
 
 def test_a_tied_lm_head_is_the_input_embedding(stories260k: Path) -> None:

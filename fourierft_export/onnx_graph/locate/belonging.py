@@ -29,7 +29,7 @@ def wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Want
         # The base decides what is looked for; each bundle was bound to it, or is checked below.
         for name, there in base.layers(wanted).items():
             own = fingerprint(base.weight(name))
-            wanted[name] = Wanted(name, there.shape, there.fan_in_fan_out, own)
+            wanted[name] = Wanted(name, there.shape, there.transposed, own)
     return list(wanted.values())
 
 
