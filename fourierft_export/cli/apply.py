@@ -31,7 +31,8 @@ from .options import (
     help="merged: delta_W baked into the weights. unmerged: base weights and spectra, which ONNX "
     "Runtime merges once when it loads the file. swappable: the adapter as graph inputs. paired: "
     "the weights as inputs, and FILE.expand.onnx that makes them. bank: a table of adapters, and "
-    "adapter_id per row. Quantised weights get a float branch (unmerged, swappable, bank).",
+    "adapter_id per row. Quantised weights get a float branch (unmerged, swappable, bank); run "
+    'int8 files with the session option session.x64quantprecision = "1", as AdapterSession does.',
 )
 @base_option
 @click.option(

@@ -68,7 +68,9 @@ def apply_onnx(
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
         mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. Beside a
             quantised weight, which stays as it is, the adapter is a float branch (not in modes
-            merged and paired).
+            merged and paired). Run int8 files with the session option
+            `session.x64quantprecision` = "1", as `AdapterSession` does: without it, ONNX Runtime's
+            int8 sums saturate on x86-64 CPUs that lack VNNI.
         weights: one factor per bundle, by which its change counts; 1 by default.
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.

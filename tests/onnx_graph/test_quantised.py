@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 import torch
 from torch import nn
 
+import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError
 from fourierft_export.onnx_graph.apply import apply_onnx
+from fourierft_export.proof.graphs import Graph
 
 FORMS = ("dynamic int8", "dynamic int8 per channel", "QDQ", "4 bit", "8 bit", "4 bit asymmetric")
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
@@ -345,3 +348,41 @@ def test_merging_when_asked_tells_what_it_loses(
     want = changed(model, bundle, exact_delta)(torch.from_numpy(x).double()).detach().numpy()
     got, base = (run(path, {"x": x})["y"] for path in (out, files[form]))
     assert np.abs(got - want).mean() < 0.5 * np.abs(base - want).mean()
+
+
+@pytest.mark.parametrize("form", ["dynamic int8", "QDQ"])
+def test_sessions_compute_int8_products_without_saturation(
+    form: str,
+    files: dict[str, Path],
+    model: nn.Module,
+    make_bundle: Any,
+    x: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    """AdapterSession and validate's graphs agree with onnx's reference evaluator on every CPU."""
+    out = tmp_path / "out.onnx"
+    bundle = bound(model, make_bundle, scaling=0.0)
+    apply_onnx(files[form], bundle, out, mode="swappable")
+    base = onnx.load(files[form])
+    base.opset_import[0].version = 19  # the first whose DequantizeLinear the evaluator has
+    (want,) = onnx.reference.ReferenceEvaluator(base).run(None, {"x": x})
+    tolerance = 0.02 * np.abs(want).max()
+    for got in (ff.AdapterSession(out).run({"x": x})["y"], Graph(out).run({"x": x})["y"]):
+        assert np.sqrt(np.mean((got - want) ** 2)) < 0.005 * np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+def test_a_users_own_precision_mode_stays(
+    files: dict[str, Path], model: nn.Module, make_bundle: Any, tmp_path: Path
+) -> None:
+    """The session option that avoids saturation is added only where the user gave none."""
+    import onnxruntime as ort
+
+    out, entry = tmp_path / "out.onnx", "session.x64quantprecision"
+    apply_onnx(files["dynamic int8"], bound(model, make_bundle), out, mode="swappable")
+    for given, want in (("0", "0"), ("1", "1"), (None, "1")):
+        options = ort.SessionOptions()
+        if given is not None:
+            options.add_session_config_entry(entry, given)
+        ff.AdapterSession(out, session_options=options)
+        assert options.get_session_config_entry(entry) == want
