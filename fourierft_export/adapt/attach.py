@@ -11,12 +11,12 @@ from ..bundle import fingerprint
 from ..bundle.file import Bundle
 from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
 from ..errors import UsageError
-from ..spectral.entries import current_rule, entries_sha256
+from ..spectral.entries import entries_sha256
 from ..types import Array
 from .active import activate, update_learning
 from .adapter import AdapterOrigin
 from .inject import base_model_name, freeze, unfreeze
-from .linear import float_weight, is_conv1d, layer_device, layer_shape, to_array, to_tensor
+from .linear import float_weight, is_conv1d, layer_device, to_array, to_tensor
 from .placing import plan_attachment
 from .tree import (
     active_adapters,
@@ -81,11 +81,13 @@ def attach(
         spectrum = to_tensor(bundle.spectra[layer.name])
         if trainable:
             spectrum = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-        shape = layer_shape(original(modules[path]))
-        rule = layer.entry_rule or current_rule(shape)
-        entries = bundle.entries(layer.name) if layer.is_bound else None
         ensure_fourier(model, path, modules[path]).add_adapter(
-            name, spectrum, origin, entries=entries, entry_rule=rule, trainable=trainable
+            name,
+            spectrum,
+            origin,
+            entries=plan.bundle.entries(layer.name),
+            entry_rule=layer.entry_rule,
+            trainable=trainable,
         )
     for path, tensors in plan.saved.items():
         ensure_adapted(model, path).add_version(name, tensors, trainable)

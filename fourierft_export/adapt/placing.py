@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..bundle import fingerprint
 from ..bundle.file import Bundle
+from ..bundle.fingerprint import compare
+from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..bundle.spec import LayerSpec
-from ..errors import BaseMismatchError, UsageError
+from ..errors import UsageError
 from ..models.base import find_bridge
 from .linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
 from .saved import check_can_be_saved, own_state
@@ -23,10 +24,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Plan:
-    """What goes where: path in the model -> layer; path -> tensors of its own."""
+    """What goes where.
 
-    layers: dict[str, LayerSpec] = field(default_factory=dict)
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    Attributes:
+        bundle: bound to the model; names stay the adapter's.
+        layers: path in the model -> layer.
+        saved: path in the model -> tensors of its own by name.
+    """
+
+    bundle: Bundle
+    layers: dict[str, LayerSpec]
+    saved: dict[str, dict[str, Tensor]]
 
 
 def plan_attachment(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) -> Plan:
@@ -37,75 +45,44 @@ def plan_attachment(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool)
     """
     modules = {path: original(module) for path, module in base_modules(model)}
     roots = {path.split(".")[0] for path in modules}
-    bridge = find_bridge([layer.name for layer in bundle.layers], roots, modules.__contains__)
-    plan = Plan()
-    wrong: list[str] = []
-    other_weights: list[str] = []
-    unchecked: list[str] = []
-    for layer in bundle.layers:
-        path = bridge.to_base(layer.name)
-        problem = _misfit(layer, modules.get(path), path, modules)
-        if problem:
-            wrong.append(f"{layer.name}: {problem}")
+    bridge = find_bridge(bundle.spectra, roots, modules.__contains__)
+    paths = {name: bridge.to_base(name) for name in bundle.spectra}
+    layers = {name: _found_layer(path, modules) for name, path in paths.items()}
+    tensors: dict[str, FoundTensor | str] = {}
+    places: dict[str, tuple[str, str, Tensor]] = {}
+    for name in bundle.saved:
+        if bridge.strip and not name.startswith(f"{bridge.strip}."):
+            log.warning("%s: this bare model has no place for it; left out", name)
             continue
-        plan.layers[path] = layer
-        weight = float_weight(modules[path])
-        if layer.fingerprint is not None and weight is None:
-            unchecked.append(path)
-        elif layer.fingerprint is not None and weight is not None:
-            verdict = fingerprint.compare(layer.fingerprint, to_array(weight))
-            if verdict == "different":
-                other_weights.append(f"{layer.name}: another weight than it was trained on")
-            elif verdict == "precision":
-                log.info("%s: trained on %s weights", layer.name, layer.fingerprint.dtype)
-    for tensor_name, array in bundle.saved.items():
-        if bridge.strip and not tensor_name.startswith(f"{bridge.strip}."):
-            log.warning("%s: this bare model has no place for it; left out", tensor_name)
-            continue
-        path, _, leaf = bridge.to_base(tensor_name).rpartition(".")
+        path, _, leaf = bridge.to_base(name).rpartition(".")
         there = own_state(modules[path]).get(leaf) if path in modules else None
         if there is None:
-            wrong.append(f"{tensor_name}: no such tensor in the model")
-        elif tuple(there.shape) != array.shape:
-            wrong.append(
-                f"{tensor_name}: shape {list(array.shape)} expected, found {list(there.shape)}"
-            )
+            tensors[name] = "no such tensor in the model"
         else:
-            value = to_tensor(array)
-            if value.is_floating_point() and not there.is_floating_point():
-                wrong.append(f"{tensor_name}: floats expected, found {there.dtype} (quantised)")
-                continue
-            check_can_be_saved(path, modules[path])
-            _check_not_meta(path, there.device)
-            plan.saved.setdefault(path, {})[leaf] = value.to(there.device, there.dtype)
-    if unchecked:
-        log.info(
-            "%d quantised layers (%s, ...): no check was possible that the adapter belongs to them",
-            len(unchecked),
-            unchecked[0],
-        )
-    if not allow_base_mismatch:
-        wrong += other_weights
-    if wrong:
-        raise BaseMismatchError(
-            f"attach to {type(model).__name__}",
-            expected="the base that the adapter was trained on",
-            found=f"{len(wrong)} layers or tensors that do not fit",
-            remedy="give the model that the adapter belongs to"
-            if wrong != other_weights
-            else "give the model that the adapter belongs to, or allow_base_mismatch=True",
-            offenders=wrong,
-        )
-    both = [f"{path}.weight" for path in plan.layers if "weight" in plan.saved.get(path, ())]
+            tensors[name] = FoundTensor(tuple(there.shape), not there.is_floating_point())
+            places[name] = path, leaf, there
+    where = f"attach to {type(model).__name__}"
+    fit = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
+    check_fits(where, [fit], allow_base_mismatch=allow_base_mismatch)
+    for note in fit.notes:
+        log.info(note)
+    saved: dict[str, dict[str, Tensor]] = {}
+    for name, (path, leaf, there) in places.items():
+        check_can_be_saved(path, modules[path])
+        _check_not_meta(path, there.device)
+        value = to_tensor(bundle.saved[name])
+        saved.setdefault(path, {})[leaf] = value.to(there.device, there.dtype)
+    both = [f"{path}.weight" for path in paths.values() if "weight" in saved.get(path, ())]
     if both:
         raise UsageError(
-            f"attach to {type(model).__name__}",
+            where,
             expected="an adapter that either replaces a weight or changes it",
             found=f"{len(both)} weights that it does both to",
             remedy="leave these layers out of target_modules or of modules_to_save",
             offenders=both,
         )
-    return plan
+    bound = {paths[layer.name]: layer for layer in fit.spec.layers}
+    return Plan(replace(bundle, spec=fit.spec), bound, saved)
 
 
 def _check_not_meta(path: str, device: torch.device) -> None:
@@ -118,19 +95,18 @@ def _check_not_meta(path: str, device: torch.device) -> None:
         )
 
 
-def _misfit(
-    layer: LayerSpec, module: nn.Module | None, path: str, modules: Mapping[str, nn.Module]
-) -> str | None:
-    """Why a layer cannot sit on `module`, or None."""
+def _found_layer(path: str, modules: Mapping[str, nn.Module]) -> FoundLayer | str:
+    """What the model has at `path`, or why an adapter cannot sit there."""
+    module = modules.get(path)
     if module is None:
         linear = [p for p, m in modules.items() if is_linear(m)]
         return f"no such layer in the model; {did_you_mean(path, linear) or 'none is alike'}"
     if not is_linear(module):
         return f"a linear layer expected, found {type(module).__name__}"
     _check_not_meta(path, layer_device(module))
-    shape = layer_shape(module)
-    if layer.shape is not None and layer.shape != shape:
-        return f"shape {list(layer.shape)} expected, found {list(shape)}"
-    if layer.n_frequency > shape[0] * shape[1]:
-        return f"n_frequency {layer.n_frequency} above the size of {list(shape)}"
-    return None
+    weight = float_weight(module)
+    if weight is None:
+        return FoundLayer(layer_shape(module))
+    return FoundLayer(
+        layer_shape(module), compare=lambda expected: compare(expected, to_array(weight))
+    )

@@ -262,7 +262,7 @@ def test_a_float_bundle_on_a_quantised_base_is_noted(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO):
         model = attach(Net("own"), bundle)
     assert [r.getMessage() for r in caplog.records] == [
-        "1 quantised layers (first, ...): no check was possible that the adapter belongs to them"
+        "the adapter: no check was possible that it belongs to this base"
     ]
     layer = fourier_layers(model)["first"]
     assert capture(model).layers[0].shape == (20, 12)

@@ -199,7 +199,7 @@ def test_a_float_adapter_and_a_quantised_base(
     assert all(m.fingerprint is not None for m in bundle.layers)
     with caplog.at_level(logging.INFO):
         model = attach(quantised(), bundle)
-    assert "9 quantised layers" in caplog.text
+    assert "no check was possible that it belongs to this base" in caplog.text
     with torch.no_grad():
         exact = trained(input_ids=tokens).logits
         base = make_model("llama")(input_ids=tokens).logits
