@@ -48,11 +48,6 @@ from .options import (
 @click.option(
     "--allow-links", is_flag=True, help="Follow links of external data within the model's folder."
 )
-@click.option(
-    "--allow-requantise",
-    is_flag=True,
-    help="Merge into quantised weights by quantising the sum again; tells what that loses.",
-)
 @force_option
 def apply(
     progress: Progress,
@@ -65,7 +60,6 @@ def apply(
     output: str,
     allow_base_mismatch: bool,
     allow_links: bool,
-    allow_requantise: bool,
     force: bool,
 ) -> Outcome:
     """Put adapters into an ONNX file that other tools made; PyTorch is not needed."""
@@ -88,7 +82,6 @@ def apply(
         mapping=dict(text.split("=", 1) for text in mapped),
         allow_base_mismatch=allow_base_mismatch,
         allow_links=allow_links,
-        allow_requantise=allow_requantise,
         force=force,
         progress=progress,
     )

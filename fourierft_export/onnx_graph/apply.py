@@ -17,9 +17,8 @@ from .graph.source import Source, open_onnx
 from .graph.write import data_path, refuse_inputs, write_model
 from .locate.belonging import bound_to, judge, wanted_layers
 from .locate.finder import Finder
-from .locate.found import Site
-from .locate.quantised import QuantisedSite, by_node
 from .locate.saved import find_saved
+from .locate.site import Site
 from .metadata import KEY, Written, describe
 from .mode_names import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
 from .modes.apply_beside import write_beside
@@ -27,7 +26,6 @@ from .modes.apply_paired import write_pair
 from .modes.heads import float_heads
 from .modes.put_saved import put_saved
 from .modes.remember import remember
-from .modes.requantise import merge_quantised
 from .modes.sites import Job, feed_sites, merge_sites
 from .modes.unpack import unpack_sites
 from .report import ExportReport, fed_shapes, value_shapes
@@ -49,7 +47,6 @@ def apply_onnx(
     mapping: Mapping[str, str] | None = None,
     allow_base_mismatch: bool = False,
     allow_links: bool = False,
-    allow_requantise: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -78,8 +75,6 @@ def apply_onnx(
             for layers that are not found otherwise; of a quantised weight, its integers.
         allow_base_mismatch: accept weights other than those the adapter was trained on.
         allow_links: follow links of external data that end inside the model's folder.
-        allow_requantise: merge into quantised weights by quantising the sum again; the report's
-            `losses` tell what that costs.
         force: replace an existing output.
         progress: called with (what, done, total).
 
@@ -113,47 +108,41 @@ def apply_onnx(
         progress("find weights", 0, 1)
     wanted = wanted_layers(bound, opened)
     looked = search(source, wanted, mapping or {}, bound, beside=mode in (SWAPPABLE, BANK))
-    finder, found, quantised = looked.finder, looked.found, looked.quantised
-    notes = (*looked.notes, *judge(source, found, quantised, allow_base_mismatch))
+    finder, found = looked.finder, looked.found
+    notes = (*looked.notes, *judge(source, found, allow_base_mismatch))
+    quantised = {layer: each for layer, each in found.sites.items() if each[0].quantised}
     saved = {name for bundle in bound.values() for name in bundle.saved}
     heads = float_heads(source, looked.linears, saved, found.bridge)
     if heads:
         finder = Finder(source)
         listed = ", ".join(one.weight for one in heads)
         notes += (f"{listed}: quantised in the input, and float here to take the adapter's own",)
-    if mode == PAIRED or not allow_requantise:
-        _check_quantised(source, mode, {layer: each for layer, (each, _) in quantised.items()})
+    _check_quantised(source, mode, quantised)
     shapes = {layer: sites[0].shape for layer, sites in found.sites.items()}
-    shapes |= {layer: each[0].shape for layer, (each, _) in quantised.items()}
     bound = {name: bound_to(bundle, shapes) for name, bundle in bound.items()}
     edits = Edits(source)
     places = find_saved(finder, found.bridge, bound)
     adapters = weighted(bound, factors)
     interface, made = None, None
-    losses: dict[str, float] = {}
     written: list[Written] = []
     if mode in (MERGED, UNMERGED):
         put_saved(places, edits, bound)
         places = {}
-    sites: Mapping[str, Sequence[Site]] = found.sites
+    sites: Mapping[str, Sequence[Site]] = {
+        layer: each for layer, each in found.sites.items() if layer not in quantised
+    }
     if mode == PAIRED:
         sites = unpack_sites(edits, sites)
         interface, written, made = write_pair(edits, adapters, sites, places)
     elif mode in (SWAPPABLE, BANK) or (quantised and mode == UNMERGED):
-        each = {layer: several for layer, (several, _) in quantised.items()}
-        interface = write_beside(edits, mode, adapters, sites, each, places)
-        if each:
-            notes += (f"{len(each)} layers are quantised: the adapter is a float branch beside",)
+        interface = write_beside(edits, mode, adapters, sites, quantised, places)
+        if quantised:
+            notes += (
+                f"{len(quantised)} layers are quantised: the adapter is a float branch beside",
+            )
     else:
-        job = Job(source, edits, adapters, found.sites)
+        job = Job(source, edits, adapters, sites)
         written = (merge_sites if mode == MERGED else feed_sites)(job)
-        for linear, parts in by_node({layer: each for layer, (each, _) in quantised.items()}):
-            changes = {
-                layer: (rows, [one.term for one in job.terms(layer)])
-                for layer, rows in parts.items()
-            }
-            for layer, loss in merge_quantised(edits, linear, changes).items():
-                losses[layer] = max(loss, losses.get(layer, 0.0))
     content = describe(
         version=__version__,
         mode=mode,
@@ -181,8 +170,7 @@ def apply_onnx(
         outputs=value_shapes(source.model.graph.outputs),
         layers=tuple(shapes),
         adapters=tuple(named),
-        notes=(*notes, *_losses(losses)),
-        losses=losses,
+        notes=notes,
     )
 
 
@@ -221,25 +209,13 @@ def _check_source(source: Source, mode: str) -> None:
         )
 
 
-def _check_quantised(
-    source: Source, mode: str, quantised: Mapping[str, Sequence[QuantisedSite]]
-) -> None:
+def _check_quantised(source: Source, mode: str, quantised: Mapping[str, Sequence[Site]]) -> None:
     if mode in (MERGED, PAIRED) and quantised:
         raise BaseMismatchError(
             source.path,
             expected="float weights to merge into",
-            found=f"{len(quantised)} quantised ones, which merging would quantise again",
-            remedy="use --mode unmerged, swappable or bank: the adapter becomes a float branch"
-            + ("; or pass --allow-requantise" if mode == MERGED else ""),
+            found=f"{len(quantised)} quantised ones: quantising W + delta_W again would lose most "
+            "of the adapter",
+            remedy="use --mode unmerged, swappable or bank, which add a float branch beside them",
             offenders=[f"{layer}: {each[0].describe()}" for layer, each in quantised.items()],
         )
-
-
-def _losses(losses: Mapping[str, float]) -> tuple[str, ...]:
-    if not losses:
-        return ()
-    worst = max(losses, key=lambda layer: losses[layer])
-    return (
-        f"{len(losses)} weights were quantised again, which lost up to {losses[worst]:.0%} of the "
-        f"adapter's change ({worst}), {sum(losses.values()) / len(losses):.0%} on average",
-    )

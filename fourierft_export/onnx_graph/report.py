@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ class ExportReport:
         outputs: name -> shape.
         layers: module paths of the adapted layers.
         adapters: names of the adapters in it.
-        losses: layer -> what quantising its merged weight again lost of the adapter's change
-            (relative, Frobenius norm); empty where nothing was quantised again.
         notes: what the user should know, one line each.
     """
 
@@ -42,7 +40,6 @@ class ExportReport:
     layers: tuple[str, ...]
     adapters: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    losses: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists and dictionaries, for JSON."""

@@ -14,7 +14,7 @@ from .locate.found import Found, Wanted
 from .locate.packed import parse_mapped
 from .locate.quantised import QuantisedLinear, all_paths
 from .locate.quantised_forms import others, quantised_linears
-from .locate.quantised_search import Judged, find_quantised
+from .locate.quantised_search import find_quantised
 from .locate.saved import lacking
 
 if TYPE_CHECKING:
@@ -27,16 +27,14 @@ class Search:
 
     Attributes:
         finder: of the graph as it is now.
-        found: the layers' float weights.
+        found: where the layers are.
         linears: the graph's quantised layers.
-        quantised: layer -> its quantised sites, and what the fingerprint says of them.
         notes: functions that were expanded.
     """
 
     finder: Finder
     found: Found
     linears: Sequence[QuantisedLinear]
-    quantised: dict[str, Judged]
     notes: tuple[str, ...] = ()
 
 
@@ -69,7 +67,7 @@ def search(
     names = inline_some(source.model, functions, source.path)
     note = f"functions expanded, which hold layers of the adapter: {', '.join(names)}"
     second = _once(source, wanted, mapping)
-    return Search(second.finder, second.found, second.linears, second.quantised, (note,))
+    return Search(second.finder, second.found, second.linears, (note,))
 
 
 def _once(source: Source, wanted: Sequence[Wanted], mapping: Mapping[str, str]) -> Search:
@@ -79,7 +77,8 @@ def _once(source: Source, wanted: Sequence[Wanted], mapping: Mapping[str, str]) 
     lost = [want for want in wanted if want.name in found.missing]
     sizes = sorted({want.shape[0] for want in wanted if want.shape})
     quantised = find_quantised(linears, lost, found.bridge, mapping, sizes)
-    for layer in quantised.sites:
+    for layer, sites in quantised.sites.items():
+        found.sites[layer] = sites
         del found.missing[layer]
     found.missing |= quantised.missing
     for layer, listed in quantised.hints.items():
@@ -88,7 +87,7 @@ def _once(source: Source, wanted: Sequence[Wanted], mapping: Mapping[str, str]) 
         for kind in others(source):
             for layer in found.missing.keys() - quantised.missing.keys():
                 found.missing[layer] += f"; or in {kind}"
-    return Search(finder, found, linears, quantised.sites)
+    return Search(finder, found, linears)
 
 
 def _in_functions(

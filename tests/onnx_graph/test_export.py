@@ -218,7 +218,6 @@ def test_report(exported: tuple[str, Path, nn.Module, Any]) -> None:
         "layers": ["first", "square", "twice", "head.0", "head.2"],
         "adapters": ["default"],
         "notes": [],
-        "losses": {},
     }
 
 

@@ -149,29 +149,6 @@ def test_the_adapters_own_head_in_float(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merged_by_quantising_again_but_for_the_head(
-    form: str,
-    files: dict[str, Path],
-    model: Classifier,
-    head: dict[str, np.ndarray],
-    make_bundle: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
-) -> None:
-    bundle = make_bundle(["up"], {"up": model.up.weight.detach().numpy()}, head, n=40)
-    out = tmp_path / "out.onnx"
-    report = apply_onnx(files[form], bundle, out, allow_requantise=True)
-    assert report.losses.keys() == {"up"}
-    hidden = hidden_of(out, x, model.pooled, run, tmp_path)
-    want = hidden @ head["head.weight"].T.astype(np.float64) + head["head.bias"]
-    np.testing.assert_allclose(
-        run(out, {"x": x})["y"], want, rtol=0, atol=1e-5 * np.abs(want).max()
-    )
-    assert "head" not in str([t.name for t in onnx.load(out).graph.initializer if t.data_type != 1])
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_a_bias_beside_a_quantised_weight(
     form: str,
     files: dict[str, Path],

@@ -307,49 +307,6 @@ def test_dequantised_weights_are_those_that_onnxruntime_uses(
             assert np.sqrt(np.mean((weight - exact) ** 2)) < 0.5 * step.mean()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_merging_when_asked_tells_what_it_loses(
-    form: str,
-    files: dict[str, Path],
-    model: nn.Module,
-    make_bundle: Any,
-    exact_delta: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
-) -> None:
-    """The losses are those of the weights in the file; no other node, and near W + delta_W."""
-    from fourierft_export.onnx_graph.graph.source import open_onnx
-    from fourierft_export.onnx_graph.locate.quantised_forms import quantised_linears
-
-    bundle, out = bound(model, make_bundle, scaling=60.0), tmp_path / "out.onnx"
-    report = apply_onnx(files[form], bundle, out, allow_requantise=True)
-    assert report.losses.keys() == set(LAYERS)
-    assert any("4 weights were quantised again" in note for note in report.notes)
-    assert [n.op_type for n in onnx.load(out).graph.node] == [
-        n.op_type for n in onnx.load(files[form]).graph.node
-    ]
-    before, after = (
-        {one.paths: one for one in quantised_linears(open_onnx(path))}
-        for path in (files[form], out)
-    )
-    assert before.keys() == after.keys()
-    for paths, one in after.items():
-        layer = next(path for path in paths if path in LAYERS)
-        old = before[paths]
-        assert one.dequantised is not None
-        assert old.dequantised is not None
-        delta = exact_delta(bundle, layer, one.shape)
-        weight, step = one.dequantised()
-        wanted = old.dequantised()[0] + delta
-        assert (np.abs(weight - wanted) <= 0.5 * step * 1.001 + 1e-6).all()
-        loss = np.linalg.norm(weight - wanted) / np.linalg.norm(delta)
-        assert report.losses[layer] == pytest.approx(loss, rel=1e-3)
-    want = changed(model, bundle, exact_delta)(torch.from_numpy(x).double()).detach().numpy()
-    got, base = (run(path, {"x": x})["y"] for path in (out, files[form]))
-    assert np.abs(got - want).mean() < 0.5 * np.abs(base - want).mean()
-
-
 @pytest.mark.parametrize("form", ["dynamic int8", "QDQ"])
 def test_sessions_compute_int8_products_without_saturation(
     form: str,

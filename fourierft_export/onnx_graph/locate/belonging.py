@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ...bundle.file import Bundle
@@ -13,7 +13,6 @@ from ...models.base import Base
 from ...spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..graph.source import Source
 from .found import Found, Wanted
-from .quantised import QuantisedSite
 
 
 def wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Wanted]:
@@ -33,18 +32,12 @@ def wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Want
     return list(wanted.values())
 
 
-def judge(
-    source: Source,
-    found: Found,
-    quantised: Mapping[str, tuple[Sequence[QuantisedSite], str | None]],
-    allow_base_mismatch: bool,
-) -> tuple[str, ...]:
+def judge(source: Source, found: Found, allow_base_mismatch: bool) -> tuple[str, ...]:
     """Notes on what was found.
 
     Args:
         source: the graph.
-        found: its float weights.
-        quantised: layer -> its quantised sites, and what the fingerprint says of them.
+        found: the layers in it.
         allow_base_mismatch: let other values pass, never other shapes.
 
     Raises:
@@ -52,9 +45,10 @@ def judge(
     """
     offenders = [f"{layer}: {why}" for layer, why in found.missing.items()]
     verdicts = {layer: {site.verdict for site in sites} for layer, sites in found.sites.items()}
-    names = {layer: sites[0].candidate.name for layer, sites in found.sites.items()}
-    for layer, (there, verdict) in quantised.items():
-        verdicts[layer], names[layer] = {verdict}, there[0].describe()
+    names = {
+        layer: sites[0].describe() if sites[0].quantised else sites[0].name
+        for layer, sites in found.sites.items()
+    }
     others = [layer for layer, verdict in verdicts.items() if "different" in verdict]
     if not allow_base_mismatch:
         offenders += [
@@ -76,11 +70,12 @@ def judge(
     notes = []
     if others:
         notes.append(f"{len(others)} weights are not those the adapter was trained on, as allowed")
-    if any("precision" in verdicts[layer] for layer in found.sites):
+    floats = [site for sites in found.sites.values() for site in sites if not site.quantised]
+    if any(site.verdict == "precision" for site in floats):
         notes.append("the adapter was trained on this base in another precision")
     if any(None in verdict for verdict in verdicts.values()):
         notes.append("unbound layers: no check was possible that they belong to this model")
-    shared = sorted({s.candidate.name for sites in found.sites.values() for s in sites if s.shared})
+    shared = sorted({site.name for site in floats if site.shared})
     notes += [f"{name} is used elsewhere, too: that use keeps the base's weight" for name in shared]
     return tuple(notes)
 

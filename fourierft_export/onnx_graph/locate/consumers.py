@@ -34,7 +34,7 @@ class Use:
     Attributes:
         node, index: the consumer of the constant itself, and which of its inputs it is.
         linear: the MatMul or Gemm at the end, perhaps behind a Transpose, Cast or function call.
-        in_out: the constant is taken as (in, out).
+        transposed: the constant is taken as (in, out).
         scope: module path by metadata or node name, if they tell.
         bias: module path by the bias that is added, if that has a name.
     """
@@ -42,7 +42,7 @@ class Use:
     node: ir.Node
     index: int
     linear: ir.Node
-    in_out: bool
+    transposed: bool
     scope: str | None
     bias: str | None
 
@@ -55,9 +55,9 @@ class Use:
 def linear_uses(model: ir.Model, value: ir.Value) -> list[Use]:
     """The uses of a constant as a matrix of weights; other uses are left out."""
     return [
-        Use(node, index, linear, in_out, _scope(linear) or _scope(node), _bias(linear))
+        Use(node, index, linear, transposed, _scope(linear) or _scope(node), _bias(linear))
         for node, index in value.uses()
-        for linear, in_out in _follow(model, node, index, False, 0)
+        for linear, transposed in _follow(model, node, index, False, 0)
     ]
 
 

@@ -32,7 +32,7 @@ class Wish(Protocol):
         """(out, in), if known."""
 
     @property
-    def stored_in_out(self) -> bool:
+    def transposed(self) -> bool:
         """The base stores its weight as (in, out)."""
 
     @property
@@ -43,7 +43,7 @@ class Wish(Protocol):
 class Match(NamedTuple):
     """How a constant holds a weight: as (in, out) or not, and from which output on (packed)."""
 
-    in_out: bool
+    transposed: bool
     start: int | None
 
 
@@ -63,22 +63,22 @@ def matches(
     if want.shape is None or want.fingerprint is None or tensor is None:
         return
     pick: Pick | None = None
-    for in_out in (False, True):
-        outputs, inputs = reversed(shape) if in_out else shape
+    for transposed in (False, True):
+        outputs, inputs = reversed(shape) if transposed else shape
         if inputs != want.shape[1] or outputs < want.shape[0]:
             continue
         for start in starts(outputs, want.shape[0], sizes):
             pick = pick or source.picker(tensor)
-            if _samples_fit(pick, in_out, start, want):
+            if _samples_fit(pick, transposed, start, want):
                 part = None if outputs == want.shape[0] else start
-                if verdict(source, tensor, in_out, part, want.shape, want) != "different":
-                    yield Match(in_out, part)
+                if verdict(source, tensor, transposed, part, want.shape, want) != "different":
+                    yield Match(transposed, part)
 
 
 def verdict(
     source: Source,
     tensor: ir.TensorProtocol | None,
-    in_out: bool,
+    transposed: bool,
     start: int | None,
     shape: tuple[int, int],
     want: Wish,
@@ -86,16 +86,16 @@ def verdict(
     """What the fingerprint says of a constant, or of a part of it; None without a fingerprint."""
     if want.fingerprint is None or tensor is None:
         return None
-    weight = part_of(source.read(tensor), in_out, start, shape[0])
-    return compare(want.fingerprint, weight if in_out == want.stored_in_out else weight.T)
+    weight = part_of(source.read(tensor), transposed, start, shape[0])
+    return compare(want.fingerprint, weight if transposed == want.transposed else weight.T)
 
 
-def part_of(weight: Array, in_out: bool, start: int | None, outputs: int) -> Array:
+def part_of(weight: Array, transposed: bool, start: int | None, outputs: int) -> Array:
     """A layer's part of a packed weight, as a view; all of one that is not packed."""
     if start is None:
         return weight
     where = slice(start, start + outputs)
-    return weight[:, where] if in_out else weight[where]
+    return weight[:, where] if transposed else weight[where]
 
 
 def starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
@@ -107,15 +107,15 @@ def starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
     return sorted(start for start in found if 0 <= start <= total - size)
 
 
-def _samples_fit(pick: Pick, in_out: bool, start: int, want: Wish) -> bool:
+def _samples_fit(pick: Pick, transposed: bool, start: int, want: Wish) -> bool:
     if want.shape is None or want.fingerprint is None:
         return False
     outputs, inputs = want.shape
-    stored = (inputs, outputs) if want.stored_in_out else (outputs, inputs)
+    stored = (inputs, outputs) if want.transposed else (outputs, inputs)
     first, second = np.unravel_index(sample_positions(outputs * inputs), stored)
-    out, into = (second, first) if want.stored_in_out else (first, second)
+    out, into = (second, first) if want.transposed else (first, second)
     out = out + start
-    got = pick(*((into, out) if in_out else (out, into)))
+    got = pick(*((into, out) if transposed else (out, into)))
     expected = np.frombuffer(want.fingerprint.samples, "<u2").view(ml_dtypes.bfloat16)
     with np.errstate(over="ignore"):
         rounded = got.astype(ml_dtypes.bfloat16).astype(np.float64)

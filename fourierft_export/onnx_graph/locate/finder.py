@@ -14,8 +14,9 @@ from ...models.base import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constants
 from .consumers import Use, linear_uses, same_module, same_path, scope_of_weight
 from .content import Match, matches, verdict
-from .found import Candidate, Found, Site, Wanted
+from .found import Candidate, Found, Wanted
 from .packed import packed_in, packed_paths, parse_mapped, start_in, unknown_size
+from .site import Site
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -124,9 +125,9 @@ class Finder:
             results = [self._site(want, one, uses, kind) for one, uses in hits]
             good = [site for result in results if not isinstance(result, str) for site in result]
             fits = [site for site in good if site.verdict != "different"]
-            if len(hits) > 1 and len({site.candidate.name for site in fits or good}) > 1:
+            if len(hits) > 1 and len({site.name for site in fits or good}) > 1:
                 if not all(site.verdict for site in fits) or not fits:
-                    listed = ", ".join(site.candidate.describe() for site in good[:_SHOWN])
+                    listed = ", ".join(site.describe() for site in good[:_SHOWN])
                     return f"several weights at this path: {listed}"
                 return fits
             if good:
@@ -143,7 +144,7 @@ class Finder:
         if place is None or not hits:
             return None
         one, uses = hits[0]
-        layouts = {use.in_out for use in uses}
+        layouts = {use.transposed for use in uses}
         if want.shape is None:
             return unknown_size(want.name, one.name, one.describe())
         if len({hit.name for hit, _ in hits}) > 1 or len(layouts) != 1:
@@ -168,7 +169,7 @@ class Finder:
             straight = [
                 (one, match)
                 for one, match in hits
-                if {use.in_out for use in one.uses} == {match.in_out}
+                if {use.transposed for use in one.uses} == {match.transposed}
             ]
             hits = straight if len({(o.name, m.start) for o, m in hits}) == 1 else hits
         if len(hits) == 1:
@@ -200,17 +201,17 @@ class Finder:
         match: Match | None = None,
     ) -> list[Site] | str:
         """The site that this constant is for the layer, or why it cannot be."""
-        layouts = {use.in_out for use in uses}
+        layouts = {use.transposed for use in uses}
         if match is not None:
-            layouts = {match.in_out}
+            layouts = {match.transposed}
             if match.start is not None and want.shape is not None:
                 part = (match.start, match.start + want.shape[0])
         if not layouts and want.shape and want.shape[0] != want.shape[1]:
             layouts = {one.shape != want.shape}  # its name is known: only the layout is open
         if len(layouts) != 1:
             return f"{one.describe()} is used in both orientations, or in none that is known"
-        in_out = layouts.pop()
-        outputs, inputs = reversed(one.shape) if in_out else one.shape
+        transposed = layouts.pop()
+        outputs, inputs = reversed(one.shape) if transposed else one.shape
         if part is not None:
             if not part[0] < part[1] <= outputs:
                 return f"{one.describe()} has no outputs {part[0]} to {part[1]}"
@@ -219,14 +220,25 @@ class Finder:
         if want.shape is not None and (outputs, inputs) != want.shape:
             return (
                 f"shape {list(want.shape)} expected, {one.describe()} holds {[outputs, inputs]}"
-                + (" as (in, out)" if in_out else "")
+                + (" as (in, out)" if transposed else "")
             )
         start = part[0] if part else None
         answer = verdict(
-            self.source, constant_of(one.value), in_out, start, (outputs, inputs), want
+            self.source, constant_of(one.value), transposed, start, (outputs, inputs), want
         )
-        others = len(uses) < len(tuple(one.value.uses())) or one.value.is_graph_output()
-        return [Site(want.name, one, in_out, uses, others, start, (outputs, inputs), how, answer)]
+        return [
+            Site(
+                want.name,
+                one.value,
+                (outputs, inputs),
+                transposed,
+                uses,
+                start,
+                shared=len(uses) < len(tuple(one.value.uses())) or one.value.is_graph_output(),
+                how=how,
+                verdict=answer,
+            )
+        ]
 
 
 def _belonging(uses: tuple[Use, ...], path: str) -> tuple[Use, ...]:
@@ -258,7 +270,7 @@ def _refuse_double_claims(found: Found) -> None:
                 others = claims.setdefault((id(use.node), use.index), [])
                 for first, last, other in others:
                     if other != layer and first < part[1] and part[0] < last:
-                        why = f"{site.candidate.describe()} is found for {other}, too"
+                        why = f"{site.describe()} is found for {other}, too"
                         found.missing[layer] = why
                         found.sites.pop(layer, None)
                 others.append(part)

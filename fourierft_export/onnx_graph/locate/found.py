@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...bundle.spec import Fingerprint
 from ...models.base import Bridge
 from .consumers import Use
+from .site import Site
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,13 +21,13 @@ class Wanted:
     Attributes:
         name: module path, in the adapter's language.
         shape: (out, in), if known.
-        stored_in_out: the base stores its weight as (in, out).
+        transposed: the base stores its weight as (in, out).
         fingerprint: of the base weight as stored, if known.
     """
 
     name: str
     shape: tuple[int, int] | None = None
-    stored_in_out: bool = False
+    transposed: bool = False
     fingerprint: Fingerprint | None = None
 
 
@@ -53,33 +54,6 @@ class Candidate:
         """The candidate for a list that a person chooses from."""
         scopes = sorted({use.path for use in self.uses if use.path})
         return f"{self.name} {list(self.shape)}" + (f" at {scopes[0]}" if scopes else "")
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Where (part of) a constant is a layer's weight.
-
-    Attributes:
-        layer: module path, in the adapter's language.
-        candidate: the constant.
-        in_out: it holds the weight as (in, out).
-        uses: the consumers that are this layer.
-        shared: there are others, which keep the base's weight.
-        start: of the layer's part along the axis of outputs, for packed weights; else None.
-        shape: (out, in) of the layer.
-        how: "map", "name", "scope", "bias" or "content".
-        verdict: of the fingerprint: "same", "precision", "different", or None without one.
-    """
-
-    layer: str
-    candidate: Candidate
-    in_out: bool
-    uses: tuple[Use, ...]
-    shared: bool
-    start: int | None
-    shape: tuple[int, int]
-    how: str
-    verdict: str | None
 
 
 @dataclass

@@ -158,7 +158,7 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
         (node, 1),
         (both, scales[0]) if both is not None and len(scales) == 1 else None,
         (node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else None,
-        in_out=True,
+        transposed=True,
     )
 
 
@@ -179,7 +179,7 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         return None
     dequantise = producer
     by_rows = bool("transB" in node.attributes and node.attributes["transB"].as_int())
-    in_out = by_rows == turned
+    transposed = by_rows == turned
     axis, block = (
         int(dequantise.attributes[name].as_int()) if name in dequantise.attributes else default
         for name, default in (("axis", 1), ("block_size", 0))
@@ -194,7 +194,7 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         scale = _spread(scale.astype(np.float32), values.shape, axis, block)
         offset = 0 if zero is None else _spread(zero.astype(np.float32), values.shape, axis, block)
         weights, step = (values - offset) * scale, np.broadcast_to(np.abs(scale), values.shape)
-        return (weights.T, step.T) if in_out else (weights, step)
+        return (weights.T, step.T) if transposed else (weights, step)
 
     first, second = (int(size) for size in tensor.shape.numpy())
     known = _is_constant(dequantise, 1) and _is_constant(dequantise, 2)
@@ -202,7 +202,7 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     return QuantisedLinear(
         name,
         "QDQ",
-        (second, first) if in_out else (first, second),
+        (second, first) if transposed else (first, second),
         _before_qdq(node),
         after_qdq(node.outputs[0]),
         node,
@@ -213,7 +213,7 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         (dequantise, 2)
         if len(dequantise.inputs) > 2 and dequantise.inputs[2] is not None
         else None,
-        in_out=in_out,
+        transposed=transposed,
         axis=axis,
         block_size=block,
     )

@@ -25,12 +25,12 @@ class Place:
     Attributes:
         value: the constant.
         uses: its consumers that shall see the new content.
-        turned: the graph holds the transpose.
+        transposed: the graph holds the transpose.
     """
 
     value: ir.Value
     uses: tuple[tuple[ir.Node, int], ...]
-    turned: bool = False
+    transposed: bool = False
 
 
 def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) -> dict[str, Place]:
@@ -94,8 +94,8 @@ def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:
             site = result[0]
             uses = tuple((use.node, use.index) for use in site.uses)
             # Whoever asks for an embedding by its name means the table itself.
-            everyone = uses if uses else tuple(site.candidate.value.uses())
-            return Place(site.candidate.value, everyone, site.in_out)
+            everyone = uses if uses else tuple(site.value.uses())
+            return Place(site.value, everyone, site.transposed)
     graph = finder.source.model.graph
     value = graph.initializers.get(name)
     if value is None or value.const_value is None:

@@ -20,10 +20,11 @@ from ..graph.source import Source, constant_of
 from ..groups import Interface, Saved, group_layers, table
 from ..locate.consumers import source_of
 from ..locate.content import part_of
-from ..locate.found import Site, Wanted
+from ..locate.found import Wanted
 from ..locate.linears import SavedSite
-from ..locate.quantised import QuantisedSite
+from ..locate.quantised_search import quantised_verdict
 from ..locate.saved import Place
+from ..locate.site import Site
 from ..mode_names import BANK, UNMERGED
 from .bank import write_bank
 from .batched import batch_of
@@ -38,7 +39,7 @@ def write_beside(
     mode: str,
     bundles: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
-    quantised: Mapping[str, Sequence[QuantisedSite]],
+    quantised: Mapping[str, Sequence[Site]],
     places: Mapping[str, Place],
 ) -> Interface:
     """Add adapters to the outputs of linear layers; the weights stay as they are.
@@ -102,7 +103,7 @@ def write_beside(
 def _ends(
     source: Source,
     sites: Mapping[str, Sequence[Site]],
-    quantised: Mapping[str, Sequence[QuantisedSite]],
+    quantised: Mapping[str, Sequence[Site]],
 ) -> dict[str, list[Ends]]:
     """Where each layer's x comes in and its y goes out; packed outputs are split."""
     outputs: dict[str, list[Outputs]] = {}
@@ -113,7 +114,7 @@ def _ends(
             if why:
                 offenders.append(f"{layer}: {why}")
                 continue
-            total = site.candidate.shape[1 if site.in_out else 0]
+            total = site.outputs
             start = site.start or 0
             part = None if site.start is None else slice(start, start + site.shape[0])
             outputs.setdefault(layer, []).extend(
@@ -131,13 +132,9 @@ def _ends(
         )
     for layer, there in quantised.items():
         outputs[layer] = [
-            Outputs(
-                one.linear.fed,
-                one.linear.y,
-                one.linear.shape[0],
-                None if one.start is None else one.rows,
-            )
+            Outputs(fed, y, one.outputs, None if one.start is None else one.rows)
             for one in there
+            for fed, y in one.products
         ]
     return ends_of(source.model.graph, outputs)
 
@@ -149,10 +146,10 @@ def _obstacle(source: Source, site: Site) -> str | None:
         if node.graph is not source.model.graph:
             return f"its {node.op_type} is in a subgraph or function, which sees no adapter"
         turned = "transA" in node.attributes and node.attributes["transA"].as_int()
-        first = source_of(node.inputs[0]) is site.candidate.value
+        first = source_of(node.inputs[0]) is site.value
         if node.op_type not in ("MatMul", "Gemm") or turned or first:
-            return f"{site.candidate.name} is used by {node.op_type} in another way than x W"
-    return None if site.uses else f"{site.candidate.name} is used by no MatMul or Gemm"
+            return f"{site.name} is used by {node.op_type} in another way than x W"
+    return None if site.uses else f"{site.name} is used by no MatMul or Gemm"
 
 
 def saved_sites(
@@ -165,9 +162,9 @@ def saved_sites(
         if tensor is None:
             raise ValueError(f"{place.value.name} is no constant")
         array = edits.source.read(tensor)
-        base[name] = array.T if place.turned else array
+        base[name] = array.T if place.transposed else array
         value = edits.own(place.value, place.uses)
-        sites.append(SavedSite(name, value, place.turned))
+        sites.append(SavedSite(name, value, place.transposed))
     return sites, base
 
 
@@ -175,7 +172,7 @@ def base_fingerprints(
     source: Source,
     bundles: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
-    quantised: Mapping[str, Sequence[QuantisedSite]] | None = None,
+    quantised: Mapping[str, Sequence[Site]] | None = None,
 ) -> dict[str, Fingerprint]:
     """The base weights' fingerprints, by which adapters that come later are checked.
 
@@ -189,19 +186,21 @@ def base_fingerprints(
             specs.setdefault(layer.name, []).append(layer)
     prints = {}
     for name, several in sites.items():
-        tensor = constant_of(several[0].candidate.value)
+        tensor = constant_of(several[0].value)
         if tensor is None:
             continue
         weight = part_of(
-            source.read(tensor), several[0].in_out, several[0].start, several[0].shape[0]
+            source.read(tensor), several[0].transposed, several[0].start, several[0].shape[0]
         )
-        stored_in_out = any(layer.fan_in_fan_out for layer in specs.get(name, ()))
-        there = fingerprint(weight if several[0].in_out == stored_in_out else weight.T)
+        transposed = any(layer.fan_in_fan_out for layer in specs.get(name, ()))
+        there = fingerprint(weight if several[0].transposed == transposed else weight.T)
         own = [layer.fingerprint for layer in specs.get(name, ()) if layer.fingerprint is not None]
         prints[name] = next((one for one in own if judge(one, there) != "different"), there)
     for name, parts in (quantised or {}).items():
         for layer in specs.get(name, ()):
             want = Wanted(name, layer.shape, layer.fan_in_fan_out, layer.fingerprint)
-            if layer.fingerprint and all(one.verdict(want) != "different" for one in parts):
+            if layer.fingerprint and all(
+                quantised_verdict(one, want) != "different" for one in parts
+            ):
                 prints.setdefault(name, layer.fingerprint)
     return prints

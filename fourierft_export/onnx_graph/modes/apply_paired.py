@@ -13,9 +13,9 @@ from ..fit import full_feeds
 from ..graph.edits import Edits
 from ..graph.source import constant_of
 from ..groups import Interface, Saved, group_layers
-from ..locate.found import Site
 from ..locate.marks import WeightSite
 from ..locate.saved import Place
+from ..locate.site import Site
 from ..metadata import Written
 from ..mode_names import PAIRED
 from .apply_beside import SIDE_OPSET, base_fingerprints, saved_sites
@@ -57,7 +57,7 @@ def write_pair(
             remedy="apply one: the expander makes weights of any other",
         )
     packed = [
-        f"{layer}: packed with others in {site.candidate.name}, and {whole_for(edits, site)}"
+        f"{layer}: packed with others in {site.name}, and {whole_for(edits, site)}"
         for layer, several in sites.items()
         for site in several
         if site.start is not None
@@ -76,13 +76,13 @@ def write_pair(
     located = []
     for layer, several in sites.items():
         for site in several:
-            tensor = constant_of(site.candidate.value)
+            tensor = constant_of(site.value)
             if tensor is None:
-                raise ValueError(f"{site.candidate.name} is no constant")
+                raise ValueError(f"{site.name} is no constant")
             weight = source.read(tensor)
-            weights[layer] = weight.T if site.in_out else weight, False
-            value = edits.own(site.candidate.value, [(use.node, use.index) for use in site.uses])
-            located.append(WeightSite(layer, value, site.in_out))
+            weights[layer] = weight.T if site.transposed else weight, False
+            value = edits.own(site.value, [(use.node, use.index) for use in site.uses])
+            located.append(WeightSite(layer, value, site.transposed))
     saved, base = saved_sites(edits, places)
     interface = Interface(
         group_layers([bundle]),

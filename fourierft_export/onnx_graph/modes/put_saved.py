@@ -38,7 +38,7 @@ def put_saved(places: Mapping[str, Place], edits: Edits, bundles: Mapping[str, B
             wanted[key] = array
     for key, place in places.items():
         value = edits.own(place.value, place.uses)
-        content = _cast(wanted[key].T if place.turned else wanted[key], value, key)
+        content = _cast(wanted[key].T if place.transposed else wanted[key], value, key)
         edits.put(value, lambda content=content: content)  # type: ignore[misc]
 
 

@@ -15,7 +15,7 @@ from ...types import Array
 from ..graph.edits import Edits
 from ..graph.source import Source, constant_of
 from ..locate.content import part_of
-from ..locate.found import Site
+from ..locate.site import Site
 from ..metadata import Written
 from .functions import add_functions
 from .rewrite import AdaptedLayer, LayerTerm, Writer
@@ -62,7 +62,7 @@ def merge_sites(job: Job) -> list[Written]:
         for site in sites:
             value = _owned(job, site, parts)
             parts.setdefault(str(value.name), (value, []))[1].append(site)
-            written.append(Written(site.layer, str(value.name), site.in_out, {}))
+            written.append(Written(site.layer, str(value.name), site.transposed, {}))
     for name, (value, group) in parts.items():
         tensor = constant_of(value)
         if tensor is None:
@@ -80,11 +80,11 @@ def merge_sites(job: Job) -> list[Written]:
 def _owned(job: Job, site: Site, parts: Mapping[str, tuple[ir.Value, list[Site]]]) -> ir.Value:
     """The constant to change for a site: a copy, where others keep the base's weight."""
     if not site.shared:
-        return site.candidate.value
+        return site.value
     for value, group in parts.values():
-        if any(one.candidate is site.candidate and one.uses == site.uses for one in group):
+        if any(one.value is site.value and one.uses == site.uses for one in group):
             return value  # another part of the same packed weight
-    return job.edits.own(site.candidate.value, [(use.node, use.index) for use in site.uses])
+    return job.edits.own(site.value, [(use.node, use.index) for use in site.uses])
 
 
 def _merged(job: Job, tensor: ir.TensorProtocol, group: Sequence[Site], name: str) -> Array:
@@ -92,9 +92,9 @@ def _merged(job: Job, tensor: ir.TensorProtocol, group: Sequence[Site], name: st
     total = weight if all(site.start is None for site in group) else weight.copy()
     for site in group:
         terms = [term.term for term in job.terms(site.layer)]
-        part = part_of(weight, site.in_out, site.start, site.shape[0])
+        part = part_of(weight, site.transposed, site.start, site.shape[0])
         with np.errstate(over="ignore"):  # judged by its result
-            new = add_delta_weight(part, terms, transposed=site.in_out)
+            new = add_delta_weight(part, terms, transposed=site.transposed)
         if not np.isfinite(new).all():
             raise BadInputError(
                 f"weight {name}",
@@ -105,7 +105,7 @@ def _merged(job: Job, tensor: ir.TensorProtocol, group: Sequence[Site], name: st
         if site.start is None:
             total = new
         else:
-            part_of(total, site.in_out, site.start, site.shape[0])[...] = new
+            part_of(total, site.transposed, site.start, site.shape[0])[...] = new
     return total
 
 
@@ -121,29 +121,29 @@ def feed_sites(job: Job) -> list[Written]:
             users = [(use.node, use.index) for use in site.uses]
             node, index = users[0]
             current = node.inputs[index]  # the constant, or already the sum of another part
-            if current is site.candidate.value:
+            if current is site.value:
                 current = _in_main_graph(job, site)
                 site_value = str(current.name)
             else:
                 site_value = next(w.weight for w in written if _same_value(w, site, job))
             if current is None:
-                raise ValueError(f"{site.candidate.name} is not used any more")
+                raise ValueError(f"{site.name} is not used any more")
             layer = AdaptedLayer(
                 np.broadcast_to(np.float32(0), site.shape), False, job.terms(site.layer)
             )
-            start = Written(site.layer, site_value, site.in_out, {})
+            start = Written(site.layer, site_value, site.transposed, {})
             written.append(writer.feed(start, current, users, layer, pads=_pads(site)))
     writer.finish()
     return written
 
 
 def _same_value(written: Written, site: Site, job: Job) -> bool:
-    return any(one.candidate is site.candidate for one in job.sites[written.layer])
+    return any(one.value is site.value for one in job.sites[written.layer])
 
 
 def _in_main_graph(job: Job, site: Site) -> ir.Value:
     """The site's constant as an initializer of the main graph, where new nodes can reach it."""
-    value = site.candidate.value
+    value = site.value
     if value.graph is job.source.model.graph and value.is_initializer():
         return value
     return job.edits.own(value, [(use.node, use.index) for use in site.uses])
@@ -153,6 +153,5 @@ def _pads(site: Site) -> tuple[int, int, int, int] | None:
     """Zeros around a layer's delta_W, in the layout of the packed weight that it is a part of."""
     if site.start is None:
         return None
-    total = site.candidate.shape[1 if site.in_out else 0]
-    before, after = site.start, total - site.start - site.shape[0]
-    return (0, before, 0, after) if site.in_out else (before, 0, after, 0)
+    before, after = site.start, site.outputs - site.start - site.shape[0]
+    return (0, before, 0, after) if site.transposed else (before, 0, after, 0)

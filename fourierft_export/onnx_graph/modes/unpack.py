@@ -14,11 +14,11 @@ import numpy as np
 
 from ...types import Array
 from ..graph.edits import Edits
-from ..graph.ops import free_name, replace_uses
+from ..graph.ops import STANDARD, free_name, replace_uses
 from ..graph.source import constant_of
-from ..locate.consumers import STANDARD, Use
+from ..locate.consumers import Use
 from ..locate.content import part_of
-from ..locate.found import Candidate, Site
+from ..locate.site import Site
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +38,7 @@ def unpack_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[str,
     for several in sites.values():
         for site in several:
             if site.start is not None and whole_for(edits, site) is None:
-                key = site.candidate.name, tuple(id(use.node) for use in site.uses)
+                key = site.name, tuple(id(use.node) for use in site.uses)
                 packed.setdefault(key, []).append(site)
     made: dict[tuple[str, int], Site] = {}
     for group in packed.values():
@@ -74,22 +74,21 @@ def whole_for(edits: Edits, site: Site) -> str | None:
 def _taken_apart(edits: Edits, group: Sequence[Site]) -> list[Site]:
     """The sites of parts of one weight, each with a constant of its own."""
     first = group[0]
-    total = first.candidate.shape[1 if first.in_out else 0]
     starts = [site.start or 0 for site in group]
     stops = [start + site.shape[0] for start, site in zip(starts, group, strict=True)]
-    edges = sorted({0, total, *starts, *stops})
+    edges = sorted({0, first.outputs, *starts, *stops})
     pieces = {start: _piece(edits, first, start, stop) for start, stop in pairwise(edges)}
     uses: dict[int, list[Use]] = {start: [] for start in pieces}
     for use in first.uses:
         for start, node in _split(edits, use, pieces).items():
             uses[start].append(replace(use, node=node, linear=node))
-    value = first.candidate.value
+    value = first.value
     if not value.uses() and value.is_initializer() and not value.is_graph_output():
         edits.source.model.graph.initializers.pop(str(value.name), None)
     return [
         replace(
             site,
-            candidate=Candidate(pieces[start], _shape(pieces[start]), tuple(uses[start])),
+            value=pieces[start],
             uses=tuple(uses[start]),
             start=None,
             shared=False,
@@ -105,17 +104,17 @@ def _shape(value: ir.Value) -> tuple[int, int]:
 
 
 def _piece(edits: Edits, site: Site, start: int, stop: int) -> ir.Value:
-    tensor = constant_of(site.candidate.value)
+    tensor = constant_of(site.value)
     if tensor is None:
-        raise ValueError(f"{site.candidate.name} is no constant")
-    rows, columns = site.candidate.shape
-    shape = (rows, stop - start) if site.in_out else (stop - start, columns)
+        raise ValueError(f"{site.name} is no constant")
+    rows, columns = _shape(site.value)
+    shape = (rows, stop - start) if site.transposed else (stop - start, columns)
 
     def make() -> Array:
-        part = part_of(edits.source.read(tensor), site.in_out, start, stop - start)
+        part = part_of(edits.source.read(tensor), site.transposed, start, stop - start)
         return np.ascontiguousarray(part)
 
-    return edits.new(f"{site.candidate.name}.{start}-{stop}", tensor, shape, make)
+    return edits.new(f"{site.name}.{start}-{stop}", tensor, shape, make)
 
 
 def _split(edits: Edits, use: Use, pieces: Mapping[int, ir.Value]) -> dict[int, ir.Node]:
@@ -135,7 +134,7 @@ def _split(edits: Edits, use: Use, pieces: Mapping[int, ir.Value]) -> dict[int, 
         output.name = free_name(f"{y.name}.{start}", taken)
         output.type = y.type
         if y.shape is not None:
-            width = _shape(piece)[1 if use.in_out else 0]
+            width = _shape(piece)[1 if use.transposed else 0]
             output.shape = ir.Shape([*list(y.shape)[:-1], width])
         nodes[start] = node
     users = tuple(y.uses())

@@ -1,0 +1,79 @@
+"""Where a layer of an adapter is in a graph: the one record that the search, the trace and the
+modes share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..graph.source import constant_of
+from .consumers import Use
+from .quantised import QuantisedLinear
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where (part of) a constant is a layer's weight.
+
+    Attributes:
+        layer: module path, in the adapter's language.
+        value: the constant that holds the weight, or a quantised weight's integers.
+        shape: (out, in) of the layer.
+        transposed: the constant holds the weight as (in, out).
+        uses: the consumers that are this layer; of a quantised weight none are listed.
+        start: the layer's first output, where its weight is a part of a packed one; else None.
+        shared: others use the constant, too, and keep the base's weight.
+        quantised: the quantised linear layer that this is; None for a float weight.
+        how: it was found: "map", "name", "scope", "bias", "content", or "mark" by the trace.
+        verdict: of the fingerprint: "same", "precision", "different", or None without one.
+    """
+
+    layer: str
+    value: ir.Value
+    shape: tuple[int, int]
+    transposed: bool
+    uses: tuple[Use, ...] = ()
+    start: int | None = None
+    shared: bool = False
+    quantised: QuantisedLinear | None = None
+    how: str = "mark"
+    verdict: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The constant's name."""
+        return str(self.value.name)
+
+    @property
+    def rows(self) -> slice:
+        """The layer's outputs among those of the constant."""
+        return slice(self.start or 0, (self.start or 0) + self.shape[0])
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the whole constant, of which the layer's are a part."""
+        if self.quantised is not None:
+            return self.quantised.shape[0]
+        tensor = constant_of(self.value)
+        return 0 if tensor is None else int(tensor.shape.numpy()[1 if self.transposed else 0])
+
+    @property
+    def products(self) -> list[tuple[tuple[ir.Node, int], ir.Value]]:
+        """Where x comes in (node, index of its input), and the y of the whole constant, per use."""
+        if self.quantised is not None:
+            return [(self.quantised.fed, self.quantised.y)]
+        return [((use.linear, 0), use.linear.outputs[0]) for use in self.uses]
+
+    def describe(self) -> str:
+        """The site for a list that a person chooses from."""
+        if self.quantised is not None:
+            part = "" if self.start is None else f"[{self.rows.start}:{self.rows.stop}]"
+            return f"{self.quantised.weight}{part} {list(self.shape)} ({self.quantised.kind})"
+        tensor = constant_of(self.value)
+        shape = [] if tensor is None else list(tensor.shape.numpy())
+        scopes = sorted({use.path for use in self.uses if use.path})
+        return f"{self.name} {shape}" + (f" at {scopes[0]}" if scopes else "")
