@@ -69,6 +69,8 @@ def pack(
             source, output, base, adapter, entry_rule, target, onnx, allow_links, force
         )
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+    if bundle.is_bound and base is None:  # to the folder that the adapter's config names
+        check_output(output, force=force, inputs=(str(bundle.spec.base_model),))
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
     folder = find_adapter(source, adapter)

@@ -62,7 +62,8 @@ def validate(
     from ..proof.validate import validate as run
 
     if report:
-        check_output(report, force=force)
+        read = (base, bundle, peft, merged, *onnx, inputs)
+        check_output(report, force=force, inputs=tuple(path for path in read if path))
     found = run(
         base=base,
         bundle=bundle,

@@ -29,28 +29,31 @@ _ATTEMPTS = 5
 def check_output(
     out: str | os.PathLike[str], *, force: bool, inputs: tuple[str | os.PathLike[str], ...] = ()
 ) -> Path:
-    """Refuse an output that exists (without `force`), is an input, or lies in no folder.
+    """Refuse an output that exists (without `force`), would damage an input, or lies in no folder.
 
     Args:
         out: where the result shall be.
         force: whether an existing output may be replaced.
-        inputs: files and folders that are read; `out` may not be one of them, nor hold one, nor
-            hold what a link in such a folder leads to.
+        inputs: files and folders that are read. Even with `force`, `out` may not be one of them,
+            nor a folder that holds one, nor lie inside such a folder. The same goes for what the
+            links in such a folder lead to.
 
     Raises:
-        UsageError: the output exists, or is an input.
+        UsageError: the output exists; it is an input, holds one, or lies inside one.
         FileAccessError: the folder it should lie in is missing.
     """
     path = Path(out)
     real = Path(os.path.realpath(path))
     for source in inputs:
-        if any(real == origin or real in origin.parents for origin in real_paths(source)):
-            raise UsageError(
-                path,
-                expected="an output apart from the inputs",
-                found=f"the input {source}",
-                remedy="choose another output",
-            )
+        for origin in real_paths(source):
+            if real == origin or real in origin.parents or origin in real.parents:
+                where = "a place inside " if origin in real.parents else ""
+                raise UsageError(
+                    path,
+                    expected="an output apart from the inputs",
+                    found=f"{where}the input {source}",
+                    remedy="choose another output",
+                )
     if os.path.lexists(path) and not force:
         clean_leftovers(path)  # of a run that was killed after it had finished
         raise UsageError(

@@ -90,7 +90,6 @@ def merge_checkpoint(
         )
     paths = [source for source in given if not isinstance(source, Bundle)]
     target = check_output(out, force=force, inputs=(base, *paths))
-    _refuse_inside(target, Path(base))
     opened = open_base(base, allow_links=allow_links)
     named = [
         (name, source if isinstance(source, Bundle) else Bundle.load(source), factor)
@@ -138,16 +137,6 @@ def _names(given: Sequence[Source], names: Sequence[str] | None) -> Sequence[str
         f"bundle {number} (given as an object)" if isinstance(source, Bundle) else str(source)
         for number, source in enumerate(given, 1)
     ]
-
-
-def _refuse_inside(target: Path, base: Path) -> None:
-    if Path(os.path.realpath(base)) in Path(os.path.realpath(target)).parents:
-        raise UsageError(
-            target,
-            expected="an output apart from the base",
-            found=f"a place inside {base}",
-            remedy="choose another output",
-        )
 
 
 def _plan(

@@ -208,6 +208,11 @@ def test_an_output_that_is_or_holds_an_input_is_refused_even_with_force(tmp_path
         for source in ("in", "in/f", "alias/f"):
             with pytest.raises(UsageError, match="the input"):
                 check_output(tmp_path / out, force=True, inputs=(tmp_path / source,))
+    for out in ("in/new", "alias/new", "in/deep/new"):
+        with pytest.raises(UsageError, match="a place inside the input"):
+            check_output(tmp_path / out, force=True, inputs=(tmp_path / "in",))
+    # Beside an input file there is room.
+    assert check_output(tmp_path / "in" / "new", force=True, inputs=(tmp_path / "in" / "f",))
 
 
 def test_an_output_that_holds_what_an_input_links_to_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""No verb replaces a file that it reads, or writes into a folder that it reads, even by force."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fourierft_export.cli.main import run
+
+BASE, ADAPTER = "base/model.safetensors", "adapter/adapter_model.safetensors"
+ROWS = {
+    "pack": ["pack adapter --base base -o {}", [BASE, ADAPTER, "base/new", "adapter/new"]],
+    "unpack": ["unpack adapter/adapter_model.safetensors -o {}", [ADAPTER, "adapter"]],
+    "merge": ["merge --base base --bundle adapter -o {}", ["base", "base/new", "adapter/new"]],
+    "recover": [
+        "recover --base base --merged merged --like adapter -o {}",
+        [BASE, "merged/model.safetensors", "base/new", "merged/new", ADAPTER],
+    ],
+    "recover --onnx": ["recover --onnx model.onnx -o {}", ["model.onnx"]],
+    "export": [
+        "export --base base --bundle adapter --mode merged -o {}", [BASE, "base/new", ADAPTER],
+    ],
+    "apply": [
+        "apply --onnx model.onnx --base base --bundle adapter --mode merged -o {}",
+        ["model.onnx", BASE, "base/new", ADAPTER],
+    ],
+    "validate": [
+        "validate --base base --peft adapter --merged merged --onnx model.onnx --inputs x.npz "
+        "--report {}",
+        [BASE, ADAPTER, "merged/model.safetensors", "model.onnx", "x.npz", "merged/new"],
+    ],
+    "train": [
+        "train --model base --data rows.csv -o {}", [BASE, "base/new", "rows.csv"],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_output_never_damages_an_input(
+    row: str, stories260k: Path, stories_adapter: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words, outputs = ROWS[row]
+    assert isinstance(words, str)
+    monkeypatch.chdir(tmp_path)
+    folders = {"base": stories260k, "merged": stories260k, "adapter": stories_adapter}
+    for name, source in folders.items():
+        shutil.copytree(source, name)
+    for name in ("model.onnx", "x.npz", "rows.csv"):
+        Path(name).write_bytes(b"not read")
+    before = contents(tmp_path)
+    for out in outputs:
+        for force in ([], ["--force"]):
+            assert run([*words.format(out).split(), *force]) == 2, out
+            assert "the input" in capsys.readouterr().err or row == "unpack", out
+            assert contents(tmp_path) == before, out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
