@@ -32,6 +32,7 @@ CHECKED_BY_PROOF = {"adapt", "merge", "onnx_graph", "recover"}
 # Within onnx_graph: what all of it shares, then folder by folder, then the verbs.
 FOLDERS = (
     {
+        "bundle_record",
         "fit",
         "groups",
         "metadata",

@@ -12,6 +12,7 @@ from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
 from ..models.base import open_base
 from ..types import Progress
+from .bundle_record import record_bundles
 from .graph.edits import Edits
 from .graph.source import Source, open_onnx
 from .graph.write import data_path, refuse_inputs, write_model
@@ -25,7 +26,6 @@ from .modes.apply_beside import write_beside
 from .modes.apply_paired import write_pair
 from .modes.heads import float_heads
 from .modes.put_saved import put_saved
-from .modes.remember import remember
 from .modes.sites import Job, feed_sites, merge_sites
 from .modes.unpack import unpack_sites
 from .report import ExportReport, fed_shapes, value_shapes
@@ -155,7 +155,7 @@ def apply_onnx(
         if graph is not None:
             graph.metadata_props.update(content)
             if mode != MERGED:
-                remember(graph, named, inputs=mode != UNMERGED)
+                record_bundles(graph, named, inputs=mode != UNMERGED)
     expanders = () if made is None else write_model(made, expander_path(onnx_out), force=force)
     files = (*edits.write(onnx_out, force=force, progress=progress), *expanders)
     beside = data_path(files[0])

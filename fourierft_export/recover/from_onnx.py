@@ -1,37 +1,25 @@
-"""Bundles back out of the ONNX files that hold them: unmerged, swappable, bank, expander.
+"""`recover_onnx`: the bundles back out of an ONNX file of mode unmerged, swappable, paired or bank.
 
-A graph holds an adapter's numbers, but not its fingerprints, its PEFT config or the order of its
-tensors. So an export writes the rest of the bundle's file into the metadata: its header as it was,
-and for each tensor the place in the graph, or the bytes themselves. What comes back is checked by
-the hash that the bundle states: it is the same file, or an error.
+The export recorded in the metadata where each tensor of a bundle's file is in the graph
+(`onnx_graph.bundle_record`). What comes back is checked by the hash that the bundle states: it is
+the same file, or an error.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import json
 import os
 from collections.abc import Mapping
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..bundle import names
 from ..bundle.file import Bundle
 from ..errors import BadInputError, UsageError
 from ..files import dtypes, strict_json
 from ..files.container import TensorInfo, parse_header
-from ..onnx_graph.graph.source import Source, constant_of, open_onnx
+from ..onnx_graph.graph.source import Source, open_onnx
 from ..onnx_graph.metadata import KEY
 from ..types import Array
-
-if TYPE_CHECKING:
-    pass
-
-SPECTRUM = "fourierft.spectrum."
-_SPEC = "fourierft"
-# What is not in the graph goes into the metadata up to this size; else it cannot come back.
-MAX_INLINE = 1 << 24
 
 
 def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> dict[str, Bundle]:
@@ -58,77 +46,67 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
             found="no adapter in its metadata",
         )
     content = strict_json.loads(text.encode("utf-8"), os.fspath(path))
-    bundles: dict[str, Bundle] = {}
-    missing = []
+    arrays: dict[str, Array] = {}
     try:
-        for name, adapter in content["adapters"].items():
-            if "bundle" in adapter:
-                data = _file(source, adapter["bundle"], name)
-                bundles[name] = Bundle.from_bytes(data, f"{os.fspath(path)}: adapter {name}")
-            else:
-                missing.append(name)
-        mode = content["mode"]
+        mode, adapters = content["mode"], content["adapters"]
+        bundles = {
+            name: Bundle.from_bytes(
+                _file(source, adapter["bundle"], arrays), f"{os.fspath(path)}: adapter {name}"
+            )
+            for name, adapter in adapters.items()
+            if "bundle" in adapter
+        }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error) as error:
         raise BadInputError(
             path,
             expected="an adapter as this package writes it",
             found=f"metadata that does not fit the graph ({type(error).__name__}: {error})",
         ) from None
-    if missing or not bundles:
+    if not bundles or len(bundles) < len(adapters):
         raise UsageError(
             path,
             expected="a file that holds its adapters' spectra",
-            found=f"mode {mode}, which does not" if missing else "no adapter",
+            found=f"mode {mode}, which does not" if adapters else "no adapter",
             remedy="in mode paired they are in FILE.expand.onnx" if mode == "paired" else "",
         )
     return bundles
 
 
-def _file(source: Source, record: Mapping[str, Any], name: str) -> bytes:
-    """The bytes of a bundle's file, put together again; ValueError where something is missing."""
-    text: bytes = record["header"].encode("utf-8")
-    table = strict_json.loads(text, f"adapter {name}")
-    sizes = [one["data_offsets"][1] for key, one in table.items() if key != "__metadata__"]
-    size = 8 + len(text) + max(sizes)
-    header = parse_header(text, size, f"adapter {name}")
-    groups = json.loads(header.metadata[_SPEC])["groups"]
+def _file(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
+    """The bytes of a bundle's file, put together again from its record.
+
+    Raises:
+        ValueError, KeyError, ...: the record is damaged, or does not fit the graph.
+    """
+    header: bytes = record["header"].encode("utf-8")
+    table = strict_json.loads(header, "header of the bundle")
+    size = max(entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__")
     pieces = []
-    for key, info in header.tensors.items():
-        if key.startswith(SPECTRUM):
-            layers = names.expand(groups[int(key[len(SPECTRUM) :])]["layers"], info.shape[0])
-            dtype = dtypes.to_numpy(info.dtype)
-            count = info.shape[1]
-            rows = [_spectrum(source, record["spectra"][one], count, dtype) for one in layers]
-            piece = b"".join(rows)
-        else:
-            piece = _tensor(source, record["tensors"][key], info)
-        if len(piece) != prod(info.shape) * dtypes.to_numpy(info.dtype).itemsize:
+    for key, info in parse_header(header, 8 + len(header) + size, "bundle").tensors.items():
+        places = record["tensors"][key]
+        rows = places if isinstance(places, list) else [places]
+        piece = b"".join(_payload(source, one, info, len(rows), arrays) for one in rows)
+        if len(piece) != info.nbytes:
             raise ValueError(f"{key} has another size")
-        pieces.append((info.start, piece))
-    body = b"".join(piece for _, piece in sorted(pieces))
-    return len(text).to_bytes(8, "little") + text + body
+        pieces.append(piece)
+    return len(header).to_bytes(8, "little") + header + b"".join(pieces)
 
 
-def _spectrum(source: Source, place: Mapping[str, Any], count: int, dtype: Any) -> bytes:
-    array = _constant(source, place)
-    if "row" in place:
-        array = array[place["row"]][place["start"] :]
-    return bytes(array[:count].astype(dtype).tobytes())
-
-
-def _tensor(source: Source, place: Mapping[str, Any], info: TensorInfo) -> bytes:
+def _payload(
+    source: Source, place: Mapping[str, Any], info: TensorInfo, rows: int, arrays: dict[str, Array]
+) -> bytes:
+    """The bytes at one place: one of the `rows` equal parts of a tensor of the bundle's file."""
     if "data" in place:
         return base64.b64decode(place["data"], validate=True)
-    array = _constant(source, place)
-    if place.get("turned"):
-        array = array.T
-    return bytes(array.astype(dtypes.to_numpy(info.dtype)).tobytes())
-
-
-def _constant(source: Source, place: Mapping[str, Any]) -> Array:
-    value = source.model.graph.initializers[place["initializer"]]
-    tensor = constant_of(value)
-    if tensor is None:
-        raise ValueError(f"{value.name} has no content")
-    array = source.read(tensor)
-    return array[place["adapter"]] if "adapter" in place else array
+    name, start = place["initializer"], place["offset"]
+    if name not in arrays:
+        tensor = source.model.graph.initializers[name].const_value
+        if tensor is None:
+            raise ValueError(f"{name} has no content")
+        arrays[name] = source.read(tensor)
+    array = arrays[name].T if place.get("transposed") else arrays[name]
+    dtype = dtypes.to_numpy(info.dtype)
+    count = info.nbytes // dtype.itemsize // rows
+    if type(start) is not int or not 0 <= start <= array.size - count:
+        raise ValueError(f"{name} is too small")
+    return bytes(array.reshape(-1)[start : start + count].astype(dtype).tobytes())

@@ -22,12 +22,12 @@ from ...errors import UsageError
 from ...files.staging import check_output
 from ...spectral.delta import Term
 from ...types import Progress
+from ..bundle_record import record_bundles
 from ..graph.inline import inline_functions
 from ..graph.write import data_path, write_model
 from ..locate.marks import locate_marks
 from ..metadata import describe
 from ..mode_names import DEFAULTS, MERGED, MODES, RUNTIME_MODES
-from ..modes.remember import remember
 from ..modes.rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
 from ..report import ExportReport, fed_shapes, value_shapes
 from ..runtime_paths import expander_path
@@ -173,7 +173,7 @@ def export_onnx(
         )
     )
     if mode != MERGED:
-        remember(graph, adapters | dict(bundles or {}))
+        record_bundles(graph, adapters | dict(bundles or {}))
     report("save", 2, 3)
     done = _save(
         graph,

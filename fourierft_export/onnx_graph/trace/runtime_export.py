@@ -22,6 +22,7 @@ from ...bundle.fingerprint import fingerprint
 from ...errors import UsageError
 from ...spectral.delta import Term
 from ...types import Array
+from ..bundle_record import record_bundles
 from ..fit import full_feeds
 from ..graph.ops import constant_value
 from ..groups import BASE_PREFIX, Interface, Saved, base_feeds, group_layers, table
@@ -31,7 +32,6 @@ from ..metadata import Written, describe
 from ..mode_names import BANK, DEFAULTS, PAIRED, REQUIRED, SWAPPABLE
 from ..modes.bank import write_bank
 from ..modes.paired import expander, write_paired
-from ..modes.remember import remember
 from ..modes.swappable import write_swappable
 from ..weight_input import WeightInput
 from .trace import Inputs, trace
@@ -149,7 +149,7 @@ def build_runtime(
         if one is not None:
             one.metadata_props.update(content)
             if kept:
-                remember(one, adapters | dict(bundles or {}))
+                record_bundles(one, adapters | dict(bundles or {}))
             if defaults == REQUIRED:
                 require_inputs(one.graph, base)
     return RuntimeGraphs(graph, made, tuple(layers), tuple(adapters))
