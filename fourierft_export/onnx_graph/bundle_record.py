@@ -1,10 +1,10 @@
 """Records in a graph's metadata where its bundles are, so that `recover_onnx` gives them back.
 
 A graph holds an adapter's numbers, but not its fingerprints, its PEFT config or the order of its
-tensors. So the metadata of an adapter gets one record, "bundle", of the bundle's file: "header", the
-file's own JSON header, and "tensors", for each tensor of the file its place: {"initializer": name,
-"offset": elements, "transposed": bool} in the graph, or {"data": base64} where the graph does not
-hold it. A stack of spectra has a list of places, one for each of its rows.
+tensors. So the metadata of an adapter gets one record, "bundle", of the bundle's file: "header",
+the file's own JSON header, and "tensors", for each tensor of the file its place: {"initializer":
+name, "offset": elements, "transposed": bool} in the graph, or {"data": base64} where the graph does
+not hold it. A stack of spectra has a list of places, one for each of its rows.
 """
 
 from __future__ import annotations
@@ -81,14 +81,16 @@ def _record(
     bundle: Bundle, graph_spectra: Mapping[str, tuple[str, int, Array]], held: Mapping[str, Array]
 ) -> dict[str, Any] | None:
     """The record of one bundle; None if the graph lacks a spectrum, or the rest is too large."""
-    places = {}
+    places: dict[bytes, dict[str, Any]] = {}
     for name, spectrum in bundle.spectra.items():
         # Under the bundle's name for the layer, or the graph's, which may have another prefix.
         for row in (graph_spectra.get(name), *graph_spectra.values()):
             start = None if row is None else _find(row[2], spectrum)
             if row is not None and start is not None:
-                place = {"initializer": row[0], "offset": row[1] + start}
-                places[np.ascontiguousarray(spectrum).tobytes()] = place
+                places[np.ascontiguousarray(spectrum).tobytes()] = {
+                    "initializer": row[0],
+                    "offset": row[1] + start,
+                }
                 break
     data = bundle.to_bytes()
     length = 8 + header_length(data[:8], len(data), "bundle")
