@@ -44,7 +44,7 @@ from .options import (
 @click.option(
     "--cache",
     is_flag=True,
-    help="causal-lm: with the key-value cache as inputs past_key_values.N.key and .value and "
+    help="text-generation: with the key-value cache as inputs past_key_values.N.key and .value and "
     "outputs present.N.key and .value.",
 )
 @click.option(

@@ -47,8 +47,9 @@ weights_option = click.option(
 task_option = click.option(
     "--task",
     metavar="TASK",
-    help="feature-extraction, sequence-classification, token-classification, question-answering, "
-    "causal-lm, image-classification or seq2seq-encoder.  [default: from the adapter and the base]",
+    help="feature-extraction, text-classification, token-classification, question-answering, "
+    "text-generation, image-classification or seq2seq-encoder.  [default: from the adapter and the "
+    "base]",
 )
 allow_mismatch_option = click.option(
     "--allow-base-mismatch",

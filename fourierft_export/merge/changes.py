@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..bundle.file import Bundle
 from ..errors import BaseMismatchError, UsageError
 from ..models.base import Base, BaseLayer, Bridge
-from ..models.heads import head_labels
+from ..models.task import head_labels
 from ..spectral.delta import Term
 from ..types import Array
 

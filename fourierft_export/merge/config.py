@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from ..models import task as tasks
 from ..models.base import Base
-from ..models.heads import head_labels
+from ..models.task import head_labels
 from .changes import Changes, Ingredient
 
 Config = Mapping[str, Any]

@@ -10,7 +10,7 @@ from ..errors import BaseMismatchError
 from ..files.container import FLOAT_DTYPES, TensorInfo
 from ..files.dtypes import to_numpy
 from ..models.base import Base
-from ..models.heads import head_labels
+from ..models.task import head_labels
 from ..types import Array
 
 _HEADS = ("classifier", "classification_head", "score", "pooler", "pre_classifier")

@@ -14,119 +14,85 @@ class Task:
     """One kind of model.
 
     Attributes:
-        name: as transformers' pipelines call it, where they have it.
-        auto_class: the transformers class that loads such a model.
+        name: as transformers' pipelines call it; "seq2seq-encoder" has no pipeline.
         architecture: the ending that such a class's name has after its family's name.
         outputs: names of the outputs that matter, in order; those that a model lacks are left out.
         peft_type: PEFT's TaskType; None where PEFT has none.
-        token_outputs: whether the outputs have a sequence axis.
         labelled: its head decides between the labels that the config names.
+        auto_class: the transformers class that loads such a model; "" for "AutoModel" and the
+            architecture.
         encoder_only: of the model, only the encoder is run.
     """
 
     name: str
-    auto_class: str
     architecture: str
-    outputs: tuple[str, ...]
-    peft_type: str | None
-    token_outputs: bool
+    outputs: tuple[str, ...] = ("logits",)
+    peft_type: str | None = None
     labelled: bool = False
+    auto_class: str = ""
     encoder_only: bool = False
 
 
-_ALL = (
-    Task(
-        "feature-extraction",
-        "AutoModel",
-        "Model",
-        ("last_hidden_state", "pooler_output"),
-        "FEATURE_EXTRACTION",
-        token_outputs=True,
-    ),
-    Task(
-        "sequence-classification",
-        "AutoModelForSequenceClassification",
-        "ForSequenceClassification",
-        ("logits",),
-        "SEQ_CLS",
-        token_outputs=False,
-        labelled=True,
-    ),
-    Task(
-        "causal-lm",
-        "AutoModelForCausalLM",
-        "ForCausalLM",
-        ("logits",),
-        "CAUSAL_LM",
-        token_outputs=True,
-    ),
-    Task(
-        "token-classification",
-        "AutoModelForTokenClassification",
-        "ForTokenClassification",
-        ("logits",),
-        "TOKEN_CLS",
-        token_outputs=True,
-        labelled=True,
-    ),
-    Task(
-        "question-answering",
-        "AutoModelForQuestionAnswering",
-        "ForQuestionAnswering",
-        ("start_logits", "end_logits"),
-        "QUESTION_ANS",
-        token_outputs=True,
-    ),
-    Task(
-        "image-classification",
-        "AutoModelForImageClassification",
-        "ForImageClassification",
-        ("logits",),
-        None,
-        token_outputs=False,
-        labelled=True,
-    ),
+_ENCODED = ("last_hidden_state", "pooler_output")
+_ANSWER = ("start_logits", "end_logits")
+_TASKS = (
+    Task("feature-extraction", "Model", _ENCODED, "FEATURE_EXTRACTION", auto_class="AutoModel"),
+    Task("text-classification", "ForSequenceClassification", peft_type="SEQ_CLS", labelled=True),
+    Task("text-generation", "ForCausalLM", peft_type="CAUSAL_LM"),
+    Task("token-classification", "ForTokenClassification", peft_type="TOKEN_CLS", labelled=True),
+    Task("question-answering", "ForQuestionAnswering", _ANSWER, "QUESTION_ANS"),
+    Task("image-classification", "ForImageClassification", labelled=True),
     Task(
         "seq2seq-encoder",
-        "AutoModelForSeq2SeqLM",
         "ForConditionalGeneration",
         ("last_hidden_state",),
         "SEQ_2_SEQ_LM",
-        token_outputs=True,
+        auto_class="AutoModelForSeq2SeqLM",
         encoder_only=True,
     ),
 )
-BY_NAME = {task.name: task for task in _ALL}
-TASKS = tuple(BY_NAME)
-BY_PEFT_TYPE = {task.peft_type: task for task in _ALL if task.peft_type is not None}
+TASKS = tuple(task.name for task in _TASKS)
+"""The names of all tasks."""
+ALIASES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
+"""Names of earlier versions -> today's."""
+_BY_NAME = {task.name: task for task in _TASKS}
+_BY_PEFT_TYPE = {task.peft_type: task for task in _TASKS if task.peft_type is not None}
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+_FAMILY_ENDINGS = ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "EncoderModel", "Model")
+# The last projection of the heads that transformers builds, most specific first.
+_HEAD_WEIGHTS = (
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+    "classifier.dense2.weight",
+    "classifier.weight",
+    "score.weight",
+)
 
 
 def get_task(name: str) -> Task:
-    """The task of this name.
+    """The task of this name, or of this alias.
 
     Raises:
         UsageError: no such task.
     """
-    if name not in BY_NAME:
+    name = ALIASES.get(name, name)
+    if name not in _BY_NAME:
         raise UsageError("task", expected=" or ".join(TASKS), found=repr(name))
-    return BY_NAME[name]
+    return _BY_NAME[name]
 
 
-def infer_task(config: Mapping[str, Any], task_type: str | None) -> str:
-    """The task of a model that carries an adapter.
-
-    The adapter's word counts first: its head may be the only sign that an encoder has become a
-    classifier. Without one, the architecture decides.
+def choose_task(name: str | None, config: Mapping[str, Any], task_type: str | None) -> Task:
+    """The task of this name; without one, that of a model that carries an adapter.
 
     Args:
+        name: of a task, or None.
         config: the base's config.json.
         task_type: PEFT's task_type of the adapter, or None.
 
     Raises:
-        UsageError: neither tells; the remedy names the option.
+        UsageError: no such task; or nothing says which it is: the remedy names the option.
     """
-    task = likely_task(config, task_type)
+    task = likely_task(config, task_type) if name is None else get_task(name)
     if task is None:
         raise UsageError(
             "task",
@@ -134,21 +100,23 @@ def infer_task(config: Mapping[str, Any], task_type: str | None) -> str:
             found=f"task type {task_type}, architecture {_architecture(config)}",
             remedy="name the task with --task (task=...)",
         )
-    return task.name
+    return task
 
 
 def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None:
-    """As `infer_task`, but None where neither the adapter nor the architecture tells."""
-    if task_type in BY_PEFT_TYPE:
-        return BY_PEFT_TYPE[task_type]
-    architecture = _architecture(config)
-    if architecture is None:
-        return None
+    """The task of a model that carries an adapter; None where nothing says which.
+
+    The adapter's task type counts first: its head may be the only sign that an encoder has become
+    a classifier. Without one, the architecture decides.
+    """
+    if task_type in _BY_PEFT_TYPE:
+        return _BY_PEFT_TYPE[task_type]
+    architecture = _architecture(config) or ""
     if architecture.endswith(_CAUSAL_ENDINGS):
-        return BY_NAME["causal-lm"]
+        return _BY_NAME["text-generation"]
     if architecture.endswith("EncoderModel"):
-        return BY_NAME["seq2seq-encoder"]
-    return next((task for task in _ALL if architecture.endswith(task.architecture)), None)
+        return _BY_NAME["seq2seq-encoder"]
+    return next((task for task in _TASKS if architecture.endswith(task.architecture)), None)
 
 
 def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
@@ -158,14 +126,7 @@ def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
     """
     if task.encoder_only and (_architecture(config) or "").endswith("EncoderModel"):
         return "AutoModelForTextEncoding"
-    return task.auto_class
-
-
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    """The first class that the config names, if it names any."""
-    named = config.get("architectures")
-    first = named[0] if isinstance(named, list) and named else None
-    return first if isinstance(first, str) else None
+    return task.auto_class or f"AutoModel{task.architecture}"
 
 
 def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
@@ -177,10 +138,28 @@ def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
     architecture = _architecture(config)
     if architecture is None:
         return None
-    if task.name == "causal-lm" and architecture.endswith(_CAUSAL_ENDINGS):
+    if task.name == "text-generation" and architecture.endswith(_CAUSAL_ENDINGS):
         return architecture
-    family = architecture
-    for ending in ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "EncoderModel", "Model"):
-        family = family.removesuffix(ending)
-    family = family.split("For")[0]
-    return family + task.architecture
+    for ending in _FAMILY_ENDINGS:
+        architecture = architecture.removesuffix(ending)
+    return architecture.split("For")[0] + task.architecture
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """The first class that the config names, if it names any."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) else None
+
+
+def head_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The number of labels of the head among an adapter's dense tensors (name -> shape).
+
+    Returns:
+        Rows of the head's last weight, or None when there is no head.
+    """
+    for ending in _HEAD_WEIGHTS:
+        for name, shape in shapes.items():
+            if f".{name}".endswith(f".{ending}") and len(shape) == 2:
+                return shape[0]
+    return None

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..bundle.file import Bundle
 from ..errors import BadInputError
-from ..models.heads import head_labels
-from ..models.task import Task, get_task, infer_task
+from ..models.task import Task, choose_task, get_task, head_labels
 from . import loading, peft_side
 from .inputs import has_tokenizer
 
@@ -67,10 +66,10 @@ class Artifacts:
             task_type = peft_side.task_type(peft_dir)
         # A merged checkpoint's architecture already says what the adapter's head made of the base.
         config_dir = merged_dir or base_dir
-        settled = None if task is None else get_task(task)
-        if settled is None and config_dir is not None:
-            settled = get_task(infer_task(read_config(config_dir), task_type))
-        return cls(base_dir, opened, source, peft_dir, merged_dir, settled)
+        chosen = None if task is None else get_task(task)
+        if config_dir is not None:
+            chosen = choose_task(task, read_config(config_dir), task_type)
+        return cls(base_dir, opened, source, peft_dir, merged_dir, chosen)
 
     def check_base(self) -> None:
         """Compare the base with what a bound bundle remembers of it.

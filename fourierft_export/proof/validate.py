@@ -182,7 +182,7 @@ def _ready_inputs(
             remedy="give pixel_values (images, channels, height, width) as an .npz file (--inputs)",
         )
     vocabulary = artifacts.config_number("vocab_size")
-    if artifacts.task is not None and artifacts.task.name == "causal-lm" and vocabulary:
+    if artifacts.task is not None and artifacts.task.name == "text-generation" and vocabulary:
         samples = min(samples, max(4, LOGITS_PER_SIDE // (MAX_TOKENS * vocabulary)))
     return default_inputs(
         tokenizer_dir=artifacts.tokenizer if tokenizer is None else Path(tokenizer),

@@ -21,7 +21,7 @@ def gpt2_bundle(tiny_gpt2: Path, tmp_path: Path) -> Path:
     from fourierft_export.models.load import load_model
 
     torch.manual_seed(0)
-    model = load_model(tiny_gpt2, "causal-lm")
+    model = load_model(tiny_gpt2, "text-generation")
     ff.inject(model, ff.FourierFTConfig(target_modules=["c_attn"], n_frequency=50))
     path = tmp_path / "b.fourierft.safetensors"
     ff.capture(model).save(path)
@@ -51,7 +51,7 @@ def test_cache_precision_and_versions(
     [
         (["--opset", "17"], "18 to 25"),
         (["--ir-version", "3"], "ir_version"),
-        (["--task", "feature-extraction", "--cache"], "causal-lm"),
+        (["--task", "feature-extraction", "--cache"], "text-generation"),
         (["--task", "translation"], "seq2seq-encoder"),
     ],
 )

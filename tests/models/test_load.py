@@ -14,7 +14,7 @@ from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
 from fourierft_export.models.examples import example_inputs, input_names, output_names
 from fourierft_export.models.load import load_model, quiet_transformers
 
-FEATURES, CLASSES, CAUSAL = "feature-extraction", "sequence-classification", "causal-lm"
+FEATURES, CLASSES, CAUSAL = "feature-extraction", "text-classification", "text-generation"
 HEAD = ("classifier.weight", "classifier.bias")
 
 
@@ -99,7 +99,7 @@ def test_missing_and_misshapen_weights_are_errors(stories260k: Path, tmp_path: P
 
 
 def test_directories_that_transformers_cannot_load(stories260k: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="a model that transformers loads for causal-lm"):
+    with pytest.raises(BadInputError, match="a model that transformers loads for text-generation"):
         load_model(tmp_path, CAUSAL)
     shutil.copytree(stories260k, tmp_path / "cut")
     weights = tmp_path / "cut/model.safetensors"

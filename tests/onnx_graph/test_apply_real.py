@@ -127,7 +127,7 @@ def minilm_exports(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("minilm_exports")
     torch.manual_seed(0)
     head = {"classifier.weight", "classifier.bias"}
-    model = load_model(minilm_dir, "sequence-classification", provided=head)
+    model = load_model(minilm_dir, "text-classification", provided=head)
     model.classifier.bias.data.fill_(0.25)
     model.config.return_dict = False
     names = ["input_ids", "attention_mask", "token_type_ids"]

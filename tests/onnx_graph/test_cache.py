@@ -27,7 +27,7 @@ NEW_TOKENS = 50
 def adapted(stories260k: Path, stories_adapter: Path) -> tuple[torch.nn.Module, ff.Bundle]:
     """stories260k with its q_proj+v_proj adapter attached."""
     bundle = ff.from_peft(stories_adapter, stories260k)
-    return ff.attach(load_model(stories260k, "causal-lm"), bundle), bundle
+    return ff.attach(load_model(stories260k, "text-generation"), bundle), bundle
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_names_and_sizes(files: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("mode", ["unmerged", "swappable", "paired", "bank"])
 def test_gpt2_generates_as_pytorch(mode: str, tiny_gpt2: Path, tmp_path: Path) -> None:
-    model = load_model(tiny_gpt2, "causal-lm")
+    model = load_model(tiny_gpt2, "text-generation")
     ids = np.array([[5, 17, 60, 3]])
     base = generated(model, ids, np.ones_like(ids))
     torch.manual_seed(3)
@@ -247,6 +247,6 @@ def test_models_without_such_a_cache(minilm_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such cache"):
         CachedModel(encoder)
     bundle = ff.capture(ff.inject(encoder, ff.FourierFTConfig(target_modules=["query"])))
-    with pytest.raises(UsageError, match=r"key-value cache.*causal-lm"):
+    with pytest.raises(UsageError, match=r"key-value cache.*text-generation"):
         export_pretrained(minilm_dir, bundle, tmp_path / "model.onnx", cache=True)
     assert list(tmp_path.iterdir()) == []

@@ -101,7 +101,7 @@ def places_of_weights(model: onnx.ModelProto) -> dict[str, tuple[str, bool]]:
 
 
 def test_causal_models_with_a_cache(tiny_gpt2: Path, tmp_path: Path, run: Run) -> None:
-    model = load_model(tiny_gpt2, "causal-lm")
+    model = load_model(tiny_gpt2, "text-generation")
     torch.manual_seed(0)
     ff.inject(model, ff.FourierFTConfig(target_modules=["c_attn"], n_frequency=50, scaling=20.0))
     path = tmp_path / "model.onnx"

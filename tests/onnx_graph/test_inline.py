@@ -38,7 +38,7 @@ def base(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(base: Path) -> ff.Bundle:
     torch.manual_seed(0)
     config = ff.FourierFTConfig(target_modules=["q_proj", "v_proj"], n_frequency=100, scaling=100.0)
-    return ff.capture(ff.inject(load_model(base, "causal-lm"), config))
+    return ff.capture(ff.inject(load_model(base, "text-generation"), config))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def weak(bundle: ff.Bundle) -> ff.Bundle:
 
 def logits(base: Path, bundle: ff.Bundle, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """PyTorch's, in float64."""
-    model = ff.attach(load_model(base, "causal-lm"), bundle).double()
+    model = ff.attach(load_model(base, "text-generation"), bundle).double()
     with torch.no_grad():
         found = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits
     return np.asarray(found.numpy())

@@ -86,7 +86,7 @@ def test_minilm_merged_has_the_nodes_of_the_bare_bases_export(
 ) -> None:
     torch.manual_seed(0)
     head = {"classifier.weight", "classifier.bias"}
-    base = load_model(minilm_dir, "sequence-classification", provided=head)
+    base = load_model(minilm_dir, "text-classification", provided=head)
     names = ["input_ids", "attention_mask", "token_type_ids"]
     path = tmp_path / "base.onnx"
     with warnings.catch_warnings():
@@ -167,7 +167,7 @@ def test_features_of_a_bare_encoder(tmp_path: Path, run: Run) -> None:
 def test_llama_with_tied_head_on_real_text(
     mode: str, stories260k: Path, stories_tokens: np.ndarray, tmp_path: Path, run: Run
 ) -> None:
-    model = load_model(stories260k, "causal-lm")
+    model = load_model(stories260k, "text-generation")
     targets = ["q_proj", "v_proj", "lm_head"]
     bundle = made_adapter(model, target_modules=targets, n_frequency=100, scaling=40.0)
     path = tmp_path / "model.onnx"
@@ -190,7 +190,7 @@ def test_llama_with_tied_head_on_real_text(
 def test_gpt2_whose_weights_are_stored_the_other_way_round(
     tiny_gpt2: Path, tmp_path: Path, run: Run
 ) -> None:
-    model = load_model(tiny_gpt2, "causal-lm")
+    model = load_model(tiny_gpt2, "text-generation")
     bundle = made_adapter(model, target_modules=["c_attn", "c_proj"], n_frequency=50, scaling=20.0)
     assert all(layer.fan_in_fan_out for layer in bundle.layers)
     path = tmp_path / "model.onnx"
@@ -208,7 +208,7 @@ def test_gpt2_whose_weights_are_stored_the_other_way_round(
 
 
 def test_several_bundles_with_weights(tiny_gpt2: Path, tmp_path: Path, run: Run) -> None:
-    model = load_model(tiny_gpt2, "causal-lm")
+    model = load_model(tiny_gpt2, "text-generation")
     options = {"target_modules": ["c_attn"], "n_frequency": 50, "scaling": 20.0}
     bundles = [made_adapter(model, seed, **options) for seed in (5, 6)]
     path = tmp_path / "model.onnx"
@@ -232,7 +232,7 @@ def test_several_bundles_with_weights(tiny_gpt2: Path, tmp_path: Path, run: Run)
 
 
 def test_mistakes_leave_nothing(tiny_gpt2: Path, stories260k: Path, tmp_path: Path) -> None:
-    model = load_model(tiny_gpt2, "causal-lm")
+    model = load_model(tiny_gpt2, "text-generation")
     bundle = made_adapter(model, target_modules=["c_attn"], n_frequency=50, scaling=20.0)
     out = tmp_path / "model.onnx"
     with pytest.raises(BaseMismatchError):

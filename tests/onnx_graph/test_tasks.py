@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
 from fourierft_export.models.load import load_model
-from fourierft_export.models.task import get_task
+from fourierft_export.models.task import auto_class_for, get_task
 from fourierft_export.onnx_graph.report import ExportReport
 from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 from fourierft_export.proof.validate import validate
@@ -163,9 +163,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     torch.manual_seed(0)
     cls = getattr(transformers, case.saved_as)
     cls(cls.config_class(**case.fields)).save_pretrained(folder / "base")
-    auto = (
-        "AutoModelForTextEncoding" if "Encoder" in case.saved_as else get_task(case.task).auto_class
-    )
+    auto = auto_class_for({"architectures": [case.saved_as]}, get_task(case.task))
     labels = {} if case.num_labels is None else {"num_labels": case.num_labels}
     model = getattr(transformers, auto).from_pretrained(folder / "base", **labels)
     options = case.options | {"n_frequency": 60, "scaling": 20.0, "task_type": case.task_type}

@@ -143,7 +143,7 @@ def test_a_causal_model_with_a_tied_head(stories260k: Path, tmp_path: Path) -> N
     bundle = from_peft(adapter, base=stories260k)
     report = validate(base=stories260k, bundle=bundle, peft=adapter, samples=8)
     report.raise_for_failure()
-    assert report.task == "causal-lm"
+    assert report.task == "text-generation"
     assert "pseudo-random" in report.inputs
     wrong = rescaled(bundle, 20.2)
     assert not validate(base=stories260k, bundle=wrong, peft=adapter, samples=8).ok
@@ -185,9 +185,7 @@ def test_feature_extraction_with_a_prefix_in_the_adapter(classifier: Any) -> Non
 def test_a_base_against_its_own_export_changes_nothing(
     classifier: Any, make_adapted: Callable[..., Any], plant: Callable[..., Path], padded_ids: Any
 ) -> None:
-    report = validate(
-        base=plant(), merged=plant(), inputs=padded_ids, task="sequence-classification"
-    )
+    report = validate(base=plant(), merged=plant(), inputs=padded_ids, task="text-classification")
     assert not report.ok
     assert report.first_failure is not None
     assert report.first_failure[0].expect == "different"

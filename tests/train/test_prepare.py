@@ -133,7 +133,7 @@ def test_all_that_is_new_is_trained_and_saved(family: str, tmp_path: Path) -> No
     model_class, sizes, wanted = FAMILIES[family]
     config = model_class.config_class(vocab_size=60, intermediate_size=16, **sizes)
     model_class(config).save_pretrained(tmp_path)
-    kind = "sequence-classification"
+    kind = "text-classification"
     model, new = load_classifier(tmp_path, kind, ("a", "b", "c"), dtype="float32", seed=0)
     assert sorted(new) == sorted(wanted)
     again, _ = load_classifier(tmp_path, kind, ("a", "b", "c"), dtype="float32", seed=1)

@@ -20,9 +20,8 @@ from ...files.staging import check_output
 from ...merge.check import check
 from ...models.base import Base, open_base
 from ...models.examples import dynamic_axes, example_inputs, output_names
-from ...models.heads import head_labels
 from ...models.load import load_model
-from ...models.task import get_task, infer_task
+from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
 from ..mode_names import BANK, DEFAULTS, MERGED, RUNTIME_MODES
 from ..report import ExportReport
@@ -95,12 +94,12 @@ def export_pretrained(
         thorough=True,
         progress=progress,
     )
-    task = task or infer_task(opened.config, _task_type(named))
-    if cache and task != "causal-lm":
+    task = choose_task(task, opened.config, _task_type(named)).name
+    if cache and task != "text-generation":
         raise UsageError(
             "export with a key-value cache",
-            expected="the task causal-lm",
-            found=get_task(task).name,
+            expected="the task text-generation",
+            found=task,
         )
     if progress:
         progress("load", 0, 1)

@@ -14,7 +14,7 @@ from ...adapt.targets import SEQUENCE_HEADS, USUAL_TARGETS
 from ...errors import BaseMismatchError
 from ...models.base import read_config
 from ...models.load import from_pretrained, load_model
-from ...models.task import get_task, likely_task
+from ...models.task import likely_task
 
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 
@@ -75,7 +75,7 @@ def load_causal(directory: str | os.PathLike[str], *, dtype: str | None) -> nn.M
     Raises:
         BadInputError, BaseMismatchError, MissingExtraError: as `models.load.load_model`.
     """
-    model = load_model(directory, get_task("causal-lm").name, dtype=dtype)
+    model = load_model(directory, "text-generation", dtype=dtype)
     config: Any = model.config
     config.use_cache = False
     return model

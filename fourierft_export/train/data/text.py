@@ -19,7 +19,7 @@ from .split import SplitSettings, split
 from .table import Complaints, Table, brief, first_present
 from .tokens import Row, TextEncoder
 
-KIND = "sequence-classification"
+KIND = "text-classification"
 USUAL_LENGTH = 256
 LABELS = (("label",), ("labels",))
 PAIRS = (
