@@ -14,7 +14,7 @@ from ..bundle.fingerprint import compare
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
-from ..models.base import find_bridge
+from ..models.names import find_bridge
 from .linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
 from .saved import check_can_be_saved, own_state
 from .tree import base_modules, did_you_mean, original

@@ -36,7 +36,7 @@ def describe(path: str) -> dict[str, Any]:
     from ..bundle.peft import CONFIG_FILE
     from ..errors import FileAccessError
     from ..files.container import read_header
-    from ..models.describe import describe_base
+    from ..models.base import describe_base
 
     if not os.path.lexists(path):
         raise FileAccessError(path, expected="a file or directory", found="nothing there")

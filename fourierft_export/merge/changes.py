@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ..bundle.file import Bundle
 from ..errors import BaseMismatchError, UsageError
-from ..models.base import Base, BaseLayer, Bridge
+from ..models.base import Base, BaseLayer
+from ..models.names import Bridge
 from ..models.task import head_labels
 from ..spectral.delta import Term
 from ..types import Array

@@ -9,34 +9,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..errors import MAX_OFFENDERS_SHOWN, BadInputError, BaseMismatchError
-from ..files import strict_json
+from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError
 from ..files.checkpoint import Checkpoint
-from ..files.container import FLOAT_DTYPES, TensorInfo, read_file
-from .renaming import renamed_modules
+from ..files.container import FLOAT_DTYPES, TensorInfo
+from ..types import Array
+from .names import Bridge, find_bridge, renamed_modules
+from .task import read_config
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.
-_GPT_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-CONV1D_MODULES = {
-    "gpt2": _GPT_CONV1D,
-    "openai-gpt": _GPT_CONV1D,
-    "imagegpt": _GPT_CONV1D,
-    "decision_transformer": _GPT_CONV1D,
-}
-_INPUT_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+_CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_NUMBER = re.compile("[0-9]+")
+_INPUT_EMBEDDINGS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embed_in")
 )
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")
 _QUANTISED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".SCB")
@@ -66,59 +60,6 @@ class BaseLayer:
     own_tensor: str
 
 
-@dataclass(frozen=True)
-class Bridge:
-    """The one prefix by which an adapter's paths and a checkpoint's names differ.
-
-    Attributes:
-        strip: prefix that the adapter has and the checkpoint lacks ("bert"), or "".
-        add: prefix that the checkpoint has and the adapter lacks, or "".
-        renamed: module paths that the checkpoint calls otherwise (see `renaming`), after that.
-    """
-
-    strip: str = ""
-    add: str = ""
-    renamed: Mapping[str, str] = field(default_factory=dict, compare=False)
-
-    def to_base(self, name: str) -> str:
-        """An adapter's module path or tensor name as the checkpoint has it."""
-        if self.strip and name.startswith(f"{self.strip}."):
-            name = name[len(self.strip) + 1 :]
-        elif self.add:
-            name = f"{self.add}.{name}"
-        path, dot, leaf = name.rpartition(".")
-        return self.renamed.get(name) or self.renamed.get(path, path) + dot + leaf
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"[0-9]+", "#", name)
-
-
-def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str], bool]) -> Bridge:
-    """The prefix difference under which most names are there; none if that does as well.
-
-    Args:
-        names: module paths in an adapter's language.
-        roots: first segments of what the base has.
-        has: whether the base has a module of this path.
-    """
-    paths = list(names)
-    plain = {path: has(path) for path in paths}
-    scores = {Bridge(): sum(plain.values())}
-    under: dict[str, list[str]] = {}
-    for path in paths:
-        if "." in path:
-            under.setdefault(path.split(".")[0], []).append(path)
-    for root in sorted(under):  # only the names under it change
-        bridge = Bridge(strip=root)
-        gain = sum(has(bridge.to_base(path)) - plain[path] for path in under[root])
-        scores[bridge] = scores[Bridge()] + gain
-    for root in sorted(set(roots) - {""}):
-        bridge = Bridge(add=root)
-        scores[bridge] = sum(has(bridge.to_base(path)) for path in paths)
-    return max(scores, key=lambda bridge: scores[bridge])
-
-
 class Base:
     """An open base checkpoint.
 
@@ -146,11 +87,8 @@ class Base:
 
     @cached_property
     def _input_embedding(self) -> str | None:
-        for ending in _INPUT_EMBEDDINGS:
-            for name in self.tensors:
-                if name == ending or name.endswith(f".{ending}"):
-                    return name
-        return None
+        ends = ((f".{ending}", name) for ending in _INPUT_EMBEDDINGS for name in self.tensors)
+        return next((name for ending, name in ends if f".{name}".endswith(ending)), None)
 
     def bridge(self, modules: Iterable[str]) -> Bridge:
         """The prefix difference under which most of `modules` have a weight here.
@@ -211,17 +149,14 @@ class Base:
         """The linear layer at one module path (see `layers`)."""
         return self.layers([module])[module]
 
-    def weight(self, module: str) -> np.ndarray[Any, Any]:
+    def weight(self, module: str) -> Array:
         """The weight of a module as stored: (out, in), or (in, out) if transposed."""
         return self.checkpoint.read(self.layer(module).tensor)
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
         """Tensor names with `#` for every number -> the first such name: dozens, not thousands."""
-        kinds: dict[str, str] = {}
-        for name in self.tensors:
-            kinds.setdefault(_kind(name), name)
-        return kinds
+        return {_NUMBER.sub("#", name): name for name in reversed(list(self.tensors))}
 
     def _layer(self, path: str, bridge: Bridge, *, near: bool) -> BaseLayer | str:
         """The layer, or why there is none (with the nearest name that there is)."""
@@ -234,35 +169,21 @@ class Base:
             stem = own.removesuffix(".weight")
             if any(stem + suffix in self.tensors for suffix in _QUANTISED_SUFFIXES):
                 return "quantised"
-            found = get_close_matches(_kind(own), self._kinds, n=1) if near else []
+            found = get_close_matches(_NUMBER.sub("#", own), self._kinds, n=1) if near else []
             return f"no tensor {own}" + (f" (near: {self._kinds[found[0]]})" if found else "")
         info = self.tensors[tensor]
         if info.dtype not in FLOAT_DTYPES:
             return f"quantised: its weight {tensor} is {info.dtype}"
         if len(info.shape) != 2:
             return f"its weight {tensor} has shape {list(info.shape)}"
-        if self.model_type is None and path.split(".")[-1] in _GPT_CONV1D:
+        gpt = path.split(".")[-1] in _CONV1D
+        if self.model_type is None and gpt:
             # Half of the families with such names store (in, out); a wrong guess is a wrong model.
             return "no config.json tells whether its weight is stored transposed, as GPT-2's is"
-        conv1d = path.split(".")[-1] in CONV1D_MODULES.get(self.model_type or "", ())
-        out, into = reversed(info.shape) if conv1d else info.shape
+        transposed = gpt and self.model_type in _CONV1D_FAMILIES
+        out, into = reversed(info.shape) if transposed else info.shape
         tied = is_output and (tensor != own or self.config.get("tie_word_embeddings") is True)
-        return BaseLayer(path, tensor, (out, into), conv1d, info.dtype, tied, own)
-
-
-def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a model directory; {} when there is none.
-
-    Raises:
-        BadInputError: it is not a JSON object.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        return {}
-    config = strict_json.loads(read_file(path), os.fspath(path))
-    if not isinstance(config, dict):
-        raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
-    return config
+        return BaseLayer(path, tensor, (out, into), transposed, info.dtype, tied, own)
 
 
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
@@ -279,3 +200,26 @@ def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Bas
     directory = Path(path)
     config = read_config(directory) if directory.is_dir() else {}
     return Base(Checkpoint.open(directory, allow_links=allow_links), directory, config)
+
+
+def describe_base(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a model directory or safetensors file holds, as JSON values; no tensor is read.
+
+    Raises:
+        FileAccessError, BadInputError: it cannot be opened.
+    """
+    base = open_base(path)
+    tensors = base.tensors.values()
+    dtypes = Counter(tensor.dtype for tensor in tensors)
+    architectures = base.config.get("architectures")
+    return {
+        "kind": "checkpoint",
+        "path": os.fspath(path),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "shards": len(base.checkpoint.shards),
+        "tensors": len(tensors),
+        "parameters": sum(prod(tensor.shape) for tensor in tensors),
+        "dtypes": dict(dtypes.most_common()),
+        "model_type": base.model_type,
+        "architectures": architectures if isinstance(architectures, list) else [],
+    }

@@ -45,7 +45,7 @@ def dynamic_axes(inputs: Iterable[str]) -> dict[str, dict[int, str]]:
 
 
 def example_inputs(
-    model: torch.nn.Module, task: str, *, batch: int = 2, length: int = 16
+    model: torch.nn.Module, *, batch: int = 2, length: int = 16
 ) -> dict[str, torch.Tensor]:
     """Deterministic inputs; the last row is padded by a quarter, so that the mask counts.
 
@@ -53,7 +53,6 @@ def example_inputs(
 
     Args:
         model: a transformers model.
-        task: one of `models.task.TASKS`.
         batch, length: sizes of the two axes, at least 2 so that neither is traced as a constant.
 
     Returns:
@@ -65,7 +64,6 @@ def example_inputs(
     """
     import torch
 
-    get_task(task)
     config: Any = model.config
     names = input_names(model)
     if names == [IMAGES]:
@@ -77,8 +75,7 @@ def example_inputs(
         ids[ids == end] = (end + 1) % vocabulary
         ids[:, -1] = end
     mask = torch.ones(batch, length, dtype=torch.int64)
-    padding = length // 4
-    if padding:
+    if padding := length // 4:
         ids[-1] = torch.roll(ids[-1], -padding)
         mask[-1, -padding:] = 0
         ids[-1, -padding:] = getattr(config, "pad_token_id", None) or 0

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInputError, BaseMismatchError, missing_extra
-from .base import read_config
-from .task import auto_class_for, get_task
+from .task import auto_class_for, get_task, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -26,23 +25,18 @@ def load_model(
     """The model of a directory, in eval mode, on the CPU, without touching the network.
 
     Args:
-        directory: a Hugging Face model directory with safetensors weights.
-        task: one of `models.task.TASKS`; decides the class.
-        num_labels: rows of a classification head that the checkpoint lacks.
-        dtype: name of a torch dtype to load in; None keeps the checkpoint's.
+        directory, task, num_labels, dtype: as in `from_pretrained`.
         provided: names of tensors that the caller will fill in (an adapter's head); others that
             the checkpoint lacks, or has in another shape, would be random, and are an error.
 
     Raises:
-        MissingExtraError: torch or transformers is not installed.
-        BadInputError: transformers cannot load the directory.
+        MissingExtraError, BadInputError: as in `from_pretrained`.
         BaseMismatchError: tensors that neither the checkpoint nor the adapter holds.
     """
     model, missing, mismatched = from_pretrained(
         directory, task, num_labels=num_labels, dtype=dtype
     )
-    missing = sorted(set(missing) - set(provided))
-    mismatched = sorted(set(mismatched) - set(provided))
+    missing, mismatched = (sorted({*one} - {*provided}) for one in (missing, mismatched))
     if missing or mismatched:
         raise BaseMismatchError(
             directory,
@@ -64,7 +58,10 @@ def from_pretrained(
     """The model of a directory, and which of its tensors the checkpoint did not give.
 
     Args:
-        directory, task, num_labels, dtype: as in `load_model`.
+        directory: a Hugging Face model directory with safetensors weights.
+        task: one of `models.task.TASKS`; decides the class.
+        num_labels: rows of a classification head that the checkpoint lacks.
+        dtype: name of a torch dtype to load in; None keeps the checkpoint's.
 
     Returns:
         The model, names of tensors that the checkpoint lacks, and of those that it has in another
@@ -81,7 +78,7 @@ def from_pretrained(
     except ImportError as error:
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-    # Told by name; transformers would print a report and raise without saying which.
+    # Said by name below; transformers would print a report and raise without saying which.
     options["ignore_mismatched_sizes"] = True
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
     auto = getattr(transformers, auto_class_for(read_config(directory), get_task(task)))

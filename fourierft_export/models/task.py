@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import BadInputError, UsageError
+from ..files import strict_json
+from ..files.container import read_file
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,21 @@ _HEAD_WEIGHTS = (
 )
 
 
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a model directory; {} when there is none.
+
+    Raises:
+        BadInputError: it is not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        return {}
+    config = strict_json.loads(read_file(path), os.fspath(path))
+    if not isinstance(config, dict):
+        raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
+    return config
+
+
 def get_task(name: str) -> Task:
     """The task of this name, or of this alias.
 
@@ -97,7 +116,7 @@ def choose_task(name: str | None, config: Mapping[str, Any], task_type: str | No
         raise UsageError(
             "task",
             expected=f"an adapter task type or a base architecture for one of: {', '.join(TASKS)}",
-            found=f"task type {task_type}, architecture {_architecture(config)}",
+            found=f"task type {task_type}, architecture {architecture_of(config)}",
             remedy="name the task with --task (task=...)",
         )
     return task
@@ -111,7 +130,7 @@ def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None
     """
     if task_type in _BY_PEFT_TYPE:
         return _BY_PEFT_TYPE[task_type]
-    architecture = _architecture(config) or ""
+    architecture = architecture_of(config) or ""
     if architecture.endswith(_CAUSAL_ENDINGS):
         return _BY_NAME["text-generation"]
     if architecture.endswith("EncoderModel"):
@@ -124,7 +143,7 @@ def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
 
     It is the task's own, but for a sequence-to-sequence model of which only the encoder was saved.
     """
-    if task.encoder_only and (_architecture(config) or "").endswith("EncoderModel"):
+    if task.encoder_only and (architecture_of(config) or "").endswith("EncoderModel"):
         return "AutoModelForTextEncoding"
     return task.auto_class or f"AutoModel{task.architecture}"
 
@@ -135,7 +154,7 @@ def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
     Returns:
         None when the config names no architecture.
     """
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     if architecture is None:
         return None
     if task.name == "text-generation" and architecture.endswith(_CAUSAL_ENDINGS):
@@ -145,7 +164,7 @@ def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
     return architecture.split("For")[0] + task.architecture
 
 
-def _architecture(config: Mapping[str, Any]) -> str | None:
+def architecture_of(config: Mapping[str, Any]) -> str | None:
     """The first class that the config names, if it names any."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None

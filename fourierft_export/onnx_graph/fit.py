@@ -13,7 +13,7 @@ from ..bundle.file import Bundle
 from ..bundle.fingerprint import judge
 from ..bundle.spec import LayerSpec
 from ..errors import BadInputError, BaseMismatchError
-from ..models.base import find_bridge
+from ..models.names import find_bridge
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..types import Array
 from .groups import Group, Interface, spectral_feeds

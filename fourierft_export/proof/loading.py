@@ -15,8 +15,7 @@ import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ..files.checkpoint import Checkpoint
-from ..models.base import read_config
-from ..models.task import Task, auto_class_for
+from ..models.task import Task, auto_class_for, read_config
 from .compare import Array
 
 if TYPE_CHECKING:

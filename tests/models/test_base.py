@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError
-from fourierft_export.models.base import Bridge, open_base, read_config
-from fourierft_export.models.describe import describe_base
+from fourierft_export.models.base import describe_base, open_base
+from fourierft_export.models.names import Bridge
+from fourierft_export.models.task import read_config
 
 MakeBase = Callable[..., Path]
 QUERY = "encoder.layer.0.attention.self.query"

@@ -21,7 +21,7 @@ HEAD = ("classifier.weight", "classifier.bias")
 def test_a_causal_model_loads_and_runs(stories260k: Path) -> None:
     model = load_model(stories260k, CAUSAL)
     assert not model.training
-    inputs = example_inputs(model, CAUSAL, batch=3, length=8)
+    inputs = example_inputs(model, batch=3, length=8)
     assert list(inputs) == ["input_ids", "attention_mask"]
     assert {tuple(v.shape) for v in inputs.values()} == {(3, 8)}
     assert {v.dtype for v in inputs.values()} == {torch.int64}
@@ -29,7 +29,7 @@ def test_a_causal_model_loads_and_runs(stories260k: Path) -> None:
     assert inputs["input_ids"].max() < 512
     assert model(**inputs).logits.shape == (3, 8, 512)
     assert output_names(model, CAUSAL) == ["logits"]
-    again = example_inputs(model, CAUSAL, batch=3, length=8)
+    again = example_inputs(model, batch=3, length=8)
     assert all(torch.equal(inputs[name], again[name]) for name in inputs)
 
 
@@ -52,7 +52,7 @@ def test_a_head_that_nobody_provides_is_an_error(minilm_dir: Path) -> None:
     assert sorted(caught.value.offenders) == sorted(HEAD)
     model = load_model(minilm_dir, CLASSES, num_labels=3, provided=HEAD)
     assert model.get_parameter("classifier.weight").shape == (3, 384)
-    inputs = example_inputs(model, CLASSES)
+    inputs = example_inputs(model)
     assert list(inputs) == ["input_ids", "attention_mask", "token_type_ids"]
     assert model(**inputs).logits.shape == (2, 3)
 
@@ -60,7 +60,7 @@ def test_a_head_that_nobody_provides_is_an_error(minilm_dir: Path) -> None:
 def test_an_encoder_gives_features(minilm_dir: Path) -> None:
     model = load_model(minilm_dir, FEATURES)
     assert output_names(model, FEATURES) == ["last_hidden_state", "pooler_output"]
-    found = model(**example_inputs(model, FEATURES, batch=2, length=12))
+    found = model(**example_inputs(model, batch=2, length=12))
     assert found.last_hidden_state.shape == (2, 12, 384)
     model.pooler = None
     assert output_names(model, FEATURES) == ["last_hidden_state"]
@@ -80,7 +80,7 @@ def test_inputs_that_do_not_count_are_left_out() -> None:
     )
     model = RobertaModel(config)
     assert input_names(model) == ["input_ids", "attention_mask"]
-    inputs = example_inputs(model, FEATURES, length=8)
+    inputs = example_inputs(model, length=8)
     assert inputs["input_ids"][-1, -2:].tolist() == [config.pad_token_id] * 2
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...models.base import Bridge, find_bridge
+from ...models.names import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constants
 from .consumers import Use, linear_uses, same_module, same_path, scope_of_weight
 from .content import Match, matches, verdict

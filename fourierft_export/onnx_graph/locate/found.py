@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...bundle.spec import Fingerprint
-from ...models.base import Bridge
+from ...models.names import Bridge
 from .consumers import Use
 from .site import Site
 

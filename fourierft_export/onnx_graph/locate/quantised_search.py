@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ...bundle.fingerprint import SAMPLE_RTOL, sample_positions
-from ...models.base import Bridge
+from ...models.names import Bridge
 from ...types import Array
 from .consumers import same_path
 from .content import starts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...bundle.file import Bundle
 from ...errors import BaseMismatchError
-from ...models.base import Bridge
+from ...models.names import Bridge
 from ..graph.source import constant_of
 from .consumers import belongs, bias_of, same_path
 from .finder import Finder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import BaseMismatchError
-from ...models.base import Bridge
+from ...models.names import Bridge
 from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source, constant_of
 from ..locate.consumers import same_path

@@ -84,7 +84,7 @@ class CachedModel(nn.Module):
 
     def example(self, *, past: int = 5) -> dict[str, Any]:
         """Inputs to trace with, as keyword arguments: two rows, some tokens after `past` others."""
-        given = example_inputs(self._model[0], "text-generation", length=8)
+        given = example_inputs(self._model[0], length=8)
         ids, mask = given["input_ids"], given["attention_mask"]
         batch, length = ids.shape
         seen = torch.ones(batch, past, dtype=mask.dtype)

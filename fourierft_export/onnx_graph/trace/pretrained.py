@@ -162,7 +162,7 @@ def _to_trace(model: nn.Module, task: str, cache: bool) -> _Traced:
         return _Traced(
             cached, cached.example(), cached.input_names(), cached.output_names(), cached.axes()
         )
-    inputs = example_inputs(model, task)
+    inputs = example_inputs(model)
     view = EncoderView(model) if get_task(task).encoder_only else model
     return _Traced(view, inputs, None, output_names(model, task), dynamic_axes(inputs))
 

@@ -12,9 +12,8 @@ from torch import nn
 from ...adapt.config import ALL_LINEAR
 from ...adapt.targets import SEQUENCE_HEADS, USUAL_TARGETS
 from ...errors import BaseMismatchError
-from ...models.base import read_config
 from ...models.load import from_pretrained, load_model
-from ...models.task import likely_task
+from ...models.task import likely_task, read_config
 
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 
