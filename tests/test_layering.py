@@ -49,9 +49,6 @@ FOLDERS = (
     {"runtime"},
 )
 STRANGERS = {"trace", "runtime"}
-KNOWN_CIRCLES: set[frozenset[str]] = {
-    frozenset({"models.base", "models.load", "models.renaming"}),
-}
 NOT_IN_ROOMS = {"__init__", "__main__"}  # the front door: it may see every room
 
 
@@ -166,11 +163,8 @@ def test_folders_of_onnx_graph_import_only_upwards() -> None:
     assert seen >= {"groups", "graph", "locate", "modes", "trace", "runtime", "search"}
 
 
-def test_no_import_circles_within_a_room() -> None:
-    circles = import_circles({name: path.read_text("utf-8") for name, path in modules()})
-    found = {frozenset(name.removeprefix(f"{PACKAGE}.") for name in circle) for circle in circles}
-    # Strict: an entry of KNOWN_CIRCLES goes when its circle has gone.
-    assert found == KNOWN_CIRCLES
+def test_no_import_circles() -> None:
+    assert import_circles({name: path.read_text("utf-8") for name, path in modules()}) == set()
 
 
 def test_import_circles_are_found() -> None:
