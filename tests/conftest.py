@@ -6,13 +6,15 @@ rooms do not pay for them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -270,22 +272,180 @@ def load_peft_minilm(minilm_dir: Path) -> Callable[[Path], PeftModel]:
     return load
 
 
-@pytest.fixture(scope="session")
-def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of two layers with Conv1D weights, seeded, saved as a Hugging Face directory."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+class Ran(NamedTuple):
+    """What a verb did: its exit code, the object it printed, and what it wrote to stderr."""
 
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        vocab_size=128,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    directory = tmp_path_factory.mktemp("tiny_gpt2")
-    GPT2LMHeadModel(config).save_pretrained(directory)
-    return directory
+    code: int
+    json: dict[str, Any]
+    err: str
+
+
+def run_command(*words: object) -> Ran:
+    """Runs `fourierft-export WORDS --json` in this process."""
+    from fourierft_export.cli.main import run
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([*map(str, words), "--json"])
+    assert out.getvalue().count("\n") == 1, "stdout is one line: the object"
+    found: dict[str, Any] = json.loads(out.getvalue())
+    assert (found["schema"], found["ok"]) == (1, code == 0)
+    assert "Traceback" not in err.getvalue()
+    return Ran(code, found, err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def run_verb() -> Callable[..., Ran]:
+    """`run_verb("merge", "--base", path, ...)`: a verb with --json, as (code, json, err)."""
+    return run_command
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+BERT |= {"intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64}
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64}
+GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 128, "n_positions": 64}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+VIT |= {"intermediate_size": 48, "image_size": 16, "patch_size": 8}
+TIED, PADDED = {"tie_word_embeddings": True}, {"num_labels": 3, "pad_token_id": 0}
+TINY: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    # kind: configuration, class, PEFT's task type, fields
+    "bert": ("BertConfig", "BertModel", "FEATURE_EXTRACTION", BERT),
+    "bert-cls": ("BertConfig", "BertForSequenceClassification", "SEQ_CLS", BERT),
+    "bert-token": ("BertConfig", "BertForTokenClassification", "TOKEN_CLS", BERT),
+    "bert-qa": ("BertConfig", "BertForQuestionAnswering", "QUESTION_ANS", BERT | {"num_labels": 2}),
+    "roberta-cls": ("RobertaConfig", "RobertaForSequenceClassification", "SEQ_CLS", BERT),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", "CAUSAL_LM", LLAMA),
+    "llama-tied": ("LlamaConfig", "LlamaForCausalLM", "CAUSAL_LM", LLAMA | TIED),
+    "llama-cls": ("LlamaConfig", "LlamaForSequenceClassification", "SEQ_CLS", LLAMA | PADDED),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", "CAUSAL_LM", GPT2),
+    "t5": ("T5Config", "T5ForConditionalGeneration", "SEQ_2_SEQ_LM", T5),
+    "vit": ("ViTConfig", "ViTForImageClassification", "", VIT),
+}
+"""The tiny models. Their layers: BERT and RoBERTa query, key, value, dense; Llama and ViT q_proj,
+k_proj, v_proj, o_proj (ViT also fc1, fc2); GPT-2 c_attn, c_proj, c_fc; T5 q, k, v, o."""
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[[str], Any]:
+    """`tiny_model(kind)`: a fresh copy of a seeded model of two layers, float32, eval mode."""
+    import copy
+
+    made: dict[str, Any] = {}
+
+    def model(kind: str) -> Any:
+        if kind not in made:
+            import torch
+            import transformers
+
+            config, name, _, fields = TINY[kind]
+            torch.manual_seed(0)
+            made[kind] = getattr(transformers, name)(getattr(transformers, config)(**fields)).eval()
+        return copy.deepcopy(made[kind])
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_base(
+    tiny_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`tiny_base(kind, dtype="float32")`: the model's directory, shared: do not write into it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def base(kind: str, dtype: str = "float32") -> Path:
+        if (kind, dtype) not in made:
+            import torch
+
+            made[kind, dtype] = tmp_path_factory.mktemp(f"{kind}_base")
+            tiny_model(kind).to(getattr(torch, dtype)).save_pretrained(made[kind, dtype])
+        return made[kind, dtype]
+
+    return base
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(
+    tiny_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`tiny_adapter(kind, seed=0, **fields)`: the directory of an adapter that PEFT itself saved.
+
+    The spectra are random normal, and biases and saved modules differ from the base's, as after
+    training. `fields` are PEFT's FourierFTConfig; n_frequency is 24 unless given. The same
+    arguments give the same directory, shared: do not write into it.
+    """
+    made: dict[str, Path] = {}
+
+    def adapter(kind: str, seed: int = 0, **fields: Any) -> Path:
+        key = repr((kind, seed, sorted(fields.items())))
+        if key not in made:
+            import torch
+            from peft import FourierFTConfig, get_peft_model
+
+            defaults = {"task_type": TINY[kind][2] or None, "n_frequency": 24}
+            torch.manual_seed(seed)
+            adapted = get_peft_model(tiny_model(kind), FourierFTConfig(**(defaults | fields)))
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "spectrum" not in name:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+            made[key] = tmp_path_factory.mktemp(f"{kind}_adapter")
+            adapted.save_pretrained(made[key])
+        return made[key]
+
+    return adapter
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_base: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """`tiny_bundle(kind, seed=0, **fields)`: `tiny_adapter` as a bundle file, bound to its base."""
+    import fourierft_export as ff
+
+    def bundle(kind: str, seed: int = 0, **fields: Any) -> Path:
+        path = tmp_path_factory.mktemp("bundle") / "tiny.fourierft.safetensors"
+        ff.from_peft(tiny_adapter(kind, seed, **fields), base=tiny_base(kind)).save(path)
+        return path
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def load_peft() -> Callable[..., PeftModel]:
+    """`load_peft(base_dir, adapter_dir, dtype="float32")`: PEFT's own model, in eval mode.
+
+    The class is the one that base's config.json names.
+    """
+
+    def load(base: Path, adapter: Path, dtype: str = "float32") -> PeftModel:
+        import torch
+        import transformers
+        from peft import PeftModel
+
+        (name,) = json.loads((base / "config.json").read_text("utf-8"))["architectures"]
+        model = getattr(transformers, name).from_pretrained(base, dtype=getattr(torch, dtype))
+        own = dtype == "float32"
+        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=own).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def stories_bundle(
+    stories260k: Path, stories_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`stories_adapter` as a bundle file, bound to stories260k."""
+    import fourierft_export as ff
+
+    path = tmp_path_factory.mktemp("stories_bundle") / "stories.fourierft.safetensors"
+    return Path(ff.from_peft(stories_adapter, base=stories260k).save(path))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_base: Callable[..., Path]) -> Path:
+    """The directory of a GPT-2 of two layers with Conv1D weights."""
+    return tiny_base("gpt2")

@@ -73,3 +73,22 @@ def test_trained_adapter_learned(
         logits = model(**tokenize([text for text, _ in sst2_rows])).logits
     labels = torch.tensor([label for _, label in sst2_rows])
     assert (logits.argmax(-1) == labels).float().mean().item() > 0.75
+
+
+def test_tiny_models_and_their_adapters(
+    tiny_base: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tiny_bundle: Callable[..., Path],
+    load_peft: Callable[..., Any],
+    run_verb: Callable[..., Any],
+) -> None:
+    fields = {"target_modules": ["q_proj"], "n_frequency": 30}
+    adapter = tiny_adapter("llama", **fields)
+    assert tiny_adapter("llama", **fields) is adapter
+    spectra = load_file(adapter / "adapter_model.safetensors")
+    assert {v.shape for v in spectra.values()} == {(30,)}
+    assert len(spectra) == 2
+    assert load_peft(tiny_base("llama"), adapter).peft_config["default"].n_frequency == 30
+    code, found, err = run_verb("inspect", tiny_bundle("llama", **fields))
+    assert (code, found["inspect"]["coefficients"], err) == (0, 60, "")
+    assert run_verb("inspect", adapter / "absent").code == 6
