@@ -97,7 +97,7 @@ def apply_onnx(
     if mode == PAIRED:
         check_output(expander_path(onnx_out), force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)
-    refuse_inputs(onnx_out, (*inputs, *{data.file for data in source.ranges.values()}))
+    refuse_inputs(onnx_out, (*inputs, *source.files))
     _check_source(source, mode)
     opened = None if base is None else open_base(base)
     bound = {

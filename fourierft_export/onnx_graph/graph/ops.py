@@ -112,6 +112,13 @@ def constant_value(array: Array, name: str) -> ir.Value:
     )
 
 
+def used_names(graph: ir.Graph) -> set[str]:
+    """Every name of a value in a graph and its subgraphs."""
+    names = {str(value.name) for node in graph.all_nodes() for value in node.outputs}
+    names |= {str(value.name) for value in graph.inputs}
+    return names | {name for one in (graph, *graph.subgraphs()) for name in one.initializers}
+
+
 def free_name(name: str, taken: Container[str]) -> str:
     """`name`, with a number behind it if it is taken."""
     numbers = itertools.count(1)

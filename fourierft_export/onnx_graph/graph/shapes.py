@@ -1,71 +1,143 @@
 """Shapes and types of values that a graph does not tell, or tells by names of its own.
 
-onnx infers them for its own operators only, and nothing behind an operator of ONNX Runtime's. So
-inference works on a copy of the graph in which each of those stands as standard operators whose
-output has the same shape and type (`standins`).
+onnx infers them for its own operators only. ONNX Runtime's symbolic inference also knows ONNX
+Runtime's operators; it needs sympy. Neither reads weights here.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from .source import constant_of
-from .standins import put_standins
-
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
+
+log = logging.getLogger(__name__)
+
+_LARGE = 1000  # bytes of a constant above which it cannot hold sizes of shapes
 
 
 def fill_shapes(model: ir.Model) -> None:
-    """Infer the shapes and types that a graph does not tell; weights are not read.
+    """Infer the shapes and types that a graph does not tell.
 
-    Sizes under other names than the inputs' (`unk__12`) are told by the inputs' names, where they
-    are these; the graph's inputs and outputs keep their own.
+    Sizes under other names than the inputs' (`unk__12`) get the inputs' names, where they are
+    these; the graph's inputs and outputs keep their own.
     """
-    from onnx_ir.passes.common import ShapeInferencePass
-
     names = {size.value for value in model.graph.inputs for size in _symbols(value)}
-    told = [value for node in model.graph for value in node.outputs]
-    if not any(
-        value.shape is None
-        or value.dtype is None
-        or any(size.value not in names for size in _symbols(value))
-        for value in told
+    values = [value for node in model.graph for value in node.outputs if value.name]
+    if all(
+        value.shape is not None
+        and value.dtype is not None
+        and all(size.value in names for size in _symbols(value))
+        for value in values
     ):
         return
-    copy = model.clone()
-    for node in copy.graph:
-        for value in node.outputs:
-            if value.shape is not None:
-                _forget(value, names)
-    _shape_slices(copy)
-    put_standins(copy)
-    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
-    inferred = {value.name: value for node in copy.graph for value in node.outputs}
-    for value in told:
-        if value.name:
+    complete, inferred = _infer_with_onnxruntime(model.clone())
+    if not complete:
+        inferred = _infer_with_onnx(model.clone(), names) | inferred
+    for value in values:
+        if value.name in inferred:
             _take(value, inferred[value.name])
 
 
-def _symbols(value: ir.Value) -> list[ir.SymbolicDim]:
-    return (
-        [] if value.shape is None else [size for size in value.shape if not isinstance(size, int)]
+def _infer_with_onnx(model: ir.Model, names: set[str | None]) -> dict[str | None, ir.Value]:
+    """What onnx infers, by name; `model` is changed."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    for node in model.graph:
+        for value in node.outputs:
+            # Inference would keep the names of sizes that are not the inputs'.
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    [s if isinstance(s, int) or s.value in names else None for s in value.shape]
+                )
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return {value.name: value for node in model.graph for value in node.outputs}
+
+
+def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.Value]]:
+    """What ONNX Runtime's symbolic inference infers, by name, and whether that is everything.
+
+    `model` is changed. An operator that it does not know ends it; so does sympy's absence.
+    """
+    import onnx_ir as ir
+
+    try:
+        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+    except ImportError:
+        return False, {}
+    graph = model.graph
+    for name, value in tuple(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _LARGE:
+            value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+            del graph.initializers[name]
+            value.const_value = None
+            if value not in graph.inputs:
+                graph.inputs.append(value)
+    # sympy would evaluate some names as expressions: it gets only such that are made here.
+    symbols: dict[str, str | None] = {}
+    for each in model.graphs():
+        for value in each.inputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_renamed(size, symbols) for size in value.shape])
+    for value in graph.outputs:
+        value.shape = None
+    inference = SymbolicShapeInference(
+        2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
+    )
+    complete = False
+    try:
+        # Not `infer_shapes`, which writes a file into the working folder where it fails.
+        inference._preprocess(ir.serde.serialize_model(model))
+        while inference.run_:
+            complete = inference._infer_impl()
+    except Exception as error:  # noqa: BLE001 - it raises anything, also bare Exception
+        log.debug("symbolic shape inference stopped: %s", error)
+    found: dict[str | None, ir.Value] = {}
+    for name, info in getattr(inference, "known_vi_", {}).items():
+        if info.type.tensor_type.elem_type:
+            found[name] = ir.serde.deserialize_value_info_proto(info, None)
+            found[name].shape = _named_back(info, symbols)
+    return complete, found
+
+
+def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str | None]) -> int | str:
+    """A size, or the made-up name that stands for a symbolic one."""
+    if isinstance(size, int):
+        return size
+    if size.value is not None:
+        for symbol, name in symbols.items():
+            if name == size.value:
+                return symbol
+    symbol = f"size{len(symbols)}"
+    symbols[symbol] = size.value
+    return symbol
+
+
+def _named_back(info: onnx.ValueInfoProto, symbols: dict[str, str | None]) -> ir.Shape | None:
+    """An inferred shape with the names of the inputs; other expressions are unknown sizes."""
+    import onnx_ir as ir
+
+    tensor = info.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return ir.Shape(
+        [
+            size.dim_value if size.HasField("dim_value") else symbols.get(size.dim_param)
+            for size in tensor.shape.dim
+        ]
     )
 
 
-def _forget(value: ir.Value, names: set[str | None]) -> None:
-    """Leave out the sizes under names that are not the inputs': inference would keep them."""
-    import onnx_ir as ir
-
-    strange = [size for size in _symbols(value) if size.value not in names]
-    if strange and value.shape is not None:
-        value.shape = ir.Shape(
-            [None if any(size is one for one in strange) else size for size in value.shape]
-        )
+def _symbols(value: ir.Value) -> list[ir.SymbolicDim]:
+    return [size for size in value.shape or () if not isinstance(size, int)]
 
 
 def _take(value: ir.Value, inferred: ir.Value) -> None:
-    """What is inferred, where it is more than what is told."""
+    """What is inferred, where it is more than what the graph tells."""
     import onnx_ir as ir
 
     if value.dtype is None and inferred.dtype is not None:
@@ -81,25 +153,3 @@ def _take(value: ir.Value, inferred: ir.Value) -> None:
             for old, new in zip(value.shape, inferred.shape, strict=True)
         ]
     )
-
-
-def _shape_slices(model: ir.Model) -> None:
-    """Tell which sizes a slice of a constant keeps (position ids): inference gives up all of them.
-
-    Otherwise the sum with what has the batch would be of a size that nothing knows.
-    """
-    import onnx_ir as ir
-
-    for node in model.graph:
-        if node.op_type != "Slice" or len(node.inputs) < 4:
-            continue
-        data, axes = (
-            None if v is None else constant_of(v) for v in (node.inputs[0], node.inputs[3])
-        )
-        if data is not None and axes is not None:
-            cut = {int(axis) % len(data.shape) for axis in axes.numpy().reshape(-1)}
-            told = list(node.outputs[0].shape or [None] * len(data.shape))
-            for axis, size in enumerate(data.shape.numpy()):
-                if axis not in cut:
-                    told[axis] = int(size)
-            node.outputs[0].shape, node.outputs[0].type = ir.Shape(told), ir.TensorType(data.dtype)

@@ -1,7 +1,8 @@
 """An ONNX file that others made, opened: its graph in memory, its weights where they lie.
 
-Only the graph is loaded. Weights that are external data stay on disk until they are asked for, one
-at a time, by positional reads: a memory map would crash the process if the file shrank.
+Only the graph is loaded. Weights that are external data stay on disk until they are read, one at a
+time. They are read by position: onnx-ir would map the file into memory, and a file that shrinks
+under a memory map ends the process.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import numpy as np
 
 from ...errors import BadInputError
 from ...files.container import open_regular, read_exactly
-from ...files.external import Range, external_ranges
+from ...files.external import EXTERNAL, external_ranges, tensors
 from ...types import Array
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 MAX_MODEL_BYTES = 2**31
+STANDARD = ("", "ai.onnx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,29 +35,20 @@ class Source:
 
     Attributes:
         path: the file.
-        model: its graph, as onnx_ir has it; external tensors are references.
-        ranges: (location, offset) of external data -> where that is.
-        made: locations of data that is not on disk yet -> what makes it (`edits`).
+        model: its graph; external tensors name their (checked) file by its absolute path.
+        files: the files that hold external data.
+        replaced: location of a tensor that is not on disk yet -> what makes its content (`Edits`).
     """
 
     path: Path
     model: ir.Model
-    ranges: dict[tuple[str, int], Range]
-    made: dict[str, Callable[[], Array]] = field(default_factory=dict)
+    files: frozenset[Path] = frozenset()
+    replaced: dict[str, Callable[[], Array]] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:
         """Version of the standard operators."""
         return self.model.opset_imports.get("", self.model.opset_imports.get("ai.onnx", 1))
-
-    def range_of(self, tensor: ir.TensorProtocol) -> Range | None:
-        """Where an external tensor lies; None for one that is in the graph."""
-        import onnx_ir as ir
-
-        if not isinstance(tensor, ir.ExternalTensor):
-            return None
-        found = self.ranges[str(tensor.location), tensor.offset or 0]
-        return found._replace(length=tensor.nbytes)
 
     def read(self, tensor: ir.TensorProtocol) -> Array:
         """A tensor's values; only this one is read.
@@ -62,23 +56,19 @@ class Source:
         Raises:
             BadInputError: its data ends early.
         """
-        if getattr(tensor, "location", None) in self.made:
-            return self.made[str(tensor.location)]()  # type: ignore[attr-defined]
-        where = self.range_of(tensor)
-        if where is None:
+        import onnx_ir as ir
+
+        if not isinstance(tensor, ir.ExternalTensor):
             return tensor.numpy()
-        fd = open_regular(where.file)
-        try:
-            data = read_exactly(fd, where.offset, where.offset + where.length, where.file)
-        finally:
-            os.close(fd)
+        if tensor.location in self.replaced:
+            return self.replaced[str(tensor.location)]()
+        data = _read_ranges(tensor, [0], tensor.nbytes)
         shape = tensor.shape.numpy()
         if tensor.dtype.name in ("INT4", "UINT4"):  # two in a byte, the low one first
             packed = np.frombuffer(data, np.uint8)
             both = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)
             return both[: math.prod(shape)].view(tensor.dtype.numpy()).reshape(shape)
-        dtype = tensor.dtype.numpy().newbyteorder("<")
-        return np.frombuffer(data, dtype).reshape(shape)
+        return np.frombuffer(data, tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
 
     def picker(self, tensor: ir.TensorProtocol) -> Callable[[Array, Array], Array]:
         """A function that gives a few values of a matrix, without reading all of an external one.
@@ -89,23 +79,30 @@ class Source:
         Returns:
             From rows and columns, int64 (k,), to their values (k,).
         """
-        where = self.range_of(tensor)
-        if where is None:
-            matrix = tensor.numpy()  # once: each call copies it out of the message
+        import onnx_ir as ir
+
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.location in self.replaced:
+            matrix = self.read(tensor)  # once: each call copies it out of the message
             return lambda rows, columns: np.asarray(matrix[rows, columns])
         dtype = tensor.dtype.numpy().newbyteorder("<")
         width = int(tensor.shape.numpy()[1])
 
         def pick(rows: Array, columns: Array) -> Array:
-            fd = open_regular(where.file)
-            try:
-                starts = [where.offset + int(p) * dtype.itemsize for p in rows * width + columns]
-                pieces = [read_exactly(fd, s, s + dtype.itemsize, where.file) for s in starts]
-            finally:
-                os.close(fd)
-            return np.frombuffer(b"".join(pieces), dtype)
+            at = [int(place) * dtype.itemsize for place in rows * width + columns]
+            return np.frombuffer(_read_ranges(tensor, at, dtype.itemsize), dtype)
 
         return pick
+
+
+def _read_ranges(tensor: ir.ExternalTensor, starts: list[int], size: int) -> bytes:
+    """Bytes of an external tensor: `size` from each of `starts`, counted from its own beginning."""
+    fd = open_regular(tensor.path)
+    try:
+        first = tensor.offset or 0
+        parts = [read_exactly(fd, first + s, first + s + size, tensor.path) for s in starts]
+    finally:
+        os.close(fd)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Source:
@@ -119,8 +116,33 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
         FileAccessError: missing or unreadable, or its external data is.
         BadInputError: not an ONNX model, or external data that must not be read.
     """
-    import onnx
     import onnx_ir as ir
+
+    proto = read_proto(path)
+    ranges = external_ranges(proto, path, allow_links=allow_links)
+    for tensor in tensors(proto):
+        if tensor.data_location == EXTERNAL:
+            keys = {entry.key: entry for entry in tensor.external_data}
+            offset = int(keys["offset"].value) if "offset" in keys else 0
+            file = ranges[keys["location"].value, offset].file
+            keys["location"].value = os.path.abspath(file)
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
+        raise BadInputError(
+            path, expected="a valid ONNX model", found=(str(error).splitlines() or [""])[0]
+        ) from None
+    return Source(Path(path), model, frozenset(there.file for there in ranges.values()))
+
+
+def read_proto(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The message in an ONNX file, without its external data.
+
+    Raises:
+        FileAccessError: missing or unreadable.
+        BadInputError: not an ONNX model.
+    """
+    import onnx
     from google.protobuf.message import DecodeError
 
     fd = open_regular(path)
@@ -132,40 +154,36 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     finally:
         os.close(fd)
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError:
         raise BadInputError(path, expected="an ONNX model", found="something else") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise BadInputError(path, expected="an ONNX model", found="a message without a graph")
-    ranges = external_ranges(proto, path, allow_links=allow_links)
-    try:
-        model = ir.serde.deserialize_model(proto)
-    except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
-        raise BadInputError(
-            path, expected="a valid ONNX model", found=(str(error).splitlines() or [""])[0]
-        ) from None
-    return Source(Path(path), model, ranges)
+    return proto
 
 
 def constants(model: ir.Model) -> Iterator[ir.Value]:
     """Every constant of the main graph and its subgraphs: initializers and Constant nodes."""
-    import onnx_ir as ir
-
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in model.graphs():
         yield from (v for v in graph.initializers.values() if v.const_value is not None)
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and node.domain in STANDARD:
             value = node.outputs[0]
-            tensor = constant_of(value)
-            if tensor is not None:
+            if constant_of(value) is not None:
                 yield value
 
 
-def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor of an initializer or of a Constant node's output; None if it is neither."""
-    if value.const_value is not None:
-        return value.const_value
+    if value is None or value.const_value is not None:
+        return None if value is None else value.const_value
     node = value.producer()
     if node is None or node.op_type != "Constant" or "value" not in node.attributes:
         return None
     return node.attributes["value"].as_tensor()
+
+
+def constant_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a constant; () for a value that is none."""
+    tensor = constant_of(value)
+    return () if tensor is None else tuple(int(size) for size in tensor.shape.numpy())
