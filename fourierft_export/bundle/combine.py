@@ -6,6 +6,7 @@ otherwise their entries are united. Nothing is approximated, whatever the number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,30 @@ from ..spectral.entries import entries_sha256
 from ..types import Array
 from .file import Bundle
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
-from .weights import checked_weights
 
 AVERAGE = "average"
+
+
+def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite factor for each of `count` bundles.
+
+    Args:
+        weights: as they were given; None for 1 each.
+        count: how many bundles there are.
+
+    Raises:
+        UsageError: another number of weights, or one that is not finite.
+    """
+    if weights is None:
+        return (1.0,) * count
+    factors = tuple(float(weight) for weight in weights)
+    if len(factors) != count or not all(map(math.isfinite, factors)):
+        raise UsageError(
+            "weights (--weight)",
+            expected=f"finite numbers, one for each of {count} bundle(s)",
+            found=", ".join(map(str, factors)) or "none",
+        )
+    return factors
 
 
 def combine_bundles(

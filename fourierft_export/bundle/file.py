@@ -17,13 +17,17 @@ from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
 from ..types import Array
-from .check import layer_offenders, saved_offenders, spec_offenders
-from .content import HASH_KEY, Content
-from .decode import check_kind, decode
-from .encode import encode
 from .fit import check_fits, fit_adapter, layers_of_base
+from .format import HASH_KEY, check_kind, decode, encode
 from .names import natural_key
-from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
+from .spec import (
+    EXPLICIT_RULE,
+    AdapterSpec,
+    LayerSpec,
+    layer_offenders,
+    saved_offenders,
+    spec_offenders,
+)
 
 SUFFIX = ".fourierft.safetensors"
 
@@ -161,7 +165,7 @@ class Bundle:
 
     def to_bytes(self) -> bytes:
         """The bundle as the bytes of its file; equal content gives equal bytes."""
-        return encode(Content(self.spec, self.spectra, self.saved, self.explicit_entries))
+        return encode(self.spec, self.spectra, self.saved, self.explicit_entries)
 
     @cached_property
     def sha256(self) -> str:
@@ -179,13 +183,7 @@ class Bundle:
         """
         length = header_length(data[:8], len(data), where)
         header = parse_header(data[8 : 8 + length], len(data), where)
-        return cls._of(decode(header, data[8 + length :], where), where)
-
-    @classmethod
-    def _of(cls, content: Content, where: str) -> Bundle:
-        return cls.build(
-            content.spec, content.spectra, content.saved, content.explicit_entries, where=where
-        )
+        return cls.build(*decode(header, data[8 + length :], where), where=where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -195,19 +193,18 @@ class Bundle:
             FileAccessError: missing or unreadable.
             BadInputError: not a bundle, or a damaged one.
         """
+        where = os.fspath(path)
         fd = open_regular(path)
         try:
             size = os.fstat(fd).st_size
             # The header is checked before the payload, which may be large, is read.
-            head = read_exactly(fd, 0, min(8, size), path)
-            length = header_length(head, size, os.fspath(path))
-            text = read_exactly(fd, 8, 8 + length, path)
-            header = parse_header(text, size, os.fspath(path))
-            check_kind(header, os.fspath(path))
+            length = header_length(read_exactly(fd, 0, min(8, size), path), size, where)
+            header = parse_header(read_exactly(fd, 8, 8 + length, path), size, where)
+            check_kind(header, where)
             payload = read_exactly(fd, 8 + length, size, path)
         finally:
             os.close(fd)
-        return cls._of(decode(header, payload, os.fspath(path)), os.fspath(path))
+        return cls.build(*decode(header, payload, where), where=where)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the bundle; the file is absent or complete.

@@ -9,6 +9,7 @@ The limits keep a hostile file of a few bytes from standing for gigabytes of nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import product
@@ -18,9 +19,11 @@ MAX_NAMES = 100_000
 MAX_NAME_LENGTH = 1_000
 MAX_SEGMENTS = 100
 MAX_CHARACTERS = 10_000_000
-_SPECIAL = frozenset("\\{},-")
-
-Path = tuple[str, ...]
+_ONE = r"(?:[^\\{},.\-]|\\[\\{},\-])"  # a character, or one that a backslash makes plain
+_WORD = f"({_ONE}{{1,{MAX_NAME_LENGTH}}})"
+_CHOICE = re.compile(f"{_WORD}(?:-{_WORD})?")
+_ESCAPED = re.compile(r"\\([\\{},\-])")
+_SPECIAL = re.compile(r"[\\{},\-]")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -58,35 +61,28 @@ def compress(names: Iterable[str]) -> list[str]:
     Returns:
         Templates; `expand` gives back the names in natural order.
     """
-    return _compress(
-        sorted((tuple(n.split(".")) for n in names), key=lambda p: natural_key(".".join(p)))
-    )
+    return _compress([name.split(".") for name in sorted(names, key=natural_key)])
 
 
-def _compress(paths: Sequence[Path]) -> list[str]:
+def _compress(paths: Sequence[list[str]]) -> list[str]:
     """Join the first segments that are followed by the same templates."""
-    heads: dict[str, list[Path]] = {}
-    for path in paths:
-        heads.setdefault(path[0], []).append(path[1:])
-    by_tail: dict[tuple[str | None, ...], list[str]] = {}
+    heads: dict[str, list[list[str]]] = {}
+    for head, *rest in paths:
+        heads.setdefault(head, []).append(rest)
+    by_tail: dict[tuple[str, ...], list[str]] = {}
     for head, rests in heads.items():
-        ends: list[str | None] = [None] if () in rests else []
-        tails = tuple(ends + list(_compress([r for r in rests if r])))
-        by_tail.setdefault(tails, []).append(head)
-    return [
-        _braces(segments) + ("" if tail is None else f".{tail}")
-        for tails, segments in by_tail.items()
-        for tail in tails
-    ]
+        ends = [""] if [] in rests else []
+        longer = [f".{template}" for template in _compress([rest for rest in rests if rest])]
+        by_tail.setdefault((*ends, *longer), []).append(head)
+    return [_braces(heads) + tail for tails, heads in by_tail.items() for tail in tails]
 
 
 def _braces(segments: list[str]) -> str:
     """Alternatives as one segment: runs of whole numbers as ranges, words as they are."""
     if len(segments) == 1:
         return _escape(segments[0])
-    numbers = sorted(int(s) for s in segments if _is_index(s))
     runs: list[list[int]] = []
-    for number in numbers:
+    for number in sorted(int(s) for s in segments if _is_index(s)):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
@@ -97,7 +93,7 @@ def _braces(segments: list[str]) -> str:
 
 
 def _escape(segment: str) -> str:
-    return "".join(f"\\{c}" if c in _SPECIAL else c for c in segment)
+    return _SPECIAL.sub(r"\\\g<0>", segment)
 
 
 def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
@@ -112,14 +108,14 @@ def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
             characters or 100 segments; there are more than `most` names, or 10,000,000
             characters in all. Sizes are checked before any name is made.
     """
-    parsed: list[list[Sequence[str]]] = []
+    parsed: list[list[list[str]]] = []
     total = characters = 0
     for template in templates:
         parsed.append(_parse(template))
         longest = sum(max(map(len, choices)) + 1 for choices in parsed[-1]) - 1
         if longest > MAX_NAME_LENGTH:
             raise ValueError(f"a layer name longer than {MAX_NAME_LENGTH} characters")
-        count = prod(len(choices) for choices in parsed[-1])
+        count = prod(map(len, parsed[-1]))
         total += count
         characters += count * longest
         if total > most:
@@ -132,66 +128,46 @@ def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def _parse(template: str) -> list[Sequence[str]]:
+def _parse(template: str) -> list[list[str]]:
     """The alternatives of each segment."""
-    segments: list[Sequence[str]] = []
-    total = 1
-    rest = 0
-    while rest <= len(template):
-        if template[rest : rest + 1] == "{":
-            choices, rest = _parse_braces(template, rest + 1)
-        else:
-            word, rest = _parse_word(template, rest, ".")
-            choices = [word]
-        if rest < len(template) and template[rest] != ".":
-            raise ValueError(f"template {template[:80]!r}: expected '.' at character {rest}")
-        total *= len(choices)
-        if total > MAX_NAMES:
-            raise ValueError(f"template {template[:80]!r}: more than {MAX_NAMES} names")
+    segments: list[list[str]] = []
+    at = 0
+    while True:
+        choices, at = _parse_segment(template, at)
         segments.append(choices)
-        if len(segments) > MAX_SEGMENTS:
-            raise ValueError(f"template {template[:80]!r}: more than {MAX_SEGMENTS} segments")
-        rest += 1
-    return segments
+        if len(segments) > MAX_SEGMENTS or prod(map(len, segments)) > MAX_NAMES:
+            raise _malformed(template, f"over {MAX_SEGMENTS} segments or {MAX_NAMES} names")
+        if at == len(template):
+            return segments
+        if template[at] != ".":
+            raise _malformed(template, f"'.' expected at character {at}")
+        at += 1
 
 
-def _parse_braces(template: str, at: int) -> tuple[list[str], int]:
-    """The alternatives from just after `{`, and the position after `}`."""
+def _parse_segment(template: str, at: int) -> tuple[list[str], int]:
+    """The alternatives of the segment that begins at `at`, and where it ends."""
+    in_braces = template.startswith("{", at)
     choices: list[str] = []
     while True:
-        low, at = _parse_word(template, at, ",-}")
-        if template[at : at + 1] == "-":
-            high, at = _parse_word(template, at + 1, ",}")
-            if not (_is_index(low) and _is_index(high) and int(low) < int(high)):
-                raise ValueError(f"template {template[:80]!r}: bad range {low}-{high}")
-            if int(high) - int(low) >= MAX_NAMES:
-                raise ValueError(f"template {template[:80]!r}: range {low}-{high} is too long")
-            choices += [str(i) for i in range(int(low), int(high) + 1)]
+        found = _CHOICE.match(template, at + in_braces)
+        if found is None or (found[2] and not in_braces):
+            raise _malformed(template, f"a name expected at character {at + in_braces}")
+        low, high, at = found[1], found[2], found.end()
+        if high is None:
+            choices.append(_ESCAPED.sub(r"\1", low))
+        elif _is_index(low) and _is_index(high) and 0 < int(high) - int(low) < MAX_NAMES:
+            choices += map(str, range(int(low), int(high) + 1))
         else:
-            choices.append(low)
-        if len(choices) > MAX_NAMES:
-            raise ValueError(f"template {template[:80]!r}: more than {MAX_NAMES} names")
-        if at >= len(template):
-            raise ValueError(f"template {template[:80]!r}: a brace is not closed")
-        at += 1
-        if template[at - 1] == "}":
+            raise _malformed(template, f"bad range {low}-{high}")
+        if not in_braces:
             return choices, at
+        if len(choices) > MAX_NAMES:
+            raise _malformed(template, f"more than {MAX_NAMES} names")
+        if template.startswith("}", at):
+            return choices, at + 1
+        if not template.startswith(",", at):
+            raise _malformed(template, "a brace is not closed")
 
 
-def _parse_word(template: str, at: int, stops: str) -> tuple[str, int]:
-    """Characters up to one of `stops`, with escapes undone, and the position of the stop."""
-    word = []
-    while at < len(template) and template[at] not in stops:
-        if template[at] == "\\":
-            at += 1
-            if template[at : at + 1] not in _SPECIAL:
-                raise ValueError(f"template {template[:80]!r}: a backslash before nothing special")
-        elif template[at] in _SPECIAL or template[at] == ".":
-            raise ValueError(f"template {template[:80]!r}: {template[at]!r} at character {at}")
-        word.append(template[at])
-        at += 1
-        if len(word) > MAX_NAME_LENGTH:
-            raise ValueError(f"a layer name longer than {MAX_NAME_LENGTH} characters")
-    if not word:
-        raise ValueError(f"template {template[:80]!r}: an empty segment at character {at}")
-    return "".join(word), at
+def _malformed(template: str, why: str) -> ValueError:
+    return ValueError(f"template {template[:80]!r}: {why}")

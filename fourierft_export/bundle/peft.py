@@ -23,7 +23,6 @@ from ..files.staging import staged_directory
 from ..models.base import Base, open_base
 from ..types import Array
 from . import peft_config
-from .content import likely_peft_config
 from .file import Bundle
 from .spec import AdapterSpec, LayerSpec
 
@@ -263,7 +262,7 @@ def peft_config_of(bundle: Bundle) -> Mapping[str, Any]:
     """The adapter_config.json of a bundle: the one it came with, or one made from its spec."""
     if bundle.spec.peft_config:
         return bundle.spec.peft_config
-    config = likely_peft_config(bundle.spec)
+    config = peft_config.template(bundle.spec)
     usual = config["n_frequency"]
     modules = sorted(
         {name.rpartition(".")[0] for name in bundle.saved if not name.endswith(".bias")}

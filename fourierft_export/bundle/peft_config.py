@@ -11,28 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files.strict_json import canonical
+from .spec import AdapterSpec
 
 PEFT_TYPE = "FOURIERFT"
 
 
-def template(
-    *,
-    seed: int,
-    scaling: float,
-    n_frequencies: Sequence[int],
-    task_type: str | None,
-    base_model: str | None,
-) -> dict[str, Any]:
-    """The config an adapter with these properties most likely came with (FORMAT.md, section PEFT).
-
-    Args:
-        n_frequencies: one per layer; the commonest (the smallest of several) is the default's.
-    """
-    counts = Counter(n_frequencies)
+def template(spec: AdapterSpec) -> dict[str, Any]:
+    """The config that an adapter of this spec most likely came with (FORMAT.md, section PEFT)."""
+    counts = Counter(layer.n_frequency for layer in spec.layers)
+    # The commonest is what the config says for all layers; of several, the smallest.
     commonest = min(counts, key=lambda n: (-counts[n], n)) if counts else 1000
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": spec.base_model,
         "bias": "none",
         "exclude_modules": None,
         "fan_in_fan_out": False,
@@ -44,11 +35,11 @@ def template(
         "n_frequency": commonest,
         "n_frequency_pattern": {},
         "peft_type": PEFT_TYPE,
-        "random_loc_seed": seed,
+        "random_loc_seed": spec.seed,
         "revision": None,
-        "scaling": scaling,
+        "scaling": spec.scaling,
         "target_modules": None,
-        "task_type": task_type,
+        "task_type": spec.task_type,
     }
 
 

@@ -5,13 +5,24 @@ A bundle *is* an `AdapterSpec` plus one spectrum per layer plus the dense tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, prod
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from ..files import dtypes
+from ..files.container import FLOAT_DTYPES
+from ..spectral.entries import ENTRY_RULES
+from ..types import Array
+from .names import MAX_NAMES, why_not
+
 EXPLICIT_RULE = "explicit"
-SEED_MODULUS = 2**32
+RESERVED = "fourierft."
+"""How the names of tensors begin that are the bundle's own."""
+MAX_WEIGHT_ELEMENTS = 2**33
 
 
 @dataclass(frozen=True)
@@ -88,4 +99,74 @@ class AdapterSpec:
     @property
     def entry_seed(self) -> int:
         """The seed torch's generator really uses: `seed` modulo 2^32."""
-        return int(self.seed) % SEED_MODULUS
+        return int(self.seed) % 2**32
+
+
+def spec_offenders(spec: AdapterSpec) -> Iterable[str]:
+    """What is wrong with an adapter apart from its arrays."""
+    if type(spec.seed) is not int or not -(2**63) <= spec.seed < 2**64:
+        yield f"seed {str(spec.seed)[:40]}: not a whole number of 64 bits"
+    if type(spec.scaling) not in (int, float) or not abs(spec.scaling) < 2**127:
+        yield f"scaling {str(spec.scaling)[:40]}: not a finite float32 number"
+    elif not isfinite(spec.scaling):
+        yield f"scaling {spec.scaling}: not finite"
+    if not spec.layers:
+        yield "no layers"
+    seen: set[str] = set()
+    for layer in spec.layers:
+        if layer.name in seen:
+            yield f"layer {layer.name}: named twice"
+        seen.add(layer.name)
+        if problem := why_not(layer.name):
+            yield f"layer {layer.name[:80]!r}: {problem} in its name"
+    if len(spec.layers) > MAX_NAMES:
+        yield f"{len(spec.layers)} layers, where {MAX_NAMES} is the most"
+
+
+def layer_offenders(
+    layer: LayerSpec, spectrum: Array | None, explicit: Mapping[str, Array]
+) -> Iterable[str]:
+    """What is wrong with one layer, its spectrum (n,) and its explicit entries (n, 2)."""
+    name, n = layer.name, layer.n_frequency
+    if spectrum is None or spectrum.shape != (n,) or n < 1:
+        found = "none" if spectrum is None else f"shape {list(spectrum.shape)}"
+        yield f"layer {name}: spectrum of n_frequency {n} >= 1 expected, found {found}"
+        return
+    if not dtypes.has_name(spectrum.dtype) or dtypes.to_name(spectrum.dtype) not in FLOAT_DTYPES:
+        yield f"layer {name}: spectrum of dtype {spectrum.dtype}, which is no float"
+    elif not _all_finite(spectrum):
+        yield f"layer {name}: NaN or infinity in the spectrum"
+    facts = (layer.shape, layer.entry_rule, layer.entries_sha256)
+    if None in facts and facts != (None, None, None):
+        yield f"layer {name}: shape, entry_rule and entries_sha256 go together"
+    elif layer.entry_rule not in (None, *ENTRY_RULES, EXPLICIT_RULE):
+        yield f"layer {name}: unknown entry rule {layer.entry_rule!r}"
+    if layer.shape is None:
+        return
+    size = prod(layer.shape)
+    if min(layer.shape) < 1 or size > MAX_WEIGHT_ELEMENTS:
+        yield f"layer {name}: shape {list(layer.shape)} outside 1 to 2^33 elements"
+    elif n > size:
+        yield f"layer {name}: n_frequency {n} above the {size} elements of {list(layer.shape)}"
+    elif layer.entry_rule == EXPLICIT_RULE:
+        entries = explicit.get(name)
+        if entries is None or entries.shape != (n, 2) or entries.dtype.kind not in "iu":
+            yield f"layer {name}: explicit entries of shape [{n}, 2] expected"
+        elif (entries < 0).any() or (entries >= np.array(layer.shape)).any():
+            yield f"layer {name}: entries outside {list(layer.shape)}"
+        elif len(np.unique(entries, axis=0)) != n:
+            yield f"layer {name}: an entry twice"
+
+
+def _all_finite(spectrum: Array) -> bool:
+    with np.errstate(invalid="ignore"):  # casting a signalling NaN is "invalid"
+        return bool(np.isfinite(spectrum.astype(np.float64)).all())
+
+
+def saved_offenders(saved: Mapping[str, Array]) -> Iterable[str]:
+    """What is wrong with the dense tensors that ride along."""
+    for name, tensor in saved.items():
+        if name.startswith(RESERVED) or name == "__metadata__":
+            yield f"tensor {name!r}: names that begin with {RESERVED!r} are reserved"
+        if not dtypes.has_name(tensor.dtype):
+            yield f"tensor {name!r}: dtype {tensor.dtype}, which safetensors lacks"

@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..bundle.combine import checked_weights
 from ..bundle.file import Bundle
-from ..bundle.weights import checked_weights
 from ..errors import UsageError
 from ..files.staging import check_output
 from ..files.write import check_space

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from .. import __version__
+from ..bundle.combine import checked_weights
 from ..bundle.file import Bundle
-from ..bundle.weights import checked_weights
 from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
 from ..models.base import open_base

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fourierft_export.bundle.weights import checked_weights
+from fourierft_export.bundle.combine import checked_weights
 from fourierft_export.errors import UsageError
 
 

@@ -13,8 +13,8 @@ from ...adapt.active import activate
 from ...adapt.attach import attach
 from ...adapt.saved import own_state
 from ...adapt.tree import adapted_modules, fourier_layers
+from ...bundle.combine import checked_weights
 from ...bundle.file import Bundle
-from ...bundle.weights import checked_weights
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...merge.check import check

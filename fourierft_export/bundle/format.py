@@ -1,0 +1,286 @@
+"""The bytes of a bundle file, version 1 (FORMAT.md is normative): written and read.
+
+Equal content gives equal bytes. Reading trusts nothing: the container's header is checked against
+the file's length, the hash against every byte that follows, each field against its type and range,
+before arrays are made. What the fields mean together is checked by `Bundle.build`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadInputError
+from ..files import dtypes, strict_json
+from ..files.container import DTYPE_BITS, Header, encode_header
+from ..files.strict_json import canonical
+from ..types import Array
+from . import names, peft_config
+from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
+from .spec import EXPLICIT_RULE, RESERVED, AdapterSpec, Fingerprint, LayerSpec
+
+VERSION = 1
+SPEC_KEY, HASH_KEY = "fourierft", "sha256"
+_MISSING = object()
+
+TensorRow = tuple[str, str, tuple[int, ...]]
+"""A tensor's name, dtype and shape."""
+
+
+def encode(
+    spec: AdapterSpec,
+    spectra: Mapping[str, Array],
+    saved: Mapping[str, Array],
+    explicit_entries: Mapping[str, Array],
+) -> bytes:
+    """The bytes of the file of a checked bundle; arguments are its fields."""
+    groups: dict[tuple[object, ...], list[LayerSpec]] = {}
+    for layer in spec.layers:
+        # All that layers in one stack have in common.
+        own = replace(layer, name="", fingerprint=None)
+        base_dtype = layer.fingerprint.dtype if layer.fingerprint else None
+        key = own, dtypes.to_name(spectra[layer.name].dtype), base_dtype
+        groups.setdefault(key, []).append(layer)
+    tensors = dict(saved)
+    for i, layers in enumerate(groups.values()):
+        tensors[f"{RESERVED}spectrum.{i}"] = np.stack([spectra[layer.name] for layer in layers])
+        if layers[0].entry_rule == EXPLICIT_RULE:
+            tensors[f"{RESERVED}entries.{i}"] = explicit_entries[layers[0].name].astype("<u4")
+        prints = [layer.fingerprint for layer in layers if layer.fingerprint]
+        if prints:
+            data = np.frombuffer(b"".join(p.digest + p.samples for p in prints), np.uint8)
+            tensors[f"{RESERVED}fingerprint.{i}"] = data.reshape(len(prints), FINGERPRINT_BYTES)
+    rows = ((name, dtypes.to_name(array.dtype), array.shape) for name, array in tensors.items())
+    table = sorted(rows, key=_place)
+    payload = b"".join(_little_endian(tensors[name]) for name, *_ in table)
+    text = canonical(_spec_object(spec, groups.values()))
+    return encode_header(table, {SPEC_KEY: text, HASH_KEY: _digest(text, table, payload)}) + payload
+
+
+def _place(row: TensorRow) -> tuple[int, str]:
+    """Where a tensor stands: by falling element size, then by name."""
+    return -DTYPE_BITS[row[1]], row[0]
+
+
+def _little_endian(array: Array) -> bytes:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+
+
+def _digest(text: str, table: Sequence[TensorRow], payload: bytes) -> str:
+    """The hash that tells damage from data: over the spec, the tensor table and the payload."""
+    digest = hashlib.sha256(f"{text}\n{canonical(table)}\n".encode())
+    digest.update(payload)
+    return digest.hexdigest()
+
+
+def _spec_object(spec: AdapterSpec, groups: Iterable[list[LayerSpec]]) -> dict[str, Any]:
+    """The JSON object of the metadata; keys without information are left out."""
+    content: dict[str, Any] = {
+        "version": VERSION,
+        "seed": spec.seed,
+        "scaling": spec.scaling,
+        "groups": [_group_object(layers) for layers in groups],
+        "task_type": spec.task_type,
+        "base_model": spec.base_model,
+    }
+    if spec.peft_config:
+        content["peft"] = peft_config.shorten(spec.peft_config, peft_config.template(spec))
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _group_object(layers: list[LayerSpec]) -> dict[str, Any]:
+    first = layers[0]
+    content: dict[str, Any] = {
+        "layers": names.compress(layer.name for layer in layers),
+        "n_frequency": first.n_frequency,
+        "shape": None if first.shape is None else list(first.shape),
+        "entry_rule": first.entry_rule,
+        "entries_sha256": first.entries_sha256,
+        "fan_in_fan_out": first.fan_in_fan_out or None,
+        "base_dtype": first.fingerprint.dtype if first.fingerprint else None,
+    }
+    return {key: value for key, value in content.items() if value is not None}
+
+
+class _Fields:
+    """Takes typed fields out of a JSON object and complains about what is left."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        self.where = where
+        _require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
+        self.values = dict(value)
+
+    def take(self, key: str, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
+        """The field `key`; bool is not taken for a number."""
+        value = self.values.pop(key, default)
+        if value is default and default is not _MISSING:
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(k.__name__ for k in kinds)
+        found = "nothing" if value is _MISSING else type(value).__name__
+        _require(type(value) in kinds, f"{self.where}, field {key}", wanted, found)
+        return value
+
+    def finish(self) -> None:
+        """Refuse fields that nobody took."""
+        extra = ", ".join(sorted(self.values)[:5])
+        _require(not self.values, self.where, "no unknown fields", extra)
+
+
+def _require(holds: bool, where: str, expected: str, found: str, remedy: str = "") -> None:
+    if not holds:
+        raise BadInputError(where, expected=expected, found=found, remedy=remedy)
+
+
+def check_kind(header: Header, where: str) -> None:
+    """Refuse a safetensors file that is no bundle; to be called before its payload is read.
+
+    Raises:
+        BadInputError: no FourierFT metadata.
+    """
+    _require(
+        SPEC_KEY in header.metadata,
+        where,
+        "a FourierFT bundle",
+        "a safetensors file without FourierFT metadata",
+        "to make a bundle of a PEFT adapter, run: fourierft-export pack ADAPTER_DIR",
+    )
+
+
+def decode(
+    header: Header, payload: bytes, where: str
+) -> tuple[AdapterSpec, dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """The fields of a bundle, as `Bundle.build` takes and checks them.
+
+    Args:
+        header: of the safetensors container, already checked against the file's length.
+        payload: every byte after the header.
+        where: the file, for errors.
+
+    Raises:
+        BadInputError: not a bundle, damaged, or with fields of other types.
+    """
+    check_kind(header, where)
+    text, tensors = header.metadata[SPEC_KEY], header.tensors.values()
+    table = [(t.name, t.dtype, t.shape) for t in tensors]
+    _require(
+        header.metadata.get(HASH_KEY) == _digest(text, table, payload),
+        where,
+        "a payload with the hash that the file states",
+        "another hash",
+        "the file is damaged: get it again, or pack it again",
+    )
+    origin = next((t.start for t in tensors), 0)
+    ordered = [*header.metadata] == [SPEC_KEY, HASH_KEY] and table == sorted(table, key=_place)
+    order = "the one order of metadata and tensors, and a header padded to 8 bytes"
+    again = "pack the adapter again"
+    _require(ordered and origin % 8 == 0, where, order, "another form of the file", again)
+    value = strict_json.loads(text, where)
+    _require(canonical(value) == text, where, "canonical JSON as metadata", "another form of it")
+    fields = _Fields(value, f"{where}, bundle metadata")
+    version = fields.take("version", int)
+    newer = "use the version of fourierft-export that wrote it, or a newer one"
+    known = f"bundle version {VERSION}"
+    _require(version == VERSION, where, known, f"version {version}", newer)
+    stacks = [t.shape for t in tensors if t.name.startswith(f"{RESERVED}spectrum.")]
+    rows = sum(shape[0] for shape in stacks if shape)
+    _require(rows <= names.MAX_NAMES, where, f"at most {names.MAX_NAMES} layers", f"{rows}")
+    arrays = {t.name: _array(payload, t.start - origin, t.dtype, t.shape, where) for t in tensors}
+    spec = AdapterSpec(
+        seed=fields.take("seed", int),
+        scaling=fields.take("scaling", (int, float)),
+        layers=(),
+        task_type=fields.take("task_type", str, None),
+        base_model=fields.take("base_model", str, None),
+    )
+    short, groups = fields.take("peft", dict, None), fields.take("groups", list)
+    fields.finish()
+    layers: list[LayerSpec] = []
+    spectra: dict[str, Array] = {}
+    explicit: dict[str, Array] = {}
+    for i, group in enumerate(groups):
+        for layer, spectrum, entries in _read_group(i, group, arrays, where):
+            _require(
+                layer.name not in spectra, f"{where}, layer {layer.name}", "one spectrum", "two"
+            )
+            layers.append(layer)
+            spectra[layer.name] = spectrum
+            if entries is not None:
+                explicit[layer.name] = entries
+    spec = replace(spec, layers=tuple(layers))
+    if short is not None:
+        difference = _Fields(short, f"{where}, the PEFT config")
+        differing, absent = difference.take("set", dict, {}), difference.take("absent", list, [])
+        difference.finish()
+        config = peft_config.restore(differing, absent, peft_config.template(spec))
+        spec = replace(spec, peft_config=config)
+    return spec, spectra, arrays, explicit
+
+
+def _array(payload: bytes, at: int, dtype: str, shape: tuple[int, ...], where: str) -> Array:
+    """A view of the payload as an array."""
+    _require(DTYPE_BITS[dtype] >= 8, where, "tensors of whole bytes per element", f"dtype {dtype}")
+    count = int(np.prod(shape, dtype=np.int64))
+    return np.frombuffer(payload, dtypes.to_numpy(dtype), count, at).reshape(shape)
+
+
+def _read_group(
+    i: int, group: Any, arrays: dict[str, Array], where: str
+) -> Iterator[tuple[LayerSpec, Array, Array | None]]:
+    """The layers of one group; takes the group's tensors out of `arrays`."""
+    where = f"{where}, group {i}"
+    fields = _Fields(group, where)
+    templates, n = fields.take("layers", list), fields.take("n_frequency", int)
+    shape, rule = fields.take("shape", list, None), fields.take("entry_rule", str, None)
+    digest = fields.take("entries_sha256", str, None)
+    fan_in_fan_out = fields.take("fan_in_fan_out", bool, False)
+    base_dtype = fields.take("base_dtype", str, None)
+    fields.finish()
+    is_text = all(isinstance(template, str) for template in templates)
+    _require(is_text, where, "layer templates as text", "something else")
+    _require(n >= 1, where, "an n_frequency from 1", str(n)[:80])
+    if shape is not None:
+        whole = len(shape) == 2 and all(type(size) is int for size in shape)
+        _require(whole, where, "a shape of two whole numbers", repr(shape)[:80])
+    spectrum = arrays.pop(f"{RESERVED}spectrum.{i}", np.empty(0))
+    columns = f"a tensor {RESERVED}spectrum.{i} with {str(n)[:20]} columns"
+    is_stack = spectrum.ndim == 2 and spectrum.shape[1] == n
+    _require(is_stack, where, columns, f"shape {list(spectrum.shape)}" if spectrum.size else "none")
+    try:
+        # One row for each layer, so the file's size bounds how many names are made.
+        layer_names = names.expand(templates, len(spectrum))
+    except ValueError as error:
+        raise BadInputError(
+            where, expected="well-formed layer templates", found=str(error)
+        ) from None
+    rows, count = len(spectrum), len(layer_names)
+    _require(count == rows, where, f"{rows} layers, one for each spectrum", f"{count}")
+    entries = None
+    if rule == EXPLICIT_RULE:
+        stored = _stack(f"{RESERVED}entries.{i}", (n, 2), arrays, where)
+        _require(stored.dtype == np.uint32, where, "entries of dtype U32", str(stored.dtype))
+        entries = stored.astype(np.int64)
+    prints: list[Fingerprint | None] = [None] * rows
+    if base_dtype is not None:
+        table = _stack(f"{RESERVED}fingerprint.{i}", (rows, FINGERPRINT_BYTES), arrays, where)
+        known = base_dtype in DTYPE_BITS and table.dtype == np.uint8
+        _require(known, where, "fingerprints of a known dtype", base_dtype[:20])
+        raw = [row.tobytes() for row in table]
+        prints = [Fingerprint(base_dtype, r[:DIGEST_BYTES], r[DIGEST_BYTES:]) for r in raw]
+    size = None if shape is None else (shape[0], shape[1])
+    for name, row, mark in zip(layer_names, spectrum, prints, strict=True):
+        yield LayerSpec(name, n, size, fan_in_fan_out, rule, digest, mark), row, entries
+
+
+def _stack(name: str, shape: tuple[int, ...], arrays: dict[str, Array], where: str) -> Array:
+    """Take the tensor `name` of this shape out of `arrays`."""
+    found = arrays.pop(name, None)
+    shown = "none" if found is None else f"shape {list(found.shape)}"
+    wanted = f"a tensor {name} of shape {list(shape)}"
+    if found is None or found.shape != shape:
+        raise BadInputError(where, expected=wanted, found=shown)
+    return found
