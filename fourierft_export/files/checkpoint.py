@@ -20,11 +20,11 @@ from .container import TensorInfo, open_regular, read_exactly, read_header
 from .dtypes import to_numpy
 from .layout import PICKLED, SUFFIX, pickled_error, read_index, weights_file
 from .links import checked_file
-from .pipe import Hash
+from .write import Hash
 
 BLOCK = 2 << 20
 
-_Stamp = tuple[int, int, int, int]
+_Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Checkpoint:
             {info.name: info for shard in shards for info in shard.tensors}
         )
         self._stamps = stamps
+
+    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Any, ...]]:  # views do not pickle
+        fields = (self.path, self.parts, self._stamps, self.index, dict(self.index_metadata))
+        return Checkpoint, fields
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_links: bool = False) -> Checkpoint:
@@ -224,7 +228,7 @@ class Checkpoint:
         Raises:
             BadInputError: the file changed since it was opened.
         """
-        yield from self._span(shard, 0, self._stamps[shard][2], size)
+        yield from self._span(shard, 0, self._stamps[shard][1], size)
 
     def _span(self, file: Path, start: int, stop: int, size: int) -> Iterator[bytes]:
         """Bytes [start, stop) of `file`, which must still be the file that was opened."""
@@ -251,7 +255,8 @@ def _path_of(info: TensorInfo) -> Path:
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    # Without the device's number, which may differ between machines that share a file system.
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _stamp_of(file: Path) -> _Stamp:

@@ -1,26 +1,150 @@
-"""A safetensors file written front to back: the header first, then one payload after another.
+"""Files written front to back, hashed on the way: any file, and safetensors files in a stream.
 
 The `safetensors` library wants all tensors in memory before it writes the first byte; a merge
-holds one.
+holds one. Reading, hashing and writing take about the same time, and all of them let go of the
+interpreter lock: in turn they would take three times as long as the slowest.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..errors import FileAccessError
 from .container import DTYPE_BITS, encode_header
-from .pipe import FileWriter, Hash
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
+PIECE = 2 << 20
+IN_FLIGHT = 16 << 20
+FLUSH_EVERY = 64 << 20
+
+_flush = getattr(os, "fdatasync", os.fsync)
+
+
+class Hash(Protocol):
+    """What `hashlib.sha256()` makes."""
+
+    def update(self, data: memoryview, /) -> None: ...  # noqa: D102
+
+    def hexdigest(self) -> str: ...  # noqa: D102
+
+
+class FileWriter:
+    """Writes one new file front to back and hashes it; a context manager.
+
+    One thread writes, one hashes, and one flushes what has been written, so that the disk works
+    from the start and not only at the end.
+
+    Args:
+        path: the file to make; it may not exist. Its mode follows the umask.
+        size: bytes that are needed, for the message when the disk is full.
+
+    Raises:
+        FileAccessError: the file cannot be made or written; the disk is full.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._hash = hashlib.sha256()
+        self._unflushed = 0
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
+        self._flushing: Future[None] | None = None
+
+    def __enter__(self) -> FileWriter:
+        try:
+            self._file = open(self.path, "xb", buffering=0)
+        except OSError as error:
+            raise not_writable(self.path, error, self.size) from error
+        self._threads = [ThreadPoolExecutor(1) for _ in range(3)]
+        return self
+
+    def put(self, data: memoryview, also: Hash | None = None) -> int:
+        """Append bytes, which must not change afterwards; returns their number.
+
+        Args:
+            data: of any length.
+            also: a hash to update with them.
+
+        Raises:
+            FileAccessError: of an earlier piece.
+        """
+        writer, hasher, flusher = self._threads
+        for at in range(0, len(data), PIECE):
+            piece = data[at : at + PIECE]
+            while len(self._pending) >= IN_FLIGHT // PIECE:
+                self._wait()
+            written = writer.submit(write_all, self._file.fileno(), piece, self.path, self.size)
+            self._pending.append((written, hasher.submit(self._update, piece, also)))
+            self._unflushed += len(piece)
+            if self._unflushed >= FLUSH_EVERY and (not self._flushing or self._flushing.done()):
+                self._unflushed = 0
+                self._flushing = flusher.submit(_flush, self._file.fileno())
+        return len(data)
+
+    def finish(self) -> str:
+        """Wait until everything is written and on the disk; returns the file's sha256 in hex.
+
+        Raises:
+            FileAccessError: it could not be written.
+        """
+        while self._pending:
+            self._wait()
+        try:
+            if self._flushing:
+                self._flushing.result()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise not_writable(self.path, error, self.size) from error
+        return self._hash.hexdigest()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=kind is not None)
+        self._file.close()
+
+    def _update(self, piece: memoryview, also: Hash | None) -> None:
+        self._hash.update(piece)
+        if also is not None:
+            also.update(piece)
+
+    def _wait(self) -> None:
+        for future in self._pending.popleft():
+            future.result()
+
+
+def write_all(fd: int, view: memoryview, path: Path, size: int) -> None:
+    """Write all of `view`; a single call may write less (and stops at 2 GiB).
+
+    Raises:
+        FileAccessError: naming `path` and the `size` bytes that it needs.
+    """
+    try:
+        while len(view):
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        raise not_writable(path, error, size) from error
+
+
+def not_writable(path: Path, error: OSError, size: int) -> FileAccessError:
+    """The error for a file of `size` bytes that cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return FileAccessError(
+        path,
+        expected=f"to write {size:,} bytes" if full else "a place to write to",
+        found="no space left" if full else (error.strerror or str(error)),
+        remedy="free some space and run again; nothing is left behind" if full else "",
+    )
 
 
 class Slot(NamedTuple):
@@ -109,13 +233,8 @@ class TensorWriter:
         """The sha256 of each payload that was written with `hashed`; after `digest`."""
         return {name: own.hexdigest() for name, own in self._hashes.items()}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
 
 def as_bytes(piece: Buffer) -> memoryview:

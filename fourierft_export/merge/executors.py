@@ -1,7 +1,7 @@
 """Where the shards of a merge are written: in processes of this machine, or by a Dask cluster.
 
-One task is one shard; it says what is to be done by two plain values, the folder that all workers
-see and the shard's number, so that any `concurrent.futures.Executor` can carry it.
+One task is one shard: a function and its arguments, all of which pickle, so that any
+`concurrent.futures.Executor` can run it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import FileAccessError, missing_extra
 from ..spectral.threads import default_threads
@@ -25,41 +25,39 @@ CONNECT_SECONDS = 20
 
 
 def run_tasks(
-    task: Callable[[str, int], T],
-    folder: str,
-    numbers: Sequence[int],
+    task: Callable[..., T],
+    arguments: Mapping[int, tuple[Any, ...]],
     open_executor: OpenExecutor,
     done: Callable[[int, T], None],
 ) -> None:
-    """Run `task(folder, number)` for every number; those whose worker died are run again.
+    """Run `task(*arguments[number])` for every number; those whose worker died are run again.
 
     Args:
         task: importable by its name; may be run more than once for a number.
-        folder: first argument of all tasks.
-        numbers: second arguments.
+        arguments: of each task, by its number.
         open_executor: called again after a worker has broken its executor.
-        done: told of every result, here, as they come.
+        done: called here with every number and result, as they come.
 
     Raises:
         FileAccessError: workers died at the same task time and again.
         Exception: what a task raises.
     """
-    left = set(numbers)
+    left = dict(sorted(arguments.items()))
     for _ in range(ATTEMPTS):
         if not left:
             return
         with open_executor() as executor:
-            futures = {executor.submit(task, folder, number): number for number in sorted(left)}
+            futures = {executor.submit(task, *given): number for number, given in left.items()}
             for future in as_completed(futures):
                 error = future.exception() if not future.cancelled() else CancelledError()
                 if error is None:
-                    left.discard(futures[future])
+                    del left[futures[future]]
                     done(futures[future], future.result())
                 elif not _worker_is_lost(error):
                     raise error
     if left:
         raise FileAccessError(
-            f"tasks {', '.join(map(str, sorted(left)))}",
+            f"tasks {', '.join(map(str, left))}",
             expected="workers that stay alive",
             found=f"some that died, {ATTEMPTS} times",
             remedy="they may lack memory: use fewer workers",
@@ -68,8 +66,8 @@ def run_tasks(
 
 def _worker_is_lost(error: BaseException) -> bool:
     """Whether a task failed because its worker died, not by itself."""
-    names = {kind.__name__ for kind in type(error).__mro__}
     # By name: distributed need not be installed to tell its errors apart from others.
+    names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (BrokenExecutor, CancelledError)) or bool(
         names & {"KilledWorker", "FutureCancelledError", "CommClosedError"}
     )

@@ -1,28 +1,76 @@
-"""How much memory programs can still get: of the machine, and of the groups that limit them.
+"""What a merge needs and what there is of it: memory of the machine and of its control groups.
 
-A container sees the memory of its machine in /proc/meminfo; what it may use is its control group's
-limit (Linux: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+A container sees the memory of its machine in /proc/meminfo; what it may use is the limit of its
+control group (Linux: Documentation/admin-guide/cgroup-v2.rst).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from ..errors import FileAccessError
+from ..files.container import DTYPE_BITS
+from ..files.write import IN_FLIGHT
+from ..spectral.cost import choose_delta_path
+from .plan import ShardPlan, TensorPlan
+
+# The interpreter, numpy, blocks of delta_W and their tables.
+_PROCESS = 192 << 20
+
+
+def memory_needed(shards: Sequence[ShardPlan]) -> int:
+    """Bytes of memory that one process needs: three of the largest changed weight, and more.
+
+    The size of the checkpoint does not matter: one is being written, one waits, one is worked on.
+    """
+    changed = [_changed_bytes(t) for s in shards for t in s.tensors if t.shares]
+    dense = sum(t.value.nbytes for s in shards for t in s.tensors if t.value is not None)
+    return 3 * max(changed, default=0) + 2 * dense + IN_FLIGHT + _PROCESS
+
+
+def _changed_bytes(plan: TensorPlan) -> int:
+    slot = plan.slot
+    count = slot.nbytes * 8 // DTYPE_BITS[slot.dtype]
+    frequencies = sum(len(share.bundle.spectra[share.layer]) for share in plan.shares)
+    by_columns = choose_delta_path((slot.shape[0], slot.shape[1]), frequencies) == "columns"
+    converts = plan.source is not None and plan.source.dtype != slot.dtype
+    # Another dtype needs a second array (float64 at most); that path, a layer's half spectrum.
+    return slot.nbytes + count * (8 if converts else 0) + count * (8 if by_columns else 0)
+
+
+def check_memory(needed: int, workers: int) -> None:
+    """Refuse work that cannot fit in memory, before any of it is done.
+
+    Args:
+        needed: bytes of one process.
+        workers: processes of this machine.
+
+    Raises:
+        FileAccessError: less is available.
+    """
+    available = available_memory()
+    if available is not None and needed * workers > available:
+        raise FileAccessError(
+            "memory",
+            expected=f"{needed * workers:,} bytes for {workers} process(es)",
+            found=f"{available:,} bytes available",
+            remedy="use fewer workers" if workers > 1 else "merge on a machine with more memory",
+        )
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process can still get; None where the system does not tell.
+    """Bytes of memory that this process can still get; None where the system does not say.
 
     Args:
         root: of the file system.
     """
-    machine = _of_the_machine(root)
-    found = [*_of_the_groups(root), *([] if machine is None else [machine])]
-    return min(found, default=None)
+    machine = _left_in_machine(root)
+    return min([*_left_in_groups(root), *([] if machine is None else [machine])], default=None)
 
 
-def _of_the_machine(root: Path) -> int | None:
+def _left_in_machine(root: Path) -> int | None:
     try:
         lines = (root / "proc/meminfo").read_text("ascii").splitlines()
     except OSError:
@@ -34,41 +82,27 @@ def _of_the_machine(root: Path) -> int | None:
     return int(fields["MemAvailable"].split()[0]) << 10 if "MemAvailable" in fields else None
 
 
-def _of_the_groups(root: Path) -> Iterator[int]:
-    """What is left in each control group that this process is in, and in those around them."""
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What is left in the control group that this process is in, and in those around it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            mount, files, prefix = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
-        elif "memory" in controllers.split(","):
-            mount, prefix = root / "sys/fs/cgroup/memory", "total_"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
+    mount = root / "sys/fs/cgroup"
+    for path in (line[3:] for line in lines if line.startswith("0::")):
         group = mount / path.lstrip("/")
         for folder in (group, *group.parents):
-            left = _left(folder, *files, prefix)
-            if left is not None:
-                yield left
+            try:
+                allowed = int((folder / "memory.max").read_text())
+                used = int((folder / "memory.current").read_text())
+                stat = (folder / "memory.stat").read_text().splitlines()
+            except (OSError, ValueError):  # no such group is seen from here, or its limit is "max"
+                pass
+            else:
+                # Pages of files count as used, and are given up when memory is wanted: all that a
+                # merge reads and writes would count against it.
+                pages = dict(line.split() for line in stat)
+                files = int(pages.get("active_file", 0)) + int(pages.get("inactive_file", 0))
+                yield max(allowed - used + min(files, used), 0)
             if folder == mount:
                 break
-
-
-def _left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
-    """A group's limit less what it uses; None without one.
-
-    Pages of files count as used, and are given up when memory is wanted: all that a merge reads
-    and writes would count against it.
-    """
-    try:
-        allowed = int((folder / limit).read_text())
-        used = int((folder / usage).read_text())
-        pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        files = sum(int(pages.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-    except (OSError, ValueError):  # no such group is seen from here, or its limit is "max"
-        return None
-    return max(allowed - used + min(files, used), 0)

@@ -10,21 +10,29 @@ from pathlib import Path
 
 from ..bundle.combine import checked_weights
 from ..bundle.file import Bundle
+from ..bundle.fit import check_fits
 from ..errors import UsageError
 from ..files.staging import check_output
 from ..files.write import check_space
-from ..models.base import Base, open_base
+from ..models.base import open_base
 from ..types import Progress
-from . import carry
-from .changes import collect
-from .check import Checked, check
+from .base_files import MANIFEST, file_sha256, file_size, sort_files
 from .config import merged_config
-from .estimate import SMALL_FILES, check_memory, memory_needed
 from .executors import OpenExecutor, dask_cluster, local_processes
-from .job import Job
-from .plan import DTYPES, lay_out, out_name
-from .report import MergeReport
-from .run import carry_out, layer_reports, with_verdicts
+from .memory import check_memory, memory_needed
+from .plan import (
+    DTYPES,
+    changed_tensors,
+    collect_changes,
+    fit_bundle,
+    plan_shards,
+    replaced_and_added,
+)
+from .report import BundleReport, MergeReport, layer_reports
+from .run import MergePlan, run_merge
+
+# Headers, config, index and manifest, on top of what is counted byte by byte.
+SMALL_FILES = 1 << 20
 
 Source = str | os.PathLike[str] | Bundle
 
@@ -50,9 +58,9 @@ def merge_checkpoint(
 
     W' = W + sum of weight_i * delta_W_i, computed in float32 or better and rounded once. Heads and
     biases that the adapters carry replace the base's, or are added. The output is absent or
-    complete; after a kill, the same call goes on where it was and ends with the same bytes. Peak
-    memory is about three of the largest tensor that changes, whatever the checkpoint's size. A
-    folder gets a manifest.json, which `verify_merged` checks; a single file has none.
+    complete; after a kill, the same call resumes and ends with the same bytes. Peak memory is about
+    three of the largest tensor that changes, whatever the checkpoint's size. A folder gets a
+    manifest.json, which `verify_merged` checks; a single file has none.
 
     Args:
         base: a Hugging Face folder (one safetensors file or shards), or one safetensors file.
@@ -81,50 +89,99 @@ def merge_checkpoint(
         FileAccessError: missing files, no space.
     """
     given = [bundles] if isinstance(bundles, (str, os.PathLike, Bundle)) else list(bundles)
-    factors = _checked_options(given, weights, dtype)
-    if workers < 0 or (workers and scheduler is not None):
-        raise UsageError(
-            "workers",
-            expected="a number of processes, or a scheduler",
-            found=f"workers {workers}, scheduler {scheduler}",
-        )
+    factors = _checked_options(given, weights, dtype, workers, scheduler)
     paths = [source for source in given if not isinstance(source, Bundle)]
     target = check_output(out, force=force, inputs=(base, *paths))
-    opened = open_base(base, allow_links=allow_links)
-    named = [
-        (name, source if isinstance(source, Bundle) else Bundle.load(source), factor)
-        for name, source, factor in zip(_names(given, names), given, factors, strict=True)
-    ]
-    checked = check(
-        opened,
-        named,
-        allow_base_mismatch=allow_base_mismatch,
-        thorough=dry_run,
-        progress=progress,
+    # The workers of a cluster may have another working directory.
+    opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)
+    is_folder = opened.directory.is_dir()
+    called = _names(given, names)
+    loaded = [source if isinstance(source, Bundle) else Bundle.load(source) for source in given]
+    fits = []
+    for number, (name, bundle) in enumerate(zip(called, loaded, strict=True), 1):
+        fits.append(fit_bundle(opened, name, bundle, thorough=dry_run))
+        if progress:
+            progress("checking the base", number, len(loaded))
+    check_fits(opened.directory, fits, allow_base_mismatch=allow_base_mismatch)
+    if is_folder == target.name.endswith(".safetensors"):
+        raise UsageError(
+            target,
+            expected="a folder" if is_folder else "a file that ends in .safetensors",
+            found="a .safetensors file" if is_folder else "another name",
+            remedy="the output is what the base is: a folder, or one file",
+        )
+    bound = [replace(bundle, spec=fit.spec) for bundle, fit in zip(loaded, fits, strict=True)]
+    changes = collect_changes(opened, bound, called, factors)
+    shards = plan_shards(opened, changes, dtype)
+    config, notes = merged_config(opened, bound, factors, changes, dtype, labels)
+    weight_files = (*opened.checkpoint.shards, opened.checkpoint.index or Path())
+    copied, stale = sort_files(opened.directory, weight_files) if is_folder else ((), ())
+    sizes = [file_size(opened.directory, name, allow_links=allow_links) for name in copied]
+    replaced, added = replaced_and_added(opened, changes)
+    nbytes = sum(shard.nbytes for shard in shards)
+    report = MergeReport(
+        out=target,
+        base=Path(os.path.abspath(opened.directory)),
+        dtype=dtype,
+        bundles=tuple(
+            BundleReport(name, bundle.sha256, factor, len(bundle.layers), fit.verdict)
+            for name, bundle, factor, fit in zip(called, loaded, factors, fits, strict=True)
+        ),
+        layers=layer_reports(changed_tensors(shards)),
+        replaced=replaced,
+        added=added,
+        carried=copied,
+        left_behind=stale,
+        nbytes=nbytes,
+        disk_bytes=nbytes + sum(sizes) + SMALL_FILES,
+        memory_bytes=memory_needed(shards),
+        notes=notes if is_folder else (*notes, "a single file has no manifest.json"),
     )
-    job = _plan(opened, checked, target, dtype, labels, allow_links, allow_base_mismatch)
-    workers = min(workers, len(job.shards))
+    own_manifest = None
+    if MANIFEST in stale:
+        own_manifest, _ = file_sha256(opened.directory, MANIFEST, allow_links=allow_links)
+    plan = MergePlan(
+        base=opened,
+        fits=tuple(fits),
+        shards=shards,
+        config=config,
+        base_manifest=own_manifest,
+        report=report,
+        allow_links=allow_links,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    workers = min(workers, len(shards))
     if scheduler is None:  # a cluster's memory is another machine's
-        check_memory(job.report.memory_bytes, max(workers, 1))
+        check_memory(report.memory_bytes, max(workers, 1))
     if dry_run:
-        check_space(target.parent, job.report.disk_bytes)
-        return replace(with_verdicts(job.report, checked), dry_run=True)
+        check_space(target.parent, report.disk_bytes)
+        return replace(plan.with_fits(fits).report, dry_run=True)
     executor: OpenExecutor | None = None
     if scheduler is not None:
         executor = partial(dask_cluster, scheduler)
     elif workers:
         executor = partial(local_processes, workers)
-    return carry_out(job, executor, force=force, progress=progress)
+    return run_merge(plan, executor, force=force, progress=progress)
 
 
 def _checked_options(
-    given: Sequence[Source], weights: Sequence[float] | None, dtype: str
+    given: Sequence[Source],
+    weights: Sequence[float] | None,
+    dtype: str,
+    workers: int,
+    scheduler: str | None,
 ) -> tuple[float, ...]:
     """The weights, once the options make sense."""
     if not given:
         raise UsageError("bundles", expected="one or more", found="none")
     if dtype != "keep" and dtype not in DTYPES:
         raise UsageError("dtype", expected=f"keep, {', '.join(DTYPES)}", found=repr(dtype))
+    if workers < 0 or (workers and scheduler is not None):
+        raise UsageError(
+            "workers",
+            expected="a number of processes, or a scheduler",
+            found=f"workers {workers}, scheduler {scheduler}",
+        )
     return checked_weights(weights, len(given))
 
 
@@ -137,65 +194,3 @@ def _names(given: Sequence[Source], names: Sequence[str] | None) -> Sequence[str
         f"bundle {number} (given as an object)" if isinstance(source, Bundle) else str(source)
         for number, source in enumerate(given, 1)
     ]
-
-
-def _plan(
-    base: Base,
-    checked: tuple[Checked, ...],
-    target: Path,
-    dtype: str,
-    labels: Sequence[str] | None,
-    allow_links: bool,
-    allow_base_mismatch: bool,
-) -> Job:
-    """Lay the output out. Reads the base's folder, writes nothing."""
-    ingredients = [item.ingredient for item in checked]
-    changes = collect(base, ingredients)
-    shards = lay_out(base.checkpoint, changes, dtype)
-    settings, notes = merged_config(base, ingredients, changes, dtype, labels)
-    checkpoint = base.checkpoint
-    weight_files = (*checkpoint.shards, *([checkpoint.index] if checkpoint.index else []))
-    is_folder = base.directory.is_dir()
-    if is_folder == target.name.endswith(".safetensors"):
-        raise UsageError(
-            target,
-            expected="a folder" if is_folder else "a file that ends in .safetensors",
-            found="a .safetensors file" if is_folder else "another name",
-            remedy="the output is what the base is: a folder, or one file",
-        )
-    companions = (
-        carry.companions(base.directory, weight_files) if is_folder else carry.Companions((), ())
-    )
-    new = sorted({*changes.layers, *changes.dense, *changes.aliases} - {*base.tensors})
-    carried = sum(
-        carry.file_size(base.directory, name, allow_links=allow_links)
-        for name in companions.carried
-    )
-    nbytes = sum(shard.nbytes for shard in shards)
-    report = MergeReport(
-        out=target,
-        base=Path(os.path.abspath(base.directory)),
-        dtype=dtype,
-        bundles=(),
-        layers=layer_reports(shards),
-        replaced=tuple(out_name(k, changes) for k in sorted(changes.dense) if k in base.tensors),
-        added=tuple(out_name(key, changes) for key in new),
-        carried=companions.carried,
-        left_behind=companions.stale,
-        nbytes=nbytes,
-        disk_bytes=nbytes + carried + SMALL_FILES,
-        memory_bytes=memory_needed(shards),
-        notes=notes if is_folder else (*notes, "a single file has no manifest.json"),
-    )
-    return Job(
-        base=base,
-        checked=checked,
-        shards=shards,
-        config=settings,
-        companions=companions,
-        base_manifest=carry.manifest_sha256(base.directory, companions, allow_links=allow_links),
-        report=report,
-        dtype=dtype,
-        allow_links=allow_links,
-        allow_base_mismatch=allow_base_mismatch,
-    )

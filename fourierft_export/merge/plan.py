@@ -4,149 +4,333 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from ..bundle.file import Bundle
+from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
+from ..errors import BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint, Shard
 from ..files.container import FLOAT_DTYPES, TensorInfo
 from ..files.dtypes import to_name
 from ..files.write import Slot, in_file_order
+from ..models.base import Base, Bridge
+from ..models.task import head_labels
+from ..spectral.delta import Term
 from ..types import Array
-from .changes import Changes, LayerChange
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# What checkpoints of BERT's time call the parameters of a norm; transformers renames them.
+_OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 @dataclass(frozen=True)
-class OutTensor:
-    """One tensor of the output; exactly one of the three sources is used.
+class Share:
+    """What one bundle adds to one weight; small to pickle, since it holds that layer alone.
+
+    Attributes:
+        number: of the bundle, among those that are merged.
+        layer: module path, as the bundle names it.
+        bundle: the bound bundle without its other layers and its dense tensors.
+        weight: the factor on delta_W.
+    """
+
+    number: int
+    layer: str
+    bundle: Bundle
+    weight: float
+
+    def term(self) -> Term:
+        """The spectrum, its entries (derived here, and cached) and the scaling."""
+        scaling = float(self.bundle.spec.scaling) * self.weight
+        return Term(self.bundle.spectra[self.layer], self.bundle.entries(self.layer), scaling)
+
+    def __reduce__(self) -> tuple[Callable[..., Share], tuple[Any, ...]]:
+        return _unpickle_share, (self.number, self.layer, self.bundle.to_bytes(), self.weight)
+
+
+def _unpickle_share(number: int, layer: str, data: bytes, weight: float) -> Share:
+    return Share(number, layer, Bundle.from_bytes(data), weight)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output.
 
     Attributes:
         slot: name, dtype and shape in the output.
-        source: the base's tensor, copied (and converted where the dtype differs).
-        change: the base's tensor plus delta_W.
-        value: a dense tensor of a bundle.
-        converts: the changed tensor has another dtype in the base.
+        source: the base's tensor that it is made of; None for a dense tensor of a bundle.
+        value: a dense tensor of a bundle, in place of `source`.
+        shares: the delta_W that are added to `source`.
+        layer: module path of the weight that they are added to, as the first bundle names it.
+        transposed: this weight is stored as (in_features, out_features).
     """
 
     slot: Slot
     source: TensorInfo | None = None
-    change: LayerChange | None = None
     value: Array | None = None
-    converts: bool = False
+    shares: tuple[Share, ...] = ()
+    layer: str = ""
+    transposed: bool = False
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether it is the base's tensor under the same name, byte for byte."""
+        source = self.source
+        return (
+            source is not None
+            and not self.shares
+            and self.slot == (source.name, source.dtype, source.shape)
+        )
 
 
 @dataclass(frozen=True)
-class OutShard:
-    """One weight file of the output.
+class ShardPlan:
+    """One weight file of the output; all that a worker needs to write it.
 
     Attributes:
         name: its file name, that of the base's shard.
         source: the base's shard.
+        checkpoint: the base.
         tensors: in the order they are written; empty when the file is copied byte for byte.
         nbytes: size of the payloads.
     """
 
     name: str
     source: Shard
-    tensors: tuple[OutTensor, ...]
+    checkpoint: Checkpoint
+    tensors: tuple[TensorPlan, ...]
     nbytes: int
 
 
-def lay_out(checkpoint: Checkpoint, changes: Changes, dtype: str) -> tuple[OutShard, ...]:
+@dataclass
+class Changes:
+    """All that bundles change in a base.
+
+    Attributes:
+        tensors: what becomes of a tensor, by its name in the base; by the adapter's name where the
+            base has no such tensor.
+        prefix: what every tensor of the base is renamed with, because the head that is added
+            makes a bare encoder a task model ("bert"); "" for none.
+        outside: names that do not get the prefix: those of the head.
+        unties: the output embedding gets a tensor of its own.
+    """
+
+    tensors: dict[str, TensorPlan] = field(default_factory=dict)
+    prefix: str = ""
+    outside: set[str] = field(default_factory=set)
+    unties: bool = False
+
+    def out_name(self, key: str) -> str:
+        """The output's name of a tensor, from the base's."""
+        return f"{self.prefix}.{key}" if self.prefix and key not in self.outside else key
+
+
+def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
+    """Compare a bundle's layers and dense tensors with those of a base.
+
+    Args:
+        base: what it shall be merged into.
+        name: how to speak of the bundle.
+        bundle: bound or not.
+        thorough: read and hash the weights; otherwise compare eight values of each.
+    """
+    modules = [layer.name for layer in bundle.layers]
+    bridge = base.bridge(modules)
+    labels = head_labels({key: value.shape for key, value in bundle.saved.items()})
+    places = {key: base.tensors.get(_stored_name(base, bridge, key)) for key in bundle.saved}
+    tensors = {
+        key: FoundTensor(info.shape, info.dtype not in FLOAT_DTYPES, labels)
+        for key, info in places.items()
+        if info is not None
+    }
+    layers = layers_of_base(base, modules, thorough=thorough)
+    return fit_adapter(bundle.spec, layers, bundle.saved, tensors, name=name)
+
+
+def collect_changes(
+    base: Base, bundles: Sequence[Bundle], names: Sequence[str], weights: Sequence[float]
+) -> Changes:
+    """What bundles change in `base`.
+
+    Args:
+        base: the base that they fit.
+        bundles: bound.
+        names: how to speak of them.
+        weights: the factors on their delta_W.
+
+    Raises:
+        UsageError: listing every tensor that two bundles set to different values.
+    """
+    changes = Changes()
+    prefixes: set[str] = set()
+    conflicts: list[str] = []
+    for number, bundle in enumerate(bundles):
+        modules = [layer.name for layer in bundle.layers]
+        bridge = base.bridge(modules)
+        for module, layer in base.layers(modules).items():
+            key = layer.own_tensor if layer.tied else layer.tensor
+            source = base.tensors[layer.tensor]
+            plan = changes.tensors.get(key) or TensorPlan(
+                Slot(key, source.dtype, source.shape),
+                source,
+                layer=module,
+                transposed=layer.transposed,
+            )
+            share = Share(number, module, _only_layer(bundle, module), weights[number])
+            changes.tensors[key] = replace(plan, shares=(*plan.shares, share))
+            if key not in base.tensors:
+                changes.outside.add(key)
+                prefixes.add(bridge.strip)
+    for bundle, name in zip(bundles, names, strict=True):
+        bridge = base.bridge([layer.name for layer in bundle.layers])
+        for tensor, value in bundle.saved.items():
+            key = _stored_name(base, bridge, tensor)
+            if key not in base.tensors and key == tensor:
+                changes.outside.add(key)
+                prefixes.add(bridge.strip)
+            there = changes.tensors.get(key)
+            if there is not None and there.shares:
+                conflicts.append(f"{key}: both replaced and adapted")
+            elif there is not None and not _is_same(there.value, value):
+                conflicts.append(f"{key}: set by {name} and by another bundle")
+            else:
+                slot = Slot(key, to_name(value.dtype), value.shape)
+                changes.tensors[key] = TensorPlan(slot, value=value)
+    if len(prefixes - {""}) > 1:
+        conflicts.append(f"heads for different models: {', '.join(sorted(prefixes))}")
+    if conflicts:
+        raise UsageError(
+            "bundles",
+            expected="bundles that can be merged together",
+            found="heads, biases or weights that more than one sets",
+            remedy="merge them one at a time into outputs of their own",
+            offenders=sorted(set(conflicts)),
+        )
+    changes.prefix = max(prefixes, default="")
+    changes.unties = any(f".{key}".endswith(".lm_head.weight") for key in changes.tensors)
+    _keep_output_embedding(base, changes)
+    return changes
+
+
+def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ...]:
     """The shards of the output: the base's, in its order, new tensors in the last one.
 
     Args:
-        checkpoint: the base.
+        base: the base.
         changes: what bundles change.
         dtype: "keep", "float32", "float16" or "bfloat16".
     """
-    common = DTYPES.get(dtype) or common_float(checkpoint)
+    checkpoint = base.checkpoint
+    wanted = DTYPES.get(dtype)
+    # transformers takes the dtype of a model without one in its config from its first tensor, so
+    # a float32 head must not come first in a bfloat16 checkpoint.
+    common = wanted or _most_common_float(checkpoint.tensors.values())
     shards = []
     for number, shard in enumerate(checkpoint.parts):
-        tensors = [_existing(info, changes, dtype) for info in shard.tensors]
+        tensors = []
+        for info in shard.tensors:
+            plan = changes.tensors.get(info.name)
+            plan = plan or TensorPlan(Slot(info.name, info.dtype, info.shape), info)
+            kept = info.dtype if info.dtype in FLOAT_DTYPES else common
+            tensors.append(_named(plan, changes, wanted or kept))
         if number == len(checkpoint.parts) - 1:
-            tensors += _added(checkpoint, changes, common)
-        untouched = all(
-            t.source is not None and t.slot == (t.source.name, t.source.dtype, t.source.shape)
-            for t in tensors
-        )
+            added = sorted(changes.tensors.keys() - checkpoint.tensors.keys())
+            tensors += [_named(changes.tensors[key], changes, common) for key in added]
         order = {slot.name: n for n, slot in enumerate(in_file_order(t.slot for t in tensors))}
-        tensors.sort(key=lambda t: order[t.slot.name])
-        nbytes = sum(t.slot.nbytes for t in tensors)
-        written = () if untouched else tuple(tensors)
-        shards.append(OutShard(shard.path.name, shard, written, nbytes))
+        tensors.sort(key=lambda plan: order[plan.slot.name])
+        nbytes = sum(plan.slot.nbytes for plan in tensors)
+        written = () if all(plan.is_copied for plan in tensors) else tuple(tensors)
+        shards.append(ShardPlan(shard.path.name, shard, checkpoint, written, nbytes))
     return tuple(shards)
 
 
-def common_float(checkpoint: Checkpoint) -> str:
-    """The float dtype that most bytes of a checkpoint have; new tensors get it too.
+def index_text(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> str:
+    """The shard index of the output, written as transformers writes it."""
+    where: dict[str, str] = {}
+    elements = 0
+    for shard in shards:
+        slots = [plan.slot for plan in shard.tensors] or [
+            Slot(info.name, info.dtype, info.shape) for info in shard.source.tensors
+        ]
+        where.update((slot.name, shard.name) for slot in slots)
+        elements += sum(prod(slot.shape) for slot in slots)
+    metadata = dict(checkpoint.index_metadata)
+    metadata["total_size"] = sum(shard.nbytes for shard in shards)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = elements
+    return json.dumps({"metadata": metadata, "weight_map": where}, indent=2, sort_keys=True) + "\n"
 
-    transformers takes the dtype of a model without one in its config from its first tensor, so a
-    float32 head must not come first in a bfloat16 checkpoint.
-    """
+
+def _named(plan: TensorPlan, changes: Changes, dtype: str) -> TensorPlan:
+    """`plan` under its name in the output, and in `dtype` if it is a float tensor."""
+    name, kind, shape = plan.slot
+    slot = Slot(changes.out_name(name), dtype if kind in FLOAT_DTYPES else kind, shape)
+    return replace(plan, slot=slot)
+
+
+def _most_common_float(tensors: Iterable[TensorInfo]) -> str:
+    """The float dtype that most bytes have."""
     sizes: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
+    for info in tensors:
         if info.dtype in FLOAT_DTYPES:
             sizes[info.dtype] += info.nbytes
     return max(sizes, key=lambda name: (sizes[name], name), default="F32")
 
 
-def out_name(key: str, changes: Changes) -> str:
-    """The output's name of a tensor, from the base's."""
-    prefixed = changes.prefix and key not in changes.outside
-    return f"{changes.prefix}.{key}" if prefixed else key
+def _only_layer(bundle: Bundle, name: str) -> Bundle:
+    spec = replace(bundle.spec, layers=(bundle.layer(name),), peft_config={})
+    return Bundle.build(spec, bundle.spectra, {}, bundle.explicit_entries)
 
 
-def _existing(info: TensorInfo, changes: Changes, dtype: str) -> OutTensor:
-    is_float = info.dtype in FLOAT_DTYPES
-    kind = DTYPES.get(dtype, info.dtype) if is_float else info.dtype
-    name = out_name(info.name, changes)
-    if info.name in changes.dense:
-        return _dense(name, changes.dense[info.name], kind)
-    slot = Slot(name, kind, info.shape)
-    if info.name in changes.layers:
-        return OutTensor(slot, change=changes.layers[info.name], converts=kind != info.dtype)
-    return OutTensor(slot, source=info)
+def _stored_name(base: Base, bridge: Bridge, tensor: str) -> str:
+    """What the base calls a dense tensor of an adapter, or would call it."""
+    key = bridge.to_base(tensor)
+    for now, then in _OLD_NORM_NAMES.items():
+        old = key.removesuffix(now) + then
+        if key.endswith(now) and key not in base.tensors and old in base.tensors:
+            return old
+    return key
 
 
-def _added(checkpoint: Checkpoint, changes: Changes, common: str) -> list[OutTensor]:
-    """Tensors that the base does not have, in the order of their names."""
-    added = []
-    for key in sorted({*changes.layers, *changes.dense, *changes.aliases} - {*checkpoint.tensors}):
-        name = out_name(key, changes)
-        if key in changes.dense:
-            added.append(_dense(name, changes.dense[key], common))
-            continue
-        change = changes.layers.get(key)
-        source = checkpoint.tensors[change.source if change else changes.aliases[key]]
-        slot = Slot(name, common, source.shape)
-        converts = source.dtype != common
-        added.append(OutTensor(slot, None if change else source, change, converts=converts))
-    return added
+def _is_same(a: Array | None, b: Array) -> bool:
+    return (
+        a is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    )
 
 
-def _dense(name: str, value: Array, dtype: str) -> OutTensor:
-    kind = to_name(value.dtype)
-    slot = Slot(name, dtype if kind in FLOAT_DTYPES else kind, value.shape)
-    return OutTensor(slot, value=value)
+def _keep_output_embedding(base: Base, changes: Changes) -> None:
+    """A tied output embedding stays as it is when the input embedding is replaced (as in PEFT)."""
+    try:
+        head = base.layer("lm_head")
+    except BaseMismatchError:
+        return
+    replaced = changes.tensors.get(head.tensor)
+    own = head.own_tensor
+    if not head.tied or own in (head.tensor, *changes.tensors) or replaced is None:
+        return
+    architectures = base.config.get("architectures") or [""]
+    if replaced.value is None or not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        return
+    source = base.tensors[head.tensor]
+    changes.tensors[own] = TensorPlan(Slot(own, source.dtype, source.shape), source)
+    changes.outside.add(own)
+    changes.unties = True
 
 
-def index_text(checkpoint: Checkpoint, shards: tuple[OutShard, ...]) -> str:
-    """The shard index of the output, written as transformers writes it."""
-    where: dict[str, str] = {}
-    elements = 0
-    for shard in shards:
-        slots = [t.slot for t in shard.tensors] or [
-            Slot(info.name, info.dtype, info.shape) for info in shard.source.tensors
-        ]
-        where.update((slot.name, shard.name) for slot in slots)
-        elements += sum(prod(slot.shape) for slot in slots)
-    metadata: Mapping[str, Any] = dict(checkpoint.index_metadata) | {
-        "total_size": sum(shard.nbytes for shard in shards)
-    }
-    if "total_parameters" in metadata:
-        metadata = dict(metadata) | {"total_parameters": elements}
-    return json.dumps({"metadata": metadata, "weight_map": where}, indent=2, sort_keys=True) + "\n"
+def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The output's names of tensors that are replaced whole, and of those that the base lacks."""
+    replaced = [k for k, plan in changes.tensors.items() if plan.value is not None]
+    return (
+        tuple(changes.out_name(key) for key in sorted(replaced) if key in base.tensors),
+        tuple(
+            changes.out_name(key) for key in sorted(changes.tensors.keys() - base.tensors.keys())
+        ),
+    )
+
+
+def changed_tensors(shards: Iterable[ShardPlan]) -> Mapping[str, TensorPlan]:
+    """The tensors that get delta_W, by their names in the output."""
+    return {plan.slot.name: plan for shard in shards for plan in shard.tensors if plan.shares}

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bundle.names import natural_key
+from .plan import TensorPlan
+from .shard import WrittenTensor
+
 LOW_SURVIVAL = 0.5
 
 
@@ -98,6 +102,31 @@ class MergeReport:
             "base": str(self.base),
             "shards": dict(self.shards),
         }
+
+
+def layer_reports(
+    plans: Mapping[str, TensorPlan], written: Mapping[str, WrittenTensor] | None = None
+) -> tuple[LayerReport, ...]:
+    """One report for each weight that gets delta_W, in natural order of the layers' names.
+
+    Args:
+        plans: these weights, by their names in the output.
+        written: what was found while they were written; None in a dry run.
+    """
+    reports = [
+        LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype)
+        if written is None
+        else LayerReport(
+            plan.layer,
+            name,
+            plan.slot.shape,
+            plan.slot.dtype,
+            written[name].survival,
+            written[name].error,
+        )
+        for name, plan in plans.items()
+    ]
+    return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
 
 
 def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:

@@ -1,4 +1,4 @@
-"""Rounding a float32 sum to 16 bits as if it had been exact.
+"""The arithmetic of a merge: a weight plus delta_W, as if rounded once from the exact sum.
 
 W + delta_W is summed in float32 and then rounded to bfloat16 or float16. The two roundings agree
 with a single one except where the float32 sum falls exactly between two 16-bit values: there the
@@ -8,13 +8,137 @@ they are added up again in float64.
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import Any
+import threading
+from functools import cache
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from ..errors import BadInputError
+from ..files.container import FLOAT_DTYPES
+from ..files.dtypes import to_name, to_numpy
+from ..spectral.delta import Term, each_block
 from ..types import Array
+
+# The bits of the exponent, all of them set in NaN and infinity, of the floats that are stored.
+_EXPONENT = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+}
+
+
+class Merged(NamedTuple):
+    """A changed weight.
+
+    Attributes:
+        value: in the output's dtype.
+        survival: share of its elements that differ from the base's, rounded the same way.
+        error: of what was really added, relative to delta_W, as Frobenius norms; 0 for no change.
+    """
+
+    value: Array
+    survival: float
+    error: float
+
+
+def add_deltas(
+    weight: Array,
+    terms: list[Term],
+    *,
+    transposed: bool,
+    dtype: str,
+    name: str,
+    overwrite: bool = False,
+) -> Merged:
+    """A weight plus the delta_W of every term, block by block.
+
+    The sum is within half a unit in the last place of the exact one, and 1e-6 of delta_W.
+
+    Args:
+        weight: (out, in), or (in, out) when `transposed`; float64, float32, float16 or bfloat16.
+        terms: what is added.
+        transposed: the weight is stored as (in, out).
+        dtype: safetensors dtype of the result.
+        name: of the tensor, for errors.
+        overwrite: `weight` may be used for the result.
+
+    Raises:
+        BadInputError: the result does not fit in `dtype`.
+    """
+    out_dtype = to_numpy(dtype)
+    in_place = overwrite and weight.dtype == out_dtype
+    value = weight if in_place else np.empty(weight.shape, out_dtype)
+    blocks: list[tuple[int, int, int, float, float]] = []
+    scratch = _Scratch()
+
+    def add_block(_layer: int, rows: slice, delta: Array) -> None:
+        blocks.append((rows.start, *_add(weight[rows], delta, value[rows], scratch)))
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        each_block(weight.shape, terms, add_block, transposed)
+    # Threads finish in any order, and sums shall not depend on it.
+    _, changed, not_finite, error, delta = (
+        math.fsum(sums) for sums in zip(*sorted(blocks), strict=True)
+    )
+    if not_finite > 0:
+        raise _overflow_error(name, out_dtype, int(not_finite))
+    survival = changed / max(value.size, 1)
+    return Merged(value, survival, math.sqrt(error / delta) if delta else 0.0)
+
+
+class _Scratch(threading.local):
+    """Memory that each thread uses again: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Array] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array for `use` with anything in it."""
+        size = math.prod(shape)
+        kept = self._kept.get(use)
+        if kept is None or kept.size < size or kept.dtype != dtype:
+            kept = self._kept[use] = np.empty(size, dtype)
+        return kept[:size].reshape(shape)
+
+
+def _add(
+    before: Array, delta: Array, after: Array, scratch: _Scratch
+) -> tuple[int, int, float, float]:
+    """Put rows of a weight plus float32 rows of delta_W, rounded once, in `after`.
+
+    `after` may be `before`.
+
+    Returns:
+        Elements that changed, elements that are not finite any more, and the sums of squares of
+        what rounding cost and of delta_W.
+    """
+    kind = np.dtype(np.float64 if before.dtype == np.float64 else np.float32)
+    shape = before.shape
+    wide = scratch.array("wide", shape, kind)
+    wide[...] = before
+    total = np.add(wide, delta, out=scratch.array("total", shape, kind))
+    rounded = scratch.array("rounded", shape, after.dtype)
+    if after.dtype.itemsize == 2 and kind == np.float32:
+        round_once(total, wide, delta, rounded, scratch.array("halfway", shape, np.dtype(bool)))
+    else:
+        rounded[...] = total
+    same = before if before.dtype == after.dtype else wide.astype(after.dtype)
+    differ = scratch.array("differ", shape, np.dtype(bool))
+    changed = int(np.count_nonzero(np.not_equal(_bits(rounded), _bits(same), out=differ)))
+    not_finite = 0
+    if not max(total.max(), -total.min()) < _largest(after.dtype):
+        not_finite = _count_not_finite(rounded) - _count_not_finite(before)
+    missed = scratch.array("total", shape, kind)  # the total is not needed any more
+    missed[...] = rounded
+    missed -= wide
+    missed -= delta
+    after[...] = rounded
+    return changed, not_finite, _square_sum(missed), _square_sum(delta)
 
 
 def round_once(total: Array, weight: Array, delta: Array, result: Array, scratch: Array) -> None:
@@ -53,3 +177,55 @@ def _halfway(values: Array, dtype: np.dtype[Any], scratch: Array) -> Array:
     tiny = np.where(size < 2.0**-14, size * 2.0**25, 0)
     normal = (size >= 2.0**-14) & (size < 65520) & (some.view(np.uint32) & 0x1FFF == 0x1000)
     return np.asarray(at[normal | (tiny % 2 == 1)])
+
+
+def convert(value: Array, dtype: str, name: str) -> Array:
+    """A float tensor in another float dtype; any other tensor as it is.
+
+    Raises:
+        BadInputError: a finite element becomes infinite.
+    """
+    if to_name(value.dtype) not in FLOAT_DTYPES or to_name(value.dtype) == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        result = value.astype(to_numpy(dtype))
+    overflowed = _count_not_finite(result)
+    overflowed -= _count_not_finite(value) if overflowed else 0
+    if overflowed > 0:
+        raise _overflow_error(name, result.dtype, overflowed)
+    return result
+
+
+def _overflow_error(name: str, dtype: np.dtype[Any], count: int) -> BadInputError:
+    return BadInputError(
+        f"tensor {name}",
+        expected=f"values that {dtype.name} can hold",
+        found=f"{count} that overflow to infinity or are not numbers",
+        remedy="choose a dtype with a wider range: --dtype bfloat16 or float32"
+        if dtype.itemsize == 2
+        else "the adapter's scaling or spectrum is too large: check where it came from",
+    )
+
+
+@cache
+def _largest(dtype: np.dtype[Any]) -> float:
+    """The largest finite value of a float dtype."""
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def _square_sum(values: Array) -> float:
+    """The sum of squares, in float64 where float32 cannot hold it."""
+    flat = values.reshape(-1)
+    small = float(np.einsum("i,i->", flat, flat))  # unlike a dot product, the same on any threads
+    return small if math.isfinite(small) else float(np.square(flat.astype(np.float64)).sum())
+
+
+def _count_not_finite(value: Array) -> int:
+    # By bits: numpy has no fast isfinite for float16 and bfloat16.
+    _, exponent = _EXPONENT[to_name(value.dtype)]
+    return int(np.count_nonzero((_bits(value) & exponent) == exponent))
+
+
+def _bits(value: Array) -> Array:
+    kind, _ = _EXPONENT[to_name(value.dtype)]
+    return np.ascontiguousarray(value).view(kind)

@@ -1,40 +1,100 @@
-"""Carrying a merge out: shards in a locked work folder, then the small files, then one rename."""
+"""Runs a planned merge: shards in a locked work folder, then the small files, then one rename."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ..bundle.names import natural_key
+import numpy as np
+
+from .. import __version__
+from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..errors import FileAccessError
+from ..files import strict_json
 from ..files.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
 from ..files.write import check_space, copy_file
+from ..models.base import Base
 from ..types import Progress
-from . import carry
-from .check import Checked, settle
+from .base_files import MANIFEST, file_blocks, file_size
 from .executors import OpenExecutor, run_tasks
-from .job import Job, place, write_in_place, write_task
 from .journal import Journal
-from .manifest import base_facts, manifest_text
-from .plan import OutShard, index_text
-from .report import BundleReport, LayerReport, MergeReport, survival_notes
-from .shard import WrittenShard, WrittenTensor
-
-_JOURNAL = "journal.jsonl"
+from .manifest import manifest_text
+from .plan import ShardPlan, changed_tensors, index_text
+from .report import MergeReport, layer_reports, survival_notes
+from .shard import UNFINISHED, Count, WrittenShard, WrittenTensor, write_shard
 
 
-def carry_out(
-    job: Job, executor: OpenExecutor | None, *, force: bool, progress: Progress | None
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge in full, before anything is written.
+
+    Attributes:
+        base: the open base.
+        fits: how the bundles fit it, by the samples of the fingerprints.
+        shards: what is written.
+        config: of the output.
+        base_manifest: sha256 of the manifest.json in the base's folder; None without one.
+        report: what is known of the merge so far.
+        allow_links, allow_base_mismatch: as for `merge_checkpoint`.
+    """
+
+    base: Base
+    fits: tuple[Fit, ...]
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any]
+    base_manifest: str | None
+    report: MergeReport
+    allow_links: bool
+    allow_base_mismatch: bool
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder, as the base is."""
+        return self.base.directory.is_dir()
+
+    def hash(self) -> str:
+        """A short hash of all that the output follows from.
+
+        The base's files are identified by their names, sizes, inodes and times: to hash them would
+        be to read everything twice.
+        """
+        checkpoint, report = self.base.checkpoint, self.report
+        weights = [*checkpoint.shards, *([checkpoint.index] if checkpoint.index else [])]
+        content = {
+            "versions": [__version__, np.__version__],
+            "base": [_identity(file) for file in weights],
+            "bundles": [(bundle.sha256, bundle.weight) for bundle in report.bundles],
+            "base_manifest": self.base_manifest,
+            "config": dict(self.config),
+            "carried": [_identity(self.base.directory / name) for name in report.carried],
+            "options": [report.dtype, self.allow_base_mismatch, self.is_folder],
+        }
+        return hashlib.sha256(strict_json.canonical(content).encode()).hexdigest()[:16]
+
+    def with_fits(self, fits: Sequence[Fit]) -> MergePlan:
+        """The same with what the fits say of the bundles in its report."""
+        bundles = tuple(
+            replace(bundle, base_check=fit.verdict)
+            for bundle, fit in zip(self.report.bundles, fits, strict=True)
+        )
+        notes = (*(note for fit in fits for note in fit.notes), *self.report.notes)
+        return replace(self, report=replace(self.report, bundles=bundles, notes=notes))
+
+
+def run_merge(
+    plan: MergePlan, executor: OpenExecutor | None, *, force: bool, progress: Progress | None
 ) -> MergeReport:
     """Write the output of a merge.
 
     Args:
-        job: the merge.
+        plan: the merge.
         executor: where its shards are written; None for this process.
         force: replace an existing output.
         progress: called with ("merging", bytes done, bytes in all).
@@ -42,20 +102,28 @@ def carry_out(
     Raises:
         As `merge_checkpoint`.
     """
-    out = job.report.out
+    out = plan.report.out
     with (
-        work_folder(out, plan=job.plan(), keep=True) as folder,
+        work_folder(out, plan=plan.hash(), keep=True) as folder,
         os_errors_named(out, folder),
-        _output_named(job.report, folder),
+        _output_named(plan.report, folder),
     ):
-        written, resumed = _write_shards(job, folder, executor, progress)
-        job = replace(job, checked=_settled(job, written))
-        staged = folder / out.name
+        written, resumed = _write_shards(plan, folder, executor, progress)
+        tensors = {name: one for shard in written for name, one in shard.tensors.items()}
+        fits = _updated_fits(plan, tensors)
+        check_fits(plan.base.directory, fits, allow_base_mismatch=plan.allow_base_mismatch)
+        report = plan.with_fits(fits).report
+        layers = layer_reports(changed_tensors(plan.shards), tensors)
         report = replace(
-            _finished(job, written), resumed=tuple(job.shards[n].name for n in sorted(resumed))
+            report,
+            layers=layers,
+            shards={shard.name: shard.sha256 for shard in written},
+            notes=(*report.notes, *survival_notes(layers)),
+            resumed=tuple(plan.shards[number].name for number in sorted(resumed)),
         )
-        if job.is_folder:
-            _write_small_files(job, staged, report, written)
+        staged = folder / out.name
+        if plan.is_folder:
+            _write_small_files(plan, staged, report, written, tensors)
             for path in (staged, *(p for p in staged.rglob("*") if p.is_dir())):
                 sync(path)
         publish(staged, out, force=force)
@@ -79,50 +147,48 @@ def _output_named(report: MergeReport, folder: Path) -> Iterator[None]:
 
 
 def _write_shards(
-    job: Job, folder: Path, executor: OpenExecutor | None, progress: Progress | None
+    plan: MergePlan, folder: Path, executor: OpenExecutor | None, progress: Progress | None
 ) -> tuple[tuple[WrittenShard, ...], set[int]]:
     """All weight files, in their order, and the numbers of those that were there already."""
-    journal = Journal(folder / _JOURNAL, job.shards)
-    payload, total = job.report.out.name, job.report.nbytes
-    count = _meter(total, progress)
+    journal = Journal(folder / "journal.jsonl", plan.shards)
+    payload = folder / plan.report.out.name
+    count = _byte_counter(plan.report.nbytes, progress)
 
-    def target(name: str) -> Path:
-        return place(folder, payload, job.is_folder, name)
+    def place(name: str) -> Path:
+        return payload / name if plan.is_folder else payload
 
-    written = dict(journal.verified(target, count))
+    written = journal.finished(place, count)
     resumed = set(written)
-    _tidy(job, folder, {target(shard.name) for shard in written.values()})
-    if job.is_folder:
-        (folder / payload).mkdir(exist_ok=True)
-    check_space(folder, job.report.disk_bytes - sum(shard.size for shard in written.values()))
-    left = [number for number in range(len(job.shards)) if number not in written]
+    _remove_unfinished(folder, payload, {place(shard.name) for shard in written.values()})
+    if plan.is_folder:
+        payload.mkdir(exist_ok=True)
+    check_space(folder, plan.report.disk_bytes - sum(shard.size for shard in written.values()))
+    left = {n: shard for n, shard in enumerate(plan.shards) if n not in written}
 
     def done(number: int, shard: WrittenShard) -> None:
-        set_umask_mode(target(shard.name))
+        set_umask_mode(place(shard.name))
         journal.add(number, shard)
         written[number] = shard
+        if executor is not None:
+            count(plan.shards[number].nbytes)
 
-    if executor is None or not left:
-        for number in left:
-            shard = job.shards[number]
-            base = job.base.checkpoint
-            done(number, write_in_place(shard, base, folder, target(shard.name), count))
+    if executor is None:
+        for number, shard in left.items():
+            done(number, write_shard(shard, place(shard.name), folder, count))
     else:
+        absolute = Path(os.path.abspath(folder))
+        tasks = {
+            number: (shard, Path(os.path.abspath(place(shard.name))), absolute)
+            for number, shard in left.items()
+        }
+        run_tasks(write_shard, tasks, executor, done)
+    return tuple(written[number] for number in range(len(plan.shards))), resumed
 
-        def done_elsewhere(number: int, shard: WrittenShard) -> None:
-            done(number, shard)
-            count(job.shards[number].nbytes)
 
-        job.save(folder)
-        run_tasks(write_task, os.path.abspath(folder), left, executor, done_elsewhere)
-    return tuple(written[number] for number in range(len(job.shards))), resumed
-
-
-def _tidy(job: Job, folder: Path, keep: set[Path]) -> None:
+def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
     """Remove what a killed run left half done."""
-    payload = folder / job.report.out.name
     inside = payload.iterdir() if payload.is_dir() else ()
-    for path in (*folder.glob(".writing-*"), *inside):
+    for path in (*folder.glob(f"{UNFINISHED}*"), *inside):
         if path not in keep:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -130,111 +196,54 @@ def _tidy(job: Job, folder: Path, keep: set[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _settled(job: Job, written: Sequence[WrittenShard]) -> tuple[Checked, ...]:
-    """The bundles with the verdicts on the weights as they were read."""
-    index = {id(item.ingredient): number for number, item in enumerate(job.checked)}
-    found: list[dict[str, str]] = [{} for _ in job.checked]
-    results = _written_tensors(written)
-    for shard in job.shards:
-        for tensor in shard.tensors:
-            if tensor.change is None:
-                continue
-            verdicts = results[tensor.slot.name].verdicts
-            for part, verdict in zip(tensor.change.parts, verdicts, strict=True):
-                if verdict is not None:
-                    found[index[id(part.ingredient)]][part.layer] = verdict
-    return settle(job.base, job.checked, found, job.allow_base_mismatch)
+def _updated_fits(plan: MergePlan, written: Mapping[str, WrittenTensor]) -> tuple[Fit, ...]:
+    """The fits with the verdicts of the hashes, taken while the weights were read."""
+    verdicts: list[dict[str, LayerVerdict]] = [{} for _ in plan.fits]
+    for name, tensor in changed_tensors(plan.shards).items():
+        for share, verdict in zip(tensor.shares, written[name].verdicts, strict=True):
+            verdicts[share.number][share.layer] = verdict
+    return tuple(fit.updated(one) for fit, one in zip(plan.fits, verdicts, strict=True))
 
 
 def _write_small_files(
-    job: Job, folder: Path, report: MergeReport, written: Sequence[WrittenShard]
+    plan: MergePlan,
+    folder: Path,
+    report: MergeReport,
+    written: Sequence[WrittenShard],
+    tensors: Mapping[str, WrittenTensor],
 ) -> None:
     """Everything but the weights."""
-    checkpoint = job.base.checkpoint
+    checkpoint, source = plan.base.checkpoint, plan.base.directory
     texts = {}
     if checkpoint.index is not None:
-        texts[checkpoint.index.name] = index_text(checkpoint, job.shards)
-    if job.config != job.base.config:
-        texts["config.json"] = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
+        texts[checkpoint.index.name] = index_text(checkpoint, plan.shards)
+    if plan.config != plan.base.config:
+        texts["config.json"] = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     files = {shard.name: (shard.sha256, shard.size) for shard in written}
-    source, links = job.base.directory, job.allow_links
-    for name in job.companions.carried:
+    for name in report.carried:
         if name not in texts:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            size = carry.file_size(source, name, allow_links=links)
-            blocks = carry.file_blocks(source, name, allow_links=links)
+            size = file_size(source, name, allow_links=plan.allow_links)
+            blocks = file_blocks(source, name, allow_links=plan.allow_links)
             files[name] = (copy_file(target, blocks, size), size)
     for name, text in texts.items():
         data = text.encode()
         files[name] = (copy_file(folder / name, [data], len(data)), len(data))
-    sources = {
-        tensor.slot.name: tensor.change.source
-        for shard in job.shards
-        for tensor in shard.tensors
-        if tensor.change is not None
-    }
     manifest = manifest_text(
         report,
-        base_facts(job.shards, report.shards, job.base_manifest),
-        _written_tensors(written),
-        sources,
+        plan.shards,
+        changed_tensors(plan.shards),
+        tensors,
         files,
-        allow_base_mismatch=job.allow_base_mismatch,
+        base_manifest=plan.base_manifest,
+        allow_base_mismatch=plan.allow_base_mismatch,
     ).encode()
-    copy_file(folder / carry.MANIFEST, [manifest], len(manifest))
+    copy_file(folder / MANIFEST, [manifest], len(manifest))
 
 
-def layer_reports(
-    shards: Sequence[OutShard], results: Mapping[str, WrittenTensor] | None = None
-) -> tuple[LayerReport, ...]:
-    """One report for each weight that gets delta_W, in natural order of the layers' names."""
-    reports = []
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor.change is not None:
-                slot, result = tensor.slot, (results or {}).get(tensor.slot.name)
-                known = (result.survival, result.error) if result else (None, None)
-                reports.append(
-                    LayerReport(tensor.change.name, slot.name, slot.shape, slot.dtype, *known)
-                )
-    return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
-
-
-def with_verdicts(report: MergeReport, checked: Sequence[Checked]) -> MergeReport:
-    """`report` with what is known of the bundles."""
-    summaries = [item.summary() for item in checked]
-    bundles = tuple(
-        BundleReport(
-            item.ingredient.name,
-            item.sha256,
-            item.ingredient.weight,
-            len(item.ingredient.layers),
-            verdict,
-        )
-        for item, (verdict, _) in zip(checked, summaries, strict=True)
-    )
-    notes = tuple(note for _, more in summaries for note in more)
-    return replace(report, bundles=bundles, notes=(*notes, *report.notes))
-
-
-def _finished(job: Job, written: Sequence[WrittenShard]) -> MergeReport:
-    report = with_verdicts(job.report, job.checked)
-    layers = layer_reports(job.shards, _written_tensors(written))
-    return replace(
-        report,
-        layers=layers,
-        shards={shard.name: shard.sha256 for shard in written},
-        notes=(*report.notes, *survival_notes(layers)),
-    )
-
-
-def _written_tensors(written: Sequence[WrittenShard]) -> dict[str, WrittenTensor]:
-    return {name: result for shard in written for name, result in shard.tensors.items()}
-
-
-def _meter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """A counter of bytes that reports to `progress`."""
+def _byte_counter(total: int, progress: Progress | None) -> Count:
+    """A function that adds up bytes and reports them to `progress`."""
     done = 0
 
     def count(nbytes: int) -> None:
@@ -244,3 +253,10 @@ def _meter(total: int, progress: Progress | None) -> Callable[[int], None]:
             progress("merging", min(done, total), total)
 
     return count
+
+
+def _identity(path: Path) -> list[Any]:
+    # Anybody can set the time of modification, and copying tools do; the time of change is the
+    # system's. The device's number is left out: it may differ where a file system is shared.
+    status = path.stat()
+    return [path.name, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,29 +1,27 @@
-"""One weight file of the output, from start to end: a merge is these, in any order, anywhere."""
+"""Writes one weight file of the output; a merge is these, in any order, in any process."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..bundle.fingerprint import fingerprint, judge
-from ..errors import BadInputError
+from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
-from ..files.clone import try_clone
-from ..files.container import TensorInfo
-from ..files.staging import sync
+from ..files.dtypes import to_numpy
 from ..files.write import Buffer, TensorWriter, copy_file
-from .changes import LayerChange
-from .plan import OutShard, OutTensor
-from .tensors import as_array, converted, merged
+from .plan import ShardPlan, TensorPlan
+from .rounding import Merged, add_deltas, convert
 
 Count = Callable[[int], None]
-_NOTHING = np.empty(0)
+UNFINISHED = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -34,20 +32,20 @@ class WrittenTensor:
         sha256: of its payload in the output, in hex.
         source_sha256: of the base's payload.
         survival, error: as in `report.LayerReport`.
-        verdicts: for each bundle's share, in order, what the fingerprint says of the base's weight;
-            None where the bundle has none.
+        verdicts: for each of its shares, in order, what the fingerprint says of the base's weight;
+            "unchecked" where the bundle has none.
     """
 
     sha256: str
     source_sha256: str
     survival: float
     error: float
-    verdicts: tuple[str | None, ...]
+    verdicts: tuple[LayerVerdict, ...]
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What came of one weight file.
+    """One weight file that is complete.
 
     Attributes:
         name: its file name.
@@ -62,140 +60,125 @@ class WrittenShard:
     tensors: dict[str, WrittenTensor]
 
 
-@dataclass(frozen=True)
-class _Changed:
-    """A weight with delta_W, and what is known of it."""
-
-    value: np.ndarray[Any, Any]
-    source_sha256: str
-    survival: float
-    error: float
-    verdicts: tuple[str | None, ...]
-
-    def written(self, sha256: str) -> WrittenTensor:
-        return WrittenTensor(sha256, self.source_sha256, self.survival, self.error, self.verdicts)
-
-
-def _changed(change: LayerChange, checkpoint: Checkpoint, dtype: str, name: str) -> _Changed:
-    """Read a weight, compare it with the bundles' fingerprints, add delta_W."""
-    digest = hashlib.sha256()
-    weight = checkpoint.read_new(change.source, digest)
-    found = fingerprint(weight, digest.digest())
-    layers = [part.ingredient.bundle.layer(part.layer) for part in change.parts]
-    verdicts = [
-        None if layer.fingerprint is None else judge(layer.fingerprint, found) for layer in layers
-    ]
-    result = merged(
-        weight,
-        [part.term() for part in change.parts],
-        transposed=change.transposed,
-        dtype=dtype,
-        name=name,
-        overwrite=True,
-    )
-    error = float(f"{result.error:.6g}")
-    return _Changed(result.value, digest.hexdigest(), result.survival, error, tuple(verdicts))
-
-
-class _Ahead:
-    """The changed weights of a shard in their order, each worked out while others are written."""
-
-    def __init__(self, shard: OutShard, checkpoint: Checkpoint, executor: Executor) -> None:
-        self._left = iter([t for t in shard.tensors if t.change is not None])
-        self._checkpoint = checkpoint
-        self._executor = executor
-        self._next = self._begin()
-
-    def _begin(self) -> Future[_Changed] | None:
-        tensor = next(self._left, None)
-        if tensor is None or tensor.change is None:
-            return None
-        slot = tensor.slot
-        return self._executor.submit(
-            _changed, tensor.change, self._checkpoint, slot.dtype, slot.name
-        )
-
-    def take(self) -> _Changed:
-        """The next one; the work on the one after it begins."""
-        if self._next is None:
-            raise ValueError("a shard has no more changed weights")
-        result = self._next.result()
-        self._next = self._begin()
-        return result
-
-
 def write_shard(
-    shard: OutShard, target: Path, checkpoint: Checkpoint, count: Count
+    shard: ShardPlan, target: Path, folder: Path, count: Count | None = None
 ) -> WrittenShard:
     """Write one weight file, holding few changed tensors at a time, and flush it to the disk.
 
+    It is written under a name of its own and renamed when it is complete. Two workers may do this
+    for one shard, if one of them was taken for dead: they write the same bytes.
+
     Args:
         shard: what it holds.
-        target: the file; it may not exist.
-        checkpoint: the base.
-        count: told of every piece of payload made, in bytes.
+        target: the file; replaced if it is there.
+        folder: where the file is while it is not complete; on the same file system.
+        count: called with the bytes of every piece of payload made.
 
     Raises:
         BadInputError: a weight that overflows; a base file that changed meanwhile.
         FileAccessError: the file cannot be written.
     """
-    if not shard.tensors:
-        return _copied(shard, target, checkpoint, count)
-    known: dict[str, _Changed] = {}
-    slots = [tensor.slot for tensor in shard.tensors]
+    count = count or (lambda _: None)
+    unfinished = folder / f"{UNFINISHED}{uuid.uuid4().hex}"
+    try:
+        written = (_write_tensors if shard.tensors else _copy)(shard, unfinished, count)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return written
+
+
+def _copy(shard: ShardPlan, target: Path, count: Count) -> WrittenShard:
+    """A shard that nothing changes, byte for byte."""
+    size = shard.source.size
+    blocks = _counted(shard.checkpoint.file_blocks(shard.source.path), count)
+    return WrittenShard(shard.name, copy_file(target, blocks, size), size, {})
+
+
+def _write_tensors(shard: ShardPlan, target: Path, count: Count) -> WrittenShard:
+    facts: dict[str, tuple[str, float, float, tuple[LayerVerdict, ...]]] = {}
+    slots = [plan.slot for plan in shard.tensors]
     with (
         ThreadPoolExecutor(1) as executor,
         TensorWriter(target, slots, shard.source.metadata) as writer,
     ):
-        ahead = _Ahead(shard, checkpoint, executor)
-        for tensor in shard.tensors:
-            slot = tensor.slot
-            if tensor.change is None:
-                writer.write(slot.name, _payload(tensor, checkpoint, count))
+        changed = [plan for plan in shard.tensors if plan.shares]
+        ahead = _changed_weights(changed, shard.checkpoint, executor)
+        for plan in shard.tensors:
+            name = plan.slot.name
+            if not plan.shares:
+                writer.write(name, _payload(plan, shard.checkpoint, count))
                 continue
-            changed = ahead.take()
-            writer.write(slot.name, [changed.value], hashed=True)
-            known[slot.name] = replace(changed, value=_NOTHING)
-            del changed
-            count(slot.nbytes)
+            merged, source_sha256, verdicts = next(ahead)
+            writer.write(name, [merged.value], hashed=True)
+            facts[name] = (
+                source_sha256,
+                merged.survival,
+                float(f"{merged.error:.6g}"),
+                verdicts,
+            )
+            del merged
+            count(plan.slot.nbytes)
         sha256, digests = writer.digest(), writer.digests()
-    tensors = {name: changed.written(digests[name]) for name, changed in known.items()}
+    tensors = {name: WrittenTensor(digests[name], *known) for name, known in facts.items()}
     return WrittenShard(shard.name, sha256, writer.size, tensors)
 
 
-def _copied(shard: OutShard, target: Path, checkpoint: Checkpoint, count: Count) -> WrittenShard:
-    """A shard that nothing changes, byte for byte."""
-    path, size = shard.source.path, shard.source.size
-    blocks = checkpoint.file_blocks(path)
-    if not try_clone(path, target):
-        counted = (_counted_one(block, count) for block in blocks)
-        return WrittenShard(shard.name, copy_file(target, counted, size), size, {})
+_Changed = tuple[Merged, str, tuple[LayerVerdict, ...]]
+
+
+def _changed_weights(
+    plans: Sequence[TensorPlan], checkpoint: Checkpoint, executor: Executor
+) -> Iterator[_Changed]:
+    """`_change` of each plan; the next one is worked on while the caller writes one."""
+    waiting: list[Future[_Changed]] = []
+    for plan in plans:
+        waiting.append(executor.submit(_change, plan, checkpoint))
+        if len(waiting) > 1:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _change(plan: TensorPlan, checkpoint: Checkpoint) -> _Changed:
+    """Read a weight, compare it with the bundles' fingerprints, add delta_W."""
+    if plan.source is None:
+        raise ValueError(f"{plan.slot.name} has no weight that delta_W is added to")
     digest = hashlib.sha256()
-    for block in blocks:  # these fail if the source has changed since it was opened
-        digest.update(_counted_one(block, count))
-    sync(target)
-    return WrittenShard(shard.name, digest.hexdigest(), size, {})
+    weight = checkpoint.read_new(plan.source.name, digest)
+    found = fingerprint(weight, digest.digest())
+    expected = [share.bundle.layer(share.layer).fingerprint for share in plan.shares]
+    verdicts: tuple[LayerVerdict, ...] = tuple(
+        "unchecked" if one is None else judge(one, found) for one in expected
+    )
+    merged = add_deltas(
+        weight,
+        [share.term() for share in plan.shares],
+        transposed=plan.transposed,
+        dtype=plan.slot.dtype,
+        name=plan.slot.name,
+        overwrite=True,
+    )
+    return merged, digest.hexdigest(), verdicts
 
 
-def _payload(tensor: OutTensor, checkpoint: Checkpoint, count: Count) -> Iterator[Buffer]:
+def _payload(plan: TensorPlan, checkpoint: Checkpoint, count: Count) -> Iterator[Buffer]:
     """The pieces of the payload of a tensor that gets no delta_W."""
-    slot, source = tensor.slot, tensor.source
-    if source is not None:
-        for block in checkpoint.blocks(source.name):
-            converts = source.dtype != slot.dtype
-            yield _converted_block(block, source, slot.dtype, slot.name) if converts else block
-            count(len(block) * slot.nbytes // max(source.nbytes, 1))
-    elif tensor.value is not None:
-        yield converted(tensor.value, slot.dtype, slot.name)
+    slot, source = plan.slot, plan.source
+    if plan.value is not None:
+        yield convert(plan.value, slot.dtype, slot.name)
         count(slot.nbytes)
-    else:
-        raise BadInputError(f"tensor {slot.name}", expected="a source", found="none")
+    if source is None:
+        return
+    for block in checkpoint.blocks(source.name):
+        if source.dtype == slot.dtype:
+            yield block
+        else:
+            yield convert(np.frombuffer(block, to_numpy(source.dtype)), slot.dtype, slot.name)
+        count(len(block) * slot.nbytes // max(source.nbytes, 1))
 
 
-def _converted_block(block: bytes, source: TensorInfo, dtype: str, name: str) -> Buffer:
-    return converted(as_array(block, source.dtype), dtype, name)
-
-
-def _counted_one(block: bytes, count: Count) -> bytes:
-    count(len(block))
-    return block
+def _counted(blocks: Iterator[bytes], count: Count) -> Iterator[bytes]:
+    for block in blocks:
+        count(len(block))
+        yield block

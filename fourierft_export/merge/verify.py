@@ -1,23 +1,19 @@
-"""Is a merged folder still what its manifest says? Reads files and hashes, nothing else."""
+"""`verify_merged`: checks that a merged folder still is what its manifest says."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, FileAccessError, FourierFTError, ValidationError
-from ..files import strict_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import read_file
 from ..types import Progress
-from .carry import MANIFEST, companions
-from .journal import file_sha256
-from .manifest import KIND, SCHEMA
+from .base_files import MANIFEST, file_sha256, sort_files
+from .manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def verify_merged(
             found="none",
             remedy="only a folder that merge wrote can be verified",
         )
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     listed: Mapping[str, tuple[str, int]] = {
         name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()
     }
@@ -113,7 +109,7 @@ def verify_merged(
             progress("verifying", done, total)
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     unlisted = sorted(there - listed.keys() - {MANIFEST})
-    weights = {*companions(folder, ()).stale}
+    weights = {*sort_files(folder)[1]}
     problems += [f"{name}: weights that the manifest does not list" for name in unlisted
                  if name in weights]  # fmt: skip
     return VerifyReport(folder, len(listed), total, tuple(problems), tuple(unlisted))
@@ -130,7 +126,7 @@ def _problems(
     size = path.stat().st_size
     if size != expected[1]:
         return [f"{name}: {size:,} bytes instead of {expected[1]:,}"]
-    if file_sha256(path) == expected:
+    if file_sha256(path.parent, path.name) == expected:
         return []
     return [f"{name}: other bytes than were written", *_changed_tensors(path, tensors)]
 
@@ -151,45 +147,3 @@ def _changed_tensors(path: Path, tensors: Mapping[str, Any]) -> list[str]:
         if digest.hexdigest() != tensors[name]["sha256"]:
             changed.append(f"{path.name}: tensor {name} has changed")
     return changed
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = strict_json.loads(read_file(path), os.fspath(path))
-    bad = ""
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        bad = "something else"
-    elif manifest.get("schema") != SCHEMA:
-        bad = f"schema {manifest.get('schema')!r}"
-    elif not all(isinstance(manifest.get(key), dict) for key in ("files", "tensors")):
-        bad = "one without files and tensors"
-    else:
-        entries = [*manifest["files"].items(), *manifest["tensors"].items()]
-        wrong = [name for name, entry in entries if not _has_hash(entry)]
-        wrong += [n for n, e in manifest["files"].items() if not (_is_inside(n) and _has_size(e))]
-        bad = f"a bad entry {wrong[0]!r}" if wrong else ""
-    if bad:
-        raise BadInputError(
-            path,
-            expected=f"a manifest of a merge, schema {SCHEMA}",
-            found=bad,
-            remedy="merge again",
-        )
-    checked: dict[str, Any] = manifest
-    return checked
-
-
-def _has_hash(entry: object) -> bool:
-    sha256 = entry.get("sha256") if isinstance(entry, dict) else None
-    return isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
-
-
-def _has_size(entry: object) -> bool:
-    size = entry.get("bytes") if isinstance(entry, dict) else None
-    return type(size) is int and 0 <= size < 2**63
-
-
-def _is_inside(name: str) -> bool:
-    """Whether `name` is a plain relative path, on every system."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    plain = not posix.is_absolute() and not windows.drive and ".." not in posix.parts
-    return bool(name) and plain and "\\" not in name and name.isprintable()

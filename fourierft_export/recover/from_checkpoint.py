@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,23 @@ from typing import Any
 import numpy as np
 
 from ..bundle.file import Bundle
+from ..bundle.fit import check_fits, fit_adapter, layers_of_base
 from ..bundle.names import natural_key
 from ..bundle.spec import AdapterSpec, LayerSpec
-from ..errors import BaseMismatchError, ValidationError
-from ..merge.asked import asked_for
-from ..merge.others import other_changes
-from ..models.base import Base, BaseLayer, open_base
+from ..errors import UsageError, ValidationError
+from ..files.container import FLOAT_DTYPES
+from ..models.base import Base, open_base
 from ..models.task import likely_task
 from ..spectral.delta import Term
 from ..spectral.entries import spectral_entries
 from ..types import Array, Progress
-from .spectrum import Fit, fit, spectrum_of
+from .other_tensors import compare_other_tensors
+from .spectrum import RecoveredLayer, judge_spectrum, spectrum_of
 
+DEFAULT_SCALING = 150.0
 MOST_RESIDUAL = 1.5
 LEAST_SIGNAL = 4.0
 UNCERTAIN = 0.1
-
-
-@dataclass(frozen=True)
-class RecoveredLayer:
-    """One layer whose spectrum was recovered.
-
-    Attributes:
-        name: module path.
-        dtype: safetensors dtype of its merged weight.
-        changed: share of its weights that differ from the base's.
-        residual: what the spectrum leaves of the difference, relative to what rounding leaves.
-        uncertainty: expected relative error of the spectrum, from that rounding.
-    """
-
-    name: str
-    dtype: str
-    changed: float
-    residual: float
-    uncertainty: float
 
 
 @dataclass(frozen=True)
@@ -66,6 +49,7 @@ class RecoverReport:
         """As JSON values; numbers that are not finite become None."""
         fields = asdict(self)
         for layer in fields["layers"]:
+            del layer["signal"], layer["far"]  # without an objection, they say nothing more
             layer.update({k: None for k, v in layer.items() if v in (math.inf, -math.inf)})
         return fields
 
@@ -85,8 +69,8 @@ def recover_bundle(
 ) -> tuple[Bundle, RecoverReport]:
     """The bundle whose merge into `base` gives `merged`.
 
-    What is added to a weight tells the product of spectrum and scaling, and of two entries that
-    mirror each other the sum: they get equal shares.
+    What is added to a weight determines the product of spectrum and scaling, and of two entries
+    that mirror each other the sum: they get equal shares.
 
     Args:
         base: the checkpoint that was merged into.
@@ -97,7 +81,7 @@ def recover_bundle(
         targets: layers, by their full paths or the ends of them ("q_proj").
         scaling: what to divide by; 150 by default, without `like`.
         entry_rule: "small" or "r64", for adapters trained with an older torch; not with a bound
-            `like`, which tells it.
+            `like`, which has it.
         allow_links: follow links between files of the checkpoints' folders.
         progress: called with ("recovering", bytes done, bytes in all).
 
@@ -112,11 +96,21 @@ def recover_bundle(
         FileAccessError, BadInputError: of the checkpoints.
     """
     before, after = (open_base(path, allow_links=allow_links) for path in (base, merged))
-    spec = asked_for(after, like, seed, n_frequency, targets, scaling, entry_rule)
+    spec = _wanted(after, like, seed, n_frequency, targets, scaling, entry_rule)
+    scale = float(spec.scaling)
+    if not math.isfinite(scale) or not scale:
+        raise UsageError("scaling", expected="a finite number that is not 0", found=f"{scale}")
     names = [layer.name for layer in spec.layers]
-    pairs = _paired(before, after, names)
-    total = sum(info.nbytes for info in before.tensors.values())
-    done = 0
+    there, here = before.layers(names), after.layers(names)
+    fit = fit_adapter(spec, layers_of_base(before, names), entry_rule=entry_rule)
+    for name in names:
+        if (here[name].shape, here[name].transposed) != (there[name].shape, there[name].transposed):
+            line = f"{name}: {list(here[name].shape)} merged, {list(there[name].shape)} in the base"
+            fit = replace(fit, misfits=(*fit.misfits, line))
+    remedy = "give the base that it was merged from"
+    check_fits(before.directory, [fit], allow_base_mismatch=None, remedy=remedy)
+    spec = fit.spec
+    total, done = sum(info.nbytes for info in before.tensors.values()), 0
 
     def count(nbytes: int) -> None:
         nonlocal done
@@ -125,95 +119,88 @@ def recover_bundle(
             progress("recovering", min(done, total), total)
 
     spectra: dict[str, Array] = {}
-    found: dict[str, Fit] = {}
-    for layer in spec.layers:
-        entries = _entries(layer, spec, pairs[layer.name][0], like, entry_rule)
-        scale = float(spec.scaling)
-        values, found[layer.name] = _recovered(before, after, *pairs[layer.name], entries, scale)
-        dtype = like.spectra[layer.name].dtype if like is not None else np.dtype(np.float32)
-        spectra[layer.name] = values.astype(dtype)
-        count(before.tensors[pairs[layer.name][0].tensor].nbytes)
-    merged_tensors = {there.tensor for _, there in pairs.values()}
+    layers = []
+    for layer in sorted(spec.layers, key=lambda one: natural_key(one.name)):
+        name, shape = layer.name, there[layer.name].shape
+        if like is not None and like.is_bound:
+            entries = like.entries(name)
+        else:
+            rule = layer.entry_rule
+            entries = spectral_entries(spec.entry_seed, shape, layer.n_frequency, rule)
+        stored = entries[:, ::-1] if there[name].transposed else entries
+        weight = before.checkpoint.read(there[name].tensor)
+        result = after.checkpoint.read(here[name].tensor)
+        values = spectrum_of(weight, result, stored, scale)
+        layers.append(judge_spectrum(name, weight, result, Term(values, stored, scale)))
+        spectra[name] = values.astype(like.spectra[name].dtype if like else np.float32)
+        count(weight.nbytes)
+    adapted = {layer.tensor for layer in here.values()}
     wanted = None if like is None else tuple(like.saved)
-    saved, changed = other_changes(before, after, names, merged_tensors, wanted, count)
-    _refuse(after.directory, found, changed)
+    saved, changed = compare_other_tensors(before, after, names, adapted, wanted, count)
+    _refuse(after.directory, layers, changed)
     if like is None and saved:  # what has a head is of the task that the merged model is for
         task = likely_task(after.config, None)
         spec = replace(spec, task_type=task.peft_type if task else None)
-    bundle = Bundle.build(
-        spec, spectra, saved, like.explicit_entries if like else {}, where=os.fspath(merged)
-    ).bind(before, entry_rule)
-    layers = tuple(
-        RecoveredLayer(
-            name,
-            after.tensors[pairs[name][1].tensor].dtype,
-            found[name].changed,
-            found[name].residual,
-            found[name].uncertainty,
+    explicit = like.explicit_entries if like else {}
+    bundle = Bundle.build(spec, spectra, saved, explicit, where=os.fspath(merged))
+    return bundle, RecoverReport(tuple(layers), tuple(saved), _notes(layers))
+
+
+def _wanted(
+    after: Base,
+    like: Bundle | None,
+    seed: int | None,
+    n_frequency: int | None,
+    targets: Sequence[str],
+    scaling: float | None,
+    entry_rule: str | None,
+) -> AdapterSpec:
+    """The adapter that the options of `recover_bundle` describe; errors as there."""
+    if like is not None:
+        options = {
+            "seed": seed,
+            "n_frequency": n_frequency,
+            "targets": targets or None,
+            "scaling": scaling,
+            "entry_rule": entry_rule if like.is_bound else None,
+        }
+        both = [name for name, value in options.items() if value is not None]
+        if not both:
+            return like.spec
+        raise UsageError(
+            "recover",
+            expected="a bundle to be like, or seed, n_frequency and targets",
+            found=f"both: {', '.join(both)}",
+            remedy="leave these out: the bundle has them",
         )
-        for name in sorted(names, key=natural_key)
-    )
-    return bundle, RecoverReport(layers, tuple(saved), _notes(layers))
-
-
-def _paired(
-    before: Base, after: Base, names: Sequence[str]
-) -> dict[str, tuple[BaseLayer, BaseLayer]]:
-    """The layers in both checkpoints.
-
-    Raises:
-        BaseMismatchError: layers that are absent, or of different shapes; all listed.
-    """
-    there, here = before.layers(names), after.layers(names)
-    misfits = [
-        f"{name}: {list(there[name].shape)} in the base, {list(here[name].shape)} merged"
-        for name in names
-        if there[name].shape != here[name].shape or there[name].transposed != here[name].transposed
+    if seed is None or n_frequency is None or not targets:
+        raise UsageError(
+            "recover",
+            expected="a bundle to be like (--like), or --seed, --n-frequency and --targets",
+            found="neither",
+        )
+    modules = [
+        name.removesuffix(".weight")
+        for name, info in after.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES
     ]
-    if misfits:
-        raise BaseMismatchError(
-            after.directory,
-            expected=f"weights of the shapes that {before.directory} has",
-            found=f"{len(misfits)} others",
-            remedy="give the base that it was merged from",
-            offenders=misfits,
+    chosen = [m for m in modules if any(m == t or m.endswith(f".{t}") for t in targets)]
+    if not chosen:
+        raise UsageError(
+            "targets",
+            expected="the names of linear layers",
+            found=f"none of {len(modules)} that end in {', '.join(targets)}",
+            remedy=f"there are, for example: {', '.join(modules[:3])}",
         )
-    return {name: (there[name], here[name]) for name in names}
+    layers = tuple(LayerSpec(name, n_frequency) for name in chosen)
+    return AdapterSpec(seed, DEFAULT_SCALING if scaling is None else scaling, layers)
 
 
-def _entries(
-    layer: LayerSpec, spec: AdapterSpec, there: BaseLayer, like: Bundle | None, rule: str | None
-) -> Array:
-    if like is not None and layer.is_bound:
-        if layer.shape != there.shape:
-            raise BaseMismatchError(
-                f"layer {layer.name}",
-                expected=f"shape {list(layer.shape or ())}, as the bundle has it",
-                found=f"{list(there.shape)}",
-                remedy="give a bundle of this base",
-            )
-        return like.entries(layer.name)
-    return spectral_entries(
-        spec.entry_seed, there.shape, layer.n_frequency, layer.entry_rule or rule
-    )
-
-
-def _recovered(
-    before: Base, after: Base, there: BaseLayer, here: BaseLayer, entries: Array, scaling: float
-) -> tuple[Array, Fit]:
-    """The spectrum of one layer, and how well it explains the difference."""
-    weight = before.checkpoint.read(there.tensor)
-    result = after.checkpoint.read(here.tensor)
-    stored = entries[:, ::-1] if there.transposed else entries
-    spectrum = spectrum_of(weight, result, stored, scaling)
-    return spectrum, fit(weight, result, Term(spectrum, stored, scaling))
-
-
-def _refuse(where: Path, found: Mapping[str, Fit], changed: Sequence[str]) -> None:
+def _refuse(where: Path, layers: Sequence[RecoveredLayer], changed: Sequence[str]) -> None:
     """Raise unless every layer's difference is a FourierFT delta, and nothing else changed."""
-    offenders = [f"{name}: {why}" for name, one in found.items() if (why := _objection(one))]
-    if not any(one.changed for one in found.values()):
-        offenders = [f"{name}: as in the base" for name in found]
+    offenders = [f"{layer.name}: {why}" for layer in layers if (why := _objection(layer))]
+    if not any(layer.changed for layer in layers):
+        offenders = [f"{layer.name}: as in the base" for layer in layers]
     offenders += [f"{name}: changed, but no layer of the adapter" for name in changed]
     if offenders:
         raise ValidationError(
@@ -225,15 +212,13 @@ def _refuse(where: Path, found: Mapping[str, Fit], changed: Sequence[str]) -> No
         )
 
 
-def _objection(one: Fit) -> str:
+def _objection(layer: RecoveredLayer) -> str:
     """Why a difference is no FourierFT delta; nothing if it may be one."""
-    if not one.changed:
-        return ""
-    if one.residual > MOST_RESIDUAL:
-        return f"the difference leaves {one.residual:.3g} times what rounding leaves"
-    if one.far:
-        return f"{one.far} elements are further off than rounding explains"
-    if one.signal < LEAST_SIGNAL:
+    if layer.changed and layer.residual > MOST_RESIDUAL:
+        return f"the difference leaves {layer.residual:.3g} times what rounding leaves"
+    if layer.changed and layer.far:
+        return f"{layer.far} elements are further off than rounding explains"
+    if layer.changed and layer.signal < LEAST_SIGNAL:
         return "the difference lies no more in these entries than in others"
     return ""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from ..files.dtypes import to_name
 from ..spectral.delta import Term, each_block
 from ..spectral.half_spectrum import fold, roots
 from ..types import Array
@@ -21,24 +22,28 @@ FAR = 6.0
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well a spectrum explains the difference of two weights.
+class RecoveredLayer:
+    """One layer whose spectrum was recovered, and how well it explains the difference.
 
     Attributes:
-        changed: share of the weights that differ.
-        residual: what is left of the difference, relative to what rounding to the merged dtype
-            leaves (both as root mean squares): near 1 or below for a true FourierFT delta.
+        name: module path.
+        dtype: safetensors dtype of its merged weight.
+        changed: share of its weights that differ from the base's.
+        residual: what the spectrum leaves of the difference, relative to what rounding to `dtype`
+            leaves (as root mean squares): near 1 or below for a true FourierFT delta.
+        uncertainty: expected error of the spectrum from rounding, relative to its size.
         signal: mean energy in the spectrum's directions relative to that in all others: near 1
             where the difference has nothing to do with these entries, infinite if nothing is left.
         far: elements that are further off than rounding can explain.
-        uncertainty: expected error of the spectrum from rounding, relative to its size.
     """
 
+    name: str
+    dtype: str
     changed: float
     residual: float
+    uncertainty: float
     signal: float
     far: int
-    uncertainty: float
 
 
 def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> Array:
@@ -74,10 +79,11 @@ def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> 
     return np.asarray(total * np.where(itself, 1.0, 2.0) / (scaling * shares))
 
 
-def fit(before: Array, after: Array, term: Term) -> Fit:
+def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> RecoveredLayer:
     """How well a term explains `after` - `before`, judged by the rounding of `after`'s dtype.
 
     Args:
+        name: of the layer.
         before, after: (M, N), any float dtype.
         term: its entries are pairs (u, v) of these axes.
     """
@@ -103,7 +109,9 @@ def fit(before: Array, after: Array, term: Term) -> Fit:
     power = math.fsum(np.square(term.spectrum.astype(np.float64)).tolist())
     # Rounding errors of variance noise/count at every element, seen through the sum above.
     variance = 2 * noise * n / term.scaling**2
-    return Fit(
+    return RecoveredLayer(
+        name,
+        to_name(after.dtype),
         changed=changed / count,
         residual=math.sqrt(left / noise) if noise else math.inf if left else 0.0,
         signal=delta / n / others if others else math.inf,

@@ -35,7 +35,7 @@ def peft(base: str, adapter: str, out: str) -> None:
 
 def timed(base: str, bundle: str, out: str) -> None:
     from fourierft_export.bundle.file import Bundle
-    from fourierft_export.merge import tensors
+    from fourierft_export.merge import rounding
     from fourierft_export.merge.merge import merge_checkpoint
     from fourierft_export.spectral.threads import default_threads
 
@@ -53,12 +53,12 @@ def timed(base: str, bundle: str, out: str) -> None:
 
         return call
 
-    each_block = tensors.each_block
+    each_block = rounding.each_block
 
     def blocks(stored: Any, terms: Any, put: Any, *rest: Any) -> None:
         each_block(stored, terms, clocked("put", put), *rest)
 
-    tensors.each_block = clocked("blocks", blocks)  # type: ignore[assignment]
+    rounding.each_block = clocked("blocks", blocks)  # type: ignore[assignment]
     Bundle.entries = clocked("entries", Bundle.entries)  # type: ignore[method-assign]
     merge_checkpoint(base, bundle, out)
     print(peak(), spent["entries"] + spent["blocks"] - spent["put"] / default_threads())

@@ -17,8 +17,16 @@ from safetensors.torch import load_file as load_torch
 
 from fourierft_export.errors import FileAccessError
 from fourierft_export.files import write
-from fourierft_export.files.pipe import IN_FLIGHT, PIECE, FileWriter, write_all
-from fourierft_export.files.write import Slot, TensorWriter, copy_file, in_file_order
+from fourierft_export.files.write import (
+    IN_FLIGHT,
+    PIECE,
+    FileWriter,
+    Slot,
+    TensorWriter,
+    copy_file,
+    in_file_order,
+    write_all,
+)
 
 SLOTS = (Slot("d", "F64", (2,)), Slot("a", "F32", (2, 3)), Slot("h", "BF16", (3,)),
          Slot("e", "I8", (0, 4)))  # fmt: skip

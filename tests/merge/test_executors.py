@@ -134,7 +134,7 @@ def test_tasks_whose_workers_always_die_end_with_an_error() -> None:
 
     tries: list[int] = []
 
-    def task(folder: str, number: int) -> int:
+    def task(number: int) -> int:
         tries.append(number)
         if number == 2:
             raise BrokenProcessPool("gone")
@@ -147,7 +147,7 @@ def test_tasks_whose_workers_always_die_end_with_an_error() -> None:
 
     done: dict[int, int] = {}
     with pytest.raises(FileAccessError, match="tasks 2: expected workers that stay alive"):
-        run_tasks(task, "folder", [1, 2, 3], opened, done.__setitem__)
+        run_tasks(task, {n: (n,) for n in (1, 2, 3)}, opened, done.__setitem__)
     assert done == {1: 10, 3: 30}
     assert sorted(tries) == [1, *[2] * ATTEMPTS, 3]
     assert threading.active_count() < 50

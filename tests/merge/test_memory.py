@@ -11,18 +11,14 @@ import pytest
 from fourierft_export.merge.memory import available_memory
 
 MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
-V1 = "sys/fs/cgroup/memory"
-UNLIMITED_V1 = str(2**63 - 4096)
 
 
-def group(folder: str, limit: str, usage: int, files: int = 0, version: int = 2) -> dict[str, str]:
+def group(folder: str, limit: str, usage: int, files: int = 0) -> dict[str, str]:
     """The files of a control group; of its use, `files` bytes hold pages of files."""
-    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
-    prefix = "" if version == 2 else "total_"
-    stat = f"anon 1\n{prefix}inactive_file {files - files // 3}\n{prefix}active_file {files // 3}\n"
+    stat = f"anon 1\ninactive_file {files - files // 3}\nactive_file {files // 3}\n"
     return {
-        f"{folder}/memory.{names[0]}": f"{limit}\n",
-        f"{folder}/memory.{names[1]}": f"{usage}\n",
+        f"{folder}/memory.max": f"{limit}\n",
+        f"{folder}/memory.current": f"{usage}\n",
         f"{folder}/memory.stat": stat,
     }
 
@@ -51,22 +47,6 @@ def group(folder: str, limit: str, usage: int, files: int = 0, version: int = 2)
                 **group("sys/fs/cgroup/a", "1000000", 500_000),
             },
             500_000,
-        ),
-        (
-            {
-                "proc/self/cgroup": "9:name=systemd:/x\n4:cpu,memory:/a\n0::/\n",
-                **group(f"{V1}/a", "1000000", 700_000, 300, version=1),
-                **group(V1, UNLIMITED_V1, 5_000_000, version=1),
-            },
-            300_300,
-        ),
-        # The path may be the machine's, which is not seen in a container.
-        (
-            {
-                "proc/self/cgroup": "4:memory:/docker/abc\n",
-                **group(V1, "1000000", 700_000, version=1),
-            },
-            300_000,
         ),
         ({"proc/self/cgroup": "0::/gone\n"}, 8000 << 10),
     ],

@@ -94,33 +94,6 @@ def test_an_untouched_shard_is_copied_byte_for_byte(
     assert (tmp_path / "out" / SHARDS[1]).read_bytes() == (base / SHARDS[1]).read_bytes()
 
 
-def test_an_untouched_shard_may_be_a_clone_and_is_hashed_all_the_same(
-    base: Path, tmp_path: Path, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cloned = []
-
-    def clone(source: Path, target: Path) -> bool:
-        """A file system that shares blocks."""
-        target.write_bytes(source.read_bytes())
-        cloned.append(source.name)
-        return True
-
-    monkeypatch.setattr("fourierft_export.merge.shard.try_clone", clone)
-    bundle = make_bundle(base, TARGETS[:1])
-    report = merge_checkpoint(base, bundle, tmp_path / "out")
-    assert cloned == [SHARDS[1]]
-    digest = hashlib.sha256((base / SHARDS[1]).read_bytes()).hexdigest()
-    assert report.shards[SHARDS[1]] == digest
-
-    def clone_of_a_changed_file(source: Path, target: Path) -> bool:
-        source.write_bytes(source.read_bytes()[:-1] + b"?")
-        return clone(source, target)
-
-    monkeypatch.setattr("fourierft_export.merge.shard.try_clone", clone_of_a_changed_file)
-    with pytest.raises(BadInputError, match="changed since it was opened"):
-        merge_checkpoint(base, bundle, tmp_path / "other")
-
-
 def test_files_that_are_not_weights_are_carried_and_stale_weights_are_not(
     base: Path, tmp_path: Path, make_bundle: MakeBundle
 ) -> None:

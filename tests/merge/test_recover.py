@@ -18,7 +18,7 @@ from fourierft_export.bundle.peft import from_peft
 from fourierft_export.errors import BaseMismatchError, UsageError, ValidationError
 from fourierft_export.merge.merge import merge_checkpoint
 from fourierft_export.recover.from_checkpoint import recover_bundle
-from fourierft_export.recover.spectrum import fit, half_unit, spectrum_of
+from fourierft_export.recover.spectrum import half_unit, judge_spectrum, spectrum_of
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
@@ -208,7 +208,7 @@ def test_noise_below_rounding_is_not_taken_for_an_adapter(merged: tuple[Path, Pa
     entries = spectral_entries(11, (256, 256), 64)
     after = bits.view(ml_dtypes.bfloat16)
     spectrum = spectrum_of(weight, after, entries, 150.0)
-    found = fit(weight, after, Term(spectrum, entries, 150.0))
+    found = judge_spectrum("w", weight, after, Term(spectrum, entries, 150.0))
     assert found.residual < 1.5
     assert found.signal < 4.0
 

@@ -87,7 +87,7 @@ def test_other_shapes_are_refused_even_when_allowed(
             other, make_bundle(base, MODULES), tmp_path / "out", allow_base_mismatch=True
         )
     assert len(caught.value.offenders) == 2
-    assert "shape [12, 8], in the base [16, 8]" in caught.value.offenders[0]
+    assert "shape [12, 8] expected, found [16, 8]" in caught.value.offenders[0]
     assert "--allow-base-mismatch" not in caught.value.remedy
 
 
@@ -274,7 +274,7 @@ def test_a_saved_tensor_of_another_shape_is_refused(
     bundle = make_bundle(base, MODULES, saved={f"{MODULES[0]}.bias": np.zeros(11, np.float32)})
     with pytest.raises(BaseMismatchError) as caught:
         merge_checkpoint(base, bundle, tmp_path / "out")
-    assert f"{MODULES[0]}.bias: shape [11], in the base [12]" in caught.value.offenders
+    assert f"{MODULES[0]}.bias: shape [11] expected, found [12]" in caught.value.offenders
 
 
 def test_a_base_cut_short_while_it_is_read_is_an_error(

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from fourierft_export.errors import BadInputError
-from fourierft_export.merge.rounding import round_once
-from fourierft_export.merge.tensors import converted, merged
+from fourierft_export.merge.rounding import add_deltas, convert, round_once
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
@@ -56,7 +55,7 @@ def test_within_half_a_unit_of_the_exact_sum(
     random = np.random.default_rng(0).standard_normal(delta.shape) * 0.02
     weight = random.astype(np.float32 if source == "F32" else FLOATS[dtype][0])
     exact = weight.astype(np.float64) + delta
-    found = merged(weight, terms, transposed=transposed, dtype=dtype, name="w")
+    found = add_deltas(weight, terms, transposed=transposed, dtype=dtype, name="w")
     assert found.value.dtype == FLOATS[dtype][0]
     excess = np.abs(found.value.astype(np.float64) - exact) - half_ulp(exact, dtype)
     assert (excess <= 1e-6 * np.abs(delta).max()).all()
@@ -71,7 +70,7 @@ def test_survival_in_bfloat16_is_what_mathematics_says() -> None:
     )
     for rms, expected in ((6.6e-4, 0.95), (6.6e-5, 0.55), (6.6e-6, 0.08)):
         terms, _ = terms_of((1024, 1024), rms, 1)
-        found = merged(weight, terms, transposed=False, dtype="BF16", name="w").survival
+        found = add_deltas(weight, terms, transposed=False, dtype="BF16", name="w").survival
         assert found == pytest.approx(expected, abs=0.02)
 
 
@@ -116,7 +115,7 @@ def test_the_error_of_what_was_added_is_measured(dtype: str, transposed: bool) -
     terms, delta = terms_of((96, 128), 1e-4, 2)
     delta = delta.T if transposed else delta
     weight = (np.random.default_rng(0).standard_normal(delta.shape) * 0.02).astype(FLOATS[dtype][0])
-    found = merged(weight.copy(), terms, transposed=transposed, dtype=dtype, name="w")
+    found = add_deltas(weight.copy(), terms, transposed=transposed, dtype=dtype, name="w")
     added = found.value.astype(np.float64) - weight.astype(np.float64)
     expected = np.linalg.norm(added - delta) / np.linalg.norm(delta)
     assert found.error == pytest.approx(expected, rel=1e-3 if dtype != "F32" else 0.05)
@@ -131,7 +130,7 @@ def test_in_place_and_any_number_of_threads_give_the_same(monkeypatch: pytest.Mo
         for overwrite in (False, True):
             given = weight.copy()
             options: dict[str, Any] = {"transposed": False, "dtype": "F16", "name": "w"}
-            found = merged(given, terms, overwrite=overwrite, **options)
+            found = add_deltas(given, terms, overwrite=overwrite, **options)
             assert (found.value is given) == overwrite
             assert (given == weight).all() != overwrite
             results.append((found.value.tobytes(), found.survival, found.error))
@@ -141,7 +140,7 @@ def test_in_place_and_any_number_of_threads_give_the_same(monkeypatch: pytest.Mo
 def test_a_huge_change_has_a_finite_error() -> None:
     entries = np.array([[0, 0]])
     term = Term(np.array([1.0], np.float32), entries, 4e25)
-    found = merged(np.ones((2, 2), np.float32), [term], transposed=False, dtype="F32", name="w")
+    found = add_deltas(np.ones((2, 2), np.float32), [term], transposed=False, dtype="F32", name="w")
     assert found.error == pytest.approx(0.0, abs=1e-6)
 
 
@@ -155,12 +154,12 @@ def test_a_huge_change_has_a_finite_error() -> None:
 )
 def test_conversions_that_overflow_are_refused(value: Array, dtype: str, says: str) -> None:
     with pytest.raises(BadInputError, match=says) as caught:
-        converted(value, dtype, "some.weight")
+        convert(value, dtype, "some.weight")
     assert "some.weight" in caught.value.where
 
 
 def test_conversions_keep_infinities_and_other_dtypes() -> None:
-    found = converted(np.array([np.inf, np.nan, 65519.0], np.float32), "F16", "w")
+    found = convert(np.array([np.inf, np.nan, 65519.0], np.float32), "F16", "w")
     np.testing.assert_array_equal(found, np.array([np.inf, np.nan, 65504.0], np.float16))
     whole = np.array([1, 2])
-    assert converted(whole, "F16", "w") is whole
+    assert convert(whole, "F16", "w") is whole

@@ -15,9 +15,9 @@ from ...adapt.saved import own_state
 from ...adapt.tree import adapted_modules, fourier_layers
 from ...bundle.combine import checked_weights
 from ...bundle.file import Bundle
+from ...bundle.fit import check_fits, fit_adapter, layers_of_base
 from ...errors import UsageError
 from ...files.staging import check_output
-from ...merge.check import check
 from ...models.base import Base, open_base
 from ...models.examples import dynamic_axes, example_inputs, output_names
 from ...models.load import load_model
@@ -87,13 +87,13 @@ def export_pretrained(
     opened = open_base(base)
     check_output(path, force=force, inputs=(opened.directory,))
     # Against the files: a loaded model may be in another precision than they are.
-    checked = check(
-        opened,
-        [(f"adapter {name}", bundle, 1.0) for name, bundle in named.items()],
-        allow_base_mismatch=allow_base_mismatch,
-        thorough=True,
-        progress=progress,
-    )
+    fits = []
+    for number, (name, bundle) in enumerate(named.items(), 1):
+        found = layers_of_base(opened, [layer.name for layer in bundle.layers])
+        fits.append(fit_adapter(bundle.spec, found, name=f"adapter {name}"))
+        if progress:
+            progress("checking the base", number, len(named))
+    check_fits(opened.directory, fits, allow_base_mismatch=allow_base_mismatch)
     task = choose_task(task, opened.config, _task_type(named)).name
     if cache and task != "text-generation":
         raise UsageError(
@@ -133,7 +133,7 @@ def export_pretrained(
         force=force,
         progress=progress,
     )
-    notes = [note for one in checked for note in one.summary()[1]]
+    notes = [note for fit in fits for note in fit.notes]
     if absent:
         notes.append(
             f"the base has no {', '.join(absent)}: every adapter must bring its own; without an "

@@ -1,4 +1,4 @@
-"""What else changed between a base and a merged checkpoint: heads, biases, or what should not."""
+"""What else differs between a base and a merged checkpoint: heads, biases, or what should not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..types import Array
 _HEADS = ("classifier", "classification_head", "score", "pooler", "pre_classifier")
 
 
-def other_changes(
+def compare_other_tensors(
     before: Base,
     after: Base,
     modules: Sequence[str],
@@ -29,46 +29,42 @@ def other_changes(
     Args:
         before: the base.
         after: the merged checkpoint.
-        modules: module paths in the adapter's language.
+        modules: module paths of the adapter.
         layers: names of the adapted weights in `after`.
-        wanted: names, in the adapter's language, of the dense tensors it carries; None to take
-            heads, biases and tensors that the base does not have.
-        count: told of the base's bytes that were compared.
+        wanted: names, as the adapter has them, of its dense tensors; None to take heads, biases
+            and tensors that the base does not have.
+        count: called with the bytes of the base's tensors that were compared.
 
     Returns:
         The dense tensors of the adapter, and the names of those that changed otherwise.
     """
     bridge = after.bridge(modules)
-    expected = {} if wanted is None else {bridge.to_base(name): name for name in wanted}
-    names = [name.removesuffix(".weight") for name in before.tensors if name.endswith(".weight")]
-    to_after = after.bridge(names)
-    compared: set[str] = set()
-    saved: dict[str, Array] = {}
+    expected = {bridge.to_base(name): name for name in wanted or ()}
+    weights = [name.removesuffix(".weight") for name in before.tensors if name.endswith(".weight")]
+    to_after = after.bridge(weights)
+    compared = set(layers)
+    saved: list[str] = []
     changed: list[str] = []
     for name, info in before.tensors.items():
         there = name if name in after.tensors else to_after.to_base(name)
-        compared.add(there)
         if there in layers:
             continue
+        compared.add(there)
         if there not in after.tensors:
             if info.dtype in FLOAT_DTYPES:  # position numbers and the like are often left out
                 changed.append(f"{name} (absent)")
         elif there in expected:
-            saved[expected[there]] = after.checkpoint.read(there)
-        elif not _same(before, info, after, after.tensors[there]):
-            if wanted is None and _may_be_saved(there, info):
-                saved[there] = after.checkpoint.read(there)
-            else:
-                changed.append(there)
+            saved.append(there)
+        elif not _is_same(before, info, after, after.tensors[there]):
+            is_saved = wanted is None and _may_be_saved(there, info)
+            (saved if is_saved else changed).append(there)
         count(info.nbytes)
-    for there in sorted(after.tensors.keys() - compared - set(layers)):
+    for there in sorted(after.tensors.keys() - compared):
         if there in expected:
-            saved[expected[there]] = after.checkpoint.read(there)
-        elif wanted is None and not _is_kept_output(before, after, there):
-            saved[there] = after.checkpoint.read(there)
-        elif wanted is not None and not _is_kept_output(before, after, there):
-            changed.append(there)
-    return saved, changed
+            saved.append(there)
+        elif not _is_kept_output(before, after, there):
+            (saved if wanted is None else changed).append(there)
+    return {expected.get(name, name): after.checkpoint.read(name) for name in saved}, changed
 
 
 def _may_be_saved(name: str, info: TensorInfo) -> bool:
@@ -86,20 +82,18 @@ def _is_kept_output(before: Base, after: Base, name: str) -> bool:
         own = before.layer(name.removesuffix(".weight")).tensor
     except BaseMismatchError:
         return False
-    return _same(before, before.tensors[own], after, after.tensors[name])
+    return _is_same(before, before.tensors[own], after, after.tensors[name])
 
 
-def _same(before: Base, mine: TensorInfo, after: Base, its: TensorInfo) -> bool:
+def _is_same(before: Base, mine: TensorInfo, after: Base, its: TensorInfo) -> bool:
     """Whether two tensors are equal, after rounding to the merged one's dtype."""
     if mine.shape != its.shape:
         return False
-    if mine.dtype != its.dtype and not {mine.dtype, its.dtype} <= {*FLOAT_DTYPES}:
-        return False
     if mine.dtype == its.dtype:
-        pieces = zip(
-            before.checkpoint.blocks(mine.name), after.checkpoint.blocks(its.name), strict=True
-        )
-        return all(a == b for a, b in pieces)
+        blocks = before.checkpoint.blocks(mine.name), after.checkpoint.blocks(its.name)
+        return all(a == b for a, b in zip(*blocks, strict=True))
+    if not {mine.dtype, its.dtype} <= {*FLOAT_DTYPES}:
+        return False
     with np.errstate(over="ignore"):
         rounded = before.checkpoint.read(mine.name).astype(to_numpy(its.dtype))
     return rounded.tobytes() == after.checkpoint.read(its.name).tobytes()

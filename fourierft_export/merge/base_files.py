@@ -1,6 +1,6 @@
 """Which files of a base folder go along with the merged weights, and which would be stale.
 
-Everything that is not weights is carried over. Weights in other formats still hold the base, and a
+Everything that is not weights is copied. Weights in other formats still hold the base, and a
 loader that prefers them would silently serve the base.
 """
 
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from ..errors import FileAccessError
 from ..files import strict_json
-from ..files.container import open_regular, read_exactly
+from ..files.container import open_regular, read_exactly, read_file
 from ..files.links import checked_file
 
 MANIFEST = "manifest.json"
@@ -28,27 +27,20 @@ STALE_FOLDERS = ("onnx", "openvino", "coreml", "tf_model", "flax_model")
 STALE_NAMES = ("adapter_config.json", "tf_model.h5", MANIFEST)
 PRIVATE_FOLDERS = (".git", ".cache", ".ipynb_checkpoints", "__pycache__")
 BLOCK = 8 << 20
-MAX_MODULES_BYTES = 1 << 20
 
 
-class Companions(NamedTuple):
-    """The files beside the weights, as paths relative to the folder, with "/".
-
-    Attributes:
-        carried: go along.
-        stale: weights in other formats, left behind.
-    """
-
-    carried: tuple[str, ...]
-    stale: tuple[str, ...]
-
-
-def companions(directory: Path, weights: tuple[Path, ...]) -> Companions:
+def sort_files(
+    directory: Path, weights: Iterable[Path] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Sort the files of a base folder.
 
     Args:
         directory: the folder.
         weights: its weight files and index, which the merge writes anew.
+
+    Returns:
+        The files that go along, and those that stay behind: weights in other formats. As paths
+        relative to the folder, with "/".
 
     Raises:
         FileAccessError: the folder, or one below it, cannot be listed.
@@ -56,20 +48,17 @@ def companions(directory: Path, weights: tuple[Path, ...]) -> Companions:
     """
     own_weights = {path.name for path in weights}
     modules = _module_folders(directory)
-    carried, stale = [], []
+    copied: list[str] = []
+    stale: list[str] = []
     for name in sorted(_walk(directory)):
         parts = PurePosixPath(name).parts
-        if len(parts) == 1 and name in own_weights:
-            continue
-        if parts[0] not in modules and _is_stale(parts):
-            stale.append(name)
-        else:
-            carried.append(name)
-    return Companions(tuple(carried), tuple(stale))
+        if len(parts) > 1 or name not in own_weights:
+            (stale if parts[0] not in modules and _is_stale(parts) else copied).append(name)
+    return tuple(copied), tuple(stale)
 
 
 def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
-    """The bytes of a file to be carried, once it is known that it may be and can be read.
+    """The bytes of a file to be copied, once it is known that it may be and can be read.
 
     Raises:
         FileAccessError: it cannot be read.
@@ -83,7 +72,7 @@ def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
 
 
 def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
-    """The content of a carried file, in pieces; errors as `file_size`."""
+    """The content of a file of a folder, in pieces; errors as `file_size`."""
     path = checked_file(directory / name, directory, allow_links=allow_links)
     fd = open_regular(path)
     try:
@@ -94,17 +83,13 @@ def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Ite
         os.close(fd)
 
 
-def manifest_sha256(directory: Path, found: Companions, *, allow_links: bool = False) -> str | None:
-    """The hash of the manifest.json among `found`, of a base that is itself a merge's output.
-
-    Errors as `file_size`.
-    """
-    if MANIFEST not in found.stale:
-        return None
-    digest = hashlib.sha256()
-    for block in file_blocks(directory, MANIFEST, allow_links=allow_links):
+def file_sha256(directory: Path, name: str, *, allow_links: bool = False) -> tuple[str, int]:
+    """The sha256 of a file of a folder, in hex, and its size; errors as `file_size`."""
+    digest, size = hashlib.sha256(), 0
+    for block in file_blocks(directory, name, allow_links=allow_links):
         digest.update(block)
-    return digest.hexdigest()
+        size += len(block)
+    return digest.hexdigest(), size
 
 
 def _is_stale(parts: tuple[str, ...]) -> bool:
@@ -118,15 +103,10 @@ def _is_stale(parts: tuple[str, ...]) -> bool:
 
 def _module_folders(directory: Path) -> set[str]:
     """Folders of a sentence-transformers pipeline, whose weights belong to modules of their own."""
-    if not (directory / "modules.json").is_file():
+    path = directory / "modules.json"
+    if not path.is_file():
         return set()
-    fd = open_regular(directory / "modules.json")
-    try:
-        size = min(os.fstat(fd).st_size, MAX_MODULES_BYTES)
-        where = os.fspath(directory / "modules.json")
-        modules = strict_json.loads(read_exactly(fd, 0, size, where), where)
-    finally:
-        os.close(fd)
+    modules = strict_json.loads(read_file(path, 1 << 20), os.fspath(path))
     entries = modules if isinstance(modules, list) else []
     paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     return {PurePosixPath(p).parts[0] for p in paths if isinstance(p, str) and p}
