@@ -16,7 +16,8 @@ from ..files.checkpoint import Checkpoint, Shard
 from ..files.container import FLOAT_DTYPES, TensorInfo
 from ..files.dtypes import to_name
 from ..files.write import Slot, in_file_order
-from ..models.base import Base, Bridge
+from ..models.base import Base
+from ..models.names import Bridge
 from ..models.task import head_labels
 from ..spectral.delta import Term
 from ..types import Array
