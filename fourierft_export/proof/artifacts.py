@@ -1,20 +1,20 @@
-"""The artifacts of a validation that are models: found, checked, not loaded yet."""
+"""Finds and checks the artifacts of a validation that are models, without loading them."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..bundle.file import Bundle
-from ..errors import BadInputError
-from ..models.task import Task, choose_task, get_task, head_labels
-from . import loading, peft_side
+from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_peft_config
+from ..errors import BadInputError, FileAccessError, missing_extra
+from ..models.task import Task, choose_task, get_task, head_labels, read_config
 from .inputs import has_tokenizer
 
 PathLike = str | os.PathLike[str]
+_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,15 @@ class Artifacts:
 
     Attributes:
         base, merged: Hugging Face directories.
-        bundle: the adapter, and where it came from.
+        bundle: the adapter.
+        source: the base and the bundle, in words.
         peft: PEFT adapter directory.
-        task: what the models are for; None if there is no model directory and nobody said.
+        task: what the models are for; None if there is no model directory and none was named.
     """
 
     base: Path | None
     bundle: Bundle | None
-    bundle_source: str
+    source: str
     peft: Path | None
     merged: Path | None
     task: Task | None
@@ -45,34 +46,35 @@ class Artifacts:
         merged: PathLike | None = None,
         task: str | None = None,
     ) -> Artifacts:
-        """Check the paths, read the bundle, settle the task.
+        """Checks the paths, reads the bundle, chooses the task.
 
         Raises:
-            MissingExtraError: a model is given and torch or transformers is not installed.
+            MissingExtraError: a package that an artifact needs is not installed.
             UsageError: unknown task, or none that can be inferred.
             FileAccessError, BadInputError: a path that is not what it should be.
         """
-        if base is not None or merged is not None:
-            loading.require_transformers()
-        if peft is not None:
-            peft_side.check_installed()
-        base_dir = None if base is None else loading.model_directory(base)
-        merged_dir = None if merged is None else loading.model_directory(merged)
-        peft_dir = None if peft is None else peft_side.adapter_directory(peft)
-        source = "" if isinstance(bundle, Bundle) or bundle is None else os.fspath(bundle)
+        needed = [("torch", "torch"), ("transformers", "hf")] if base or merged else []
+        for package, extra in [*needed, ("peft", "peft")] if peft else needed:
+            if find_spec(package) is None:
+                raise missing_extra(package, extra, "validate")
+        base_dir = None if base is None else _model_directory(base)
+        merged_dir = None if merged is None else _model_directory(merged)
+        peft_dir = None if peft is None else _adapter_directory(peft)
         opened = bundle if isinstance(bundle, Bundle) or bundle is None else Bundle.load(bundle)
         task_type = opened.spec.task_type if opened else None
         if task_type is None and peft_dir is not None:
-            task_type = peft_side.task_type(peft_dir)
+            found = read_peft_config(peft_dir / CONFIG_FILE).get("task_type")
+            task_type = found if isinstance(found, str) else None
         # A merged checkpoint's architecture already says what the adapter's head made of the base.
         config_dir = merged_dir or base_dir
         chosen = None if task is None else get_task(task)
         if config_dir is not None:
             chosen = choose_task(task, read_config(config_dir), task_type)
+        source = f"{base_dir} + {'bundle' if bundle is opened else bundle}"
         return cls(base_dir, opened, source, peft_dir, merged_dir, chosen)
 
     def check_base(self) -> None:
-        """Compare the base with what a bound bundle remembers of it.
+        """Compares the base with what a bound bundle holds about it.
 
         Raises:
             BaseMismatchError: layers that are absent, of another shape or with other weights.
@@ -83,10 +85,9 @@ class Artifacts:
     @property
     def names(self) -> tuple[str, ...]:
         """The sides these artifacts give."""
-        torch_side = self.base is not None and self.bundle is not None
         given = {
             "base": self.base is not None,
-            "torch": torch_side,
+            "torch": self.base is not None and self.bundle is not None,
             "peft": self.peft is not None,
             "merged": self.merged is not None,
         }
@@ -103,30 +104,49 @@ class Artifacts:
         """The labels of the head that the adapter brings; None if it brings none."""
         if self.bundle is not None:
             return head_labels({name: a.shape for name, a in self.bundle.saved.items()})
-        return None if self.peft is None else head_labels(peft_side.saved_shapes(self.peft))
+        return None if self.peft is None else head_labels(saved_shapes(self.peft))
 
     def config_number(self, *keys: str) -> int | None:
         """The first of these config fields that is a whole number above 0, base before merged."""
-        for directory in (self.base, self.merged):
-            config = {} if directory is None else read_config(directory)
-            for key in keys:
-                value = config.get(key)
-                if type(value) is int and value > 0:
-                    return value
-        return None
+        configs = [read_config(place) for place in (self.base, self.merged) if place is not None]
+        values = [config.get(key) for config in configs for key in keys]
+        return next((value for value in values if type(value) is int and value > 0), None)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory.
+def saved_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a PEFT adapter's dense tensors, by name in the adapted model."""
+    from safetensors import SafetensorError, safe_open
 
-    Raises:
-        BadInputError: it is not a JSON object.
-    """
-    path = directory / "config.json"
+    path = adapter / WEIGHTS_FILE
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(path, expected="a JSON object", found="something else") from error
-    if not isinstance(config, dict):
-        raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
-    return config
+        with safe_open(path, "np") as file:
+            names = [name for name in file.keys() if not name.endswith("fourierft_spectrum")]  # noqa: SIM118
+            shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+    except SafetensorError as error:
+        raise BadInputError(path, expected="a safetensors file", found=str(error)) from error
+    return dict(zip((name.removeprefix(_PREFIX) for name in names), shapes, strict=True))
+
+
+def _adapter_directory(path: PathLike) -> Path:
+    """The directory at `path`, or its one subfolder, that holds a PEFT FourierFT adapter."""
+    directory = find_adapter(path)
+    read_peft_config(directory / CONFIG_FILE)
+    if not (directory / WEIGHTS_FILE).is_file():
+        raise BadInputError(
+            directory, expected=f"a PEFT adapter with {WEIGHTS_FILE}", found="no such file in it"
+        )
+    return directory
+
+
+def _model_directory(path: PathLike) -> Path:
+    """`path`, which must be a directory with a config.json: nothing is ever fetched."""
+    directory = Path(path)
+    if (directory / "config.json").is_file():
+        return directory
+    remedy = "give the folder that holds the model's config.json"
+    if not os.path.lexists(directory):
+        raise FileAccessError(
+            directory, expected="a model directory", found="no such directory", remedy=remedy
+        )
+    found = "no config.json in it" if directory.is_dir() else "a file"
+    raise BadInputError(directory, expected="a model directory", found=found, remedy=remedy)

@@ -1,20 +1,20 @@
-"""Two sets of outputs, compared output by output. Pure numpy, no opinion on where they came from.
-
-Outputs are dicts from name to array; all arithmetic is done in float64, whatever their dtype.
-"""
+"""Compares two sets of outputs, output by output, in float64 whatever their dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from ..types import Array
 from .report import Difference, OutputComparison
 from .tolerances import ASSUMED_NOISE, DEFAULT_TOLERANCES, NOISE_MARGIN, Tolerance
 
-Array = npt.NDArray[np.generic]
 Outputs = Mapping[str, Array]
+"""Output name -> array."""
+Rows = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 ARGMAX_OUTPUTS = frozenset({"logits"})
 """Outputs whose argmax is a decision, so that it must be the same."""
@@ -34,58 +34,53 @@ def compare_outputs(
     assumed_noise: float = ASSUMED_NOISE,
     names: Collection[str] | None = None,
 ) -> tuple[OutputComparison, ...]:
-    """Compare two sides that must agree.
+    """Compares two sides that must agree.
 
     Args:
         reference: output name -> array of any shape and real dtype.
         other: the same from the other side.
         mask: (batch, positions), true where a token is real. Outputs of shape (batch, positions,
-            ...) are compared there only: what a model computes on padding is nobody's business.
+            ...) are compared there only: what a model computes on padding does not matter.
         tolerance: what is allowed; default that of float32.
         effect: output name -> root mean square of what the adapter changes; without it only the
             output's own scale bounds the difference.
-        noise: output name -> root mean square of what arithmetic alone changes.
+        noise: output name -> root mean square of what rounding alone changes.
         assumed_noise: the same for other outputs, as a fraction of their root mean square.
         names: the outputs to compare; default all of the reference's.
 
     Returns:
         One entry per name; an output that a side lacks is a failure.
     """
-    tolerance = tolerance or DEFAULT_TOLERANCES["float32"]
-    wanted = list(names) if names is not None else list(reference)
-    results = [] if wanted else [_failure("(none)", "there is no output to compare")]
-    for name in wanted:
-        pair = _aligned(name, reference, other, mask)
-        if isinstance(pair, OutputComparison):
-            results.append(pair)
-            continue
-        left, right, indices = pair
-        floor = (noise or {}).get(name, assumed_noise * _rms(left))
-        found = _difference(left, right, indices, tie=2 * NOISE_MARGIN * floor)
-        allowed_abs = tolerance.scale * found.scale
-        change = effect.get(name) if effect else None
-        allowed_rms = None if change is None else tolerance.effect * change + NOISE_MARGIN * floor
+    allowed = tolerance or DEFAULT_TOLERANCES["float32"]
+
+    def check(name: str, rows: tuple[Rows, Rows, Indices], floor: float) -> OutputComparison:
+        found = _difference(*rows, tie=2 * NOISE_MARGIN * floor)
+        allowed_abs = allowed.scale * found.scale
+        change = (effect or {}).get(name)
+        allowed_rms = None if change is None else allowed.effect * change + NOISE_MARGIN * floor
+        place = f"{name}{list(found.index)} is {found.left:.6g} against {found.right:.6g}"
+        same = found.argmax if name in ARGMAX_OUTPUTS else None
         reason = ""
         if found.max_abs > allowed_abs:
             reason = (
-                f"{_place(name, found)}; they differ by {found.max_abs:.3g}, above "
-                f"{tolerance.scale:g} of the output's scale {found.scale:.3g}"
+                f"{place}; they differ by {found.max_abs:.3g}, above {allowed.scale:g} of the "
+                f"output's scale {found.scale:.3g}"
             )
-        elif allowed_rms is not None and change is not None and found.rms > allowed_rms:
+        elif change is not None and allowed_rms is not None and found.rms > allowed_rms:
+            share = f"{found.rms / change:.2%}" if change else "more than all"
             reason = (
-                f"{_place(name, found)}; their root mean square difference {found.rms:.3g} is "
-                f"{_percent(found.rms, change)} of what the adapter changes ({change:.3g}), above "
-                f"the allowed {allowed_rms:.3g}"
+                f"{place}; their root mean square difference {found.rms:.3g} is {share} of what "
+                f"the adapter changes ({change:.3g}), above the allowed {allowed_rms:.3g}"
             )
-        elif (
-            name in ARGMAX_OUTPUTS and found.argmax is not None and found.argmax < tolerance.argmax
-        ):
-            reason = f"argmax the same in only {found.argmax:.2%} of the rows of {name}"
+        elif same is not None and same < allowed.argmax:
+            reason = f"argmax the same in only {same:.2%} of the rows of {name}"
         resolution = allowed_rms / change if allowed_rms is not None and change else None
-        results.append(
-            OutputComparison(name, not reason, reason, found, allowed_abs, allowed_rms, resolution)
+        return OutputComparison(
+            name, not reason, reason, found, allowed_abs, allowed_rms, resolution
         )
-    return tuple(results)
+
+    wanted = list(reference) if names is None else names
+    return _check_each(wanted, reference, other, mask, noise, assumed_noise, check)
 
 
 def compare_change(
@@ -97,31 +92,44 @@ def compare_change(
     assumed_noise: float = ASSUMED_NOISE,
     names: Collection[str] | None = None,
 ) -> tuple[OutputComparison, ...]:
-    """Compare two sides of which the adapter must have changed one. Arguments as above.
+    """Compares two sides of which the adapter must have changed one. Arguments as above.
 
     An output counts as changed when the root mean square of the difference is above
     `NOISE_MARGIN` times the noise.
     """
-    wanted = list(names) if names is not None else [name for name in base if name in adapted]
-    results = [] if wanted else [_failure("(none)", "there is no output to compare")]
-    for name in wanted:
-        pair = _aligned(name, base, adapted, mask, may_reshape=True)
-        if isinstance(pair, OutputComparison):
-            results.append(pair)
-            continue
-        left, right, indices = pair
-        floor = (noise or {}).get(name, assumed_noise * _rms(left))
-        found = _difference(left, right, indices, tie=0.0)
-        needed = NOISE_MARGIN * floor
-        changed = found.rms > needed
+
+    def check(name: str, rows: tuple[Rows, Rows, Indices], floor: float) -> OutputComparison:
+        found, needed = _difference(*rows, tie=0.0), NOISE_MARGIN * floor
         reason = (
-            ""
-            if changed
-            else f"the adapter changes nothing in {name}: root mean square {found.rms:.3g}, where "
-            f"arithmetic alone explains {needed:.3g}"
+            f"the adapter changes nothing in {name}: root mean square {found.rms:.3g}, where "
+            f"rounding alone explains {needed:.3g}"
         )
-        results.append(OutputComparison(name, changed, reason, found, None, needed))
-    return tuple(results)
+        changed = found.rms > needed
+        return OutputComparison(name, changed, "" if changed else reason, found, None, needed)
+
+    wanted = [name for name in base if name in adapted] if names is None else names
+    return _check_each(wanted, base, adapted, mask, noise, assumed_noise, check, may_reshape=True)
+
+
+def _check_each(
+    names: Collection[str],
+    left: Outputs,
+    right: Outputs,
+    mask: Array | None,
+    noise: Mapping[str, float] | None,
+    assumed_noise: float,
+    check: Callable[[str, tuple[Rows, Rows, Indices], float], OutputComparison],
+    *,
+    may_reshape: bool = False,
+) -> tuple[OutputComparison, ...]:
+    """Calls `check` with the rows and the noise of each output that can be compared."""
+    results = []
+    for name in names:
+        rows = _aligned(name, left, right, mask, may_reshape=may_reshape)
+        if not isinstance(rows, OutputComparison):
+            rows = check(name, rows, (noise or {}).get(name, assumed_noise * _rms(rows[0])))
+        results.append(rows)
+    return tuple(results) or (_failure("(none)", "there is no output to compare"),)
 
 
 def rms_difference(left: Outputs, right: Outputs, mask: Array | None = None) -> dict[str, float]:
@@ -140,10 +148,7 @@ def rms_difference(left: Outputs, right: Outputs, mask: Array | None = None) -> 
 
 def _aligned(
     name: str, left: Outputs, right: Outputs, mask: Array | None, *, may_reshape: bool = False
-) -> (
-    tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]
-    | OutputComparison
-):
+) -> tuple[Rows, Rows, Indices] | OutputComparison:
     """Both arrays as (rows, last axis) in float64 with the index of each row, or a failure."""
     for side, which in ((left, "left"), (right, "right")):
         if name not in side:
@@ -179,13 +184,11 @@ def _failure(name: str, reason: str, *, ok: bool = False) -> OutputComparison:
     return OutputComparison(name, ok, reason, None)
 
 
-def _difference(
-    left: npt.NDArray[np.float64],
-    right: npt.NDArray[np.float64],
-    indices: npt.NDArray[np.int64],
-    tie: float,
-) -> Difference:
-    """The numbers; `left` and `right` are (rows, last axis), `indices` (rows, leading axes)."""
+def _difference(left: Rows, right: Rows, indices: Indices, *, tie: float) -> Difference:
+    """The figures; `left` and `right` are (rows, last axis), `indices` (rows, leading axes).
+
+    The right side's argmax counts as the same if on the left it is behind by at most `tie`.
+    """
     gap = np.abs(left - right)
     row, column = np.unravel_index(int(np.argmax(gap)), gap.shape)
     magnitude = np.abs(left)
@@ -193,6 +196,7 @@ def _difference(
     counts = magnitude >= NEGLIGIBLE * scale if scale else np.zeros_like(gap, dtype=bool)
     lengths = float(np.linalg.norm(left)) * float(np.linalg.norm(right))
     both_zero = not left.any() and not right.any()
+    behind = left.max(axis=1) - left[np.arange(len(left)), right.argmax(axis=1)]
     return Difference(
         count=gap.size,
         scale=scale,
@@ -201,30 +205,13 @@ def _difference(
         mean_abs=float(gap.mean()),
         rms=_rms(left - right),
         cosine=float(np.vdot(left, right)) / lengths if lengths else float(both_zero),
-        argmax=_argmax_agreement(left, right, tie) if left.shape[1] > 1 else None,
+        argmax=float((behind <= tie).mean()) if left.shape[1] > 1 else None,
         index=(*indices[row].tolist(), int(column)),
         left=float(left[row, column]),
         right=float(right[row, column]),
     )
 
 
-def _argmax_agreement(
-    left: npt.NDArray[np.float64], right: npt.NDArray[np.float64], tie: float
-) -> float:
-    """Fraction of rows with one argmax; the other side's choice may trail by `tie` on the left."""
-    rows = np.arange(len(left))
-    behind = left.max(axis=1) - left[rows, right.argmax(axis=1)]
-    return float((behind <= tie).mean())
-
-
 def _rms(array: npt.NDArray[np.generic]) -> float:
     values = np.asarray(array, dtype=np.float64)
     return float(np.sqrt(np.mean(np.square(values)))) if values.size else 0.0
-
-
-def _place(name: str, found: Difference) -> str:
-    return f"{name}{list(found.index)} is {found.left:.6g} against {found.right:.6g}"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{part / whole:.2%}" if whole else "more than all"

@@ -1,17 +1,18 @@
-"""ONNX files through ONNX Runtime on the CPU."""
+"""Runs ONNX files with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ..files.external import external_ranges
-from .compare import Array
+from ..types import Array
+from .report import first_line
 
 _NUMPY_TYPES = {
     "tensor(int64)": np.int64,
@@ -33,11 +34,7 @@ class Graph:
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        """Open the file.
-
-        Args:
-            path: an .onnx file.
-            threads: for ONNX Runtime; default its own choice.
+        """Opens the file; `threads` are for ONNX Runtime, whose own choice is the default.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
@@ -64,11 +61,11 @@ class Graph:
             self._session = onnxruntime.InferenceSession(
                 self.path, options, providers=["CPUExecutionProvider"]
             )
-        except _runtime_errors() as error:
+        except Exception as error:  # ONNX Runtime's exceptions have no other root
             raise BadInputError(
                 self.path,
                 expected="an ONNX model that ONNX Runtime loads",
-                found=_first_line(error),
+                found=first_line(error),
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self.inputs: tuple[str, ...] = tuple(self._inputs)
@@ -78,22 +75,19 @@ class Graph:
     def fixed_length(self) -> int | None:
         """The sequence length, if the graph fixes it."""
         ids = self._inputs.get("input_ids")
-        return (
-            ids.shape[1] if ids and len(ids.shape) == 2 and isinstance(ids.shape[1], int) else None
-        )
+        length = ids.shape[1] if ids is not None and len(ids.shape) == 2 else None
+        return length if isinstance(length, int) else None
 
     @property
     def fixed_batch(self) -> int | None:
         """The number of rows, if the graph fixes it."""
-        fixed = {
-            v.shape[0] for v in self._inputs.values() if v.shape and isinstance(v.shape[0], int)
-        }
-        return min(fixed) if fixed else None
+        firsts = [value.shape[0] for value in self._inputs.values() if value.shape]
+        return min((size for size in firsts if isinstance(size, int)), default=None)
 
     def run(
         self, inputs: Mapping[str, Array], *, batch_size: int | None = None
     ) -> dict[str, Array]:
-        """Every output on the inputs.
+        """Computes every output.
 
         Args:
             inputs: name -> (rows, ...); names that the graph does not have are left out. A graph
@@ -108,7 +102,7 @@ class Graph:
             UsageError: an input is missing, or its rows do not divide into fixed batches.
             BadInputError: ONNX Runtime fails on these inputs.
         """
-        inputs = self._with_first_adapter(self._with_empty_cache(inputs))
+        inputs = self._with_defaults(inputs)
         absent = [name for name in self._inputs if name not in inputs]
         if absent:
             raise UsageError(
@@ -140,35 +134,29 @@ class Graph:
         columns = zip(*parts, strict=True)
         return {n: np.concatenate(c) for n, c in zip(self.outputs, columns, strict=True)}
 
-    def _with_empty_cache(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """`inputs` and, for a graph that takes them, keys and values of no positions yet."""
-        found = dict(inputs)
-        mask = inputs.get("attention_mask")
-        caches = [name for name in self._inputs if name.startswith("past_key_values.")]
-        if mask is None or not caches:
-            return found
-        for name in caches:
-            value = self._inputs[name]
-            sizes = [size if isinstance(size, int) else 0 for size in value.shape]
-            dtype = _NUMPY_TYPES.get(value.type, np.float32)
-            found.setdefault(name, np.zeros((mask.shape[0], *sizes[1:]), dtype))
-        found.setdefault("position_ids", np.maximum(np.cumsum(mask, axis=1) - 1, 0))
-        return found
-
-    def _with_first_adapter(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """`inputs` and, for a bank, the number of the first adapter in its table per row."""
+    def _with_defaults(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Adds an empty key-value cache and the number of a bank's first adapter, if they lack."""
         found = dict(inputs)
         if "adapter_id" in self._inputs and inputs:
             rows = next(iter(inputs.values())).shape[0]
             found.setdefault("adapter_id", np.ones(rows, np.int64))
+        mask = inputs.get("attention_mask")
+        caches = [name for name in self._inputs if name.startswith("past_key_values.")]
+        if mask is not None and caches:
+            for name in caches:
+                value = self._inputs[name]
+                sizes = [size if isinstance(size, int) else 0 for size in value.shape]
+                dtype = _NUMPY_TYPES.get(value.type, np.float32)
+                found.setdefault(name, np.zeros((mask.shape[0], *sizes[1:]), dtype))
+            found.setdefault("position_ids", np.maximum(np.cumsum(mask, axis=1) - 1, 0))
         return found
 
     def _call(self, feed: dict[str, Array]) -> list[Array]:
         try:
             outputs: list[Array] = self._session.run(None, feed)
-        except _runtime_errors() as error:
+        except Exception as error:
             raise BadInputError(
-                self.path, expected="a graph that runs on these inputs", found=_first_line(error)
+                self.path, expected="a graph that runs on these inputs", found=first_line(error)
             ) from error
         return outputs
 
@@ -182,21 +170,6 @@ class Graph:
         )
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions, which have no common root but Exception."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile "
-        "NotImplemented RuntimeException"
-    )
-    return (*(getattr(state, name) for name in names.split() if hasattr(state, name)), RuntimeError)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _weights_precision(path: Path) -> str:
     """The type of most values of the graph's initializers; integers of a byte are "int8"."""
     import onnx
@@ -205,30 +178,18 @@ def _weights_precision(path: Path) -> str:
     try:
         model = onnx.load(path, load_external_data=False)
     except (message.DecodeError, ValueError) as error:
-        raise BadInputError(path, expected="an ONNX model", found=_first_line(error)) from error
+        raise BadInputError(path, expected="an ONNX model", found=first_line(error)) from error
     except OSError as error:
         raise FileAccessError(path, found=error.strerror or str(error)) from error
     # ONNX Runtime follows links and any name: nothing is opened before this.
     external_ranges(model, path)
-    kinds = {
-        onnx.TensorProto.DOUBLE: "float64",
-        onnx.TensorProto.FLOAT: "float32",
-        onnx.TensorProto.FLOAT16: "float16",
-        onnx.TensorProto.BFLOAT16: "bfloat16",
-        onnx.TensorProto.INT8: "int8",
-        onnx.TensorProto.UINT8: "int8",
-    }
-    counts: dict[str, int] = {}
-    for tensor in _tensors(model.graph):
-        kind = kinds.get(tensor.data_type)
-        if kind is not None:
-            counts[kind] = counts.get(kind, 0) + int(np.prod(tensor.dims, dtype=np.float64))
-    return max(counts, key=lambda kind: counts[kind]) if counts else "float32"
-
-
-def _tensors(graph: Any) -> Any:
-    """Initializers and constants of the main graph."""
-    yield from graph.initializer
-    for node in graph.node:
-        if node.op_type == "Constant":
-            yield from (attribute.t for attribute in node.attribute if attribute.name == "value")
+    types = onnx.TensorProto
+    kinds = {types.DOUBLE: "float64", types.FLOAT: "float32", types.FLOAT16: "float16"}
+    kinds |= {types.BFLOAT16: "bfloat16", types.INT8: "int8", types.UINT8: "int8"}
+    constants = [node for node in model.graph.node if node.op_type == "Constant"]
+    values = [a.t for node in constants for a in node.attribute if a.name == "value"]
+    counts: Counter[str] = Counter()
+    for tensor in (*model.graph.initializer, *values):
+        if tensor.data_type in kinds:
+            counts[kinds[tensor.data_type]] += int(np.prod(tensor.dims, dtype=np.float64))
+    return max(counts, key=counts.__getitem__, default="float32")

@@ -1,4 +1,4 @@
-"""The inputs that every side is run on: the user's own, or sentences shipped with the package."""
+"""Makes the inputs that every side is run on: the user's own, or sentences of the package."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError
-from .compare import Array
-from .sentences import SENTENCES
+from ..types import Array
+from .report import first_line
+
+SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text("utf-8").splitlines())
+"""Short and long, plain and odd, so that rows differ in length and vocabulary."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 MAX_TOKENS = 48
@@ -44,7 +47,7 @@ class Inputs:
 
 
 def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs:
-    """Inputs from an .npz file or a mapping.
+    """Takes inputs from an .npz file or a mapping.
 
     Raises:
         FileAccessError: the file is missing or unreadable.
@@ -75,7 +78,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
     except (EOFError, ValueError, zipfile.BadZipFile, IsADirectoryError) as error:
         # numpy takes a file that is neither .npy nor .npz for pickled data (ValueError).
         raise BadInputError(
-            path, expected="an .npz file of plain arrays", found=str(error).splitlines()[0]
+            path, expected="an .npz file of plain arrays", found=first_line(error)
         ) from error
     except OSError as error:
         raise FileAccessError(
@@ -92,7 +95,7 @@ def default_inputs(
     positions: int | None = None,
     token_types: bool = False,
 ) -> Inputs:
-    """The package's sentences as token ids; without a tokenizer, fixed pseudo-random ids.
+    """Makes token ids of the package's sentences, or fixed pseudo-random ids without a tokenizer.
 
     Rows have different lengths and are padded on the right, with an `attention_mask`.
 
@@ -152,7 +155,7 @@ def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int
         raise BadInputError(
             directory,
             expected="a tokenizer that transformers can load",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
             remedy="give inputs as an .npz file (--inputs)",
         ) from error
     texts = [SENTENCES[i % len(SENTENCES)] for i in range(count)]
@@ -163,14 +166,7 @@ def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int
 
 
 def _pseudo_random(vocab_size: int, count: int, longest: int) -> list[list[int]]:
-    """Ids from an own generator (numpy's may change between versions), lengths 1 to `longest`."""
-    state, rows = ID_SEED, []
-
-    def draw(below: int) -> int:
-        nonlocal state
-        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        return (state >> 33) % below
-
-    for _ in range(count):
-        rows.append([draw(vocab_size) for _ in range(1 + draw(longest))])
-    return rows
+    """Ids that are the same in every version of numpy, in rows of 1 to `longest`."""
+    draw = np.random.RandomState(ID_SEED)
+    lengths = draw.randint(1, longest + 1, size=count)
+    return [draw.randint(0, vocab_size, size=length).tolist() for length in lengths]

@@ -1,232 +1,225 @@
-"""Runs the models, one in memory at a time, and measures what arithmetic alone changes."""
+"""Runs the sides that are models, one in memory at a time, and measures what rounding changes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bundle.file import Bundle
 from ..errors import BadInputError, UsageError
 from ..models.task import Task
-from . import loading, peft_side, rebuild
-from .artifacts import Artifacts
-from .compare import Array, rms_difference
+from ..types import Array
+from . import rebuild
+from .artifacts import Artifacts, saved_shapes
+from .compare import rms_difference
 from .inputs import Inputs
-from .judge import Noise, Run
+from .models import find_module, load_model, load_peft_model, run_model
+from .pairs import Noise, Run
 from .report import Side
 
 if TYPE_CHECKING:
     import torch
 
-    from ..bundle.file import Bundle
 
-Tell = Callable[[str], None]
-
-
-@dataclass
-class ModelRuns:
-    """What running the models gave.
+class ModelSides:
+    """The sides that are models.
 
     Attributes:
-        references: sides without the deltas; the last is the closest to the adapted ones.
-        adapted: sides that must agree, the most trustworthy first.
+        references: runs without the weight changes; the last is the closest to the adapted ones.
+        adapted: runs that must agree, the most trustworthy first.
         noise: what was measured on the way.
         problems: findings that fail the validation by themselves.
         notes: what a reader of the report should know.
-        random_outputs: outputs that rest on parameters no file holds, so that no side's count.
+        random_outputs: outputs that rest on parameters no file holds: they are not compared.
     """
 
-    references: list[Run] = field(default_factory=list)
-    adapted: list[Run] = field(default_factory=list)
-    noise: Noise = field(default_factory=Noise)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    random_outputs: set[str] = field(default_factory=set)
-
-
-def run_models(
-    artifacts: Artifacts, inputs: Inputs, *, batch_size: int, precisions: Set[str], tell: Tell
-) -> ModelRuns:
-    """Run every model side.
-
-    Args:
-        artifacts: what was given.
-        inputs: for every side.
-        batch_size: rows per call.
-        precisions: coarse precisions ("float16", "bfloat16") of sides that are not models, for
-            which the adapted model is rebuilt as well.
-        tell: called with what comes next.
-
-    Raises:
-        UsageError: a model that would have random parameters, since neither its directory nor the
-            adapter holds them.
-        BaseMismatchError: the adapter does not fit the base.
-        BadInputError: transformers cannot load a directory.
-    """
-    if artifacts.task is None or not artifacts.names:
-        return ModelRuns()
-    runner = _Runner(artifacts, artifacts.task, inputs, batch_size, tell)
-    merged = runner.merged(artifacts.merged) if artifacts.merged else None
-    if artifacts.base is not None:
-        if artifacts.bundle is None:
-            runner.base_alone(artifacts.base)
-        else:
-            runner.rebuilt(artifacts.base, artifacts.bundle)
-            roundings: dict[str, rebuild.Rounding | None] = dict.fromkeys(sorted(precisions))
-            if merged is not None and merged.side.precision != "float32":
-                roundings[merged.side.precision] = runner.merged_rounding
-            for precision, rounding in roundings.items():
-                runner.rounded(artifacts.base, artifacts.bundle, precision, rounding)
-        if artifacts.peft is not None:
-            runner.peft(artifacts.base, artifacts.peft)
-    if merged is not None:
-        runner.found.adapted.append(merged)
-    return runner.found
-
-
-class _Runner:
     def __init__(
-        self, artifacts: Artifacts, task: Task, inputs: Inputs, batch_size: int, tell: Tell
+        self, artifacts: Artifacts, inputs: Inputs, batch_size: int, started: Callable[[str], None]
     ) -> None:
-        self.task = task
+        """Prepares to run; `started` is called with the name of each side that begins."""
+        self.artifacts = artifacts
         self.inputs = inputs
         self.batch_size = batch_size
-        self.tell = tell
-        self.num_labels = artifacts.num_labels
-        self.bundle = artifacts.bundle
-        self.bundle_source = artifacts.bundle_source
-        self.merged_rounding: rebuild.Rounding = {}
-        self.found = ModelRuns()
+        self.started = started
+        self.references: list[Run] = []
+        self.adapted: list[Run] = []
+        self.noise = Noise()
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.random_outputs: set[str] = set()
 
-    def merged(self, directory: Path) -> Run:
-        """The merged checkpoint as anybody would load it."""
-        self.tell("merged")
-        started = time.monotonic()
-        loaded = loading.load(directory, self.task)
-        dropped = self._ignorable(loaded.unset)
-        lacking = [name for name in loaded.unset if name not in dropped]
+    def run(self, precisions: Set[str]) -> None:
+        """Runs every model side.
+
+        Args:
+            precisions: coarse precisions ("float16", "bfloat16") of sides that are not models, for
+                which the adapted model is rebuilt as well.
+
+        Raises:
+            UsageError: a model that would have random parameters, since neither its directory nor
+                the adapter holds them.
+            BaseMismatchError: the adapter does not fit the base.
+            BadInputError: transformers cannot load a directory.
+        """
+        given = self.artifacts
+        if given.task is None or not given.names:
+            return
+        self.task: Task = given.task
+        roundings: dict[str, rebuild.Rounding | None] = dict.fromkeys(sorted(precisions))
+        merged = None
+        if given.merged is not None:
+            merged, rounding = self._run_merged(given.merged)
+            if merged.side.precision != "float32":
+                roundings[merged.side.precision] = rounding
+        if given.base is not None and given.bundle is None:
+            self._run_base(given.base)
+        elif given.base is not None and given.bundle is not None:
+            exact = self._run_rebuilt(given.base, given.bundle)
+            for precision, found in roundings.items():
+                self._run_rounded(given.base, given.bundle, precision, found, exact)
+        if given.base is not None and given.peft is not None:
+            self._run_peft(given.base, given.peft)
+        if merged is not None:
+            self.adapted.append(merged)
+
+    def _run_merged(self, directory: Path) -> tuple[Run, rebuild.Rounding]:
+        """Runs the merged checkpoint as anybody would load it; also says how it is rounded."""
+        began = self._begin("merged")
+        model, unset = load_model(directory, self.task)
+        random = self._ignorable(unset)
+        lacking = [name for name in unset if name not in random]
         if lacking:
-            self.found.problems.append(
+            self.problems.append(
                 f"merged: {directory} lacks {', '.join(lacking)}, which {self.task.name} needs"
             )
-        paths = None
-        if self.bundle is not None:
-            modules = [loading.find_module(loaded.model, m.name) for m in self.bundle.layers]
-            paths = [found[0] for found in modules if found is not None] or None
-        rounding = rebuild.precisions_of(loaded.model)
-        precision = rebuild.weights_precision(loaded.model, rounding, paths)
-        self.merged_rounding = rounding
-        return self._run(
-            "merged", "adapted", str(directory), loaded.model, started, precision, dropped
-        )
+        layers = self.artifacts.bundle.layers if self.artifacts.bundle else ()
+        modules = [find_module(model, layer.name) for layer in layers]
+        paths = [found[0] for found in modules if found is not None]
+        rounding = rebuild.find_rounding(model)
+        precision = rebuild.weights_precision(model, rounding, paths or None)
+        side = Side("merged", "adapted", str(directory), precision)
+        return self._run(side, model, began, random), rounding
 
-    def base_alone(self, directory: Path) -> None:
-        """The base, when there is no bundle to rebuild the adapted model from."""
-        self.tell("base")
-        started = time.monotonic()
-        loaded = loading.load(directory, self.task, self.num_labels)
-        dropped = self._ignorable(loaded.unset)
-        if set(loaded.unset) - set(dropped):
-            self.found.notes.append(
-                f"base: left out: neither it nor a bundle has {', '.join(loaded.unset)}"
-            )
+    def _run_base(self, directory: Path) -> None:
+        """Runs the base when there is no bundle to rebuild the adapted model from."""
+        began = self._begin("base")
+        model, unset = load_model(directory, self.task, self.artifacts.num_labels)
+        random = self._ignorable(unset)
+        if set(unset) - set(random):
+            self.notes.append(f"base: left out: neither it nor a bundle has {', '.join(unset)}")
             return
-        self.found.references.append(
-            self._run("base", "base", str(directory), loaded.model, started, "float32", dropped)
-        )
+        side = Side("base", "base", str(directory), "float32")
+        self.references.append(self._run(side, model, began, random))
 
-    def rebuilt(self, directory: Path, bundle: Bundle) -> None:
-        """Base, base with the adapter's heads and biases, and with its deltas as well."""
-        self.tell("base")
-        started = time.monotonic()
-        loaded = loading.load(directory, self.task, self.num_labels)
-        model = loaded.model
+    def _run_rebuilt(self, directory: Path, bundle: Bundle) -> Run:
+        """Runs the base, then with the adapter's heads and biases, then with its deltas too."""
+        began = self._begin("base")
+        model, unset = load_model(directory, self.task, self.artifacts.num_labels)
         targets = rebuild.find_targets(model, bundle)
-        filled = rebuild.put_saved(model, bundle, only=frozenset(loaded.unset))
-        dropped = self._check_unset(directory, loaded, filled)
+        filled = rebuild.put_saved(model, bundle, only=frozenset(unset))
+        random = self._check_unset(directory, unset, filled)
         notes = (f"has the adapter's {', '.join(filled)}, which it lacks",) if filled else ()
-        base = self._run("base", "base", str(directory), model, started, "float32", dropped, notes)
-        self.found.references.append(base)
-
-        self.tell("torch")
-        started = time.monotonic()
-        source = f"{directory} + {self.bundle_source or 'bundle'}"
+        side = Side("base", "base", str(directory), "float32", notes=notes)
+        self.references.append(self._run(side, model, began, random))
+        began = self._begin("torch")
+        source = self.artifacts.source
         if set(rebuild.put_saved(model, bundle)) - set(filled):
-            note = ("base with the adapter's heads and biases, without its deltas",)
-            self.found.references.append(
-                self._run("plain", "base", source, model, started, "float32", dropped, note)
-            )
-        started = time.monotonic()
+            notes = ("base with the adapter's heads and biases, without its deltas",)
+            side = Side("plain", "base", source, "float32", notes=notes)
+            self.references.append(self._run(side, model, began, random))
+            began = time.monotonic()
         rebuild.set_weights(targets, bundle, {})
-        run = self._run("torch", "adapted", source, model, started, "float32", dropped)
-        self.found.adapted.append(run)
-        self.found.noise.arithmetic["float32"] = self._arithmetic_noise(model, run)
+        side = Side("torch", "adapted", source, "float32")
+        run = self._run(side, model, began, random, rebuilt=True)
+        self.adapted.append(run)
+        self.noise.arithmetic["float32"] = self._arithmetic_noise(model, run)
+        return run
 
-    def rounded(
-        self, directory: Path, bundle: Bundle, precision: str, rounding: rebuild.Rounding | None
+    def _run_rounded(
+        self,
+        directory: Path,
+        bundle: Bundle,
+        precision: str,
+        rounding: rebuild.Rounding | None,
+        exact: Run,
     ) -> None:
-        """The adapted model with its weights rounded as another side's are."""
-        name = f"torch:{precision}"
-        self.tell(name)
-        started = time.monotonic()
-        loaded = loading.load(directory, self.task, self.num_labels)
-        model = loaded.model
+        """Runs the rebuilt model with its weights rounded as another side's are."""
+        began = self._begin(f"torch:{precision}")
+        model, unset = load_model(directory, self.task, self.artifacts.num_labels)
         targets = rebuild.find_targets(model, bundle)
-        filled = rebuild.put_saved(model, bundle)
-        dropped = self._check_unset(directory, loaded, filled)
+        random = self._check_unset(directory, unset, rebuild.put_saved(model, bundle))
         if rounding is None:
             rounding = rebuild.uniform_rounding(model, precision)
         rebuild.round_all(model, rounding)
-        source = f"{directory} + {self.bundle_source or 'bundle'}"
-        note = (f"weights rounded to {precision}, computed in float32",)
-        plain = f"plain:{precision}"
-        self.found.references.append(
-            self._run(plain, "base", source, model, started, precision, dropped, note)
-        )
-        started = time.monotonic()
+        source = self.artifacts.source
+        notes = (f"weights rounded to {precision}, computed in float32",)
+        side = Side(f"plain:{precision}", "base", source, precision, notes=notes)
+        self.references.append(self._run(side, model, began, random))
+        began = time.monotonic()
         rebuild.set_weights(targets, bundle, rounding)
-        run = self._run(name, "adapted", source, model, started, precision, dropped, note)
-        exact = next(r for r in self.found.adapted if r.side.name == "torch")
-        mask = self.inputs.mask
-        moved = rms_difference(exact.outputs, run.outputs, mask)
-        self.found.noise.rounding[precision] = moved
-        # Sums in float32 turn a few roundings the other way, which is nobody's fault.
+        side = Side(f"torch:{precision}", "adapted", source, precision, notes=notes)
+        run = self._run(side, model, began, random, rebuilt=True)
+        self.adapted.append(run)
+        changed = rms_difference(exact.outputs, run.outputs, self.inputs.mask)
+        self.noise.rounding[precision] = changed
+        # Sums in float32 round a few weights the other way: no fault of the side compared.
         rebuild.set_weights(targets, bundle, rounding, in_float32=True)
-        self.found.noise.arithmetic[precision] = self._arithmetic_noise(model, run)
-        self.found.adapted.append(run)
+        self.noise.arithmetic[precision] = self._arithmetic_noise(model, run)
 
-    def peft(self, directory: Path, adapter: Path) -> None:
-        """PEFT's own model, unmerged."""
-        self.tell("peft")
-        started = time.monotonic()
-        loaded = loading.load(directory, self.task, self.num_labels)
-        names = peft_side.saved_shapes(adapter)
-        prefix = f"{getattr(loaded.model, 'base_model_prefix', '')}."
-        filled = {n for name in names for n in (name, name.removeprefix(prefix), prefix + name)}
-        dropped = self._check_unset(directory, loaded, tuple(filled))
-        forward = loaded.model
-        model, lacking = peft_side.peft_model(loaded.model, adapter)
-        self.found.problems += [f"peft: {adapter}: {line}" for line in lacking]
-        outputs = loading.run_model(
-            model, self.task, self.inputs.arrays, batch_size=self.batch_size, forward=forward
-        )
-        self.found.adapted.append(
-            self._side("peft", "adapted", str(adapter), outputs, started, "float32", dropped)
-        )
+    def _run_peft(self, directory: Path, adapter: Path) -> None:
+        """Runs PEFT's own model, unmerged."""
+        began = self._begin("peft")
+        base, unset = load_model(directory, self.task, self.artifacts.num_labels)
+        prefix = f"{getattr(base, 'base_model_prefix', '')}."
+        names = saved_shapes(adapter)
+        filled = [n for name in names for n in (name, name.removeprefix(prefix), prefix + name)]
+        random = self._check_unset(directory, unset, tuple(filled))
+        model, lacking = load_peft_model(base, adapter)
+        self.problems += [f"peft: {adapter}: {line}" for line in lacking]
+        side = Side("peft", "adapted", str(adapter), "float32")
+        self.adapted.append(self._run(side, model, began, random, forward=base))
+
+    def _begin(self, name: str) -> float:
+        self.started(name)
+        return time.monotonic()
+
+    def _outputs(
+        self, model: torch.nn.Module, forward: torch.nn.Module | None = None
+    ) -> dict[str, Array]:
+        size = self.batch_size
+        return run_model(model, self.task, self.inputs.arrays, batch_size=size, forward=forward)
+
+    def _run(
+        self,
+        side: Side,
+        model: torch.nn.Module,
+        began: float,
+        random: tuple[str, ...],
+        *,
+        rebuilt: bool = False,
+        forward: torch.nn.Module | None = None,
+    ) -> Run:
+        """Computes the outputs of a side; `random` are parameters whose outputs do not count."""
+        outputs = self._outputs(model, forward)
+        notes = side.notes
+        if random:
+            extra = {name for name in outputs if name != self.task.outputs[0]}
+            self.random_outputs |= extra
+            outputs = {name: array for name, array in outputs.items() if name not in extra}
+            notes = (*notes, f"random, so not compared: what {', '.join(random)} gives")
+        return Run(side.measured(outputs, began, notes), outputs, rebuilt=rebuilt)
 
     def _arithmetic_noise(self, model: torch.nn.Module, run: Run) -> dict[str, float]:
-        """What float32 arithmetic changed in `run`: its difference from the same model in float64.
+        """Measures how far `run` is from the same model in float64, which the model stays in.
 
-        The model stays in float64. One that cannot compute in float64 leaves the noise unmeasured.
+        A model that cannot compute in float64 leaves the noise unmeasured.
         """
         try:
-            outputs = loading.run_model(
-                model.double(), self.task, self.inputs.arrays, batch_size=self.batch_size
-            )
+            outputs = self._outputs(model.double())
         except BadInputError as error:
-            self.found.notes.append(
+            self.notes.append(
                 f"{run.side.name}: noise assumed, not measured: the model does not run in float64 "
                 f"({error.found})"
             )
@@ -234,16 +227,17 @@ class _Runner:
         return rms_difference(run.outputs, outputs, self.inputs.mask)
 
     def _ignorable(self, unset: tuple[str, ...]) -> tuple[str, ...]:
-        """Random parameters that only reach an output beside the main one."""
+        """Random parameters that only reach an output other than the main one."""
         extra = self.task.name == "feature-extraction"
         return tuple(name for name in unset if extra and name.startswith("pooler."))
 
     def _check_unset(
-        self, directory: Path, loaded: loading.Loaded, filled: tuple[str, ...]
+        self, directory: Path, unset: tuple[str, ...], filled: tuple[str, ...]
     ) -> tuple[str, ...]:
-        """Raise if the model would keep random parameters that matter; return those that do not."""
-        dropped = self._ignorable(tuple(name for name in loaded.unset if name not in filled))
-        random = [n for n in loaded.unset if n not in filled and n not in dropped]
+        """Raises if parameters that matter would stay random; returns those that do not matter."""
+        left = tuple(name for name in unset if name not in filled)
+        ignorable = self._ignorable(left)
+        random = [name for name in left if name not in ignorable]
         if random:
             raise UsageError(
                 directory,
@@ -251,41 +245,4 @@ class _Runner:
                 found=f"neither has {', '.join(random)}",
                 remedy="name the task that the adapter was trained for (task=..., --task)",
             )
-        return dropped
-
-    def _run(
-        self,
-        name: str,
-        role: str,
-        source: str,
-        model: torch.nn.Module,
-        started: float,
-        precision: str,
-        dropped: tuple[str, ...],
-        notes: tuple[str, ...] = (),
-    ) -> Run:
-        outputs = loading.run_model(
-            model, self.task, self.inputs.arrays, batch_size=self.batch_size
-        )
-        return self._side(name, role, source, outputs, started, precision, dropped, notes)
-
-    def _side(
-        self,
-        name: str,
-        role: str,
-        source: str,
-        outputs: dict[str, Array],
-        started: float,
-        precision: str,
-        dropped: tuple[str, ...],
-        notes: tuple[str, ...] = (),
-    ) -> Run:
-        if dropped:
-            extra = {name for name in outputs if name != self.task.outputs[0]}
-            self.found.random_outputs |= extra
-            outputs = {name: array for name, array in outputs.items() if name not in extra}
-            notes = (*notes, f"random, so not compared: what {', '.join(dropped)} gives")
-        shapes = tuple((n, a.shape) for n, a in outputs.items())
-        seconds = time.monotonic() - started
-        side = Side(name, role, source, precision, shapes, round(seconds, 3), notes)
-        return Run(side, outputs, rebuilt=name.startswith("torch"))
+        return ignorable

@@ -1,10 +1,11 @@
-"""The adapted model, rebuilt from the definition: base + Re(ifft2(S)) * scaling in float64.
+"""Rebuilds the adapted model from the definition: base + Re(ifft2(S)) * scaling in float64.
 
 Nothing of `adapt` or `merge` is used, so that a fault there cannot hide here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +19,7 @@ from ..bundle.spec import EXPLICIT_RULE, LayerSpec
 from ..errors import BaseMismatchError
 from ..spectral.delta import reference_delta
 from ..spectral.entries import current_rule, spectral_entries
-from .loading import find_module
+from .models import find_module
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class Target:
 
 
 def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
-    """The layers of `model` that the adapter names.
+    """Finds the layers of `model` that the adapter names.
 
     Raises:
         BaseMismatchError: layers that are absent or of another shape, all of them listed.
@@ -62,12 +63,12 @@ def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
 
     targets, offenders = [], []
     for spec in bundle.layers:
-        found = find_module(model, spec.name)
-        weight = getattr(found[1], "weight", None) if found else None
-        if found is None or weight is None or weight.ndim != 2:
+        path, module = find_module(model, spec.name) or ("", None)
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2:
             offenders.append(f"{spec.name}: no such linear layer in {type(model).__name__}")
             continue
-        target = Target(spec, *found, weight.detach(), isinstance(found[1], Conv1D))
+        target = Target(spec, path, module, weight.detach(), isinstance(module, Conv1D))
         targets.append(target)
         if spec.shape is not None and spec.shape != target.shape:
             offenders.append(
@@ -91,7 +92,7 @@ def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
 def put_saved(
     model: torch.nn.Module, bundle: Bundle, only: frozenset[str] | None = None
 ) -> tuple[str, ...]:
-    """Put the adapter's heads and biases into the model.
+    """Puts the adapter's heads and biases into the model.
 
     Args:
         model: gets them.
@@ -109,11 +110,12 @@ def put_saved(
     done, offenders = [], []
     for name, value in bundle.saved.items():
         owner, _, leaf = name.rpartition(".")
-        found = find_module(model, owner)
-        current = getattr(found[1], leaf, None) if found else None
-        if found is None or current is None:
+        path, module = find_module(model, owner) or ("", None)
+        current = getattr(module, leaf, None)
+        parameter = f"{path}.{leaf}".lstrip(".")
+        if current is None:
             offenders.append(f"{name}: no such parameter in {type(model).__name__}")
-        elif only is not None and f"{found[0]}.{leaf}".lstrip(".") not in only:
+        elif only is not None and parameter not in only:
             continue
         elif tuple(current.shape) != value.shape:
             offenders.append(
@@ -122,8 +124,8 @@ def put_saved(
         else:
             # A new parameter: one that is shared (a tied head) stays as it was for the others.
             tensor = torch.from_numpy(value.astype(np.float32))
-            setattr(found[1], leaf, torch.nn.Parameter(tensor, requires_grad=False))
-            done.append(f"{found[0]}.{leaf}".lstrip("."))
+            setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+            done.append(parameter)
     if offenders:
         raise BaseMismatchError(
             "base",
@@ -136,7 +138,7 @@ def put_saved(
 
 
 def delta_of(bundle: Bundle, target: Target) -> npt.NDArray[np.float64]:
-    """delta_W of one layer from its definition: float64 (out, in)."""
+    """Computes delta_W of one layer from its definition: float64 (out, in)."""
     spec = target.spec
     if spec.entry_rule == EXPLICIT_RULE:
         entries = bundle.entries(spec.name)
@@ -151,7 +153,7 @@ def delta_of(bundle: Bundle, target: Target) -> npt.NDArray[np.float64]:
 def set_weights(
     targets: list[Target], bundle: Bundle, rounding: Rounding, *, in_float32: bool = False
 ) -> None:
-    """Give every target the weight W + delta_W, rounded once.
+    """Gives every target the weight W + delta_W, rounded once.
 
     Args:
         targets: from `find_targets`; their `weight` stays the base's, so this can be repeated.
@@ -174,7 +176,7 @@ def set_weights(
 
 
 def round_all(model: torch.nn.Module, rounding: Rounding) -> None:
-    """Round every parameter in `rounding`; the tensors that targets remember stay unrounded."""
+    """Rounds every parameter in `rounding`; the weights that targets hold stay unrounded."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in rounding:
             parameter.data = _rounded(parameter.data, rounding[name])
@@ -188,8 +190,8 @@ def uniform_rounding(model: torch.nn.Module, precision: str) -> Rounding:
     return {name: dtype for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-def precisions_of(model: torch.nn.Module) -> Rounding:
-    """The parameters whose values all survive rounding to bfloat16 or float16, with that dtype.
+def find_rounding(model: torch.nn.Module) -> Rounding:
+    """Finds the parameters whose values all survive rounding to bfloat16 or float16.
 
     Seen from the values, since a model is loaded as float32 whatever its files hold.
     """
@@ -206,15 +208,12 @@ def precisions_of(model: torch.nn.Module) -> Rounding:
 
 def weights_precision(model: torch.nn.Module, rounding: Rounding, paths: list[str] | None) -> str:
     """The precision of most weights, counted by element: those at `paths`, or all matrices."""
-    counts = {"float32": 0, "float16": 0, "bfloat16": 0}
-    wanted = None if paths is None else {f"{path}.weight" for path in paths}
+    counts = Counter({"float32": 0})
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (parameter.ndim >= 2) if wanted is None else (name in wanted):
-            dtype = rounding.get(name)
-            counts["float32" if dtype is None else str(dtype).removeprefix("torch.")] += (
-                parameter.numel()
-            )
-    return max(counts, key=lambda precision: counts[precision])
+        if parameter.ndim >= 2 if paths is None else name.removesuffix(".weight") in paths:
+            dtype = str(rounding.get(name, "float32")).removeprefix("torch.")
+            counts[dtype] += parameter.numel()
+    return max(counts, key=counts.__getitem__)
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import ValidationError
+from ..types import Array
 
 REPORT_SCHEMA = 1
 
@@ -31,9 +34,15 @@ class Side:
     role: str
     source: str
     precision: str
-    outputs: tuple[tuple[str, tuple[int, ...]], ...]
-    seconds: float
+    outputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    seconds: float = 0.0
     notes: tuple[str, ...] = ()
+
+    def measured(self, outputs: Mapping[str, Array], began: float, notes: tuple[str, ...]) -> Side:
+        """The side with its outputs' shapes, and the seconds since `began` (time.monotonic)."""
+        shapes = tuple((name, tuple(array.shape)) for name, array in outputs.items())
+        seconds = round(time.monotonic() - began, 3)
+        return replace(self, outputs=shapes, seconds=seconds, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Report:
     comparisons: tuple[Comparison, ...]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    schema: int = field(default=REPORT_SCHEMA)
+    schema: int = REPORT_SCHEMA
 
     @property
     def ok(self) -> bool:
@@ -165,13 +174,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; numbers that JSON has no word for become None."""
-        data: dict[str, Any] = _plain(self)
+        data: dict[str, Any] = _as_json(asdict(self))
         for pair, entry in zip(self.comparisons, data["comparisons"], strict=True):
             entry["ok"] = pair.ok
         return {"schema": self.schema, "ok": self.ok, "suspects": list(self.suspects), **data}
 
     def raise_for_failure(self) -> None:
-        """Raise if the artifacts do not agree.
+        """Raises if the artifacts do not agree.
 
         Raises:
             ValidationError: naming the first pair that fails, the output and the place; every
@@ -179,49 +188,39 @@ class Report:
         """
         if self.ok:
             return
-        offenders = [*self.problems, *self._failure_lines()]
-        first = self.first_failure
-        where, found = "validate", offenders[0]
-        if not self.problems and first is not None:
-            pair, output = first
-            where, found = (
-                f"{pair.left} against {pair.right}, output {output.output}",
-                output.reason,
-            )
-            offenders = offenders[1:]
+        failing = [pair for pair in self.comparisons if not pair.ok]
+        outputs = [(pair, output) for pair in failing for output in pair.outputs if not output.ok]
+        places = [f"{p.left} against {p.right}, output {o.output}" for p, o in outputs]
+        lines = [f"{place}: {o.reason}" for place, (_, o) in zip(places, outputs, strict=True)]
+        where, found, offenders = "validate", [*self.problems, *lines][0], [*self.problems, *lines]
+        if not self.problems:
+            where, found, offenders = places[0], outputs[0][1].reason, lines[1:]
+        if self.suspects:
+            suspects = " and ".join(self.suspects)
+            remedy = f"every failing pair contains {suspects}: make it again"
+        elif failing and all(pair.expect == "different" for pair in failing):
+            remedy = "check that the adapter was trained and that its scaling is not 0"
+        else:
+            last = failing[0].right if failing else "it"
+            remedy = f"make {last} again, of this base and this adapter"
         raise ValidationError(
             where,
             expected="artifacts that agree, and an adapter that changes the base",
             found=found,
-            remedy=self._remedy(),
+            remedy=remedy,
             offenders=offenders,
         )
 
-    def _remedy(self) -> str:
-        if self.suspects:
-            return f"every failing pair contains {' and '.join(self.suspects)}: make it again"
-        failing = [pair for pair in self.comparisons if not pair.ok]
-        if failing and all(pair.expect == "different" for pair in failing):
-            return "check that the adapter was trained and that its scaling is not 0"
-        last = failing[0].right if failing else "it"
-        return f"make {last} again, of this base and this adapter"
 
-    def _failure_lines(self) -> list[str]:
-        return [
-            f"{pair.left} against {pair.right}, output {output.output}: {output.reason}"
-            for pair in self.comparisons
-            if not pair.ok
-            for output in pair.outputs
-            if not output.ok
-        ]
+def first_line(error: Exception) -> str:
+    """The first line of another library's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and floats as dicts, lists and JSON numbers."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+def _as_json(value: Any) -> Any:
+    """Tuples as lists, and floats that JSON has no number for as None."""
+    if isinstance(value, dict):
+        return {name: _as_json(one) for name, one in value.items()}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [_as_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

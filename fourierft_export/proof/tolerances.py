@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from ..errors import UsageError
 
@@ -20,16 +19,14 @@ PRECISIONS = ("float64", "float32", "float16", "bfloat16", "int8")
 """From fine to coarse; "int8" stands for every quantised form."""
 
 NOISE_MARGIN = 8.0
-"""How many times the measured float32 noise is still put down to arithmetic: two implementations
-sum in different orders, and their errors were seen up to three times apart."""
+"""How many times the measured noise still passes for rounding: two implementations sum in
+different orders, and their errors were seen up to three times apart."""
 
 ASSUMED_NOISE = 2.0**-18
 """Noise (root mean square, as a fraction of the output's) where it cannot be measured because no
 torch model was given: 64 float32 rounding errors."""
 
-ASSUMED_NOISE_COARSE: Mapping[str, float] = MappingProxyType(
-    {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-6}
-)
+ASSUMED_NOISE_COARSE = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-6}
 """The same for coarser precisions: one rounding error of the weights."""
 
 
@@ -60,23 +57,21 @@ class Tolerance:
             )
 
 
-DEFAULT_TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
-    {
-        "float64": Tolerance(1e-4),
-        "float32": Tolerance(1e-4),
-        # Half precision rounds every weight (and, in a half-precision graph, every step) by up to
-        # 2^-11 or 2^-8; over the depth of a model about twenty such errors add up. Near-ties then
-        # turn, so the argmax is reported but not demanded.
-        "float16": Tolerance(1e-2, argmax=0.0),
-        "bfloat16": Tolerance(8e-2, argmax=0.0),
-        # Quantisation to 8 or 4 bits is lossy by design: only gross faults can be told from it.
-        "int8": Tolerance(2.5e-1, argmax=0.0),
-    }
-)
+DEFAULT_TOLERANCES = {
+    "float64": Tolerance(1e-4),
+    "float32": Tolerance(1e-4),
+    # Half precision rounds every weight (and, in a half-precision graph, every step) by up to
+    # 2^-11 or 2^-8; over the depth of a model about twenty such errors add up. Near-ties then
+    # turn, so the argmax is reported but not demanded.
+    "float16": Tolerance(1e-2, argmax=0.0),
+    "bfloat16": Tolerance(8e-2, argmax=0.0),
+    # Quantisation to 8 or 4 bits loses much by design: only gross faults show.
+    "int8": Tolerance(2.5e-1, argmax=0.0),
+}
 
 
 def resolve_tolerances(given: Mapping[str, Tolerance | float] | None) -> dict[str, Tolerance]:
-    """`DEFAULT_TOLERANCES` with those `given` put over them; a bare number sets `scale` alone.
+    """Returns `DEFAULT_TOLERANCES`, replaced where `given`; a bare number sets `scale` alone.
 
     Raises:
         UsageError: an unknown precision, or a value out of range.
@@ -89,11 +84,10 @@ def resolve_tolerances(given: Mapping[str, Tolerance | float] | None) -> dict[st
                 expected=f"one of {', '.join(PRECISIONS)}",
                 found=repr(precision),
             )
-        if isinstance(value, Tolerance):
-            tolerances[precision] = value
-        else:
+        if not isinstance(value, Tolerance):
             default = tolerances[precision]
-            tolerances[precision] = Tolerance(float(value), default.effect, default.argmax)
+            value = Tolerance(float(value), default.effect, default.argmax)
+        tolerances[precision] = value
     return tolerances
 
 

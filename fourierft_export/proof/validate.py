@@ -1,4 +1,4 @@
-"""`validate`: run every artifact on the same inputs and compare all pairs that must agree."""
+"""Runs every artifact on the same inputs and compares all pairs that must agree."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..bundle.file import Bundle
 from ..errors import UsageError
-from ..types import Progress
-from .artifacts import Artifacts
-from .compare import Array, Outputs
+from ..types import Array, Progress
+from .artifacts import Artifacts, PathLike
+from .compare import Outputs
 from .graphs import Graph
 from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokenizer
-from .judge import Run, judge
-from .model_sides import run_models
+from .model_sides import ModelSides
+from .pairs import Run, compare_pairs
 from .report import Comparison, Report, Side
 from .tolerances import Tolerance, resolve_tolerances
 
-PathLike = str | os.PathLike[str]
 SideFunction = Callable[[Mapping[str, Array]], Outputs]
 
 USEFUL_RESOLUTION = 0.01
@@ -51,7 +50,7 @@ def validate(
     allow_base_mismatch: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare artifacts of one adapter that must agree, and demand that the adapter does something.
+    """Compares artifacts of one adapter: they must agree, and must differ from the base.
 
     Args:
         base: Hugging Face directory of the base model.
@@ -90,20 +89,30 @@ def validate(
     _check_sides(artifacts, files, functions)
     if not allow_base_mismatch:
         artifacts.check_base()
-    steps = _Steps(progress, len(artifacts.names) + len(files) + len(functions))
+    total = len(artifacts.names) + len(files) + len(functions)
+    started: list[str] = []
+
+    def step(name: str) -> None:
+        # Models that are rebuilt for coarse precisions are not in the total.
+        if progress is not None:
+            progress(name, min(len(started), total), total)
+        started.append(name)
+
     graphs = dict(zip(_graph_names(files), (Graph(path, threads) for path in files), strict=True))
     ready = _ready_inputs(artifacts, list(graphs.values()), inputs, tokenizer, samples)
-
-    precisions = {g.precision for g in graphs.values()} & {"float16", "bfloat16"}
-    models = run_models(
-        artifacts, ready, batch_size=batch_size, precisions=precisions, tell=steps.next
-    )
-    called = [_run_function(name, call, ready, steps) for name, call in functions.items()]
-    run = [_run_graph(name, g, ready, batch_size, steps) for name, g in graphs.items()]
-    others = [_without(r, models.random_outputs) for r in (*called, *run)]
-    references = [*models.references, *(r for r in others if r.side.role == "base")]
-    adapted = [*models.adapted, *(r for r in others if r.side.role != "base")]
-    comparisons = judge(
+    models = ModelSides(artifacts, ready, batch_size, step)
+    models.run({g.precision for g in graphs.values()} & {"float16", "bfloat16"})
+    runs = []
+    for name, call in functions.items():
+        step(name)
+        runs.append(_run_function(name, call, ready))
+    for name, graph in graphs.items():
+        step(name)
+        runs.append(_run_graph(name, graph, ready, batch_size))
+    runs = [_without(run, models.random_outputs) for run in runs]
+    references = [*models.references, *(r for r in runs if r.side.role == "base")]
+    adapted = [*models.adapted, *(r for r in runs if r.side.role != "base")]
+    comparisons = compare_pairs(
         references,
         adapted,
         primary=artifacts.task.outputs[0] if artifacts.task else None,
@@ -111,8 +120,7 @@ def validate(
         tolerances=limits,
         noise=models.noise,
     )
-    steps.next("comparing")
-    notes = [*models.notes, *_limits_of(references, comparisons)]
+    step("comparing")
     return Report(
         task=artifacts.task.name if artifacts.task else None,
         inputs=ready.description,
@@ -120,22 +128,8 @@ def validate(
         sides=tuple(r.side for r in (*references, *adapted)),
         comparisons=comparisons,
         problems=tuple(models.problems),
-        notes=tuple(notes),
+        notes=(*models.notes, *_limits_of(references, comparisons)),
     )
-
-
-@dataclass
-class _Steps:
-    """Counts sides for `progress`; the rebuilt models for coarse precisions come on top."""
-
-    progress: Progress | None
-    total: int
-    started: int = 0
-
-    def next(self, what: str) -> None:
-        if self.progress is not None:
-            self.progress(what, min(self.started, self.total), self.total)
-        self.started += 1
 
 
 def _check_sides(
@@ -201,21 +195,19 @@ def _graph_names(files: Sequence[PathLike]) -> Iterator[str]:
         yield f"onnx:{Path(path).name if times[Path(path).name] == 1 else os.fspath(path)}"
 
 
-def _run_function(name: str, call: SideFunction, inputs: Inputs, steps: _Steps) -> Run:
-    steps.next(name)
-    started = time.monotonic()
+def _run_function(name: str, call: SideFunction, inputs: Inputs) -> Run:
+    began = time.monotonic()
     outputs = {key: np.asarray(value) for key, value in call(dict(inputs.arrays)).items()}
-    role = "base" if name == "base" else "adapted"
-    return Run(_side(name, role, "", "float32", outputs, started), outputs)
+    side = Side(name, "base" if name == "base" else "adapted", "", "float32")
+    return Run(side.measured(outputs, began, ()), outputs)
 
 
-def _run_graph(name: str, graph: Graph, inputs: Inputs, batch_size: int, steps: _Steps) -> Run:
-    steps.next(name)
-    started = time.monotonic()
+def _run_graph(name: str, graph: Graph, inputs: Inputs, batch_size: int) -> Run:
+    began = time.monotonic()
     # Without a mask nothing says that the rows are independent examples: one call.
     outputs = graph.run(inputs.arrays, batch_size=batch_size if inputs.mask is not None else None)
-    side = _side(name, "adapted", os.fspath(graph.path), graph.precision, outputs, started)
-    return Run(side, outputs, computes=graph.precision)
+    side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
+    return Run(side.measured(outputs, began, ()), outputs, computes=graph.precision)
 
 
 def _without(run: Run, names: Set[str]) -> Run:
@@ -223,31 +215,19 @@ def _without(run: Run, names: Set[str]) -> Run:
     return replace(run, outputs={n: a for n, a in run.outputs.items() if n not in names})
 
 
-def _side(
-    name: str, role: str, source: str, precision: str, outputs: Outputs, started: float
-) -> Side:
-    shapes = tuple((key, tuple(value.shape)) for key, value in outputs.items())
-    return Side(name, role, source, precision, shapes, round(time.monotonic() - started, 3))
-
-
 def _limits_of(references: Sequence[Run], comparisons: Sequence[Comparison]) -> Iterator[str]:
     """What the validation could not see."""
     if not references:
         yield "no base to compare with: whether the adapter changes anything was not checked"
-    seen = _resolutions(comparisons)
+    # Side -> the smallest error of the adapter that any comparison would have caught in it.
+    seen: dict[str, float] = {}
+    for pair in comparisons:
+        known = [o.resolution for o in pair.outputs if o.resolution is not None]
+        for name in (pair.left, pair.right) if known else ():
+            seen[name] = min(max(known), seen.get(name, max(known)))
     for name, resolution in seen.items():
         if resolution > USEFUL_RESOLUTION:
             yield (
                 f"{name}: an error of the adapter below {resolution:.1%} of its effect would not "
-                "be seen, since the effect is small beside rounding"
+                "be seen: the effect is small compared with rounding"
             )
-
-
-def _resolutions(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """Side -> the finest resolution that any comparison had on it, over its worst output."""
-    best: dict[str, float] = {}
-    for pair in comparisons:
-        known = [o.resolution for o in pair.outputs if o.resolution is not None]
-        for name in (pair.left, pair.right) if known else ():
-            best[name] = min(max(known), best.get(name, max(known)))
-    return best

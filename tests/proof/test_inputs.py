@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fourierft_export.errors import BadInputError, FileAccessError, UsageError
-from fourierft_export.proof.inputs import default_inputs, given_inputs, has_tokenizer
-from fourierft_export.proof.sentences import SENTENCES
+from fourierft_export.proof.inputs import SENTENCES, default_inputs, given_inputs, has_tokenizer
+
 
 
 def test_there_are_enough_different_sentences() -> None:

@@ -1,83 +1,39 @@
-"""Models through transformers' own loading, and how to run one."""
+"""Loads models with transformers and PEFT themselves, and runs them."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ..errors import BadInputError, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..models.task import Task, auto_class_for, read_config
-from .compare import Array
+from ..types import Array
+from .report import first_line
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model and what its directory did not hold.
-
-    Attributes:
-        model: in eval mode, float32.
-        unset: parameters that the directory lacks, or holds in another shape: random values.
-    """
-
-    model: torch.nn.Module
-    unset: tuple[str, ...]
-
-
-def require_transformers() -> None:
-    """Raise MissingExtraError unless torch and transformers can be imported."""
-    for package, extra in (("torch", "torch"), ("transformers", "hf")):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise missing_extra(package, extra, "validate") from error
-
-
-def model_directory(path: str | os.PathLike[str]) -> Path:
-    """`path`, which must be a directory with a config.json: nothing is ever fetched.
-
-    Raises:
-        FileAccessError: there is no such directory.
-        BadInputError: it holds no config.json.
-    """
-    directory = Path(path)
-    if directory.is_file():
-        raise BadInputError(
-            directory,
-            expected="a model directory",
-            found="a file",
-            remedy="give the folder that holds its config.json",
-        )
-    if not directory.is_dir():
-        raise FileAccessError(
-            directory,
-            expected="a model directory",
-            found="no such directory",
-            remedy="check the path",
-        )
-    if not (directory / "config.json").is_file():
-        raise BadInputError(directory, expected="a model directory", found="no config.json in it")
-    return directory
-
-
-def load(directory: Path, task: Task, num_labels: int | None = None) -> Loaded:
-    """A model through transformers' Auto class for the task, in float32 and eval mode.
+def load_model(
+    directory: Path, task: Task, num_labels: int | None = None
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """Loads a model through transformers' Auto class for the task, in float32 and eval mode.
 
     Args:
-        directory: see `model_directory`.
+        directory: a model directory.
         task: what to load it for.
         num_labels: of the classification head; default what the config says.
+
+    Returns:
+        The model, and the parameters that the directory lacks or holds in another shape: their
+        values are random.
 
     Raises:
         BadInputError: transformers cannot load it; only safetensors are read.
@@ -102,14 +58,43 @@ def load(directory: Path, task: Task, num_labels: int | None = None) -> Loaded:
                 **options,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            text = str(error).splitlines()
             raise BadInputError(
                 directory,
                 expected=f"a model that transformers loads for {task.name}",
-                found=text[0] if text else type(error).__name__,
+                found=first_line(error),
             ) from error
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    return Loaded(model.eval(), tuple(sorted({*info["missing_keys"], *mismatched})))
+    return model.eval(), tuple(sorted({*info["missing_keys"], *mismatched}))
+
+
+def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module, list[str]]:
+    """Lets PEFT put an adapter on a model, unmerged, in eval mode.
+
+    Args:
+        base: freshly loaded, float32; PEFT changes it.
+        directory: of the adapter.
+
+    Returns:
+        The model, and PEFT's warnings about keys that the file lacks: those spectra are random.
+
+    Raises:
+        BaseMismatchError: PEFT cannot put the adapter on this base.
+    """
+    from peft import PeftModel
+
+    with quiet_transformers(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model: torch.nn.Module = PeftModel.from_pretrained(base, directory)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise BaseMismatchError(
+                directory,
+                expected="an adapter that PEFT loads on the base",
+                found=first_line(error),
+                remedy="give the base model that the adapter belongs to",
+            ) from error
+    lines = [(str(warning.message).splitlines() or [""])[0] for warning in caught]
+    return model.eval(), [line for line in lines if "missing adapter keys" in line]
 
 
 def run_model(
@@ -120,7 +105,7 @@ def run_model(
     batch_size: int,
     forward: torch.nn.Module | None = None,
 ) -> dict[str, Array]:
-    """The task's outputs on the inputs, in batches.
+    """Computes the task's outputs on the inputs, in batches.
 
     Args:
         model: in the precision in which it is to compute.
@@ -164,7 +149,7 @@ def run_model(
             raise BadInputError(
                 f"inputs {', '.join(taken)}",
                 expected=f"arrays that {type(model).__name__} can be run on",
-                found=(str(error).splitlines() or [type(error).__name__])[0],
+                found=first_line(error),
                 remedy="check the arrays' shapes and dtypes, and ids against the vocabulary",
             ) from error
         for name in task.outputs:

@@ -1,0 +1,152 @@
+"""Decides which sides are compared, and how large a difference rounding explains.
+
+Even faultless artifacts differ a little: float32 sums depend on their order, and a bfloat16 file
+rounds every weight. A fixed bound would have to allow the worst of that and would then miss small
+faults. So the noise (what rounding alone changes in an output, as a root mean square) is measured
+where a torch model is at hand:
+
+- arithmetic noise: the same model in float32 and in float64;
+- rounding noise: the model with weights rounded to bfloat16 or float16, and unrounded.
+
+Two sides with weights of one precision that both compute in float32 may differ by the arithmetic
+noise; for that the adapted model is rebuilt once per precision. Any other pair may differ by both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from ..types import Array
+from .compare import Outputs, compare_change, compare_outputs, rms_difference
+from .report import Comparison, Side
+from .tolerances import ASSUMED_NOISE, ASSUMED_NOISE_COARSE, Tolerance, coarser
+
+
+@dataclass(frozen=True)
+class Run:
+    """A side together with its outputs.
+
+    Attributes:
+        side: what it is.
+        outputs: output name -> array.
+        computes: precision of its arithmetic; a bfloat16 checkpoint is computed in float32.
+        rebuilt: it was rebuilt here from base and bundle; two such sides are not compared.
+    """
+
+    side: Side
+    outputs: Outputs
+    computes: str = "float32"
+    rebuilt: bool = False
+
+    @property
+    def precision(self) -> str:
+        """The coarser one of its weights' precision and its arithmetic's."""
+        return coarser(self.side.precision, self.computes)
+
+
+@dataclass
+class Noise:
+    """The noise that was measured, as root mean squares.
+
+    Attributes:
+        arithmetic: weight precision -> output name -> noise of float32 arithmetic.
+        rounding: weight precision -> output name -> what rounding the weights changes.
+    """
+
+    arithmetic: dict[str, dict[str, float]] = field(default_factory=dict)
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def between(self, left: Run, right: Run) -> dict[str, float]:
+        """Output name -> the noise between two sides, as far as it was measured."""
+        if same_arithmetic(left, right):
+            return self.arithmetic.get(left.side.precision, {})
+        coarse = coarser(left.precision, right.precision)
+        arithmetic = self.arithmetic.get(coarse, {})
+        rounding = self.rounding.get(coarse, {})
+        return {name: value + arithmetic.get(name, 0.0) for name, value in rounding.items()}
+
+
+def same_arithmetic(left: Run, right: Run) -> bool:
+    """Whether both hold weights of one precision and compute in float32."""
+    same = left.side.precision == right.side.precision
+    return same and left.computes == right.computes == "float32"
+
+
+def compare_pairs(
+    references: Sequence[Run],
+    adapted: Sequence[Run],
+    *,
+    primary: str | None,
+    mask: Array | None,
+    tolerances: Mapping[str, Tolerance],
+    noise: Noise,
+) -> tuple[Comparison, ...]:
+    """Compares all pairs that prove something.
+
+    Args:
+        references: sides without the adapter's weight changes, the closest to the adapted ones
+            last. Adapted sides of their precision must differ from them.
+        adapted: sides that must agree, the most trustworthy first.
+        primary: the output that every side must have; None: all outputs.
+        mask: (batch, positions), true where a token is real.
+        tolerances: for every precision.
+        noise: what was measured.
+
+    Returns:
+        First the pairs that must agree, then those that must differ.
+    """
+    effect: dict[str, float] | None = None
+    if references and adapted:
+        alike = [r for r in references if r.side.precision == adapted[0].side.precision]
+        effect = rms_difference((alike or references)[-1].outputs, adapted[0].outputs, mask)
+    comparisons = []
+    for left, right in combinations(adapted, 2):
+        # A model rebuilt for one coarse precision is there for sides of that precision only.
+        own_precision = left.side.precision in ("float32", right.side.precision)
+        if left.rebuilt and (right.rebuilt or not own_precision):
+            continue
+        coarse = coarser(left.precision, right.precision)
+        precision = "float32" if same_arithmetic(left, right) else coarse
+        outputs = compare_outputs(
+            left.outputs,
+            right.outputs,
+            mask=mask,
+            tolerance=tolerances[precision],
+            effect=effect,
+            noise=noise.between(left, right),
+            assumed_noise=ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
+            names=_names(left.outputs, right.outputs, primary),
+        )
+        comparisons.append(Comparison(left.side.name, right.side.name, "equal", precision, outputs))
+    for left in references:
+        for right in adapted:
+            if _has_closer(left, right, references):
+                continue
+            coarse = coarser(left.precision, right.precision)
+            outputs = compare_change(
+                left.outputs,
+                right.outputs,
+                mask=mask,
+                noise=noise.between(left, right),
+                assumed_noise=ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
+                names=_names(left.outputs, right.outputs, primary),
+            )
+            comparisons.append(
+                Comparison(left.side.name, right.side.name, "different", coarse, outputs)
+            )
+    return tuple(comparisons)
+
+
+def _has_closer(left: Run, right: Run, references: Sequence[Run]) -> bool:
+    """Whether another reference has the side's precision: rounding must not pass for an effect."""
+    wanted = right.side.precision
+    return left.side.precision != wanted and any(r.side.precision == wanted for r in references)
+
+
+def _names(left: Outputs, right: Outputs, primary: str | None) -> list[str]:
+    """Names to compare: all of either side, or, with a primary output, it and what both have."""
+    if primary is None:
+        return list(dict.fromkeys([*left, *right]))
+    return list(dict.fromkeys([primary, *(name for name in left if name in right)]))
