@@ -11,7 +11,6 @@ from fourierft_export.errors import BadInputError, FileAccessError, UsageError
 from fourierft_export.proof.inputs import SENTENCES, default_inputs, given_inputs, has_tokenizer
 
 
-
 def test_there_are_enough_different_sentences() -> None:
     assert len(set(SENTENCES)) == len(SENTENCES) >= 64
     lengths = [len(text.split()) for text in SENTENCES]
