@@ -95,9 +95,7 @@ def make_files(model: nn.Module, x: Tensor, folder: Path) -> None:
         onnx.load(folder / "torchscript.onnx"), folder / "external.onnx",
         save_as_external_data=True, location="external.onnx.data", size_threshold=0,
     )  # fmt: skip
-    quantize_dynamic(
-        folder / "torchscript.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8
-    )
+    quantize_dynamic(folder / "torchscript.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8)
     four_bits = MatMulNBitsQuantizer(onnx.load(folder / "torchscript.onnx"), block_size=32)
     four_bits.process()
     four_bits.model.save_model_to_file(str(folder / "int4.onnx"))

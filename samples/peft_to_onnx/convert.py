@@ -54,7 +54,9 @@ def main(folder: Path) -> None:
     # Merge: a plain model that transformers loads.
     report = ff.merge_checkpoint(base, bundle, folder / "merged", force=True)
     least = min(layer.survival or 0 for layer in report.layers)
-    print(f"merged/           {report.nbytes:>12,} bytes; {least:.1%} of the weights changed at least")
+    print(
+        f"merged/           {report.nbytes:>12,} bytes; {least:.1%} of the weights changed at least"
+    )
     half = ff.merge_checkpoint(
         base, bundle, folder / "merged-bfloat16", dtype="bfloat16", force=True
     )
@@ -72,7 +74,9 @@ def main(folder: Path) -> None:
         onnx=[folder / "merged.onnx", folder / "unmerged.onnx"], samples=8,
     )  # fmt: skip
     proof.raise_for_failure()
-    print(f"validate: {len(proof.sides)} models, {len(proof.comparisons)} pairs compared, all agree")
+    print(
+        f"validate: {len(proof.sides)} models, {len(proof.comparisons)} pairs compared, all agree"
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
 from fourierft_export.onnx_graph.runtime.adapter_file import read_adapter, write_adapter
 from fourierft_export.onnx_graph.runtime.graph_file import parameters_for
-
-SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "onnx_swap" / "swap.py"
 
 
 def by_hand(bundle: ff.Bundle) -> dict[str, np.ndarray]:
@@ -208,32 +204,6 @@ def test_layers_of_several_seeds_share_one_graph(small_tenants: Any, run: Any) -
     again = ff.Bundle.build(mixed.spec, changed, bundle.saved, other)
     moved = run(path, {**small_tenants.inputs, **parameters_for(path, again)})["output"]
     assert np.abs(moved - want).max() > 1e-3
-
-
-def test_the_sample_without_this_package(
-    minilm_tenants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """samples/onnx_swap/swap.py prints what AdapterSession computes, in both modes."""
-    sample = runpy.run_path(str(SAMPLE))
-    for mode, target in (("swappable", "onnx-adapter"), ("paired", "onnx-inputs")):
-        path = minilm_tenants.file(mode)
-        session = ff.AdapterSession(path)
-        files = []
-        for name in minilm_tenants.bundles:
-            files.append(str(tmp_path / f"{name}.{mode}"))
-            source = str(minilm_tenants.bundle_file(name))
-            arguments = ["--to", target, "--onnx", str(path), "-o", files[-1]]
-            assert run_command(["pack", source, *arguments]) == 0
-            session.load(name, minilm_tenants.bundles[name])
-        inputs = sample["example"](sample["session"](str(path)))
-        capsys.readouterr()
-        sample[mode](str(path), files)
-        printed = capsys.readouterr().out
-        for name, file in zip(minilm_tenants.bundles, files, strict=True):
-            _, _, rest = printed.partition(file)
-            numbers = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", rest)[:4]
-            want = session.run(inputs, name)["logits"].ravel()
-            np.testing.assert_allclose(np.array(numbers, float), want, atol=1e-5)
 
 
 def test_pack_for_onnx_names_its_mistakes(

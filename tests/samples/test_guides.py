@@ -1,40 +1,40 @@
 """The guides in samples/: each program runs offline, and writes what its README says.
 
-What they write is compared with float64 arithmetic: delta_W is scaling * Re(ifft2(F)), where F holds
-the spectrum at the places that torch.randperm gives, and is zero elsewhere (arXiv 2405.03003).
+What they write is compared with float64 arithmetic: delta_W is scaling * Re(ifft2(F)), where F
+holds the spectrum at the places that torch.randperm gives, and zeros elsewhere (arXiv 2405.03003).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
-from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import fourierft_export as ff
+from fourierft_export.cli.main import verbs
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
 
-def delta(spectrum: Any, shape: tuple[int, int], seed: int, scaling: float) -> np.ndarray:
+def delta(spectrum: Any, shape: Any, seed: Any, scaling: float) -> np.ndarray:
     """delta_W of a layer in float64, (out, in)."""
     size = shape[0] * shape[1]
-    places = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    places = torch.randperm(size, generator=torch.Generator().manual_seed(int(seed)))
     dense = np.zeros(size)
     dense[places[: len(spectrum)].numpy()] = np.asarray(spectrum, np.float64)
     return np.fft.ifft2(dense.reshape(shape)).real * scaling
@@ -43,12 +43,19 @@ def delta(spectrum: Any, shape: tuple[int, int], seed: int, scaling: float) -> n
 def deltas(path: Path) -> dict[str, np.ndarray]:
     """Layer -> delta_W of a bundle's file."""
     bundle = ff.Bundle.load(path)
-    seed, scaling = int(bundle.spec.seed), float(bundle.spec.scaling)
-    return {
-        layer.name: delta(bundle.spectra[layer.name], layer.shape, seed, scaling)
-        for layer in bundle.layers
-        if layer.shape is not None
-    }
+    values = (bundle.spec.seed, bundle.spec.scaling)
+    return {x.name: delta(bundle.spectra[x.name], x.shape, *values) for x in bundle.layers}
+
+
+def adapted(model: nn.Module, bundle: Path | None) -> nn.Module:
+    """The model in float64, with a bundle's delta_W and saved tensors in its weights."""
+    model = model.double().eval().requires_grad_(False)
+    if bundle is not None:
+        for layer, change in deltas(bundle).items():
+            model.get_submodule(layer).weight += torch.from_numpy(change)
+        for name, tensor in ff.Bundle.load(bundle).saved.items():
+            model.get_parameter(name).copy_(torch.from_numpy(tensor.copy()))
+    return model
 
 
 def run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -56,34 +63,22 @@ def run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(session.run(None, inputs)[0])
 
 
-def relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0)
-
-
 def check_own_model(folder: Path, printed: str) -> None:
-    weights = {k: v.double().numpy() for k, v in torch.load(folder / "base.pt").items()}
-    for layer, change in deltas(folder / "rotated.fourierft.safetensors").items():
-        weights[f"{layer}.weight"] += change
-
-    def linear(x: np.ndarray, layer: str) -> np.ndarray:
-        return x @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"]
-
-    x = np.random.default_rng(0).random((5, 64))
-    hidden = relu(linear(x, "embed"))
-    for layer in ("blocks.0", "blocks.1"):
-        hidden = hidden + relu(linear(hidden, layer))
-    got = run(folder / "rotated.onnx", {"pixels": x.astype(np.float32)})
-    np.testing.assert_allclose(got, linear(hidden, "head"), rtol=1e-4, atol=1e-4)
+    model = runpy.run_path(str(SAMPLES / "own_model/train.py"))["Reader"]()
+    model.load_state_dict(torch.load(folder / "base.pt"))
+    x = torch.rand(5, 64)
+    want = adapted(model, folder / "rotated.fourierft.safetensors")(x.double())
+    got = run(folder / "rotated.onnx", {"pixels": x.numpy()})
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     before, after = zip(*re.findall(r"digits +([\d.]+)% -> +([\d.]+)%", printed), strict=True)
     assert max(map(float, before)) < 30 < 80 < min(map(float, after))
-    assert re.search(r"bit for bit: True", printed)
+    assert "bit for bit: True" in printed
 
 
 def check_large_checkpoint(folder: Path, printed: str) -> None:
     changes = deltas(folder / "adapter.fourierft.safetensors")
     shards = sorted(path.name for path in (folder / "base").glob("*.safetensors"))
-    assert len(changes) == 16
-    assert len(shards) == 6
+    assert (len(changes), len(shards)) == (16, 6)
     for shard in shards:
         base, merged = load_file(folder / "base" / shard), load_file(folder / "merged" / shard)
         for name, weight in base.items():
@@ -96,8 +91,7 @@ def check_large_checkpoint(folder: Path, printed: str) -> None:
     assert not changes
     assert printed.count("the same: True") == 3
     assert re.search(r"resumed: [1-5] of 6 shards", printed)
-    assert "verify merged: True" in printed
-    assert f"verify damaged: {shards[0]}" in printed
+    assert f"verify merged: True\nverify damaged: {shards[0]}" in printed
     assert not list(folder.glob("*.partial-*"))
     # Coefficients at mirrored places are not unique; delta_W is.
     original = deltas(folder / "adapter.fourierft.safetensors")
@@ -106,45 +100,34 @@ def check_large_checkpoint(folder: Path, printed: str) -> None:
 
 
 def check_foreign_onnx(folder: Path, printed: str) -> None:
-    tensors = onnx.load(folder / "anonymous.onnx").graph.initializer
-    weights = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in tensors}
-    changes = deltas(folder / "adapter.fourierft.safetensors")
-    x = np.random.default_rng(1).standard_normal((2, 5, 64))
-    want = x
-    for block, names in (("blocks.0", ("w0", "w1", "w2")), ("blocks.1", ("w3", "w4", "w5"))):
-        query, key, value = (weights[name] for name in names)  # stored as (in, out)
-        query = query + changes[f"{block}.query"].T
-        value = value + changes[f"{block}.value"].T
-        scores = np.exp((want @ query) @ np.swapaxes(want @ key, 1, 2) / 8)
-        want = want + scores / scores.sum(-1, keepdims=True) @ (want @ value)
-    feeds = {"x": x.astype(np.float32)}
-    floats = [f"{n}.{m}" for n in ("torchscript", "dynamo", "anonymous", "external")
-              for m in ("merged", "unmerged")]  # fmt: skip
-    for name in [*floats, "mapped"]:
-        got = run(folder / f"{name}.onnx", feeds)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=name)
+    torch.manual_seed(0)
+    model = runpy.run_path(str(SAMPLES / "foreign_onnx/adapt.py"))["Model"]()
+    x = torch.randn(2, 5, 64)
+    want = adapted(model, folder / "adapter.fourierft.safetensors")(x.double()).numpy()
+    files = [path for path in folder.glob("*merged.onnx") if not path.name.startswith("int")]
+    assert len(files) == 8
+    for path in [*files, folder / "mapped.onnx"]:
+        got = run(path, {"x": x.numpy()})
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=path.name)
     assert (folder / "external.merged.onnx.data").exists()
     # The reference evaluator multiplies integers exactly, which not every CPU does.
-    got = ReferenceEvaluator(str(folder / "int8.unmerged.onnx")).run(None, feeds)[0]
+    (got,) = ReferenceEvaluator(str(folder / "int8.unmerged.onnx")).run(None, {"x": x.numpy()})
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
     assert "merged into int8: refused" in printed
     assert not (folder / "refused.onnx").exists()
-    assert "4 of 4 layers" in printed
 
 
 def check_peft_to_onnx(folder: Path, printed: str) -> None:
-    spectra = load_file(folder / "adapter/adapter_model.safetensors")
+    adapter = load_file(folder / "adapter/adapter_model.safetensors")
     merged = load_file(folder / "merged/model.safetensors")
-    base = next(Path(p) for p in re.findall(r"base +(/.*)", printed))
-    with safe_open(base / "model.safetensors", "np") as file:
-        for i in range(6):
-            layer = f"encoder.layer.{i}.attention.self.query"
-            weight = file.get_tensor(f"{layer}.weight").astype(np.float64)
-            spectrum = spectra[f"base_model.model.bert.{layer}.fourierft_spectrum"]
-            want = weight + delta(spectrum, weight.shape, 777, 150.0)
-            np.testing.assert_allclose(merged[f"bert.{layer}.weight"], want, atol=1e-6)
-    head = spectra["base_model.model.classifier.weight"]
-    assert torch.equal(merged["classifier.weight"], head)
+    base = load_file(Path(re.findall(r"base +(.+)", printed)[0]) / "model.safetensors")
+    for i in range(6):
+        layer = f"encoder.layer.{i}.attention.self.query"
+        spectrum = adapter[f"base_model.model.bert.{layer}.fourierft_spectrum"]
+        weight = base[f"{layer}.weight"].double().numpy()
+        want = weight + delta(spectrum, weight.shape, 777, 150.0)
+        np.testing.assert_allclose(merged[f"bert.{layer}.weight"], want, atol=1e-6)
+    assert torch.equal(merged["classifier.weight"], adapter["base_model.model.classifier.weight"])
     ids = np.arange(1000, 1012).reshape(2, 6)
     feeds = {"input_ids": ids, "attention_mask": ids**0, "token_type_ids": ids * 0}
     two = [run(folder / f"{mode}.onnx", feeds) for mode in ("merged", "unmerged")]
@@ -156,19 +139,11 @@ def check_many_tenants(folder: Path, printed: str) -> None:
     from transformers import BertForSequenceClassification
 
     def logits(tenant: str | None, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        model = BertForSequenceClassification.from_pretrained(folder / "base").double().eval()
-        if tenant:
-            path = folder / f"{tenant}.fourierft.safetensors"
-            weights = model.state_dict()
-            for layer, change in deltas(path).items():
-                weights[f"{layer}.weight"] += torch.from_numpy(change)
-            for name, tensor in ff.Bundle.load(path).saved.items():
-                weights[name].copy_(torch.from_numpy(tensor.copy()))
-        with torch.no_grad():
-            return model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
+        model = BertForSequenceClassification.from_pretrained(folder / "base")
+        model = adapted(model, tenant and folder / f"{tenant}.fourierft.safetensors")
+        return model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
 
-    with np.load(folder / "served.npz") as file:
-        served = dict(file)
+    served = dict(np.load(folder / "served.npz"))
     got = served.pop("logits")
     for row, tenant in enumerate(("tenant-a", "tenant-b", None, "tenant-c")):
         want = logits(tenant, {name: array[row : row + 1] for name, array in served.items()})
@@ -179,8 +154,7 @@ def check_many_tenants(folder: Path, printed: str) -> None:
     for tenant in ("tenant-a", "tenant-b"):
         want = logits(tenant, inputs).ravel()
         for suffix in ("onnx_adapter", "inputs.safetensors"):
-            shown = printed.split(f"{tenant}.{suffix} ")[1].removeprefix("expanded in ")
-            shown = re.findall(r"-?\d+\.\d*", shown)[:6]
+            shown = re.findall(r"-?\d+\.\d*", printed.split(f"{tenant}.{suffix} ")[1])[:6]
             np.testing.assert_allclose(np.array(shown, float), want, atol=1e-4)
 
 
@@ -194,22 +168,16 @@ GUIDES = {
 
 
 def run_program(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, SAMPLES / program, "-o", folder / "out"], cwd=folder,
-        env=os.environ | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = [sys.executable, str(SAMPLES / program), "-o", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, tuple[Path, Future[subprocess.CompletedProcess[str]]]]]:
-    """The programs of the selected tests, two at a time: each waits for one thread mostly."""
-    selected = [i.callspec.params["program"] for i in request.node.session.items
-                if getattr(i, "originalname", "") == "test_guide"]  # fmt: skip
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The programs of the selected tests, two at a time: (folder, future) by program."""
+    items = [item for item in request.node.session.items if hasattr(item, "callspec")]
+    selected = [i.callspec.params["program"] for i in items if i.originalname == "test_guide"]
     with ThreadPoolExecutor(2) as pool:
         folders = {program: tmp_path_factory.mktemp("guide") for program in selected}
         yield {p: (folder, pool.submit(run_program, p, folder)) for p, folder in folders.items()}
@@ -219,18 +187,16 @@ def runs(
 @pytest.mark.parametrize("program", GUIDES)
 def test_guide(program: str, runs: Any) -> None:
     folder, future = runs[program]
-    done = future.result()
+    done: subprocess.CompletedProcess[str] = future.result()
     assert done.returncode == 0, done.stdout + done.stderr
-    check: Callable[[Path, str], None] = GUIDES[program]
-    check(folder / "out", done.stdout)
+    GUIDES[program](folder, done.stdout)
 
 
 @pytest.mark.parametrize("program", GUIDES)
 def test_options_in_a_readme_exist(program: str) -> None:
     text = (SAMPLES / program).with_name("README.md").read_text("utf-8").replace("\\\n", " ")
-    used = re.findall(r"^(?:fourierft-export|\$ fourierft-export) (\w+)(.*)$", text, re.MULTILINE)
-    for verb, words in used:
-        shown = CliRunner().invoke(command_line, [verb, "--help"]).output
-        missing = [w for w in re.findall(r"(?<= )--?[a-z-]+", words) if not re.search(rf"{w}\b", shown)]
-        assert not missing, f"{verb}: {missing}"
     assert Path(program).name in text
+    for verb, words in re.findall(r"^fourierft-export (\w+)(.*)$", text, re.MULTILINE):
+        shown = CliRunner().invoke(verbs, [verb, "--help"]).output
+        for option in re.findall(r"(?<= )--?[a-z-]+", words):
+            assert re.search(rf"{option}\b", shown), f"{verb} {option}"
