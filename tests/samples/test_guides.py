@@ -43,8 +43,8 @@ def delta(spectrum: Any, shape: Any, seed: Any, scaling: float) -> np.ndarray:
 def deltas(path: Path) -> dict[str, np.ndarray]:
     """Layer -> delta_W of a bundle's file."""
     bundle = ff.Bundle.load(path)
-    values = (bundle.spec.seed, bundle.spec.scaling)
-    return {x.name: delta(bundle.spectra[x.name], x.shape, *values) for x in bundle.layers}
+    how = (bundle.spec.seed, bundle.spec.scaling)
+    return {x.name: delta(bundle.spectra[x.name], x.shape, *how) for x in bundle.layers}
 
 
 def adapted(model: nn.Module, bundle: Path | None) -> nn.Module:
@@ -130,8 +130,8 @@ def check_peft_to_onnx(folder: Path, printed: str) -> None:
     assert torch.equal(merged["classifier.weight"], adapter["base_model.model.classifier.weight"])
     ids = np.arange(1000, 1012).reshape(2, 6)
     feeds = {"input_ids": ids, "attention_mask": ids**0, "token_type_ids": ids * 0}
-    two = [run(folder / f"{mode}.onnx", feeds) for mode in ("merged", "unmerged")]
-    np.testing.assert_allclose(*two, atol=1e-5)
+    one, other = (run(folder / f"{mode}.onnx", feeds) for mode in ("merged", "unmerged"))
+    np.testing.assert_allclose(one, other, atol=1e-5)
     assert "15 pairs compared, all agree" in printed
 
 
