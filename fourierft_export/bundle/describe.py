@@ -9,8 +9,8 @@ from typing import Any
 from ..files import dtypes
 from . import names
 from .file import Bundle
-from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_adapter, read_peft_config
-from .spec import LayerSpec
+from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_adapter
+from .peft_config import read_peft_config
 
 
 def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -19,11 +19,18 @@ def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) 
     Args:
         path: its file, for the size; the size in memory otherwise.
     """
-    groups: dict[tuple[object, ...], list[LayerSpec]] = {}
+    groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
     for layer in bundle.layers:
-        dtype = dtypes.to_name(bundle.spectra[layer.name].dtype)
-        key = (layer.n_frequency, layer.shape, dtype, layer.entry_rule, layer.fan_in_fan_out)
-        groups.setdefault(key, []).append(layer)
+        facts = {
+            "n_frequency": layer.n_frequency,
+            "shape": None if layer.shape is None else list(layer.shape),
+            "dtype": dtypes.to_name(bundle.spectra[layer.name].dtype),
+            "entry_rule": layer.entry_rule,
+            "fan_in_fan_out": layer.fan_in_fan_out,
+        }
+        base_dtype = layer.fingerprint.dtype if layer.fingerprint else None
+        members, _ = groups.setdefault(str(facts), ([], facts | {"base_dtype": base_dtype}))
+        members.append(layer.name)
     return {
         "kind": "bundle",
         "path": None if path is None else os.fspath(path),
@@ -37,17 +44,8 @@ def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) 
         "layers": len(bundle.layers),
         "coefficients": sum(layer.n_frequency for layer in bundle.layers),
         "groups": [
-            {
-                "layers": names.compress(layer.name for layer in layers),
-                "count": len(layers),
-                "n_frequency": layers[0].n_frequency,
-                "shape": list(layers[0].shape) if layers[0].shape else None,
-                "dtype": dtypes.to_name(bundle.spectra[layers[0].name].dtype),
-                "entry_rule": layers[0].entry_rule,
-                "fan_in_fan_out": layers[0].fan_in_fan_out,
-                "base_dtype": layers[0].fingerprint.dtype if layers[0].fingerprint else None,
-            }
-            for layers in groups.values()
+            {"layers": names.compress(members), "count": len(members), **facts}
+            for members, facts in groups.values()
         ],
         "saved": [
             {"name": name, "dtype": dtypes.to_name(array.dtype), "shape": list(array.shape)}
@@ -66,18 +64,15 @@ def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = find_adapter(directory)
     weights = folder / WEIGHTS_FILE
-    facts: dict[str, Any] = {
-        "kind": "adapter",
-        "path": os.fspath(folder),
-        "config": read_peft_config(folder / CONFIG_FILE),
-    }
+    facts: dict[str, Any] = {"bytes": 0, "layers": 0, "coefficients": 0, "groups": [], "saved": []}
     if weights.exists():
         described = describe_bundle(read_adapter(folder))
-        taken = ("layers", "coefficients", "groups", "saved")
-        facts |= {"bytes": weights.stat().st_size} | {key: described[key] for key in taken}
-    else:
-        facts |= {"bytes": 0, "layers": 0, "coefficients": 0, "groups": [], "saved": []}
-    return facts
+        facts = {key: described[key] for key in facts} | {"bytes": weights.stat().st_size}
+    return describe_adapter_config(folder / CONFIG_FILE) | {
+        "kind": "adapter",
+        "path": os.fspath(folder),
+        **facts,
+    }
 
 
 def describe_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:

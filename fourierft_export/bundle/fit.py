@@ -67,19 +67,18 @@ class Fit:
 
     Attributes:
         name: how to speak of the adapter.
-        spec: of the adapter; layers that were unbound have the shapes, entries and (where they
-            were to be had) fingerprints of what was found. Names stay the adapter's.
+        spec: of the adapter, bound to what was found; names stay the adapter's.
         verdicts: layer -> what its fingerprint says; "unchecked" where either side has nothing to
             compare. Layers that do not fit are left out.
         misfits: a line for each layer or tensor that cannot fit, whatever the caller allows.
-        places: layer -> what its weight is called, for messages.
+        places: layer -> what its weight is called there, for messages.
     """
 
     name: str
     spec: AdapterSpec
     verdicts: Mapping[str, LayerVerdict]
-    misfits: tuple[str, ...] = ()
-    places: Mapping[str, str] | None = None
+    misfits: tuple[str, ...]
+    places: Mapping[str, str]
 
     def layers_with(self, verdict: LayerVerdict) -> list[str]:
         """The layers of this verdict."""
@@ -106,19 +105,15 @@ class Fit:
         total = len(self.verdicts)
         notes = []
         if different:
-            notes.append(
-                f"{self.name} was trained on another base in {len(different)} of {total} layers; "
-                "accepted all the same, as asked"
-            )
+            count = f"{len(different)} of {total} layers"
+            notes.append(f"{self.name} was trained on another base in {count}; accepted, as asked")
         elif self.verdict == "precision":
             notes.append(f"{self.name} was trained on this base in another precision")
-        if unchecked and len(unchecked) == total:
-            notes.append(f"{self.name}: no check was possible that it belongs to this base")
-        elif unchecked:
-            notes.append(
-                f"{self.name}: no check was possible that {len(unchecked)} of {total} layers "
-                f"belong to this base ({unchecked[0]}{', ...' if len(unchecked) > 1 else ''})"
-            )
+        if unchecked:
+            what = "it belongs"
+            if len(unchecked) < total:
+                what = f"{len(unchecked)} of {total} layers ({unchecked[0]}, ...) belong"
+            notes.append(f"{self.name}: no check was possible that {what} to this base")
         return tuple(notes)
 
 
@@ -150,7 +145,7 @@ def fit_adapter(
     for layer in spec.layers:
         found = layers[layer.name]
         problem = found if isinstance(found, str) else _layer_problem(layer, found)
-        if problem is not None or isinstance(found, str):
+        if isinstance(found, str) or problem is not None:
             misfits.append(f"{layer.name}: {problem}")
             bound.append(layer)
             continue
@@ -159,15 +154,12 @@ def fit_adapter(
         else:
             verdicts[layer.name] = found.compare(layer.fingerprint)
         bound.append(_bound_layer(spec.entry_seed, layer, found, entry_rule))
-    for tensor, place in (tensors or {}).items():
-        problem = place if isinstance(place, str) else _tensor_problem((saved or {})[tensor], place)
+    for tensor, there in (tensors or {}).items():
+        problem = there if isinstance(there, str) else _tensor_problem((saved or {})[tensor], there)
         if problem is not None:
             misfits.append(f"{tensor}: {problem}")
-    places = {
-        layer: found.name
-        for layer, found in layers.items()
-        if isinstance(found, FoundLayer) and found.name
-    }
+    known = ((layer, found) for layer, found in layers.items() if isinstance(found, FoundLayer))
+    places = {layer: found.name for layer, found in known}
     return Fit(name, replace(spec, layers=tuple(bound)), verdicts, tuple(misfits), places)
 
 
@@ -190,27 +182,26 @@ def check_fits(
     Raises:
         BaseMismatchError: listing every misfit of every adapter.
     """
-    several = len(fits) > 1
-    misfits = [(fit, line) for fit in fits for line in fit.misfits]
-    different = []
-    for fit in () if allow_base_mismatch else fits:
-        for layer in fit.layers_with("different"):
-            place = (fit.places or {}).get(layer)
-            there = f" ({place})" if place else ""
-            line = f"{layer}: another weight than the adapter was trained on{there}"
-            different.append((fit, line))
-    if not misfits and not different:
-        return
+    misfits: list[str] = []
+    different: list[str] = []
+    for fit in fits:
+        prefix = f"{fit.name}: " if len(fits) > 1 else ""
+        misfits += [prefix + line for line in fit.misfits]
+        for layer in () if allow_base_mismatch else fit.layers_with("different"):
+            there = f" ({fit.places[layer]})" if fit.places[layer] else ""
+            different.append(
+                f"{prefix}{layer}: another weight than the adapter was trained on{there}"
+            )
     if not misfits and allow_base_mismatch is not None:
         remedy += ", or --allow-base-mismatch (allow_base_mismatch=True) if you know better"
-    lines = [f"{fit.name}: {line}" if several else line for fit, line in (*misfits, *different)]
-    raise BaseMismatchError(
-        where,
-        expected="the base that the adapter was trained on",
-        found=f"{len(lines)} layers or tensors that do not fit",
-        remedy=remedy,
-        offenders=lines,
-    )
+    if misfits or different:
+        raise BaseMismatchError(
+            where,
+            expected="the base that the adapter was trained on",
+            found=f"{len(misfits) + len(different)} layers or tensors that do not fit",
+            remedy=remedy,
+            offenders=[*misfits, *different],
+        )
 
 
 def layers_of_base(
@@ -224,28 +215,27 @@ def layers_of_base(
         thorough: read the weights and hash them, and give unbound layers fingerprints; otherwise
             only the fingerprints' eight sampled values are read and compared.
     """
-    return {
-        name: layer if isinstance(layer, str) else _layer_of_base(base, layer, thorough)
-        for name, layer in base.find(names).items()
-    }
 
+    def found(layer: BaseLayer) -> FoundLayer:
+        def read() -> Array:
+            return base.checkpoint.read(layer.tensor)
 
-def _layer_of_base(base: Base, layer: BaseLayer, thorough: bool) -> FoundLayer:
-    def whole(expected: Fingerprint) -> LayerVerdict:
-        return fingerprint.compare(expected, base.checkpoint.read(layer.tensor))
+        def sampled(expected: Fingerprint) -> LayerVerdict:
+            positions = fingerprint.sample_positions(prod(layer.shape))
+            values = base.checkpoint.read_elements(layer.tensor, positions)
+            return fingerprint.judge(expected, fingerprint.fingerprint_of_samples(expected, values))
 
-    def own() -> Fingerprint:
-        return fingerprint.fingerprint(base.checkpoint.read(layer.tensor))
+        if not thorough:
+            return FoundLayer(layer.shape, layer.transposed, sampled)
+        return FoundLayer(
+            layer.shape,
+            layer.transposed,
+            lambda expected: fingerprint.compare(expected, read()),
+            lambda: fingerprint.fingerprint(read()),
+        )
 
-    def sampled(expected: Fingerprint) -> LayerVerdict:
-        positions = fingerprint.sample_positions(prod(layer.shape))
-        values = base.checkpoint.read_elements(layer.tensor, positions)
-        found = fingerprint.fingerprint_of_samples(expected, values)
-        return fingerprint.judge(expected, found)
-
-    if thorough:
-        return FoundLayer(layer.shape, layer.transposed, whole, own)
-    return FoundLayer(layer.shape, layer.transposed, sampled)
+    there = base.find(names).items()
+    return {name: layer if isinstance(layer, str) else found(layer) for name, layer in there}
 
 
 def _layer_problem(layer: LayerSpec, found: FoundLayer) -> str | None:

@@ -88,7 +88,7 @@ def _spec_object(spec: AdapterSpec, groups: Iterable[list[LayerSpec]]) -> dict[s
         "base_model": spec.base_model,
     }
     if spec.peft_config:
-        content["peft"] = peft_config.shorten(spec.peft_config, peft_config.template(spec))
+        content["peft"] = peft_config.shorten(spec)
     return {key: value for key, value in content.items() if value is not None}
 
 
@@ -216,8 +216,7 @@ def decode(
         difference = _Fields(short, f"{where}, the PEFT config")
         differing, absent = difference.take("set", dict, {}), difference.take("absent", list, [])
         difference.finish()
-        config = peft_config.restore(differing, absent, peft_config.template(spec))
-        spec = replace(spec, peft_config=config)
+        spec = replace(spec, peft_config=peft_config.restore(spec, differing, absent))
     return spec, spectra, arrays, explicit
 
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter_config.json in few bytes, and back field for field.
+"""PEFT's adapter_config.json: read, made for a bundle, and stored in few bytes.
 
 Most fields of most configs say what PEFT writes by default, or what the bundle's spec says anyway.
 Only the others are stored: `set` holds fields that differ, `absent` names fields that are missing.
@@ -6,14 +6,52 @@ Only the others are stored: `set` holds fields that differ, `absent` names field
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..errors import BadInputError
+from ..files import strict_json
+from ..files.container import read_file
 from ..files.strict_json import canonical
-from .spec import AdapterSpec
+from .spec import AdapterSpec, number_offenders
 
 PEFT_TYPE = "FOURIERFT"
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json of a FourierFT adapter, every field as written.
+
+    Raises:
+        BadInputError: not FourierFT (the type is named), or fields that make no sense.
+    """
+    config = strict_json.loads(read_file(path), os.fspath(path))
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != PEFT_TYPE:
+        raise BadInputError(
+            path,
+            expected="a PEFT adapter of type FOURIERFT",
+            found=f"type {kind}",
+            remedy="this toolkit handles FourierFT adapters only",
+        )
+    seed, scaling = config.get("random_loc_seed", 777), config.get("scaling", 150.0)
+    offenders = list(number_offenders(seed, scaling))
+    for key in ("task_type", "base_model_name_or_path"):
+        if not isinstance(config.get(key), (str, type(None))):
+            offenders.append(f"{key}: text or null expected")
+    if offenders:
+        raise BadInputError(
+            path, expected="fields as PEFT writes them", found=offenders[0], offenders=offenders[1:]
+        )
+    return dict(config)
 
 
 def template(spec: AdapterSpec) -> dict[str, Any]:
@@ -43,21 +81,57 @@ def template(spec: AdapterSpec) -> dict[str, Any]:
     }
 
 
-def shorten(config: Mapping[str, Any], likely: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `config` the template `likely` does not say. Values are equal if their JSON is."""
+def shorten(spec: AdapterSpec) -> dict[str, Any]:
+    """What of a spec's config its template does not say. Values are equal if their JSON is."""
+    likely = template(spec)
     differing = {
         key: value
-        for key, value in config.items()
+        for key, value in spec.peft_config.items()
         if key not in likely or canonical(value) != canonical(likely[key])
     }
-    absent = sorted(set(likely) - set(config))
+    absent = sorted(set(likely) - set(spec.peft_config))
     return {key: part for key, part in (("set", differing), ("absent", absent)) if part}
 
 
 def restore(
-    differing: Mapping[str, Any], absent: Sequence[str], likely: Mapping[str, Any]
+    spec: AdapterSpec, differing: Mapping[str, Any], absent: Sequence[str]
 ) -> dict[str, Any]:
     """The inverse of `shorten`, from its two parts; keys are sorted."""
-    config = {key: value for key, value in likely.items() if key not in absent}
-    config.update(differing)
-    return dict(sorted(config.items()))
+    likely = {key: value for key, value in template(spec).items() if key not in absent}
+    return dict(sorted({**likely, **differing}.items()))
+
+
+def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
+    """The adapter_config.json of a bundle: the one it came with, or one that PEFT takes for it.
+
+    Args:
+        spec: of the bundle.
+        saved: names of its dense tensors.
+    """
+    if spec.peft_config:
+        return spec.peft_config
+    likely = template(spec)
+    owners = {name: name.rpartition(".")[0] for name in saved}
+    modules = {owner for name, owner in owners.items() if not name.endswith(".bias")}
+    biases = set(owners.values()) - modules
+    targets = {layer.name: layer.n_frequency for layer in spec.layers}
+    return {
+        **likely,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in spec.layers),
+        # A pattern, since PEFT takes names in a list for endings, too: "0" would be every "x.0".
+        "target_modules": "|".join(map(re.escape, targets)),
+        "n_frequency_pattern": {k: n for k, n in targets.items() if n != likely["n_frequency"]},
+        "modules_to_save": sorted({_saved_whole(m, spec.task_type) for m in modules}) or None,
+        "bias": "none" if not biases else "fourier_only" if biases <= set(targets) else "all",
+    }
+
+
+def _saved_whole(module: str, task_type: str | None) -> str:
+    """The module that PEFT saves for `module`: the task's head around it, if there is one.
+
+    PEFT adds these heads by itself, and cannot save a module within a saved one.
+    """
+    heads = _TASK_HEADS.get(task_type or "", ())
+    segments = module.split(".")
+    inside = (i for i, segment in enumerate(segments) if heads and segment.endswith(heads))
+    return ".".join(segments[: next(inside, len(segments)) + 1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -102,14 +102,17 @@ class AdapterSpec:
         return int(self.seed) % 2**32
 
 
+def number_offenders(seed: object, scaling: object) -> Iterable[str]:
+    """What is wrong with a seed and a scaling from a file."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        yield f"seed (random_loc_seed) {str(seed)[:40]}: not a whole number of 64 bits"
+    if not isinstance(scaling, int | float) or type(scaling) is bool or not abs(scaling) < 2**127:
+        yield f"scaling {str(scaling)[:40]}: not a finite float32 number"
+
+
 def spec_offenders(spec: AdapterSpec) -> Iterable[str]:
     """What is wrong with an adapter apart from its arrays."""
-    if type(spec.seed) is not int or not -(2**63) <= spec.seed < 2**64:
-        yield f"seed {str(spec.seed)[:40]}: not a whole number of 64 bits"
-    if type(spec.scaling) not in (int, float) or not abs(spec.scaling) < 2**127:
-        yield f"scaling {str(spec.scaling)[:40]}: not a finite float32 number"
-    elif not isfinite(spec.scaling):
-        yield f"scaling {spec.scaling}: not finite"
+    yield from number_offenders(spec.seed, spec.scaling)
     if not spec.layers:
         yield "no layers"
     seen: set[str] = set()

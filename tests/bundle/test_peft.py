@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fourierft_export.bundle.file import Bundle
-from fourierft_export.bundle.peft import find_adapter, from_peft, read_peft_config, to_peft
+from fourierft_export.bundle.peft import find_adapter, from_peft, to_peft
+from fourierft_export.bundle.peft_config import read_peft_config
 from fourierft_export.cli.main import run
 from fourierft_export.errors import (
     BadInputError,
@@ -292,7 +293,7 @@ def test_a_pattern_that_explodes_is_never_run(
         n_frequency_pattern={evil: 5},
     )
     assert [layer.name for layer in from_peft(source).layers] == [name]
-    assert run(["pack", str(source), "-o", str(source / "b.safetensors")]) == 0
+    assert run(["pack", str(source), "-o", f"{source}.safetensors"]) == 0
     assert run(["inspect", str(source)]) == 0
     assert evil in capsys.readouterr().out
 
@@ -421,7 +422,7 @@ def test_a_named_base_that_cannot_be_read_leaves_the_bundle_unbound(
 
 def test_a_named_base_that_is_another_is_an_error(adapter_dir: MakeAdapter, base_dir: Path) -> None:
     tensors = {f"{PREFIX}other.{i}.fourierft_spectrum": SPECTRUM for i in range(3)}
-    with pytest.raises(BaseMismatchError, match="3 of 3 layers") as caught:
+    with pytest.raises(BaseMismatchError, match="3 layers") as caught:
         from_peft(adapter_dir(tensors=tensors), base_dir)
     assert len(caught.value.offenders) == 3
 
