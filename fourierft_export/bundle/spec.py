@@ -105,7 +105,7 @@ class AdapterSpec:
 def number_offenders(seed: object, scaling: object) -> Iterable[str]:
     """What is wrong with a seed and a scaling from a file."""
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        yield f"seed (random_loc_seed) {str(seed)[:40]}: not a whole number of 64 bits"
+        yield f"random_loc_seed {str(seed)[:40]}: not a whole number of 64 bits"
     if not isinstance(scaling, int | float) or type(scaling) is bool or not abs(scaling) < 2**127:
         yield f"scaling {str(scaling)[:40]}: not a finite float32 number"
 

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..bundle.file import Bundle
-from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_peft_config
+from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter
+from ..bundle.peft_config import read_peft_config
 from ..errors import BadInputError, FileAccessError, missing_extra
 from ..models.task import Task, choose_task, get_task, head_labels, read_config
 from .inputs import has_tokenizer
