@@ -160,7 +160,7 @@ def test_folders_of_onnx_graph_import_only_upwards() -> None:
             if level > own or (target != parts[2] and {target, parts[2]} == STRANGERS):
                 found.append(f"{name}:{line} imports {there}")
     assert found == []
-    assert seen >= {"groups", "graph", "locate", "modes", "trace", "runtime", "search"}
+    assert seen >= {"groups", "graph", "locate", "modes", "trace", "runtime"}
 
 
 def test_no_import_circles() -> None:

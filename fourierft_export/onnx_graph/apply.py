@@ -19,6 +19,7 @@ from .graph.write import data_path, refuse_inputs, write_model
 from .locate.belonging import bound_to, judge, wanted_layers
 from .locate.finder import Finder
 from .locate.saved import find_saved
+from .locate.search import search
 from .locate.site import Site
 from .metadata import KEY, Written, describe
 from .mode_names import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
@@ -30,7 +31,6 @@ from .modes.sites import Job, feed_sites, merge_sites
 from .modes.unpack import unpack_sites
 from .report import ExportReport, fed_shapes, value_shapes
 from .runtime_paths import expander_path
-from .search import search
 from .several import Bundles, named_bundles, weighted
 
 MIN_OPSET = {UNMERGED: 13}
@@ -107,12 +107,13 @@ def apply_onnx(
     if progress:
         progress("find weights", 0, 1)
     wanted = wanted_layers(bound, opened)
-    looked = search(source, wanted, mapping or {}, bound, beside=mode in (SWAPPABLE, BANK))
-    finder, found = looked.finder, looked.found
-    notes = (*looked.notes, *judge(source, found, allow_base_mismatch))
+    finder, found, expanded = search(
+        source, wanted, mapping or {}, bound, beside=mode in (SWAPPABLE, BANK)
+    )
+    notes = (*expanded, *judge(source, found, allow_base_mismatch))
     quantised = {layer: each for layer, each in found.sites.items() if each[0].quantised}
     saved = {name for bundle in bound.values() for name in bundle.saved}
-    heads = float_heads(source, looked.linears, saved, found.bridge)
+    heads = float_heads(source, finder.linears, saved, found.bridge)
     if heads:
         finder = Finder(source)
         listed = ", ".join(one.weight for one in heads)

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.errors import BaseMismatchError
 from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.locate.consumers import scope_of_name
+from fourierft_export.onnx_graph.locate.module_names import module_of_node
 
 MODES = ("merged", "unmerged")
 RNG = np.random.default_rng(0)
@@ -320,7 +320,7 @@ def test_a_product_with_alpha_is_no_plain_layer(make_bundle: Any, tmp_path: Path
     ],
 )
 def test_module_paths_in_node_names(name: str, path: str | None) -> None:
-    assert scope_of_name(name) == path
+    assert module_of_node(name) == path
 
 
 def test_old_opsets_are_merged_and_not_more(make_bundle: Any, tmp_path: Path, run: Run) -> None:

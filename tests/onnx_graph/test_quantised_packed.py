@@ -279,7 +279,7 @@ def test_maps_that_cannot_be(
     other = make_bundle(["elsewhere"], {"elsewhere": PARTS[q]})
     with pytest.raises(BaseMismatchError) as caught:
         apply_onnx(renamed(path, tmp_path / "in.onnx"), make_bundle(["elsewhere"]), out)
-    hint = f"quantised ones that may hold it: {integers(tmp_path / 'in.onnx')} [80, 32]"
+    hint = f"candidates: {integers(tmp_path / 'in.onnx')} [80, 32] (MatMulNBits)"
     assert hint in caught.value.offenders[0]
     apply_onnx(path, other, out, mode="unmerged")
 

@@ -12,7 +12,8 @@ from ...errors import BaseMismatchError
 from ...models.base import Base
 from ...spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..graph.source import Source
-from .found import Found, Wanted
+from .finder import Found
+from .site import Wanted
 
 
 def wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Wanted]:

@@ -1,93 +1,46 @@
 """Is this constant that weight? By the fingerprint, in both orientations and within packed weights.
 
-Eight sampled values say no at once; the hash (or, in another precision, the samples) says yes.
+Eight sampled values say no at once. Of a float weight the hash (or, in another precision, the
+samples) says yes; of a quantised one the samples do, within a quantisation step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
 
 from ...bundle.fingerprint import SAMPLE_ATOL, SAMPLE_RTOL, compare, sample_positions
-from ...bundle.spec import Fingerprint
 from ...types import Array
 from ..graph.source import Source, constant_of
+from .site import Site, Wanted
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-Pick = Callable[[Array, Array], Array]
+# From int64 outputs (k,) and inputs (k,) of a layer's weight to its values, and to their
+# quantisation steps; None for a float weight.
+Sampler = Callable[[Array, Array, bool], "tuple[Array, Array | None]"]
 
 _MAX_PARTS = 64
 
 
-class Wish(Protocol):
-    """What is known of a layer (`found.Wanted`)."""
+def verdict(source: Source, site: Site, want: Wanted) -> str | None:
+    """Whether a site holds the weight that was fingerprinted: "same", "precision" or "different".
 
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """(out, in), if known."""
-
-    @property
-    def transposed(self) -> bool:
-        """The base stores its weight as (in, out)."""
-
-    @property
-    def fingerprint(self) -> Fingerprint | None:
-        """Of the base weight as stored, if known."""
-
-
-class Match(NamedTuple):
-    """How a constant holds a weight: as (in, out) or not, and from which output on (packed)."""
-
-    transposed: bool
-    start: int | None
-
-
-def matches(
-    source: Source, value: ir.Value, shape: tuple[int, int], want: Wish, sizes: Sequence[int]
-) -> Iterator[Match]:
-    """Every way in which this constant holds the weight.
-
-    Args:
-        source: the open file.
-        value: the constant.
-        shape: of the constant.
-        want: a layer with shape and fingerprint.
-        sizes: numbers of outputs of the adapter's layers, of which packed weights are made.
+    None where nothing can say it: no fingerprint, or a quantised form that is not understood.
     """
-    tensor = constant_of(value)
-    if want.shape is None or want.fingerprint is None or tensor is None:
-        return
-    pick: Pick | None = None
-    for transposed in (False, True):
-        outputs, inputs = reversed(shape) if transposed else shape
-        if inputs != want.shape[1] or outputs < want.shape[0]:
-            continue
-        for start in starts(outputs, want.shape[0], sizes):
-            pick = pick or source.picker(tensor)
-            if _samples_fit(pick, transposed, start, want):
-                part = None if outputs == want.shape[0] else start
-                if verdict(source, tensor, transposed, part, want.shape, want) != "different":
-                    yield Match(transposed, part)
-
-
-def verdict(
-    source: Source,
-    tensor: ir.TensorProtocol | None,
-    transposed: bool,
-    start: int | None,
-    shape: tuple[int, int],
-    want: Wish,
-) -> str | None:
-    """What the fingerprint says of a constant, or of a part of it; None without a fingerprint."""
+    tensor = constant_of(site.value)
     if want.fingerprint is None or tensor is None:
         return None
-    weight = part_of(source.read(tensor), transposed, start, shape[0])
-    return compare(want.fingerprint, weight if transposed == want.transposed else weight.T)
+    if site.quantised is not None:
+        sample = sampler(source, site)
+        if sample is None:
+            return None
+        fits = want.shape in (None, site.shape) and samples_fit(
+            sample, False, site.rows.start, site.shape, want
+        )
+        return "precision" if fits else "different"
+    weight = part_of(source.read(tensor), site.transposed, site.start, site.shape[0])
+    return compare(want.fingerprint, weight if site.transposed == want.transposed else weight.T)
 
 
 def part_of(weight: Array, transposed: bool, start: int | None, outputs: int) -> Array:
@@ -98,8 +51,12 @@ def part_of(weight: Array, transposed: bool, start: int | None, outputs: int) ->
     return weight[:, where] if transposed else weight[where]
 
 
-def starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
-    """Where a part of `size` outputs may begin in a packed weight of `total`."""
+def possible_starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
+    """Where a part of `size` outputs may begin in a packed weight of `total`.
+
+    Args:
+        sizes: numbers of outputs of the adapter's layers, of which packed weights are made.
+    """
     if total == size:
         return [0]
     found = {0, *range(0, min(total, size * _MAX_PARTS), size), total - size, total - 2 * size}
@@ -107,16 +64,48 @@ def starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
     return sorted(start for start in found if 0 <= start <= total - size)
 
 
-def _samples_fit(pick: Pick, transposed: bool, start: int, want: Wish) -> bool:
-    if want.shape is None or want.fingerprint is None:
+def sampler(source: Source, site: Site) -> Sampler | None:
+    """A function that gives single values of a whole constant, read or dequantised once."""
+    tensor = constant_of(site.value)
+    if site.quantised is not None:
+        if site.quantised.dequantised is None:
+            return None
+        weight, step = site.quantised.dequantised()
+        return lambda out, into, _: (weight[out, into], step[out, into])
+    if tensor is None:
+        return None
+    pick = source.picker(tensor)
+    return lambda out, into, transposed: (
+        pick(*((into, out) if transposed else (out, into))),
+        None,
+    )
+
+
+def samples_fit(
+    sample: Sampler, transposed: bool, start: int, shape: tuple[int, int], want: Wanted
+) -> bool:
+    """Whether the sampled values of a weight are those of the fingerprint.
+
+    Args:
+        sample: of the constant.
+        transposed: take it as (in, out).
+        start: the weight's first output in it.
+        shape: (out, in) of the weight.
+        want: has a fingerprint.
+    """
+    if want.fingerprint is None:
         return False
-    outputs, inputs = want.shape
+    outputs, inputs = shape
     stored = (inputs, outputs) if want.transposed else (outputs, inputs)
     first, second = np.unravel_index(sample_positions(outputs * inputs), stored)
     out, into = (second, first) if want.transposed else (first, second)
-    out = out + start
-    got = pick(*((into, out) if transposed else (out, into)))
-    expected = np.frombuffer(want.fingerprint.samples, "<u2").view(ml_dtypes.bfloat16)
-    with np.errstate(over="ignore"):
-        rounded = got.astype(ml_dtypes.bfloat16).astype(np.float64)
-    return np.allclose(expected.astype(np.float64), rounded, rtol=SAMPLE_RTOL, atol=SAMPLE_ATOL)
+    got, step = sample(out + start, into, transposed)
+    exact = np.frombuffer(want.fingerprint.samples, "<u2").view(ml_dtypes.bfloat16)
+    expected = exact.astype(np.float64)
+    if step is None:
+        with np.errstate(over="ignore"):
+            rounded = got.astype(ml_dtypes.bfloat16).astype(np.float64)
+        return bool(np.allclose(expected, rounded, rtol=SAMPLE_RTOL, atol=SAMPLE_ATOL))
+    # The largest value of a block may be clipped by up to a step.
+    tolerance = step * 1.01 + SAMPLE_RTOL * np.abs(expected)
+    return bool((np.abs(got - expected) <= tolerance).all())

@@ -2,21 +2,30 @@
 
 In this order: what the caller says; the weight's name; the scope or name of the node that uses it;
 the name of the bias beside it; its content, compared with the fingerprint of the base weight in
-both orientations. Never by shape alone: square layers make that unsafe.
+both orientations. Never by shape alone: square layers make that unsafe. Quantised weights are found
+in the same way, and several layers may be packed in one weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...models.names import Bridge, find_bridge
-from ..graph.source import Source, constant_of, constants
-from .consumers import Use, linear_uses, same_module, same_path, scope_of_weight
-from .content import Match, matches, verdict
-from .found import Candidate, Found, Wanted
-from .packed import packed_in, packed_paths, parse_mapped, start_in, unknown_size
-from .site import Site
+from ..graph.source import Source, constant_of, constant_shape, constants
+from .content import possible_starts, sampler, samples_fit, verdict
+from .module_names import (
+    module_of_weight,
+    packed_in,
+    packed_modules,
+    parse_mapped,
+    same_module,
+    same_path,
+)
+from .quantised import QuantisedLinear, other_quantised, quantised_linears
+from .site import Site, Wanted
+from .uses import Use, linear_uses, use_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,170 +34,244 @@ FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
 _SHOWN = 6
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A constant matrix, float or quantised, that may hold layers.
+
+    Attributes:
+        value: an initializer, or the output of a Constant node.
+        shape: as the graph holds it; (out, in) of a quantised layer.
+        uses: those as the weight of a linear layer.
+        quantised: the layer with these integers, of a quantised weight.
+    """
+
+    value: ir.Value
+    shape: tuple[int, int]
+    uses: tuple[Use, ...]
+    quantised: QuantisedLinear | None = None
+
+    @property
+    def name(self) -> str:
+        """The constant's name."""
+        return str(self.value.name)
+
+    def describe(self) -> str:
+        """The candidate for a list that a person chooses from."""
+        return self.site("", self.shape, False).describe()
+
+    def site(self, layer: str, shape: tuple[int, int], transposed: bool) -> Site:
+        """A layer that is all of this constant, nothing of it judged yet."""
+        return Site(layer, self.value, shape, transposed, self.uses, quantised=self.quantised)
+
+    def may_hold(self, want: Wanted, *, exactly: bool = False) -> bool:
+        """Whether it is as large as the layer, or (not `exactly`) as several that are packed."""
+        if want.shape is None:
+            return True
+        layouts = [self.shape] if self.quantised else [self.shape, self.shape[::-1]]
+        return any(
+            inputs == want.shape[1]
+            and (outputs == want.shape[0] if exactly else outputs >= want.shape[0])
+            for outputs, inputs in layouts
+        )
+
+
+@dataclass
+class Found:
+    """What a search gave.
+
+    Attributes:
+        sites: layer -> its sites; several where the graph holds the weight more than once.
+        bridge: from the adapter's paths to the graph's.
+        missing: layer -> why it has none, with the candidates.
+    """
+
+    sites: dict[str, list[Site]] = field(default_factory=dict)
+    bridge: Bridge = field(default_factory=Bridge)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
 class Finder:
     """Finds layers in one graph.
 
     Args:
         source: the open file.
-        more_paths: module paths that other evidence of the graph names (quantised layers), which
-            count when names are bridged.
+
+    Attributes:
+        linears: the graph's quantised layers.
     """
 
-    def __init__(self, source: Source, more_paths: Iterable[str] = ()) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.candidates = list(_candidates(source))
-        self.by_name = {one.name: one for one in self.candidates}
-        self.lookups: dict[str, dict[str, list[tuple[Candidate, tuple[Use, ...]]]]] = {
+        self.linears = quantised_linears(source)
+        self._candidates = list(_candidates(source, self.linears))
+        # Kind of evidence, strongest first -> module path -> (constant, the uses that it is about).
+        self._lookups: dict[str, dict[str, list[tuple[Candidate, tuple[Use, ...]]]]] = {
             kind: {} for kind in ("name", "scope", "bias")
         }
-        for one in self.candidates:
-            path = scope_of_weight(one.name)
+        for one in self._candidates:
+            path = module_of_weight(one.name)
             if path:
-                self._note("name", path, one, _belonging(one.uses, path))
+                own = tuple(u for u in one.uses if u.path is None or same_module(u.path, path))
+                self._note("name", path, one, own or one.uses)
             for kind in ("scope", "bias"):
                 for path in {getattr(use, kind) for use in one.uses} - {None}:
                     uses = tuple(use for use in one.uses if getattr(use, kind) == path)
                     self._note(kind, path, one, uses)
-        self.paths = {path for lookup in self.lookups.values() for path in lookup}
-        self.paths |= {same_path(path) for path in more_paths}
-        self.paths |= {part for path in tuple(self.paths) for part in packed_paths(path)}
+        self._paths = {path for lookup in self._lookups.values() for path in lookup}
+        self._paths |= {part for path in tuple(self._paths) for part in packed_modules(path)}
 
     def _note(self, kind: str, path: str, one: Candidate, uses: tuple[Use, ...]) -> None:
-        self.lookups[kind].setdefault(same_path(path), []).append((one, uses))
-
-    def bridge(self, names: Iterable[str]) -> Bridge:
-        """The prefix difference between an adapter's paths and the graph's."""
-        roots = {path.split(".")[0] for path in self.paths}
-        return find_bridge(names, roots, lambda path: same_path(path) in self.paths)
+        self._lookups[kind].setdefault(same_path(path), []).append((one, uses))
 
     def find(self, wanted: Sequence[Wanted], mapping: Mapping[str, str]) -> Found:
         """The sites of every layer; what is not found, or not beyond doubt, is in `missing`.
 
         Args:
             wanted: the layers.
-            mapping: layer -> initializer, or `initializer[start:stop]` for a part of a packed
-                weight (columns of its outputs), as the caller says.
+            mapping: layer -> constant, or `constant[start:stop]` for a part of a packed weight
+                (of its outputs), as the caller says.
         """
         found = Found(bridge=self.bridge(one.name for one in wanted))
-        sizes = sorted({one.shape[0] for one in wanted if one.shape})
+        unknown = []
         for want in wanted:
-            result: list[Site] | str | None
             if want.name in mapping:
                 result = self._mapped(want, mapping[want.name])
             else:
-                result = self.by_path(want, found.bridge)
-            if result is None:
-                result = self._by_content(want, sizes)
+                result = self.by_path(want, found.bridge) or self._packed(want, found.bridge)
             if isinstance(result, str):
                 found.missing[want.name] = result
-            else:
+                continue
+            if result:
                 found.sites[want.name] = result
+            # The order in a packed weight is a convention only: its content tells better.
+            guessed = bool(result) and result[0].start is not None and want.name not in mapping
+            if not result or (guessed and result[0].verdict == "different"):
+                unknown.append(want)
+        for want, hits in self._by_content(unknown, [w.shape[0] for w in wanted if w.shape]):
+            if isinstance(hits, str):
+                found.sites.pop(want.name, None)
+                found.missing[want.name] = hits
+            elif hits:
+                found.sites[want.name] = hits
+            elif want.name not in found.sites:
+                found.missing[want.name] = self._hint(want)
         _refuse_double_claims(found)
         return found
 
+    def bridge(self, names: Iterable[str]) -> Bridge:
+        """The prefix difference between an adapter's paths and the graph's."""
+        roots = {path.split(".")[0] for path in self._paths}
+        return find_bridge(names, roots, lambda path: same_path(path) in self._paths)
+
     def linear_at(self, path: str) -> ir.Node | None:
         """The linear node of a module, by its path in the graph's language."""
-        for lookup in self.lookups.values():
-            for _, uses in lookup.get(path, []):
-                if uses:
-                    return uses[0].linear
-        return None
+        return next((uses[0].linear for _, uses in self._hits(same_path(path)) if uses), None)
 
-    def _mapped(self, want: Wanted, text: str) -> list[Site] | str:
-        name, part = parse_mapped(text)
-        one = self.by_name.get(name)
-        if one is None:
-            return f"--map names {name}, {self._other(name)}"
-        return self._site(want, one, one.uses, "map", part=part)
-
-    def _other(self, name: str) -> str:
-        """What a constant is that is no matrix of floats."""
-        constant = next((v for v in constants(self.source.model) if v.name == name), None)
-        tensor = None if constant is None else constant_of(constant)
-        if constant is None or tensor is None:
-            return "which is no constant of the graph"
-        kind = f"which is {tensor.dtype.name} {list(tensor.shape.numpy())}"
-        users = [node for node, _ in constant.uses()]
-        inner = any(node.graph is not self.source.model.graph for node in users)
-        used = ", ".join(sorted({node.op_type for node in users})) or "nothing"
-        where = " in a subgraph or function" if inner else ""
-        return (
-            f"{kind}, used by {used}{where}: neither a matrix of floats, nor the integers of a "
-            "MatMulNBits, QDQ or dynamic int8 layer of the main graph"
-        )
-
-    def by_path(self, want: Wanted, bridge: Bridge) -> list[Site] | str | None:
-        """The layer's sites by name, scope or bias; why they do not fit; None if there is none."""
+    def by_path(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
+        """The layer's sites by name, scope or bias; none; or why those do not fit."""
         path = same_path(bridge.to_base(want.name))
-        for kind, lookup in self.lookups.items():
+        for kind, lookup in self._lookups.items():
             hits = lookup.get(path, [])
             results = [self._site(want, one, uses, kind) for one, uses in hits]
-            good = [site for result in results if not isinstance(result, str) for site in result]
+            good = [site for site in results if not isinstance(site, str)]
             fits = [site for site in good if site.verdict != "different"]
-            if len(hits) > 1 and len({site.name for site in fits or good}) > 1:
-                if not all(site.verdict for site in fits) or not fits:
-                    listed = ", ".join(site.describe() for site in good[:_SHOWN])
-                    return f"several weights at this path: {listed}"
-                return fits
-            if good:
-                return fits or good
+            several = len({site.name for site in fits or good}) > 1
+            if several and not (fits and all(site.verdict for site in fits)):
+                return f"several weights at this path: {_listed(good)}"
             if results:
-                return str(results[0])
-        return self._packed(want, path)
+                return fits or good or str(results[0])
+        return []
 
-    def _packed(self, want: Wanted, path: str) -> list[Site] | str | None:
-        """The layer's part of what its name is packed in, unless its content is another's."""
-        place = packed_in(path)
-        whole = place[0] if place else ""
-        hits = [hit for lookup in self.lookups.values() for hit in lookup.get(whole, [])]
-        if place is None or not hits:
-            return None
-        one, uses = hits[0]
-        layouts = {use.transposed for use in uses}
-        if want.shape is None:
-            return unknown_size(want.name, one.name, one.describe())
-        if len({hit.name for hit, _ in hits}) > 1 or len(layouts) != 1:
-            return None
-        start = start_in(place[1], want.shape[0], one.shape[1 if True in layouts else 0])
-        if start is None:
-            return None
-        sites = self._site(want, one, uses, "name", part=(start, start + want.shape[0]))
-        # The order is a convention only: the content tells better.
-        doubtful = isinstance(sites, str) or "different" in {site.verdict for site in sites}
-        return None if doubtful else sites
+    def _hits(self, path: str) -> list[tuple[Candidate, tuple[Use, ...]]]:
+        return [hit for lookup in self._lookups.values() for hit in lookup.get(path, [])]
 
-    def _by_content(self, want: Wanted, sizes: Sequence[int]) -> list[Site] | str:
-        if want.fingerprint is None or want.shape is None:
-            return self._hint(want, "no weight of this name or path")
-        hits = [
-            (one, match)
-            for one in self.candidates
-            for match in matches(self.source, one.value, one.shape, want, sizes)
+    def _mapped(self, want: Wanted, text: str) -> list[Site] | str:
+        """The sites that the caller says."""
+        name, part = parse_mapped(text)
+        sites = []
+        for one in (one for one in self._candidates if one.name == name):
+            site = self._site(want, one, one.uses, "map", part=part)
+            if isinstance(site, str):
+                return site
+            sites.append(site)
+        return sites or f"--map names {name}, {self._other(name)}"
+
+    def _other(self, name: str) -> str:
+        """What a constant is that may hold no layer."""
+        value = next((v for v in constants(self.source.model) if v.name == name), None)
+        tensor = constant_of(value)
+        if value is None or tensor is None:
+            return "which is no constant of the graph"
+        users = [node for node, _ in value.uses()]
+        inner = any(node.graph is not self.source.model.graph for node in users)
+        used = ", ".join(sorted({node.op_type for node in users})) or "nothing"
+        return (
+            f"which is {tensor.dtype.name} {list(constant_shape(value))}, used by {used}"
+            + (" in a subgraph or function" if inner else "")
+            + ": neither a matrix of floats, nor the integers of a MatMulNBits, QDQ or dynamic "
+            "int8 layer of the main graph"
+        )
+
+    def _packed(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
+        """The layer's part of what its name is packed in; the parts but the first have one size."""
+        whole, from_end = packed_in(same_path(bridge.to_base(want.name))) or ("", 0)
+        sites: list[Site] = []
+        hits = self._hits(whole) if whole else []
+        if hits and want.shape is None:
+            one = hits[0][0]
+            return (
+                f"packed in {one.describe()}, and nothing tells how many of its outputs are this "
+                f"layer's: give --base, or --map {want.name}={one.name}[START:STOP]"
+            )
+        if want.shape is None or len({one.name for one, _ in hits}) > 1:
+            return []
+        for one, uses in {id(one): (one, uses) for one, uses in reversed(hits)}.values():
+            total = one.shape[1 if {use.transposed for use in uses} == {True} else 0]
+            start = total - from_end * want.shape[0] if from_end else 0
+            if start >= 0:
+                part = start, start + want.shape[0]
+                site = self._site(want, one, uses, "name", part=part)
+                sites += [] if isinstance(site, str) else [site]
+        return sites
+
+    def _by_content(
+        self, wanted: Sequence[Wanted], sizes: Sequence[int]
+    ) -> list[tuple[Wanted, list[Site] | str]]:
+        """Per layer the sites with its content, or why they are ambiguous.
+
+        Each constant is read or dequantised once for all layers.
+        """
+        hits: dict[str, list[Site]] = {want.name: [] for want in wanted}
+        sizes = sorted(set(sizes))
+        for one in self._candidates:
+            fit = [w for w in wanted if w.fingerprint and w.shape and one.may_hold(w)]
+            sample = sampler(self.source, one.site("", one.shape, False)) if fit else None
+            for want in fit if sample else ():
+                for transposed in (False,) if one.quantised else (False, True):
+                    outputs, inputs = reversed(one.shape) if transposed else one.shape
+                    if want.shape is None or sample is None or inputs != want.shape[1]:
+                        continue
+                    for start in possible_starts(outputs, want.shape[0], sizes):
+                        if samples_fit(sample, transposed, start, want.shape, want):
+                            part = start, start + want.shape[0]
+                            site = self._site(
+                                want, one, one.uses, "content", part=part, transposed=transposed
+                            )
+                            if not isinstance(site, str) and site.verdict != "different":
+                                hits[want.name].append(site)
+        return [(want, _unambiguous(hits[want.name])) for want in wanted]
+
+    def _hint(self, want: Wanted) -> str:
+        """That a layer is not found, with the constants whose size fits."""
+        by = "path or content" if want.fingerprint and want.shape else "or path"
+        why = f"no weight of this name{',' if 'content' in by else ''} {by}"
+        fit = [
+            one
+            for one in self._candidates
+            if one.uses and (one.may_hold(want, exactly=not one.quantised))
         ]
-        if len(hits) > 1:  # one constant may match in both orientations, if it is symmetric
-            straight = [
-                (one, match)
-                for one, match in hits
-                if {use.transposed for use in one.uses} == {match.transposed}
-            ]
-            hits = straight if len({(o.name, m.start) for o, m in hits}) == 1 else hits
-        if len(hits) == 1:
-            one, match = hits[0]
-            return self._site(want, one, one.uses, "content", match=match)
-        if hits:
-            listed = ", ".join(one.describe() for one, _ in hits[:_SHOWN])
-            return f"several weights have its content: {listed}"
-        return self._hint(want, "no weight of this name, path or content")
-
-    def _hint(self, want: Wanted, why: str) -> str:
-        """`why`, with the constants whose size fits."""
-        sizes = sorted(want.shape) if want.shape else None
-        fit = [c for c in self.candidates if c.uses and (not sizes or sorted(c.shape) == sizes)]
-        if not fit:
-            return f"{why}, nor any of its size"
-        listed = ", ".join(one.describe() for one in fit[:_SHOWN])
-        more = f" and {len(fit) - _SHOWN} more" if len(fit) > _SHOWN else ""
-        return f"{why}; candidates: {listed}{more}"
+        why += f"; candidates: {_listed(fit)}" if fit else ", nor any of its size"
+        return why + "".join(f"; or in {kind}" for kind in other_quantised(self.source))
 
     def _site(
         self,
@@ -198,79 +281,82 @@ class Finder:
         how: str,
         *,
         part: tuple[int, int] | None = None,
-        match: Match | None = None,
-    ) -> list[Site] | str:
-        """The site that this constant is for the layer, or why it cannot be."""
-        layouts = {use.transposed for use in uses}
-        if match is not None:
-            layouts = {match.transposed}
-            if match.start is not None and want.shape is not None:
-                part = (match.start, match.start + want.shape[0])
+        transposed: bool | None = None,
+    ) -> Site | str:
+        """The site that this constant, or its outputs `part`, is for the layer; or why it is none.
+
+        Args:
+            transposed: it holds the weight as (in, out); by default as its uses take it.
+        """
+        layouts = {use.transposed for use in uses} if transposed is None else {transposed}
         if not layouts and want.shape and want.shape[0] != want.shape[1]:
             layouts = {one.shape != want.shape}  # its name is known: only the layout is open
         if len(layouts) != 1:
             return f"{one.describe()} is used in both orientations, or in none that is known"
         transposed = layouts.pop()
-        outputs, inputs = reversed(one.shape) if transposed else one.shape
-        if part is not None:
-            if not part[0] < part[1] <= outputs:
-                return f"{one.describe()} has no outputs {part[0]} to {part[1]}"
-            whole = part == (0, outputs)
-            outputs, part = part[1] - part[0], None if whole else part
-        if want.shape is not None and (outputs, inputs) != want.shape:
+        total, inputs = reversed(one.shape) if transposed else one.shape
+        start, stop = part or (0, total)
+        if not start < stop <= total:
+            return f"{one.describe()} has no outputs {start} to {stop}"
+        shape = stop - start, inputs
+        if want.shape is not None and shape != want.shape:
+            larger = part is None and inputs == want.shape[1] and total > want.shape[0]
             return (
-                f"shape {list(want.shape)} expected, {one.describe()} holds {[outputs, inputs]}"
+                f"shape {list(want.shape)} expected, {one.describe()} holds {list(shape)}"
                 + (" as (in, out)" if transposed else "")
+                + (f"; say which: {one.name}[START:STOP]" if larger else "")
             )
-        start = part[0] if part else None
-        answer = verdict(
-            self.source, constant_of(one.value), transposed, start, (outputs, inputs), want
+        site = replace(
+            one.site(want.name, shape, transposed),
+            uses=uses,
+            start=None if shape[0] == total else start,
+            shared=len(uses) < len(one.value.uses()) or one.value.is_graph_output(),
+            how=how,
         )
-        return [
-            Site(
-                want.name,
-                one.value,
-                (outputs, inputs),
-                transposed,
-                uses,
-                start,
-                shared=len(uses) < len(tuple(one.value.uses())) or one.value.is_graph_output(),
-                how=how,
-                verdict=answer,
-            )
-        ]
+        return replace(site, verdict=verdict(self.source, site, want))
 
 
-def _belonging(uses: tuple[Use, ...], path: str) -> tuple[Use, ...]:
-    """The uses that are the module's own; all, if none tells whose it is."""
-    mine = tuple(use for use in uses if use.path is None or same_module(use.path, path))
-    return mine or uses
-
-
-def _candidates(source: Source) -> Iterator[Candidate]:
+def _candidates(source: Source, linears: Sequence[QuantisedLinear]) -> Iterator[Candidate]:
     for value in constants(source.model):
-        tensor = constant_of(value)
-        if tensor is None or tensor.dtype.name not in FLOATS or len(tensor.shape) != 2:
-            continue
-        if not value.uses():
-            continue
-        rows, columns = (int(size) for size in tensor.shape.numpy())
-        uses = tuple(linear_uses(source.model, value))
-        yield Candidate(value, (rows, columns), uses)
+        tensor, shape = constant_of(value), constant_shape(value)
+        if tensor is not None and tensor.dtype.name in FLOATS and len(shape) == 2 and value.uses():
+            uses = tuple(linear_uses(source.model, value))
+            yield Candidate(value, (shape[0], shape[1]), uses)
+    for one in linears:
+        yield Candidate(one.value, one.shape, (use_of(*one.integers, one.node, False),), one)
+
+
+def _listed(some: Sequence[Candidate] | Sequence[Site]) -> str:
+    more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
+    return ", ".join(one.describe() for one in some[:_SHOWN]) + more
+
+
+def _unambiguous(hits: list[Site]) -> list[Site] | str:
+    """The sites with a layer's content if they are one constant, or why they are not."""
+    floats = [site for site in hits if not site.quantised]
+    if len(floats) > 1:  # one constant may match in both orientations, if it is symmetric
+        straight = [s for s in floats if {use.transposed for use in s.uses} == {s.transposed}]
+        floats = straight if len({(s.name, s.start) for s in straight}) == 1 else floats
+    # Within a quantisation step other parts of a packed weight may fit by chance.
+    chosen = floats or [site for site in hits if site.start is None] or hits
+    if len(floats) > 1 or len({(site.name, site.start) for site in chosen}) > 1:
+        return f"several weights have its content: {_listed(chosen)}"
+    return chosen
 
 
 def _refuse_double_claims(found: Found) -> None:
     """Two layers cannot be the same outputs of the same use of a constant."""
-    claims: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+    claims: dict[tuple[int, int], list[tuple[slice, str]]] = {}
     for layer, sites in list(found.sites.items()):
         for site in sites:
-            start = site.start or 0
-            part = start, start + site.shape[0], layer
             for use in site.uses:
                 others = claims.setdefault((id(use.node), use.index), [])
-                for first, last, other in others:
-                    if other != layer and first < part[1] and part[0] < last:
-                        why = f"{site.describe()} is found for {other}, too"
-                        found.missing[layer] = why
+                for rows, other in others:
+                    if (
+                        other != layer
+                        and rows.start < site.rows.stop
+                        and site.rows.start < rows.stop
+                    ):
+                        found.missing[layer] = f"{site.describe()} is found for {other}, too"
                         found.sites.pop(layer, None)
-                others.append(part)
+                others.append((site.rows, layer))

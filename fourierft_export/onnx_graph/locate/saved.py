@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from ...bundle.file import Bundle
 from ...errors import BaseMismatchError
 from ...models.names import Bridge
-from ..graph.source import constant_of
-from .consumers import belongs, bias_of, same_path
+from ..graph.source import constant_of, constant_shape
 from .finder import Finder
-from .found import Wanted
+from .site import Wanted
+from .uses import belongs, find_bias
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,43 +44,32 @@ def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) ->
     Raises:
         BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
     """
-    places, offenders = _search(finder, bridge, bundles)
+    places = {key: _find(finder, bridge.to_base(key), s) for key, s in _shapes(bundles).items()}
+    offenders = [f"{key}: {why}" for key, why in places.items() if isinstance(why, str)]
     if offenders:
         raise BaseMismatchError(
             finder.source.path,
             expected="a graph with the heads and biases of the adapter",
             found=f"{len(offenders)} tensors that it does not have so",
             remedy="export the base with its head from PyTorch, or use an adapter without one",
-            offenders=[f"{key}: {why}" for key, why in offenders.items()],
+            offenders=offenders,
         )
-    return places
+    return {key: place for key, place in places.items() if not isinstance(place, str)}
 
 
 def lacking(
     finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]
 ) -> dict[str, tuple[int, ...]]:
     """The adapters' dense tensors that the graph does not have: name -> shape."""
-    _, offenders = _search(finder, bridge, bundles)
-    return {key: shape for key, shape in _shapes(bundles).items() if key in offenders}
+    return {
+        key: shape
+        for key, shape in _shapes(bundles).items()
+        if isinstance(_find(finder, bridge.to_base(key), shape), str)
+    }
 
 
 def _shapes(bundles: Mapping[str, Bundle]) -> dict[str, tuple[int, ...]]:
     return {key: array.shape for bundle in bundles.values() for key, array in bundle.saved.items()}
-
-
-def _search(
-    finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]
-) -> tuple[dict[str, Place], dict[str, str]]:
-    """Where the tensors are; and why the others are nowhere."""
-    places: dict[str, Place] = {}
-    offenders: dict[str, str] = {}
-    for key, shape in _shapes(bundles).items():
-        place = _find(finder, bridge.to_base(key), shape)
-        if isinstance(place, str):
-            offenders[key] = place
-        else:
-            places[key] = place
-    return places, offenders
 
 
 def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:
@@ -90,28 +79,27 @@ def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:
         result = finder.by_path(Wanted(module, (shape[0], shape[1])), Bridge())
         if isinstance(result, str):
             return result
+        if result and result[0].quantised:
+            return f"the graph's {result[0].name} is quantised"
         if result:
             site = result[0]
             uses = tuple((use.node, use.index) for use in site.uses)
             # Whoever asks for an embedding by its name means the table itself.
-            everyone = uses if uses else tuple(site.value.uses())
-            return Place(site.value, everyone, site.transposed)
-    graph = finder.source.model.graph
-    value = graph.initializers.get(name)
-    if value is None or value.const_value is None:
-        linear = finder.linear_at(same_path(module)) if kind == "bias" else None
-        bias = bias_of(linear) if linear is not None else None
-        found = bias[0].inputs[bias[1]] if bias else None
-        if bias is None or found is None or constant_of(found) is None:
-            return "no such tensor in the graph"
-        return _fitting(Place(found, (bias,)), shape)
-    mine = tuple((node, index) for node, index in value.uses() if belongs(node, module))
-    return _fitting(Place(value, mine or tuple(value.uses())), shape)
+            return Place(site.value, uses or tuple(site.value.uses()), site.transposed)
+    value = finder.source.model.graph.initializers.get(name)
+    if value is not None and value.const_value is not None:
+        mine = tuple((node, index) for node, index in value.uses() if belongs(node, module))
+        return _fitting(Place(value, mine or tuple(value.uses())), shape)
+    linear = finder.linear_at(module) if kind == "bias" else None
+    bias = find_bias(linear) if linear is not None else None
+    added = bias[0].inputs[bias[1]] if bias else None
+    if bias is None or added is None or constant_of(added) is None:
+        return "no such tensor in the graph"
+    return _fitting(Place(added, (bias,)), shape)
 
 
 def _fitting(place: Place, shape: tuple[int, ...]) -> Place | str:
-    tensor = constant_of(place.value)
-    found = tuple(int(size) for size in tensor.shape.numpy()) if tensor else ()
+    tensor, found = constant_of(place.value), constant_shape(place.value)
     if found != shape:
         return f"shape {list(shape)} expected, the graph's {place.value.name} has {list(found)}"
     if tensor is None or tensor.dtype.name not in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"):

@@ -7,12 +7,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..graph.source import constant_of
-from .consumers import Use
+from ...bundle.spec import Fingerprint
+from ..graph.source import constant_shape
 from .quantised import QuantisedLinear
+from .uses import Use
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A layer to find.
+
+    Attributes:
+        name: module path, in the adapter's language.
+        shape: (out, in), if known.
+        transposed: the base stores its weight as (in, out).
+        fingerprint: of the base weight as stored, if known.
+    """
+
+    name: str
+    shape: tuple[int, int] | None = None
+    transposed: bool = False
+    fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +42,7 @@ class Site:
         value: the constant that holds the weight, or a quantised weight's integers.
         shape: (out, in) of the layer.
         transposed: the constant holds the weight as (in, out).
-        uses: the consumers that are this layer; of a quantised weight none are listed.
+        uses: the consumers that are this layer.
         start: the layer's first output, where its weight is a part of a packed one; else None.
         shared: others use the constant, too, and keep the base's weight.
         quantised: the quantised linear layer that this is; None for a float weight.
@@ -58,8 +76,8 @@ class Site:
         """Number of outputs of the whole constant, of which the layer's are a part."""
         if self.quantised is not None:
             return self.quantised.shape[0]
-        tensor = constant_of(self.value)
-        return 0 if tensor is None else int(tensor.shape.numpy()[1 if self.transposed else 0])
+        shape = constant_shape(self.value)
+        return shape[1 if self.transposed else 0] if shape else 0
 
     @property
     def products(self) -> list[tuple[tuple[ir.Node, int], ir.Value]]:
@@ -72,8 +90,8 @@ class Site:
         """The site for a list that a person chooses from."""
         if self.quantised is not None:
             part = "" if self.start is None else f"[{self.rows.start}:{self.rows.stop}]"
-            return f"{self.quantised.weight}{part} {list(self.shape)} ({self.quantised.kind})"
-        tensor = constant_of(self.value)
-        shape = [] if tensor is None else list(tensor.shape.numpy())
+            return f"{self.name}{part} {list(self.shape)} ({self.quantised.kind})"
         scopes = sorted({use.path for use in self.uses if use.path})
-        return f"{self.name} {shape}" + (f" at {scopes[0]}" if scopes else "")
+        return f"{self.name} {list(constant_shape(self.value))}" + (
+            f" at {scopes[0]}" if scopes else ""
+        )

@@ -18,13 +18,11 @@ from ..graph.edits import Edits
 from ..graph.shapes import fill_shapes
 from ..graph.source import Source, constant_of
 from ..groups import Interface, Saved, group_layers, table
-from ..locate.consumers import source_of
-from ..locate.content import part_of
-from ..locate.found import Wanted
+from ..locate.content import part_of, verdict
 from ..locate.linears import SavedSite
-from ..locate.quantised_search import quantised_verdict
 from ..locate.saved import Place
-from ..locate.site import Site
+from ..locate.site import Site, Wanted
+from ..locate.uses import source_of
 from ..mode_names import BANK, UNMERGED
 from .bank import write_bank
 from .batched import batch_of
@@ -200,7 +198,7 @@ def base_fingerprints(
         for layer in specs.get(name, ()):
             want = Wanted(name, layer.shape, layer.fan_in_fan_out, layer.fingerprint)
             if layer.fingerprint and all(
-                quantised_verdict(one, want) != "different" for one in parts
+                verdict(source, one, want) != "different" for one in parts
             ):
                 prints.setdefault(name, layer.fingerprint)
     return prints

@@ -16,9 +16,9 @@ from ...errors import BaseMismatchError
 from ...models.names import Bridge
 from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source, constant_of
-from ..locate.consumers import same_path
-from ..locate.quantised import QuantisedLinear
-from ..locate.quantised_forms import after_qdq, only_user
+from ..locate.module_names import same_path
+from ..locate.quantised import QuantisedLinear, after_qdq, only_user
+from ..locate.uses import modules_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +48,7 @@ def float_heads(
         {
             one: names[f"{path}.{kind}"]
             for one in linears
-            for path in map(same_path, one.paths)
+            for path in map(same_path, modules_of(one.node, one.weight))
             if f"{path}.{kind}" in names
         }
         for kind in ("weight", "bias")

@@ -16,9 +16,9 @@ from ...types import Array
 from ..graph.edits import Edits
 from ..graph.ops import STANDARD, free_name, replace_uses
 from ..graph.source import constant_of
-from ..locate.consumers import Use
 from ..locate.content import part_of
 from ..locate.site import Site
+from ..locate.uses import Use
 
 if TYPE_CHECKING:
     import onnx_ir as ir

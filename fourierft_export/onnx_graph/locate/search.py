@@ -1,0 +1,96 @@
+"""The search of a graph for all that an adapter changes, also within model-local functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ...bundle.file import Bundle
+from ..graph.inline import holders, inline_some
+from ..graph.source import Source
+from .finder import FLOATS, Finder, Found
+from .module_names import parse_mapped
+from .saved import lacking
+from .site import Wanted
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def search(
+    source: Source,
+    wanted: Sequence[Wanted],
+    mapping: Mapping[str, str],
+    bundles: Mapping[str, Bundle],
+    *,
+    beside: bool,
+) -> tuple[Finder, Found, tuple[str, ...]]:
+    """Find layers; functions that hold what the graph itself does not are expanded first.
+
+    Args:
+        source: the graph; functions are expanded in place.
+        wanted: the layers.
+        mapping: layer -> constant, as the caller says.
+        bundles: whose saved tensors are looked for, too.
+        beside: the layers themselves are to be in the main graph, not only their weights.
+
+    Returns:
+        The finder of the graph as it is now, what it found, and notes on functions expanded.
+
+    Raises:
+        BadInputError: a function that would have to be expanded cannot be.
+    """
+    finder = Finder(source)
+    found = finder.find(wanted, mapping)
+    functions = _in_functions(finder, found, wanted, mapping, bundles)
+    if beside:
+        nodes = {
+            id(use.linear) for each in found.sites.values() for one in each for use in one.uses
+        }
+        functions |= {
+            identifier
+            for identifier, function in source.model.functions.items()
+            if any(id(node) in nodes for node in function.all_nodes())
+        }
+    if not functions:
+        return finder, found, ()
+    names = inline_some(source.model, functions, source.path)
+    finder = Finder(source)
+    note = f"functions expanded, which hold layers of the adapter: {', '.join(names)}"
+    return finder, finder.find(wanted, mapping), (note,)
+
+
+def _in_functions(
+    finder: Finder,
+    found: Found,
+    wanted: Sequence[Wanted],
+    mapping: Mapping[str, str],
+    bundles: Mapping[str, Bundle],
+) -> set[ir.OperatorIdentifier]:
+    """The functions that hold constants which may be what was not found."""
+    model = finder.source.model
+    if not model.functions:
+        return set()
+    missing = [want for want in wanted if want.name in found.missing]
+    named = {parse_mapped(mapping[want.name])[0] for want in missing if want.name in mapping}
+    saved = set(lacking(finder, found.bridge, bundles).values())
+    saved |= {shape[::-1] for shape in saved}
+
+    def fits(name: str, tensor: ir.TensorProtocol) -> bool:
+        shape = tuple(int(size) for size in tensor.shape.numpy())
+        is_float = tensor.dtype.name in FLOATS
+        if name in named or (is_float and shape in saved):
+            return True
+        if not is_float:  # perhaps a quantised layer's integers
+            return bool(missing) and len(shape) > 1
+        return len(shape) == 2 and any(_may_hold(shape, want) for want in missing)
+
+    return holders(model, fits)
+
+
+def _may_hold(shape: tuple[int, ...], want: Wanted) -> bool:
+    """Whether a matrix is as large as the layer, or as several that are packed."""
+    if want.shape is None:
+        return True
+    outputs, inputs = want.shape
+    return any(there[1] == inputs and there[0] >= outputs for there in (shape, shape[::-1]))
