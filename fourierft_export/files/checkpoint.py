@@ -29,14 +29,7 @@ _Stamp = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a checkpoint.
-
-    Attributes:
-        path: the file.
-        tensors: what it holds, in the order of the payloads.
-        metadata: its `__metadata__`.
-        size: its length in bytes.
-    """
+    """One file of a checkpoint: its tensors in the order of the payloads, `__metadata__`, bytes."""
 
     path: Path
     tensors: tuple[TensorInfo, ...]
@@ -81,11 +74,8 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str], *, allow_links: bool = False) -> Checkpoint:
         """Open a Hugging Face folder (one file or sharded) or a single .safetensors file.
 
-        Reads every header, no payload.
-
-        Args:
-            path: the folder or the file.
-            allow_links: follow links between files of the folder (`links.checked_file`).
+        Reads every header, no payload. With `allow_links`, links between files of the folder are
+        followed.
 
         Raises:
             FileAccessError: the path, or a shard that the index names, cannot be read.
@@ -155,11 +145,7 @@ class Checkpoint:
         return cls(path, tuple(shards), stamps, index, metadata)
 
     def info(self, name: str) -> TensorInfo:
-        """Where the tensor `name` lies.
-
-        Raises:
-            BadInputError: the checkpoint has no such tensor.
-        """
+        """Where the tensor `name` lies; BadInputError if there is none."""
         if name not in self.tensors:
             raise BadInputError(f"{self.path}, tensor {name!r}", expected="to be there")
         return self.tensors[name]
@@ -168,24 +154,14 @@ class Checkpoint:
         """One tensor as a read-only array of its own dtype (bfloat16 as `ml_dtypes.bfloat16`).
 
         Raises:
-            BadInputError: no such tensor; a dtype that numpy cannot hold; the file changed since
-                it was opened.
+            BadInputError: no such tensor; a dtype that numpy cannot hold; a file that changed.
         """
         array = self.read_new(name)
         array.setflags(write=False)
         return array
 
     def read_new(self, name: str, digest: Hash | None = None) -> np.ndarray:
-        """One tensor as `read`, as an array that may be changed.
-
-        Args:
-            name: the tensor's name.
-            digest: a hash to update with its bytes.
-
-        Raises:
-            BadInputError: no such tensor; a dtype that numpy cannot hold; the file changed since
-                it was opened.
-        """
+        """One tensor as `read`, as an array that may be changed; `digest` gets its bytes."""
         info = self.info(name)
         try:
             dtype = to_numpy(info.dtype)
@@ -214,20 +190,12 @@ class Checkpoint:
         return np.frombuffer(b"".join(pieces), dtype)
 
     def blocks(self, name: str, size: int = BLOCK) -> Iterator[bytes]:
-        """The bytes of one tensor in pieces of at most `size`, whatever its dtype.
-
-        Raises:
-            BadInputError: no such tensor; the file changed since it was opened.
-        """
+        """The bytes of one tensor in pieces of at most `size`, whatever its dtype."""
         info = self.info(name)
         yield from self._span(_path_of(info), info.start, info.stop, size)
 
     def file_blocks(self, shard: Path, size: int = BLOCK) -> Iterator[bytes]:
-        """The bytes of a whole shard in pieces of at most `size`.
-
-        Raises:
-            BadInputError: the file changed since it was opened.
-        """
+        """The bytes of a whole shard in pieces of at most `size`."""
         yield from self._span(shard, 0, self._stamps[shard][1], size)
 
     def _span(self, file: Path, start: int, stop: int, size: int) -> Iterator[bytes]:

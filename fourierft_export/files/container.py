@@ -41,9 +41,7 @@ class TensorInfo:
     """Where one tensor lies.
 
     Attributes:
-        name: its name in the file.
         dtype: safetensors name of its dtype ("F32", "BF16", ...).
-        shape: its sizes.
         start, stop: byte offsets in the file, not in the payload.
         path: the file; None when the container was read from memory.
     """
@@ -63,12 +61,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one safetensors file.
-
-    Attributes:
-        tensors: by name, in the order of their payloads.
-        metadata: the `__metadata__` strings.
-        size: length of the whole file in bytes.
+    """The header of one safetensors file: tensors in the order of their payloads, the
+    `__metadata__` strings, and the length of the whole file in bytes.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -100,12 +94,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) -> bytes:
-    """Bytes [start, stop) of an open file.
-
-    Raises:
-        BadInputError: the file ends before `stop`, as it does when it shrinks while being read.
-        FileAccessError: the disk or the network fails.
-    """
+    """Bytes [start, stop) of an open file; BadInputError if it ends before `stop`."""
     pieces = []
     at = start
     while at < stop:
@@ -128,12 +117,7 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAX_HEADER_BYTES) -> bytes:
-    """A whole small regular file, such as a config.
-
-    Raises:
-        FileAccessError: missing or unreadable.
-        BadInputError: not a regular file, or longer than `limit` bytes.
-    """
+    """A whole regular file of at most `limit` bytes, such as a config."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -153,12 +137,7 @@ def _read_at(fd: int, start: int, count: int) -> bytes:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check the header of a safetensors file.
-
-    Raises:
-        FileAccessError: missing or unreadable.
-        BadInputError: not a safetensors file, or one that breaks the format's rules.
-    """
+    """Read and check the header of a safetensors file."""
     fd = open_regular(path)
     try:
         size = os.fstat(fd).st_size
@@ -258,11 +237,8 @@ def encode_header(
     """The first bytes of a safetensors file: length, JSON, and spaces up to a multiple of 8.
 
     Written here because the same content must give the same bytes, and because a writer that
-    streams needs the header before the payloads.
-
-    Args:
-        tensors: (name, dtype, shape) in the order of their payloads.
-        metadata: text to text; its order is kept.
+    streams needs the header before the payloads. `tensors` are (name, dtype, shape) in the order of
+    these.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0

@@ -20,11 +20,7 @@ _NUMPY: dict[str, Any] = {
 
 @cache
 def to_numpy(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a safetensors dtype name, little-endian.
-
-    Raises:
-        KeyError: a dtype whose elements are not whole bytes (F4, F6_*).
-    """
+    """The little-endian numpy dtype of a safetensors dtype; KeyError if not of whole bytes (F4)."""
     little: np.dtype[Any] = np.dtype(_NUMPY[name]).newbyteorder("<")
     return little
 
@@ -36,9 +32,5 @@ def has_name(dtype: np.dtype[Any]) -> bool:
 
 @cache
 def to_name(dtype: np.dtype[Any]) -> str:
-    """The safetensors name of a numpy dtype.
-
-    Raises:
-        KeyError: safetensors has no such dtype.
-    """
+    """The safetensors name of a numpy dtype; KeyError if there is none."""
     return {np.dtype(value): name for name, value in _NUMPY.items()}[dtype.newbyteorder("=")]

@@ -27,12 +27,7 @@ _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12
 
 
 class Range(NamedTuple):
-    """Where a tensor's bytes lie.
-
-    Attributes:
-        file: an existing regular file that may be read.
-        offset, length: in bytes, within the file.
-    """
+    """Where a tensor's bytes lie in an existing regular file that may be read."""
 
     file: Path
     offset: int
@@ -42,16 +37,11 @@ class Range(NamedTuple):
 def external_ranges(
     model: Any, path: str | os.PathLike[str], *, allow_links: bool = False
 ) -> dict[tuple[str, int], Range]:
-    """Every external tensor of a model, checked.
+    """Every external tensor of a model, checked: (location, offset) -> range.
 
-    Args:
-        model: an onnx.ModelProto, loaded without external data.
-        path: the file it came from; locations are relative to its folder.
-        allow_links: also follow links that end inside the folder (links of a Hugging Face cache
-            repository are always followed).
-
-    Returns:
-        (location, offset) -> range.
+    `model` is an onnx.ModelProto, loaded from `path` without external data. With `allow_links`,
+    links that end inside its folder are followed (those of a Hugging Face cache repository always
+    are).
 
     Raises:
         BadInputError: listing every tensor whose data is not plainly there.

@@ -18,10 +18,9 @@ MAX_INDEX_BYTES = 256 << 20
 
 
 def weights_file(directory: Path) -> Path:
-    """The file a folder's weights begin at: as transformers chooses, else the only candidate.
+    """The .safetensors file or shard index a folder's weights begin at.
 
-    Returns:
-        A .safetensors file, or a shard index.
+    As transformers chooses, else the only candidate.
 
     Raises:
         FileAccessError: the folder cannot be listed.
@@ -57,8 +56,7 @@ def read_index(index: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]
     """A shard index as {shard's file name: its tensors' names}, and its metadata.
 
     Raises:
-        FileAccessError: it cannot be read.
-        BadInputError: it is damaged, or names anything but plain files beside it.
+        BadInputError: it is damaged, or names anything but plain files in its folder.
     """
     content = strict_json.loads(read_file(index, MAX_INDEX_BYTES), os.fspath(index))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

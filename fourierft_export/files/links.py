@@ -18,10 +18,8 @@ from ..errors import BadInputError
 def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
     """`path` itself, once it is known not to lead where it must not.
 
-    Args:
-        path: a file at or below `named`; it need not exist.
-        named: the folder that the user named. A link up to and including it is the user's own.
-        allow_links: also follow links that end inside `named`.
+    `named` is the folder that the user named, which `path` lies in: a link up to and including it
+    is the user's own. With `allow_links`, links that end inside `named` are followed.
 
     Raises:
         BadInputError: `path` is, or lies behind, a link that leads out of `named` and out of the
@@ -58,12 +56,9 @@ def real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def cache_repository(directory: Path) -> Path | None:
-    """The Hugging Face cache repository that a snapshot folder (or one below it) belongs to.
+    """The Hugging Face cache repository that a resolved snapshot folder, or one below it, is in.
 
     Layout: `models--OWNER--NAME/snapshots/REVISION/...`, whose files link to `../../blobs/HASH`.
-
-    Args:
-        directory: a resolved path.
     """
     chain = (directory, *directory.parents)
     for snapshots, repository in pairwise(chain):

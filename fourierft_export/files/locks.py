@@ -15,11 +15,7 @@ from pathlib import Path
 def try_lock(path: Path) -> int | None:
     """Lock the file at `path`, which is made if it is absent.
 
-    Returns:
-        An open descriptor, for `unlock`; None while somebody else holds the lock.
-
-    Raises:
-        OSError: the file cannot be opened; its folder is missing.
+    Returns an open descriptor, for `unlock`; None while somebody else holds the lock.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

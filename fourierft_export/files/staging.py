@@ -81,12 +81,10 @@ def check_output(
 def work_folder(
     out: str | os.PathLike[str], *, plan: str | None = None, keep: bool = False
 ) -> Iterator[Path]:
-    """A locked folder beside `out`, removed at the end however the block ends, but for a kill.
+    """A locked folder next to `out`, removed at the end however the block ends, but for a kill.
 
-    Args:
-        out: the output that is being made.
-        plan: a short hash of what is being done; names the folder. The process id by default.
-        keep: leave in it what a killed process with the same plan had made.
+    `plan`, a short hash of what is being done, names the folder (the process id by default). With
+    `keep`, it holds what a killed process with the same plan had made.
 
     Raises:
         FileAccessError: another process works in this folder; it cannot be made.
@@ -107,11 +105,7 @@ def work_folder(
 
 @contextmanager
 def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """A path to write to; it becomes `out` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        UsageError, FileAccessError: as `check_output`; FileAccessError also for a full disk.
-    """
+    """A path to write to; it becomes `out` when the block ends well, and vanishes otherwise."""
     path = check_output(out, force=force)
     with work_folder(path) as folder, os_errors_named(path, folder):
         staged = folder / path.name
@@ -123,11 +117,7 @@ def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator
 
 @contextmanager
 def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """An empty folder to fill; it becomes `out` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        UsageError, FileAccessError: as `check_output`; FileAccessError also for a full disk.
-    """
+    """An empty folder to fill; it becomes `out` when the block ends well, else it vanishes."""
     path = check_output(out, force=force)
     with work_folder(path) as folder, os_errors_named(path, folder):
         staged = folder / path.name
@@ -143,10 +133,7 @@ def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Ite
 def publish(staged: Path, out: Path, *, force: bool) -> None:
     """Rename a complete, flushed file or folder to its place.
 
-    Args:
-        staged: lies in a `work_folder` of `out`, which keeps what is replaced until the end.
-        out: its place.
-        force: replace what is there, whole.
+    `staged` lies in a `work_folder` of `out`, which keeps what is replaced until the end.
 
     Raises:
         UsageError: somebody else has made `out` meanwhile, and `force` is not set.
@@ -254,9 +241,7 @@ def _remove(path: Path) -> None:
 def os_errors_named(path: Path, work: Path | None = None) -> Iterator[None]:
     """Turn an `OSError` of the block into a `FileAccessError` that names the file.
 
-    Args:
-        path: the output, named for whatever happens to it or in `work`.
-        work: its work folder.
+    It names the output `path` for whatever happens to it or in its work folder `work`.
     """
     try:
         yield

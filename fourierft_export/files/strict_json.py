@@ -18,11 +18,7 @@ MAX_DEPTH = 100
 
 
 def loads(text: str | bytes, where: str) -> Any:
-    """Parse JSON strictly.
-
-    Args:
-        text: the JSON text; bytes must be UTF-8.
-        where: what to name in errors.
+    """Parse JSON strictly; bytes must be UTF-8. `where` is what errors name.
 
     Raises:
         BadInputError: not UTF-8, not JSON, nested more than 100 deep, duplicate keys, a number

@@ -40,14 +40,10 @@ class Hash(Protocol):
 
 
 class FileWriter:
-    """Writes one new file front to back and hashes it; a context manager.
+    """Writes one new file of `size` bytes front to back and hashes it; a context manager.
 
     One thread writes, one hashes, and one flushes what has been written, so that the disk works
-    from the start and not only at the end.
-
-    Args:
-        path: the file to make; it may not exist. Its mode follows the umask.
-        size: bytes that are needed, for the message when the disk is full.
+    from the start and not only at the end. The file may not exist; its mode follows the umask.
 
     Raises:
         FileAccessError: the file cannot be made or written; the disk is full.
@@ -70,14 +66,9 @@ class FileWriter:
         return self
 
     def put(self, data: memoryview, also: Hash | None = None) -> int:
-        """Append bytes, which must not change afterwards; returns their number.
+        """Append bytes, which must not change afterwards, and update `also`; returns their number.
 
-        Args:
-            data: of any length.
-            also: a hash to update with them.
-
-        Raises:
-            FileAccessError: of an earlier piece.
+        Raises the error of an earlier piece.
         """
         writer, hasher, flusher = self._threads
         for at in range(0, len(data), PIECE):
@@ -93,11 +84,7 @@ class FileWriter:
         return len(data)
 
     def finish(self) -> str:
-        """Wait until everything is written and on the disk; returns the file's sha256 in hex.
-
-        Raises:
-            FileAccessError: it could not be written.
-        """
+        """Wait until everything is written and on the disk; returns the file's sha256 in hex."""
         while self._pending:
             self._wait()
         try:
@@ -124,11 +111,7 @@ class FileWriter:
 
 
 def write_all(fd: int, view: memoryview, path: Path, size: int) -> None:
-    """Write all of `view`; a single call may write less (and stops at 2 GiB).
-
-    Raises:
-        FileAccessError: naming `path` and the `size` bytes that it needs.
-    """
+    """Write all of `view`; a single call may write less (and stops at 2 GiB)."""
     try:
         while len(view):
             view = view[os.write(fd, view) :]
@@ -170,16 +153,7 @@ def in_file_order(slots: Iterable[Slot]) -> tuple[Slot, ...]:
 
 
 class TensorWriter:
-    """Writes one safetensors file in a stream; a context manager.
-
-    Args:
-        path: the file to make; it may not exist. Its mode follows the umask.
-        slots: what will be written, in this order.
-        metadata: the file's `__metadata__`.
-
-    Raises:
-        FileAccessError: the file cannot be made or written; the disk is full.
-    """
+    """Writes one safetensors file, with `slots` in this order, in a stream; a context manager."""
 
     def __init__(
         self, path: Path, slots: Iterable[Slot], metadata: Mapping[str, str] | None = None
@@ -198,12 +172,9 @@ class TensorWriter:
         return self
 
     def write(self, name: str, pieces: Iterable[Buffer], *, hashed: bool = False) -> None:
-        """Append the payload of the next tensor.
+        """Append the payload of the next tensor; `hashed` also takes its sha256 (`digests`).
 
-        Args:
-            name: the tensor's name; it must be the next slot's.
-            pieces: its bytes, little-endian, in C order; they must not change afterwards.
-            hashed: also take the sha256 of this payload (`digests`).
+        `pieces` are its bytes, little-endian, in C order; they must not change afterwards.
 
         Raises:
             ValueError: not the next tensor, or not its number of bytes.
@@ -219,12 +190,7 @@ class TensorWriter:
         self._next += 1
 
     def digest(self) -> str:
-        """The sha256 of the whole file, in hex, once it is on the disk.
-
-        Raises:
-            ValueError: a tensor has not been written yet.
-            FileAccessError: the disk is full, or gone.
-        """
+        """The sha256 of the whole file, in hex, once it is on the disk."""
         if self._next != len(self.slots):
             raise ValueError(f"{self.path}: {self.slots[self._next].name!r} was never written")
         return self._file.finish()
@@ -246,16 +212,7 @@ def as_bytes(piece: Buffer) -> memoryview:
 
 
 def copy_file(target: Path, pieces: Iterable[bytes], size: int) -> str:
-    """Write a new file from its pieces; returns its sha256 in hex.
-
-    Args:
-        target: the file to make; it may not exist. Its mode follows the umask.
-        pieces: its content.
-        size: bytes that are needed, for the message when the disk is full.
-
-    Raises:
-        FileAccessError: it cannot be written.
-    """
+    """Write a new file of `size` bytes from its pieces; returns its sha256 in hex."""
     with FileWriter(target, size) as file:
         for piece in pieces:
             file.put(memoryview(piece))
@@ -263,15 +220,7 @@ def copy_file(target: Path, pieces: Iterable[bytes], size: int) -> str:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Refuse work that cannot fit on the disk, before any of it is done.
-
-    Args:
-        directory: where it shall be written; it exists.
-        needed: bytes.
-
-    Raises:
-        FileAccessError: less is free.
-    """
+    """Refuse work that needs more bytes than are free on the disk of `directory`."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise FileAccessError(

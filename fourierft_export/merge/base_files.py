@@ -32,19 +32,10 @@ BLOCK = 8 << 20
 def sort_files(
     directory: Path, weights: Iterable[Path] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Sort the files of a base folder.
+    """The files of a base folder that go along with the weights, and those that are stale.
 
-    Args:
-        directory: the folder.
-        weights: its weight files and index, which the merge writes anew.
-
-    Returns:
-        The files that go along, and those that stay behind: weights in other formats. As paths
-        relative to the folder, with "/".
-
-    Raises:
-        FileAccessError: the folder, or one below it, cannot be listed.
-        BadInputError: a modules.json that is not JSON.
+    As paths relative to the folder, with "/". `weights` are its weight files and index, which the
+    merge writes anew.
     """
     own_weights = {path.name for path in weights}
     modules = _module_folders(directory)
@@ -58,12 +49,7 @@ def sort_files(
 
 
 def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
-    """The bytes of a file to be copied, once it is known that it may be and can be read.
-
-    Raises:
-        FileAccessError: it cannot be read.
-        BadInputError: it is a link that may not be followed, or no regular file.
-    """
+    """The bytes of a file of a folder, once it is known that it may be and can be read."""
     fd = open_regular(checked_file(directory / name, directory, allow_links=allow_links))
     try:
         return os.fstat(fd).st_size
@@ -72,7 +58,7 @@ def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
 
 
 def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
-    """The content of a file of a folder, in pieces; errors as `file_size`."""
+    """The content of a file of a folder, in pieces."""
     path = checked_file(directory / name, directory, allow_links=allow_links)
     fd = open_regular(path)
     try:
@@ -84,7 +70,7 @@ def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Ite
 
 
 def file_sha256(directory: Path, name: str, *, allow_links: bool = False) -> tuple[str, int]:
-    """The sha256 of a file of a folder, in hex, and its size; errors as `file_size`."""
+    """The sha256 of a file of a folder, in hex, and its size."""
     digest, size = hashlib.sha256(), 0
     for block in file_blocks(directory, name, allow_links=allow_links):
         digest.update(block)

@@ -22,10 +22,7 @@ def merged_config(
     dtype: str,
     labels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config.json of a merge's output, and what a person should know of it.
-
-    Returns:
-        The new config ({} for a base without one), and notes.
+    """The config.json of a merge's output ({} for a base without one), and notes for a person.
 
     Raises:
         UsageError: `labels` without a head that has as many rows, or without a config.
@@ -81,18 +78,8 @@ def _with_labels(
 ) -> dict[str, Any]:
     """A copy of `config` with as many labels as the head that an adapter brings.
 
-    Args:
-        config: of the base.
-        task_type: PEFT's, of the adapter.
-        shapes: of the adapters' dense tensors, under their names in the adapted model.
-        labels: names of the labels; by default those of `config` when their number is right,
-            else LABEL_0, LABEL_1 and so on, as transformers has it.
-
-    Returns:
-        A new config; id2label and label2id are set (transformers derives num_labels from them).
-
-    Raises:
-        UsageError: `labels` without a head that has as many rows, or not each a name of its own.
+    Their names are `labels`, by default those of `config` when their number is right, else LABEL_0,
+    LABEL_1 and so on, as transformers has it; transformers derives num_labels from id2label.
     """
     task = tasks.likely_task(config, task_type)
     count = tasks.head_labels(shapes) if task is not None and task.labelled else None

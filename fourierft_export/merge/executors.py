@@ -32,11 +32,8 @@ def run_tasks(
 ) -> None:
     """Run `task(*arguments[number])` for every number; those whose worker died are run again.
 
-    Args:
-        task: importable by its name; may be run more than once for a number.
-        arguments: of each task, by its number.
-        open_executor: called again after a worker has broken its executor.
-        done: called here with every number and result, as they come.
+    `task` may be run more than once for a number; `done` is called here with every number and
+    result, as they come; `open_executor` again after a worker has broken its executor.
 
     Raises:
         FileAccessError: workers died at the same task time and again.
@@ -113,14 +110,9 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 @contextmanager
 def dask_cluster(address: str) -> Iterator[Executor]:
-    """The workers of a Dask scheduler, which see this file system and have this package.
+    """The workers of the Dask scheduler at `address`, such as "tcp://host:8786".
 
-    Args:
-        address: of the scheduler, as "tcp://host:8786".
-
-    Raises:
-        MissingExtraError: distributed is not installed.
-        FileAccessError: no scheduler answers there.
+    They see this file system and have this package. FileAccessError if no scheduler answers.
     """
     try:
         from distributed import Client

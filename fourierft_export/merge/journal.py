@@ -27,12 +27,7 @@ _TENSOR_KINDS = {"sha256": str, "source_sha256": str, "survival": float, "error"
 
 
 class Journal:
-    """The journal of one merge, appended to by the one process that coordinates it.
-
-    Args:
-        path: the file; made when the first line is written.
-        shards: what the merge writes.
-    """
+    """The journal of one merge, appended to by the one process that coordinates it."""
 
     def __init__(self, path: Path, shards: Sequence[ShardPlan]) -> None:
         self.path = path
@@ -51,9 +46,7 @@ class Journal:
     def finished(self, place: Callable[[str], Path], count: Count) -> dict[int, WrittenShard]:
         """The shards, by number, that it lists and whose files are there with the stated hash.
 
-        Args:
-            place: from a shard's name to its file.
-            count: called with the bytes of each of them.
+        `place` gives the file of a shard's name; `count` is called with the bytes of each of them.
         """
         try:
             lines = read_file(self.path).split(b"\n")

@@ -37,19 +37,12 @@ def manifest_text(
     base_manifest: str | None,
     allow_base_mismatch: bool,
 ) -> str:
-    """The manifest of a merge, as JSON text.
+    """The manifest of a finished merge, as JSON text.
 
     The base is identified by hashes that are known without reading it once more: those of shards
-    that were copied byte for byte, and those of the weights that were changed.
-
-    Args:
-        report: of the finished merge.
-        shards: of the output.
-        plans: the weights that got delta_W, by their names in the output.
-        written: what was found while these were written.
-        files: sha256 and bytes of every other file of the output, by its path with "/".
-        base_manifest: sha256 of the base's own manifest.json, if it has one.
-        allow_base_mismatch: whether the caller let another base pass.
+    that were copied byte for byte, and those of the weights that were changed. `plans` and
+    `written` are of these weights, by their names in the output; `files` gives sha256 and bytes of
+    all other files.
     """
     content = {
         "schema": SCHEMA,
@@ -96,7 +89,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest, checked as far as `verify_merged` relies on it.
 
     Raises:
-        FileAccessError: missing or unreadable.
         BadInputError: no manifest of a merge, a damaged one, or one that names files outside of
             its folder.
     """

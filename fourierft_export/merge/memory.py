@@ -41,15 +41,7 @@ def _changed_bytes(plan: TensorPlan) -> int:
 
 
 def check_memory(needed: int, workers: int) -> None:
-    """Refuse work that cannot fit in memory, before any of it is done.
-
-    Args:
-        needed: bytes of one process.
-        workers: processes of this machine.
-
-    Raises:
-        FileAccessError: less is available.
-    """
+    """Refuse work of `workers` processes that need `needed` bytes each, if there are less."""
     available = available_memory()
     if available is not None and needed * workers > available:
         raise FileAccessError(
@@ -61,11 +53,7 @@ def check_memory(needed: int, workers: int) -> None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process can still get; None where the system does not say.
-
-    Args:
-        root: of the file system.
-    """
+    """Bytes of memory that this process can still get; None where the system does not say."""
     machine = _left_in_machine(root)
     return min([*_left_in_groups(root), *([] if machine is None else [machine])], default=None)
 

@@ -132,11 +132,7 @@ class Changes:
 def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
     """Compare a bundle's layers and dense tensors with those of a base.
 
-    Args:
-        base: what it shall be merged into.
-        name: how to speak of the bundle.
-        bundle: bound or not.
-        thorough: read and hash the weights; otherwise compare eight values of each.
+    When `thorough`, the weights are read and hashed; otherwise eight values of each are compared.
     """
     modules = [layer.name for layer in bundle.layers]
     bridge = base.bridge(modules)
@@ -154,13 +150,7 @@ def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
 def collect_changes(
     base: Base, bundles: Sequence[Bundle], names: Sequence[str], weights: Sequence[float]
 ) -> Changes:
-    """What bundles change in `base`.
-
-    Args:
-        base: the base that they fit.
-        bundles: bound.
-        names: how to speak of them.
-        weights: the factors on their delta_W.
+    """What bound bundles, which fit `base`, change in it.
 
     Raises:
         UsageError: listing every tensor that two bundles set to different values.
@@ -217,13 +207,7 @@ def collect_changes(
 
 
 def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ...]:
-    """The shards of the output: the base's, in its order, new tensors in the last one.
-
-    Args:
-        base: the base.
-        changes: what bundles change.
-        dtype: "keep", "float32", "float16" or "bfloat16".
-    """
+    """The shards of the output: the base's, in its order, new tensors in the last one."""
     checkpoint = base.checkpoint
     wanted = DTYPES.get(dtype)
     # transformers takes the dtype of a model without one in its config from its first tensor, so

@@ -109,9 +109,7 @@ def layer_reports(
 ) -> tuple[LayerReport, ...]:
     """One report for each weight that gets delta_W, in natural order of the layers' names.
 
-    Args:
-        plans: these weights, by their names in the output.
-        written: what was found while they were written; None in a dry run.
+    `plans` and `written` (None in a dry run) are by the weights' names in the output.
     """
     reports = [
         LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype)

@@ -33,10 +33,9 @@ _EXPONENT = {
 
 
 class Merged(NamedTuple):
-    """A changed weight.
+    """A changed weight in the output's dtype.
 
     Attributes:
-        value: in the output's dtype.
         survival: share of its elements that differ from the base's, rounded the same way.
         error: of what was really added, relative to delta_W, as Frobenius norms; 0 for no change.
     """
@@ -55,20 +54,14 @@ def add_deltas(
     name: str,
     overwrite: bool = False,
 ) -> Merged:
-    """A weight plus the delta_W of every term, block by block.
+    """A weight plus the delta_W of every term, block by block, rounded once to `dtype`.
 
-    The sum is within half a unit in the last place of the exact one, and 1e-6 of delta_W.
-
-    Args:
-        weight: (out, in), or (in, out) when `transposed`; float64, float32, float16 or bfloat16.
-        terms: what is added.
-        transposed: the weight is stored as (in, out).
-        dtype: safetensors dtype of the result.
-        name: of the tensor, for errors.
-        overwrite: `weight` may be used for the result.
+    The sum is within half a unit in the last place of the exact one, and 1e-6 of delta_W. The
+    weight is stored as (in, out) when `transposed`; with `overwrite` the result may take its
+    memory.
 
     Raises:
-        BadInputError: the result does not fit in `dtype`.
+        BadInputError: the result does not fit in `dtype`; names the tensor.
     """
     out_dtype = to_numpy(dtype)
     in_place = overwrite and weight.dtype == out_dtype
@@ -109,13 +102,10 @@ class _Scratch(threading.local):
 def _add(
     before: Array, delta: Array, after: Array, scratch: _Scratch
 ) -> tuple[int, int, float, float]:
-    """Put rows of a weight plus float32 rows of delta_W, rounded once, in `after`.
+    """Put rows of a weight plus float32 rows of delta_W in `after`, which may be `before`.
 
-    `after` may be `before`.
-
-    Returns:
-        Elements that changed, elements that are not finite any more, and the sums of squares of
-        what rounding cost and of delta_W.
+    Returns the numbers of elements that changed and that are not finite any more, and the sums of
+    squares of what rounding cost and of delta_W.
     """
     kind = np.dtype(np.float64 if before.dtype == np.float64 else np.float32)
     shape = before.shape
@@ -142,13 +132,9 @@ def _add(
 
 
 def round_once(total: Array, weight: Array, delta: Array, result: Array, scratch: Array) -> None:
-    """Put in `result` the nearest of its values to weight + delta, ties to even.
+    """Put in `result`, of 16 bits, the nearest of its values to weight + delta, ties to even.
 
-    Args:
-        total: float32, C-contiguous: the sum of the two.
-        weight, delta: float32, what was added up.
-        result: float16 or bfloat16, C-contiguous.
-        scratch: bool, C-contiguous; overwritten.
+    All arrays are C-contiguous. `total` is their float32 sum; `scratch`, of bool, is overwritten.
     """
     result[...] = total
     flat = result.reshape(-1)
@@ -180,11 +166,7 @@ def _halfway(values: Array, dtype: np.dtype[Any], scratch: Array) -> Array:
 
 
 def convert(value: Array, dtype: str, name: str) -> Array:
-    """A float tensor in another float dtype; any other tensor as it is.
-
-    Raises:
-        BadInputError: a finite element becomes infinite.
-    """
+    """A float tensor in another float dtype; any other as it is. BadInputError if it overflows."""
     if to_name(value.dtype) not in FLOAT_DTYPES or to_name(value.dtype) == dtype:
         return value
     with np.errstate(over="ignore"):

@@ -91,17 +91,7 @@ class MergePlan:
 def run_merge(
     plan: MergePlan, executor: OpenExecutor | None, *, force: bool, progress: Progress | None
 ) -> MergeReport:
-    """Write the output of a merge.
-
-    Args:
-        plan: the merge.
-        executor: where its shards are written; None for this process.
-        force: replace an existing output.
-        progress: called with ("merging", bytes done, bytes in all).
-
-    Raises:
-        As `merge_checkpoint`.
-    """
+    """Write the output of a merge, by `executor` or, without one, in this process."""
     out = plan.report.out
     with (
         work_folder(out, plan=plan.hash(), keep=True) as folder,

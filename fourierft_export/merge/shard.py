@@ -26,14 +26,10 @@ UNFINISHED = ".writing-"
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A weight that got delta_W added.
+    """A weight that got delta_W added: hashes of its payload in the output and in the base, in hex.
 
-    Attributes:
-        sha256: of its payload in the output, in hex.
-        source_sha256: of the base's payload.
-        survival, error: as in `report.LayerReport`.
-        verdicts: for each of its shares, in order, what the fingerprint says of the base's weight;
-            "unchecked" where the bundle has none.
+    `survival` and `error` are as in `report.LayerReport`. `verdicts` say for each of its shares, in
+    order, what the fingerprint says of the base's weight.
     """
 
     sha256: str
@@ -45,14 +41,7 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """One weight file that is complete.
-
-    Attributes:
-        name: its file name.
-        sha256: of the whole file, in hex.
-        size: its bytes.
-        tensors: by their names in the output, those that got delta_W.
-    """
+    """A weight file that is complete: its name, sha256 and bytes, and its changed tensors."""
 
     name: str
     sha256: str
@@ -65,14 +54,9 @@ def write_shard(
 ) -> WrittenShard:
     """Write one weight file, holding few changed tensors at a time, and flush it to the disk.
 
-    It is written under a name of its own and renamed when it is complete. Two workers may do this
-    for one shard, if one of them was taken for dead: they write the same bytes.
-
-    Args:
-        shard: what it holds.
-        target: the file; replaced if it is there.
-        folder: where the file is while it is not complete; on the same file system.
-        count: called with the bytes of every piece of payload made.
+    It is written in `folder` under a name of its own and renamed to `target` when it is complete.
+    Two workers may do this for one shard, if one of them was taken for dead: they write the same
+    bytes. `count` is called with the bytes of every piece of payload made.
 
     Raises:
         BadInputError: a weight that overflows; a base file that changed meanwhile.

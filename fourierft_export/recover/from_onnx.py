@@ -73,11 +73,7 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
 
 
 def _file(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
-    """The bytes of a bundle's file, put together again from its record.
-
-    Raises:
-        ValueError, KeyError, ...: the record is damaged, or does not fit the graph.
-    """
+    """The bytes of a bundle's file, put together again from its record; an error if damaged."""
     header: bytes = record["header"].encode("utf-8")
     table = strict_json.loads(header, "header of the bundle")
     size = max(entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__")

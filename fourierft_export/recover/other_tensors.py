@@ -24,16 +24,11 @@ def compare_other_tensors(
     wanted: Sequence[str] | None,
     count: Callable[[int], None],
 ) -> tuple[dict[str, Array], list[str]]:
-    """Every tensor that is not as in the base, the adapted weights apart.
+    """Every tensor that is not as in the base, the adapted weights `layers` of `after` apart.
 
-    Args:
-        before: the base.
-        after: the merged checkpoint.
-        modules: module paths of the adapter.
-        layers: names of the adapted weights in `after`.
-        wanted: names, as the adapter has them, of its dense tensors; None to take heads, biases
-            and tensors that the base does not have.
-        count: called with the bytes of the base's tensors that were compared.
+    `modules` are the adapter's module paths. `wanted` are the adapter's names of its dense tensors;
+    None to take heads, biases and tensors that the base does not have. `count` is called with the
+    bytes of the base's tensors that were compared.
 
     Returns:
         The dense tensors of the adapter, and the names of those that changed otherwise.

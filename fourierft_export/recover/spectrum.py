@@ -47,19 +47,12 @@ class RecoveredLayer:
 
 
 def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> Array:
-    """The coefficients at `entries` of delta_W = after - before.
+    """The coefficients, float64, at `entries` (u, v) of delta_W = after - before.
 
     By orthogonality of the cosines: sum over p, q of delta_W cos(2 pi (u p / M + v q / N)) is
     scaling * c / 2, or scaling * c where the entry is its own mirror image. Entries that mirror
-    each other are one degree of freedom, and share it equally.
-
-    Args:
-        before, after: (M, N), any float dtype.
-        entries: int64 (n, 2), pairs (u, v).
-        scaling: not zero.
-
-    Returns:
-        float64 (n,).
+    each other are one degree of freedom, and share it equally. `before` and `after` are (M, N), of
+    any float dtype.
     """
     rows, columns = before.shape
     u, v = fold(entries, (rows, columns))
@@ -80,13 +73,7 @@ def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> 
 
 
 def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> RecoveredLayer:
-    """How well a term explains `after` - `before`, judged by the rounding of `after`'s dtype.
-
-    Args:
-        name: of the layer.
-        before, after: (M, N), any float dtype.
-        term: its entries are pairs (u, v) of these axes.
-    """
+    """How well a term explains `after` - `before`, judged by the rounding of `after`'s dtype."""
     sums: list[tuple[int, int, float, float, float]] = []
     count, n = before.size, len(term.spectrum)
     rounding = _rounding(after)
