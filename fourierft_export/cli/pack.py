@@ -110,7 +110,7 @@ def _for_onnx(
     from ..errors import UsageError
     from ..onnx_graph.fit import knows_base
     from ..onnx_graph.runtime.adapter_file import write_adapter, write_inputs
-    from ..onnx_graph.runtime.graph_file import parameters_for
+    from ..onnx_graph.runtime.exported import parameters_for
 
     if onnx is None or target == "bundle":
         raise UsageError(

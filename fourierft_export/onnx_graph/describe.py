@@ -6,8 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInputError
-from ..files.container import open_regular
+from .graph.source import read_proto
 from .metadata import KEY
 
 if TYPE_CHECKING:
@@ -21,14 +20,7 @@ def describe_onnx(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileAccessError: missing or unreadable.
         BadInputError: not an ONNX model.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    os.close(open_regular(path))
-    try:
-        model = onnx.load(os.fspath(path), load_external_data=False)
-    except DecodeError:
-        raise BadInputError(path, expected="an ONNX model", found="something else") from None
+    model = read_proto(path)
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     return {

@@ -58,16 +58,16 @@ def test_a_new_table_needs_no_new_graph(small_tenants: Any, run: Any) -> None:
     """Three rows where the file has two, the new one with the largest n."""
     from fourierft_export.onnx_graph.fit import fit
     from fourierft_export.onnx_graph.groups import table
-    from fourierft_export.onnx_graph.runtime.graph_file import base_saved, facts_of
+    from fourierft_export.onnx_graph.runtime.exported import open_exported
 
     path = small_tenants.file("bank")
-    facts = facts_of({p.key: p.value for p in onnx.load(path).metadata_props}, str(path))
-    assert facts.interface is not None
-    assert facts.adapters == ("one", "two")
-    base = base_saved(path, facts)
+    graph = open_exported(path)
+    assert graph.interface is not None
+    assert graph.adapters == ("one", "two")
+    base = graph.base_saved()
     order = ["two", "one", "two"]
-    feeds = [fit(facts.interface, small_tenants.bundles[name], base) for name in order]
-    tables = table(facts.interface.groups, feeds)
+    feeds = [fit(graph.interface, small_tenants.bundles[name], base) for name in order]
+    tables = table(graph.interface.groups, feeds)
     assert tables["fourierft.spectrum.0"].shape == (3, 2, 40)
     ids = np.array([3, 2, 1, 0, 3])
     got = run(path, {**small_tenants.inputs, **tables, "adapter_id": ids})["output"]

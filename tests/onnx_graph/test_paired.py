@@ -10,18 +10,13 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from fourierft_export.onnx_graph.fit import fit
-from fourierft_export.onnx_graph.runtime.graph_file import base_saved, facts_of
+from fourierft_export.onnx_graph.runtime.exported import parameters_for
 from fourierft_export.spectral.delta import reference_delta
 
 
 def feeds_of(tenants: Any, name: str) -> dict[str, np.ndarray]:
     """Everything an adapter feeds the two graphs together."""
-    path = tenants.file("paired")
-    metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
-    facts = facts_of(metadata, str(path))
-    assert facts.interface is not None
-    return fit(facts.interface, tenants.bundles[name], base_saved(path, facts))
+    return parameters_for(tenants.file("paired"), tenants.bundles[name], both_graphs=True)
 
 
 def swapped(tenants: Any, name: str, evaluate: Any) -> np.ndarray:

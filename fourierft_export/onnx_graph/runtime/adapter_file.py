@@ -1,7 +1,7 @@
-"""`.onnx_adapter` files: an adapter's inputs for one graph, in ONNX Runtime's own format.
+"""Files with an adapter's inputs for one graph: ONNX Runtime's `.onnx_adapter`, or safetensors.
 
-Any program with ONNX Runtime can load one and name it in its run options; the graph must have the
-inputs, and the file knows nothing of the base: that is checked where it is made.
+Any program with ONNX Runtime can load the first and name it in its run options; the graph must have
+the inputs, and the file knows nothing of the base: that is checked where it is made.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ...errors import BadInputError, missing_extra
+from ...errors import BadInputError
 from ...files.container import open_regular
 from ...files.staging import staged_file
 from ...types import Array
+from .ort_session import onnxruntime_for, to_value
 
 SUFFIX = ".onnx_adapter"
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 def write_adapter(
     path: str | os.PathLike[str], parameters: Mapping[str, Array], *, force: bool = False
 ) -> Path:
-    """Write an adapter's inputs; the file is absent or complete.
+    """Write an adapter's inputs for ONNX Runtime; the file is absent or complete.
 
     Args:
         path: ends in `.onnx_adapter` by custom.
@@ -37,11 +36,10 @@ def write_adapter(
         UsageError: the file exists, without `force`.
         FileAccessError: it cannot be written.
     """
-    ort = runtime("writing an .onnx_adapter file")
-    values = {name: to_value(array) for name, array in parameters.items()}
-    adapter = ort.AdapterFormat()
+    adapter = onnxruntime_for("writing an .onnx_adapter file").AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
+    values = {name: to_value(array) for name, array in parameters.items()}
     adapter.set_parameters(values)
     with staged_file(path, force=force) as partial:
         adapter.export_adapter(os.fspath(partial))
@@ -71,7 +69,7 @@ def read_adapter(path: str | os.PathLike[str]) -> dict[str, Array]:
         FileAccessError: missing or unreadable.
         BadInputError: not such a file.
     """
-    ort = runtime("reading an .onnx_adapter file")
+    ort = onnxruntime_for("reading an .onnx_adapter file")
     os.close(open_regular(path))
     try:
         adapter = ort.AdapterFormat.read_adapter(os.fspath(path))
@@ -83,22 +81,3 @@ def read_adapter(path: str | os.PathLike[str]) -> dict[str, Array]:
             expected="an ONNX Runtime adapter",
             found="a file that ONNX Runtime cannot read as one",
         ) from error
-
-
-def to_value(array: Array, device: str = "cpu", number: int = 0) -> Any:
-    """An OrtValue; on the CPU it shares the array's memory, which must live as long."""
-    ort = runtime("ONNX Runtime values")
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    if array.dtype.name == "bfloat16":
-        bits = array.view(np.uint16)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array, device, number)
-
-
-def runtime(what: str) -> Any:
-    """The module onnxruntime; MissingExtraError if it is not installed."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise missing_extra("onnxruntime", "ort", what) from None
-    return onnxruntime

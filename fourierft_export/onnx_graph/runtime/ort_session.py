@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInputError, UsageError
-from .adapter_file import runtime
+import numpy as np
+
+from ...errors import BadInputError, UsageError, missing_extra
+from ...types import Array
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 # On x86-64 without VNNI, ONNX Runtime multiplies 8-bit activations by signed 8-bit weights with
 # 16-bit sums that saturate: errors 25 times as large as quantisation's own. "1" turns that off.
 _EXACT_INT8 = "session.x64quantprecision"
+
+
+def onnxruntime_for(what: str) -> Any:
+    """The module onnxruntime; MissingExtraError, which names `what` needs it, without."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise missing_extra("onnxruntime", "ort", what) from None
+    return onnxruntime
+
+
+def to_value(array: Array, device: str = "cpu", number: int = 0) -> Any:
+    """An OrtValue; on the CPU it shares the array's memory, which must live as long."""
+    make = onnxruntime_for("ONNX Runtime values").OrtValue
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if array.dtype.name == "bfloat16":
+        return make.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
+    return make.ortvalue_from_numpy(array, device, number)
 
 
 def session_options(options: Any = None) -> Any:
@@ -23,12 +43,9 @@ def session_options(options: Any = None) -> Any:
     Args:
         options: the user's onnxruntime.SessionOptions. What it sets stays; "1" is added for
             `session.x64quantprecision` where it has no entry of that name.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
     """
     if options is None:
-        options = runtime("AdapterSession").SessionOptions()
+        options = onnxruntime_for("AdapterSession").SessionOptions()
     try:
         options.get_session_config_entry(_EXACT_INT8)
     except RuntimeError:  # there is none
@@ -48,17 +65,18 @@ def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
         MissingExtraError: onnxruntime is not installed.
         BadInputError: ONNX Runtime cannot load the model.
     """
-    ort = runtime("AdapterSession")
+    ort = onnxruntime_for("AdapterSession")
     options = session_options(options)
-    with _quiet(options):
-        try:
-            return ort.InferenceSession(os.fspath(path), options, providers=list(providers))
-        except load_errors() as error:
-            raise BadInputError(
-                path,
-                expected="a model that ONNX Runtime loads",
-                found=_first_line(error),
-            ) from error
+    severity = options.log_severity_level
+    options.log_severity_level = max(severity, _ERRORS_ONLY)
+    try:
+        return ort.InferenceSession(os.fspath(path), options, providers=list(providers))
+    except _runtime_errors() as error:
+        raise BadInputError(
+            path, expected="a model that ONNX Runtime loads", found=_first_line(error)
+        ) from error
+    finally:
+        options.log_severity_level = severity
 
 
 def run_session(
@@ -85,28 +103,13 @@ def run_session(
         raise UsageError(
             "inputs", expected="what the model takes", found=_first_line(error)
         ) from error
-    except load_errors() as error:
+    except _runtime_errors() as error:
         raise BadInputError(
             path,
             expected="a model that runs on these inputs",
             found=_first_line(error),
             remedy="check that the sizes of the inputs go together",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
-
-
-def load_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a model that it cannot load or run: no common base class."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile "
-        "NotImplemented RuntimeException"
-    )
-    return (RuntimeError, *(getattr(state, name) for name in names.split() if hasattr(state, name)))
 
 
 def device_of(
@@ -123,12 +126,16 @@ def device_of(
     return "cuda", int(options.get(first, {}).get("device_id", 0))
 
 
-@contextmanager
-def _quiet(options: Any) -> Iterator[None]:
-    """Only errors within the block."""
-    level = options.log_severity_level
-    options.log_severity_level = max(level, _ERRORS_ONLY)
-    try:
-        yield
-    finally:
-        options.log_severity_level = level
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a model that it cannot load or run: no common base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "EPFail Fail InvalidArgument InvalidGraph InvalidProtobuf NoModel NoSuchFile "
+        "NotImplemented RuntimeException"
+    )
+    return (RuntimeError, *(getattr(state, name) for name in names.split() if hasattr(state, name)))

@@ -1,4 +1,4 @@
-"""What is asked of a run, checked before it."""
+"""The arguments of `AdapterSession.run`, validated."""
 
 from __future__ import annotations
 
@@ -13,16 +13,7 @@ Adapter = str | Sequence[str | None] | None
 def check_inputs(
     arrays: Mapping[str, Array], inputs: Sequence[str], reserved: Collection[str]
 ) -> None:
-    """Refuse inputs that are missing, unknown or the adapter's own.
-
-    Args:
-        arrays: what is given.
-        inputs: names of the model's own inputs.
-        reserved: names of the adapter's.
-
-    Raises:
-        UsageError: listing them all.
-    """
+    """Refuse inputs other than the model's own `inputs`; `reserved` are the adapter's names."""
     wrong = [f"{name}: missing" for name in inputs if name not in arrays]
     for name in arrays:
         if name in reserved:
@@ -34,11 +25,7 @@ def check_inputs(
 
 
 def per_row(adapter: Adapter, arrays: Mapping[str, Array], first: str) -> list[str | None]:
-    """The adapter of each row of the batch; `first` is the input whose rows count.
-
-    Raises:
-        UsageError: another number of names than of rows.
-    """
+    """The adapter of each row of the batch; `first` is the input whose rows count."""
     if adapter is None or isinstance(adapter, str):
         return [adapter] * (len(arrays[first]) if arrays[first].ndim else 0)
     sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
@@ -54,11 +41,7 @@ def per_row(adapter: Adapter, arrays: Mapping[str, Array], first: str) -> list[s
 def check_known(
     names: Collection[str | None], known: Collection[str | None], loaded: Sequence[str]
 ) -> None:
-    """Refuse adapters that are not among `known`; `loaded` is for the message.
-
-    Raises:
-        UsageError: naming them.
-    """
+    """Refuse adapters that are not among `known`; `loaded` is for the message."""
     unknown = sorted({name for name in names if name is not None and name not in known})
     if unknown:
         raise UsageError(
@@ -70,11 +53,7 @@ def check_known(
 
 
 def check_baked_in(adapter: Adapter, held: Sequence[str]) -> None:
-    """Refuse to choose an adapter of a file that holds `held` for good.
-
-    Raises:
-        UsageError: naming what was asked for.
-    """
+    """Refuse to choose an adapter in a file that holds `held` for good."""
     names = {adapter} if adapter is None or isinstance(adapter, str) else {*adapter}
     if not names <= {None, *(held if len(held) == 1 else ())}:
         raise UsageError(

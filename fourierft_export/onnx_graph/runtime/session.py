@@ -19,10 +19,10 @@ from ..fit import check_parameters, fit, knows_base
 from ..groups import ADAPTER_ID, Interface, base_feeds, table
 from ..mode_names import BANK, PAIRED
 from ..runtime_paths import expander_path
-from .adapter_file import SUFFIX, read_adapter, to_value
-from .expanded import Expanded
-from .graph_file import base_saved, facts_of, read_model, weight_inputs
-from .ort_session import device_of, load_session, run_session
+from .adapter_file import SUFFIX, read_adapter
+from .exported import open_exported
+from .kept_values import KeptValues
+from .ort_session import device_of, load_session, run_session, to_value
 from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
 
 log = logging.getLogger(__name__)
@@ -69,38 +69,35 @@ class AdapterSession:
     ) -> None:
         self.path = Path(onnx_path)
         # ONNX Runtime follows links: what it reads is checked before it opens anything.
-        read_model(onnx_path, allow_links=allow_links)
-        providers = list(providers or ["CPUExecutionProvider"])
-        self._session = load_session(self.path, providers, session_options)
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self._facts = facts_of(metadata, str(onnx_path))
-        self.mode = self._facts.mode
-        self._base = base_saved(onnx_path, self._facts, allow_links=allow_links)
+        graph = open_exported(onnx_path, allow_links=allow_links)
+        self.mode, self._interface = graph.mode, graph.interface
+        self._session = load_session(
+            self.path, list(providers or ["CPUExecutionProvider"]), session_options
+        )
         self._device = device_of(
             self._session.get_providers(), self._session.get_provider_options()
         )
         self._lock = threading.RLock()
+        self._baked_in = graph.adapters
         self._adapters: dict[str, dict[str, Array]] = {}
         self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
         weights = None
         if self.mode == PAIRED:
-            expander = expander_path(onnx_path)
-            weights = weight_inputs(expander, self._facts, allow_links=allow_links)
-        own = {w.name for w in weights or ()} | {ADAPTER_ID}
-        interface = self._facts.interface
-        self._expanded = Expanded(interface or Interface(()), weights, self._device, memory_limit)
-        if interface is not None:
-            own |= {saved.name for saved in interface.saved}
-            own |= {n for g in interface.groups for n in (g.spectrum, g.entries, g.scaling)}
+            expander = open_exported(expander_path(onnx_path), allow_links=allow_links)
+            weights = expander.weight_inputs()
+        interface = self._interface or Interface(())
+        self._base = base_feeds(interface.groups) | graph.base_saved()
+        self._kept = KeptValues(interface, weights, self._device, memory_limit)
+        own = {ADAPTER_ID, *self._base, *(weight.name for weight in weights or ())}
         self.inputs = tuple(i.name for i in self._session.get_inputs() if i.name not in own)
-        self._reserved = own if interface is not None else set()
+        self._reserved = own if self._interface is not None else set()
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters; of a merged or unmerged file those in it."""
-        if self._facts.interface is None:
-            return self._facts.adapters
+        if self._interface is None:
+            return self._baked_in
         return tuple(self._adapters)
 
     @property
@@ -109,7 +106,7 @@ class AdapterSession:
         empty for banks.
         """
         with self._lock:
-            return self._expanded.sizes
+            return self._kept.sizes
 
     def load(
         self,
@@ -132,7 +129,7 @@ class AdapterSession:
             BaseMismatchError: it does not belong to this graph: all misfits listed.
             BadInputError: a damaged file, or parameters of an `.onnx_adapter` that do not fit.
         """
-        interface = self._facts.interface
+        interface = self._interface
         if interface is None:
             raise UsageError(
                 f"adapter {name!r}",
@@ -143,7 +140,7 @@ class AdapterSession:
         if isinstance(bundle, (str, os.PathLike)) and os.fspath(bundle).endswith(SUFFIX):
             parameters = read_adapter(bundle)
             check_parameters(interface, parameters, os.fspath(bundle))
-            feeds = base_feeds(interface.groups) | self._base | parameters
+            feeds = self._base | parameters
         else:
             if isinstance(bundle, (str, os.PathLike)):
                 bundle = from_peft(bundle) if os.path.isdir(bundle) else Bundle.load(bundle)
@@ -158,7 +155,7 @@ class AdapterSession:
                 log.warning("adapter %r: no check was possible that it belongs to this base", name)
         with self._lock:
             self._adapters[name] = feeds
-            self._expanded.forget(name)
+            self._kept.forget(name)
             self._table = None
 
     def prepare(self, name: str | None) -> None:
@@ -168,7 +165,7 @@ class AdapterSession:
         Raises:
             UsageError: no adapter of that name.
         """
-        if self._facts.interface is None:
+        if self._interface is None:
             check_baked_in(name, self.adapters)
         elif self.mode == BANK:
             _, ids = self._bank()
@@ -185,7 +182,7 @@ class AdapterSession:
         with self._lock:
             check_known([name], self._adapters, self.adapters)
             del self._adapters[name]
-            self._expanded.forget(name)
+            self._kept.forget(name)
             self._table = None
 
     def run(
@@ -206,7 +203,7 @@ class AdapterSession:
         """
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         check_inputs(arrays, self.inputs, self._reserved)
-        if self._facts.interface is None:
+        if self._interface is None:
             check_baked_in(adapter, self.adapters)
             return self._run(arrays, {}, run_options)
         if self.mode == BANK:
@@ -257,21 +254,18 @@ class AdapterSession:
 
     def _values(self, name: str | None) -> dict[str, Any]:
         """What a swappable or paired graph is fed for one adapter."""
-        interface = self._facts.interface
-        if interface is None:
-            return {}
         with self._lock:
             if name is None:
-                return self._expanded.values(None, base_feeds(interface.groups) | self._base)
+                return self._kept.values(None, self._base)
             check_known([name], self._adapters, self.adapters)
-            return self._expanded.values(name, self._adapters[name])
+            return self._kept.values(name, self._adapters[name])
 
     def _bank(self) -> tuple[dict[str, Any], dict[str | None, int]]:
         """The table of all adapters, and the row of each; kept until one comes or goes."""
-        interface = self._facts.interface
+        interface = self._interface
         with self._lock:
             if self._table is None and interface is not None:
-                feeds = [*self._adapters.values()] or [base_feeds(interface.groups) | self._base]
+                feeds = [*self._adapters.values()] or [self._base]
                 values = {
                     name: to_value(array, *self._device)
                     for name, array in table(interface.groups, feeds).items()

@@ -10,10 +10,10 @@ from ...spectral.delta import Term
 from ...types import Array
 from ..groups import Interface
 from ..weight_input import WeightInput
-from .adapter_file import to_value
+from .ort_session import to_value
 
 
-class Expanded:
+class KeptValues:
     """ONNX Runtime values per adapter, those used longest ago first; for one thread at a time.
 
     Args:
@@ -49,14 +49,9 @@ class Expanded:
         self._kept.pop(name, None)
 
     def values(self, name: str | None, feeds: Mapping[str, Array]) -> dict[str, Any]:
-        """What the graph is fed for an adapter.
-
-        Args:
-            name: of the adapter; None is the base.
-            feeds: what it feeds the interface.
-        """
+        """What the graph is fed for an adapter (None: the base) with these interface inputs."""
         if name not in self._kept:
-            arrays = dict(feeds) if self._weights is None else self._adapted(name, feeds)
+            arrays = feeds if self._weights is None else self._adapted(name, feeds)
             self._kept[name] = {n: to_value(array, *self._device) for n, array in arrays.items()}
             self._make_room(name)
         self._kept.move_to_end(name)
