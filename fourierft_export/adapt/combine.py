@@ -7,8 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..bundle.combine import AVERAGE, combine_bundles
-from ..errors import UsageError
+from ..bundle.combine import combine_bundles
 from .attach import attach, capture
 from .tree import check_known, check_new_name
 
@@ -47,15 +46,6 @@ def combine(
     """
     check_new_name(model, name)
     check_known(model, weights)
-    parts = list(weights)
-    chosen: int | str | None = parts.index(heads) if heads in parts else heads
-    if heads not in (None, AVERAGE, *parts):
-        raise UsageError(
-            "heads",
-            expected=f"one of {', '.join(parts)}, or {AVERAGE!r}",
-            found=repr(heads),
-        )
-    bundle = combine_bundles(
-        [capture(model, part) for part in parts], list(weights.values()), heads=chosen, names=parts
-    )
+    parts = {part: capture(model, part) for part in weights}
+    bundle = combine_bundles(parts, list(weights.values()), heads=heads)
     return attach(model, bundle, name, trainable=trainable)
