@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fourierft_export.bundle.file import Bundle
+from fourierft_export import Bundle
 from fourierft_export.bundle.spec import AdapterSpec, Fingerprint, LayerSpec
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.models.base import open_base
@@ -99,16 +99,6 @@ def test_golden_bytes() -> None:
     path = GOLDEN / "everything.fourierft.safetensors"
     assert golden_bundle().to_bytes() == path.read_bytes()
     assert same(Bundle.load(path), golden_bundle())
-
-
-def test_golden_bytes_of_an_unbound_bundle(craft: Callable[..., bytes]) -> None:
-    """The crafted bytes come from FORMAT.md alone; the writer must make the same."""
-    layers = tuple(LayerSpec(f"block.{i}.lin", 4) for i in range(2))
-    spectra = {f"block.{i}.lin": np.arange(4 * i, 4 * i + 4, dtype=np.float32) for i in range(2)}
-    bundle = Bundle.build(AdapterSpec(777, 150.0, layers), spectra)
-    assert bundle.to_bytes() == craft()
-    assert bundle.to_bytes() == (GOLDEN / "unbound.fourierft.safetensors").read_bytes()
-    assert same(Bundle.from_bytes(craft()), bundle)
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
@@ -208,63 +198,39 @@ SHA = entries_sha256(spectral_entries(0, (2, 2), 2, "small"))
 BOUND = LayerSpec("a", 2, (2, 2), False, "small", SHA)
 
 
-def one(layer: LayerSpec, spectrum: Any = PAIR, **kwargs: Any) -> dict[str, Any]:
-    return {"spec": AdapterSpec(0, 1.0, (layer,)), "spectra": {layer.name: spectrum}, **kwargs}
+EXPLICIT_ONE = replace(BOUND, entry_rule="explicit")
 
 
+def one(layer: LayerSpec, spectrum: Any = PAIR, entries: Any = None) -> dict[str, Any]:
+    explicit = None if entries is None else {layer.name: np.array(entries)}
+    spec = AdapterSpec(0, 1.0, (layer,))
+    return {"spec": spec, "spectra": {layer.name: spectrum}, "explicit_entries": explicit}
+
+
+# What a file can say, too, is in test_hostile.py.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed of 65 bits": ({"spec": replace(GOOD_SPEC, seed=2**64)}, "seed"),
-    "seed below 64 bits": ({"spec": replace(GOOD_SPEC, seed=-(2**63) - 1)}, "seed"),
     "seed true": ({"spec": replace(GOOD_SPEC, seed=True)}, "seed"),
-    "seed 1.0": ({"spec": replace(GOOD_SPEC, seed=1.0)}, "seed"),  # type: ignore[arg-type]
     "scaling NaN": ({"spec": replace(GOOD_SPEC, scaling=float("nan"))}, "scaling"),
     "scaling infinite": ({"spec": replace(GOOD_SPEC, scaling=float("-inf"))}, "scaling"),
-    "scaling 2^127": ({"spec": replace(GOOD_SPEC, scaling=2**127)}, "scaling"),
     "scaling of 400 digits": ({"spec": replace(GOOD_SPEC, scaling=-(10**400))}, "scaling"),
     "no layers": ({"spec": AdapterSpec(0, 1.0, ())}, "no layers"),
     "a layer twice": ({"spec": AdapterSpec(0, 1.0, (ONE, ONE))}, "twice"),
     "no spectrum": ({"spectra": {}}, "spectrum"),
     "spectrum of another length": ({"spectra": {"a": np.ones(3)}}, "found shape \\[3\\]"),
     "spectrum of two axes": ({"spectra": {"a": np.ones((2, 1))}}, "found shape \\[2, 1\\]"),
-    "spectrum of integers": ({"spectra": {"a": np.ones(2, np.int32)}}, "int32"),
     "spectrum of complex128": ({"spectra": {"a": np.ones(2, np.complex128)}}, "complex128"),
     "spectrum of text": ({"spectra": {"a": np.array(["x", "y"])}}, "no float"),
-    "NaN": ({"spectra": {"a": np.array([1, np.nan], np.float16)}}, "NaN"),
-    "infinity": ({"spectra": {"a": np.array([1, np.inf]).astype(ml_dtypes.bfloat16)}}, "infinity"),
     "n 0": (one(LayerSpec("a", 0), np.ones(0)), "n_frequency 0"),
-    "n negative": (one(LayerSpec("a", -2)), "n_frequency -2"),
-    "n above M*N": (one(replace(BOUND, shape=(1, 1))), "above the 1 elements"),
-    "shape with 0": (one(replace(BOUND, shape=(0, 5))), "outside 1 to 2\\^33"),
-    "shape too large": (one(replace(BOUND, shape=(10**9, 10**9))), "outside 1 to 2\\^33"),
     "shape just too large": (one(replace(BOUND, shape=(2**33 + 1, 1))), "outside 1 to 2\\^33"),
-    "shape without rule": (one(replace(BOUND, entry_rule=None)), "go together"),
-    "shape without hash": (one(replace(BOUND, entries_sha256=None)), "go together"),
     "rule without shape": (one(LayerSpec("a", 2, entry_rule="small")), "go together"),
-    "unknown rule": (one(replace(BOUND, entry_rule="large")), "unknown entry rule 'large'"),
-    "explicit without entries": (one(replace(BOUND, entry_rule="explicit")), "explicit entries"),
-    "explicit entry outside": (
-        one(
-            replace(BOUND, entry_rule="explicit"),
-            explicit_entries={"a": np.array([[0, 0], [0, 2]])},
-        ),
-        "outside",
-    ),
-    "explicit entry twice": (
-        one(
-            replace(BOUND, entry_rule="explicit"),
-            explicit_entries={"a": np.array([[1, 0], [1, 0]])},
-        ),
-        "twice",
-    ),
-    "explicit entries of floats": (
-        one(replace(BOUND, entry_rule="explicit"), explicit_entries={"a": np.ones((2, 2))}),
-        "explicit entries",
-    ),
-    "reserved tensor name": ({"saved": {"fourierft.spectrum.9": PAIR}}, "reserved"),
+    "explicit without entries": (one(EXPLICIT_ONE), "explicit entries"),
+    "explicit entry outside": (one(EXPLICIT_ONE, entries=[[0, 0], [0, 2]]), "outside"),
+    "explicit entry twice": (one(EXPLICIT_ONE, entries=[[1, 0], [1, 0]]), "twice"),
+    "explicit entries of floats": (one(EXPLICIT_ONE, entries=np.ones((2, 2))), "explicit entries"),
     "the header's own name": ({"saved": {"__metadata__": PAIR}}, "reserved"),
     "saved tensor of objects": ({"saved": {"x": np.array([None])}}, "object"),
     "name with an empty segment": (one(LayerSpec("a..b", 2)), "empty segment"),
-    "no name": (one(LayerSpec("", 2)), "empty segment"),
     "name of 1,001 characters": (one(LayerSpec("a" * 1001, 2)), "longer than 1000"),
 }
 
@@ -340,17 +306,20 @@ def test_entries_take_the_seed_modulo_2_to_32(seed: int, rule: str) -> None:
     assert bundle.entries("a").tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("change", ["seed", "sha", "explicit"])
-def test_entries_with_another_hash_are_refused_where_they_are_used(change: str) -> None:
-    layer, seed, explicit = BOUND, 0, {}
-    if change == "seed":
-        seed = 1
-    elif change == "sha":
-        layer = replace(BOUND, entries_sha256="0" * 64)
-    else:
-        layer, explicit = replace(BOUND, entry_rule="explicit"), {"a": np.array([[0, 0], [1, 1]])}
+@pytest.mark.parametrize(
+    ("seed", "layer", "explicit"),
+    [
+        (1, BOUND, {}),
+        (0, replace(BOUND, entries_sha256="0" * 64), {}),
+        (0, EXPLICIT_ONE, {"a": np.array([[0, 0], [1, 1]])}),
+    ],
+)
+def test_entries_with_another_hash_are_refused_where_they_are_used(
+    seed: int, layer: LayerSpec, explicit: dict[str, Any]
+) -> None:
+    """Opening derives no entries: for large layers that takes seconds."""
     built = Bundle.build(AdapterSpec(seed, 1.0, (layer,)), {"a": PAIR}, None, explicit)
-    loaded = Bundle.from_bytes(built.to_bytes())  # opening does not derive entries
+    loaded = Bundle.from_bytes(built.to_bytes())
     with pytest.raises(BadInputError, match="layer a: expected entries with sha256"):
         loaded.entries("a")
 
@@ -424,25 +393,19 @@ def test_bind_lists_every_layer_that_does_not_fit(
         name="other",
         enc__0__q__weight=np.zeros((6, 4), np.float32),
         enc__0__v__weight=np.zeros((4, 5), np.float32),
+        enc__1__q__weight=None,
     )
     with pytest.raises(BaseMismatchError) as caught:
         bound.bind(other)
     assert caught.value.offenders == (
         "enc.0.v: shape [5, 4] expected, found [4, 5]",
+        "enc.1.q: no tensor enc.1.q.weight (near: enc.0.q.weight)",
         "enc.0.q: another weight than the adapter was trained on",
     )
-    assert caught.value.found == "2 layers or tensors that do not fit"
-    absent = base_file(name="absent", enc__0__q__weight=None, enc__1__q__weight=None)
+    assert caught.value.found == "3 layers or tensors that do not fit"
+    large = Bundle.build(AdapterSpec(5, 2, (LayerSpec("enc.0.q", 25),)), {"enc.0.q": np.ones(25)})
     with pytest.raises(BaseMismatchError) as caught:
-        unbound.bind(absent)
-    assert [line.split(":")[0] for line in caught.value.offenders] == ["enc.0.q", "enc.1.q"]
-
-
-def test_bind_refuses_more_coefficients_than_elements(base_file: Callable[..., Path]) -> None:
-    layer = LayerSpec("enc.0.q", 25)
-    bundle = Bundle.build(AdapterSpec(5, 2, (layer,)), {"enc.0.q": np.ones(25)})
-    with pytest.raises(BaseMismatchError, match="do not fit") as caught:
-        bundle.bind(base_file())
+        large.bind(base_file())
     assert caught.value.offenders == ("enc.0.q: n_frequency 25 above the size of [6, 4]",)
 
 
@@ -463,21 +426,7 @@ def test_save_is_atomic_refuses_what_exists_and_keeps_the_umask(tmp_path: Path) 
     path.write_bytes(b"old")
     bundle.save(path, force=True)
     assert path.read_bytes() == bundle.to_bytes()
+    assert same(Bundle.load(str(path)), bundle)
     with pytest.raises(FileAccessError, match="a folder to write to"):
         bundle.save(tmp_path / "nowhere" / "b")
     assert os.listdir(tmp_path) == [path.name]
-
-
-def test_load_accepts_text_paths(tmp_path: Path) -> None:
-    path = golden_bundle().save(tmp_path / "b")
-    assert same(Bundle.load(str(path)), golden_bundle())
-
-
-def test_a_missing_file_and_a_checkpoint_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(FileAccessError, match="nothing there"):
-        Bundle.load(tmp_path / "none")
-    with pytest.raises(FileAccessError, match="null"):
-        Bundle.load("a\0b")
-    save_file({"w": np.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(BadInputError, match="without FourierFT metadata; to make a bundle"):
-        Bundle.load(tmp_path / "model.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fourierft_export.bundle.file import Bundle
-from fourierft_export.bundle.fingerprint import fingerprint
-from fourierft_export.bundle.peft import from_peft
-from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
+from fourierft_export import Bundle, from_peft
+from fourierft_export.bundle.spec import AdapterSpec, Fingerprint, LayerSpec
 from fourierft_export.spectral.entries import entries_sha256, spectral_entries
 
 FINGERPRINT_LIMIT = 40  # bytes a layer
@@ -27,23 +24,18 @@ LLAMA = [f"model.layers.{i}.self_attn.{p}" for i in range(32) for p in ("q_proj"
 
 def peft_config(base: str, task: str, n: int, modules: list[str]) -> dict[str, Any]:
     """All 19 keys, as PEFT 0.18 saves them."""
-    return {
-        "auto_mapping": None,
+    none = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform")
+    return dict.fromkeys((*none, "modules_to_save", "revision")) | {
         "base_model_name_or_path": base,
         "bias": "none",
-        "exclude_modules": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": False,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
         "n_frequency": n,
         "n_frequency_pattern": {},
         "peft_type": "FOURIERFT",
         "peft_version": "0.18.0",
         "random_loc_seed": 777,
-        "revision": None,
         "scaling": 150.0,
         "target_modules": modules,
         "task_type": task,
@@ -59,16 +51,16 @@ def adapter(
     if shape is not None:
         digest = entries_sha256(spectral_entries(777, shape, n, "small"))
         layers = [
-            LayerSpec(
-                name, n, shape, False, "small", digest,
-                fingerprint(rng.standard_normal((16, 16)).astype(np.float32)),
-            )
+            LayerSpec(name, n, shape, False, "small", digest, Fingerprint("F32", *rng_bytes(rng)))
             for name in names
-        ]  # fmt: skip
-    spec = AdapterSpec(
-        777, 150.0, tuple(layers), config["task_type"], config["base_model_name_or_path"], config
-    )
+        ]
+    base, task = config["base_model_name_or_path"], config["task_type"]
+    spec = AdapterSpec(777, 150.0, tuple(layers), task, base, config)
     return Bundle.build(spec, {m: rng.standard_normal(n).astype(np.float32) for m in names})
+
+
+def rng_bytes(rng: np.random.Generator) -> tuple[bytes, bytes]:
+    return rng.bytes(16), rng.bytes(16)
 
 
 CASES = {
@@ -104,24 +96,15 @@ def test_sizes(
 def test_smaller_than_what_peft_saves(names: list[str], n: int, tmp_path: Path) -> None:
     config = peft_config("some/base", "SEQ_CLS", n, ["a", "b"])
     (tmp_path / "adapter_config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    rng = np.random.default_rng(0)
-    save_file(
-        {
-            f"base_model.model.{name}.fourierft_spectrum": (
-                rng.standard_normal(n).astype(np.float32)
-            )
-            for name in names
-        },
-        tmp_path / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    spectra = {f"base_model.model.{m}.fourierft_spectrum": np.ones(n, np.float32) for m in names}
+    save_file(spectra, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     theirs = sum(path.stat().st_size for path in tmp_path.iterdir())
     ours = len(from_peft(tmp_path).to_bytes())
     raw = 4 * n * len(names)
     assert ours - raw < (theirs - raw) / 3
 
 
-def test_a_seed_is_a_few_bytes_whatever_n(craft: Callable[..., bytes]) -> None:
+def test_a_seed_is_a_few_bytes_whatever_n() -> None:
     """Entries are not stored: twice the coefficients cost their own bytes and no more."""
     config = peft_config("x", "SEQ_CLS", 1000, ["query"])
     sizes = [len(adapter(ROBERTA, n, (768, 768), config).to_bytes()) for n in (1000, 2000)]
@@ -131,6 +114,6 @@ def test_a_seed_is_a_few_bytes_whatever_n(craft: Callable[..., bytes]) -> None:
 def test_explicit_entries_cost_what_they_are() -> None:
     entries = spectral_entries(1, (64, 64), 500, "small")
     layer = LayerSpec("a", 500, (64, 64), False, "explicit", entries_sha256(entries))
-    bundle = Bundle.build(AdapterSpec(1, 1.0, (layer,)), {"a": np.ones(500, np.float32)}, {},
-                          {"a": entries})  # fmt: skip
+    spectra = {"a": np.ones(500, np.float32)}
+    bundle = Bundle.build(AdapterSpec(1, 1.0, (layer,)), spectra, {}, {"a": entries})
     assert len(bundle.to_bytes()) < 500 * 4 + 500 * 8 + 600
