@@ -1,4 +1,4 @@
-"""What every verb shares: its common options, results as text or JSON, progress on a terminal."""
+"""Makes verbs of functions: results as text or JSON, errors, progress on a terminal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, overload
 
 import click
 
 from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, printable
 from ..types import Progress
+from .sections import Sectioned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,14 +32,14 @@ COUNTED_IN_BYTES = frozenset({"merging", "verifying", "recovering"})
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb found or did.
+    """What a verb found or did, for people and for programs.
 
     Attributes:
         data: for `--json`, without schema and ok.
         shown: lines and tables for people, in order, on stdout.
         notes: what a person should know, on stderr.
         failure: an error to end with after the result has been shown (a failed validation).
-        silent: say nothing: another process speaks for all of them.
+        silent: print nothing: another process prints the result.
     """
 
     data: Mapping[str, Any]
@@ -48,13 +49,29 @@ class Outcome:
     silent: bool = False
 
 
-def verb(
-    function: Callable[..., Outcome], *, cls: type[click.Command] = click.Command
-) -> click.Command:
-    """A click command of a function that returns an `Outcome`; adds --json and --debug.
+@overload
+def verb(function: Callable[..., Outcome], *, cls: type[Sectioned] = ...) -> Sectioned: ...
 
-    The function gets its own options, and `progress` when it has a parameter of that name.
+
+@overload
+def verb(*, examples: tuple[str, ...]) -> Callable[[Callable[..., Outcome]], Sectioned]: ...
+
+
+def verb(
+    function: Callable[..., Outcome] | None = None,
+    *,
+    examples: tuple[str, ...] = (),
+    cls: type[Sectioned] = Sectioned,
+) -> Any:
+    """Makes a click command of a function that returns an `Outcome`; adds --json and --debug.
+
+    Args:
+        function: gets its options, and `progress` when it has a parameter of that name.
+        examples: for the help, without "fourierft-export".
+        cls: of the command.
     """
+    if function is None:
+        return partial(verb, examples=examples, cls=cls)
     wants_progress = "progress" in function.__annotations__
 
     @wraps(function)
@@ -74,6 +91,7 @@ def verb(
         return error.exit_code
 
     made = click.command(function.__name__, cls=cls)(command)
+    made.examples = examples
     made.params += [
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout."),
         click.Option(["--debug"], is_flag=True, help="Show tracebacks and libraries' messages."),
@@ -155,10 +173,8 @@ def progress_bar() -> Iterator[Progress]:
         def render(self, task: Task) -> Text:
             if task.description not in COUNTED_IN_BYTES or not task.total or not task.speed:
                 return Text()
-            done, total, rate = (
-                size_text(int(n)) for n in (task.completed, task.total, task.speed)
-            )
-            return Text(f"{done} of {total}, {rate}/s")
+            sizes = [size_text(int(n)) for n in (task.completed, task.total, task.speed)]
+            return Text("{} of {}, {}/s".format(*sizes))
 
     bar = Progress(
         TextColumn("{task.description}"),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import click
-
 from ..types import Progress
+from . import options
 from .console import Outcome, verb
-from .options import PATH, force_option
 
 
-@verb
-@click.option(
-    "-o", "--output", type=PATH, default="fourierft-demo", show_default=True, metavar="DIR"
+@verb(examples=("demo", "demo -o elsewhere --seed 1"))
+@options.setting_option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Of the training."
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
-@force_option
+@options.output_section(
+    "-o",
+    "--output",
+    type=options.PATH,
+    default="fourierft-demo",
+    show_default=True,
+    metavar="DIR",
+    help="The folder to write.",
+)
+@options.force_option
 def demo(progress: Progress, output: str, seed: int, force: bool) -> Outcome:
     """Train, pack, merge, export and validate two adapters of a small vision transformer.
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import options
 from .console import Outcome, size_text, verb
-from .options import PATH
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-@verb
-@click.argument("path", type=PATH)
+@verb(
+    examples=(
+        "inspect a.fourierft.safetensors",
+        "inspect adapter",
+        "inspect unmerged.onnx --json",
+    )
+)
+@click.argument("path", type=options.PATH)
 def inspect(path: str) -> Outcome:
-    """Tell what PATH holds: a bundle, a PEFT adapter, a checkpoint or an ONNX file."""
+    """Say what options.PATH holds: a bundle, a PEFT adapter, a checkpoint or an ONNX file."""
     facts = describe(path)
     notes = facts.pop("notes", ())
     return Outcome({"inspect": facts}, _RENDERERS[facts["kind"]](facts), notes)
@@ -70,57 +76,59 @@ def _bundle(facts: Mapping[str, Any]) -> list[str | Table]:
 
 def _adapter(facts: Mapping[str, Any]) -> list[str | Table]:
     config = facts["config"]
+    size = f", {size_text(facts['bytes'])} of tensors" if facts.get("bytes") else ", config only"
+    targets = config.get("target_modules")
+    shown = ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)
     return [
-        f"{facts['path']}: PEFT FourierFT adapter"
-        + (f", {size_text(facts['bytes'])} of tensors" if facts.get("bytes") else ", config only"),
+        f"{facts['path']}: PEFT FourierFT adapter{size}",
         f"  seed {config.get('random_loc_seed', 777)}, scaling {config.get('scaling', 150.0)}, "
         f"n_frequency {config.get('n_frequency', 1000)}, "
         f"task {config.get('task_type') or 'unknown'}, "
         f"base {config.get('base_model_name_or_path') or 'unnamed'}",
-        f"  target modules: {_listed(config.get('target_modules'))}",
+        f"  target modules: {shown}",
         *_layers(facts),
     ]
 
 
-def _listed(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _layers(facts: Mapping[str, Any]) -> list[str | Table]:
     """Tables of the layers and of the dense tensors."""
-    from rich.table import Column, Table
-
-    shown: list[str | Table] = []
-    if facts.get("groups"):
-        columns = ("count", "shape", "n_frequency", "dtype", "entry rule")
-        table = Table(Column("layers", overflow="fold"), *columns)
-        for group in facts["groups"]:
-            shape = " x ".join(map(str, group["shape"])) if group["shape"] else "?"
-            table.add_row(
-                "\n".join(map(_plain, group["layers"])),
-                str(group["count"]),
-                shape + (" (stored transposed)" if group["fan_in_fan_out"] else ""),
-                str(group["n_frequency"]),
-                group["dtype"],
-                group["entry_rule"] or "?",
-            )
-        shown.append(table)
-    if facts.get("saved"):
-        table = Table(Column("saved tensor", overflow="fold"), "shape", "dtype")
-        for tensor in facts["saved"]:
-            shape = " x ".join(map(str, tensor["shape"])) or "scalar"
-            table.add_row(_plain(tensor["name"]), shape, tensor["dtype"])
-        shown.append(table)
-    return shown
+    groups = [
+        (
+            "\n".join(group["layers"]),
+            group["count"],
+            (" x ".join(map(str, group["shape"])) if group["shape"] else "?")
+            + (" (stored transposed)" if group["fan_in_fan_out"] else ""),
+            group["n_frequency"],
+            group["dtype"],
+            group["entry_rule"] or "?",
+        )
+        for group in facts.get("groups", ())
+    ]
+    saved = [
+        (tensor["name"], " x ".join(map(str, tensor["shape"])) or "scalar", tensor["dtype"])
+        for tensor in facts.get("saved", ())
+    ]
+    titles = "layers", "count", "shape", "n_frequency", "dtype", "entry rule"
+    shown: list[str | Table] = [_table(titles, groups)] if groups else []
+    return [*shown, *([_table(("saved tensor", "shape", "dtype"), saved)] if saved else [])]
 
 
-def _plain(text: str) -> str:
-    """Text that rich shows as it is: no markup, no control characters."""
+def _table(titles: Sequence[str], rows: Sequence[Sequence[object]], fold: int = 0) -> Table:
+    """A table whose column `fold` may take several lines."""
     from rich.markup import escape
+    from rich.table import Column, Table
 
     from ..errors import printable
 
-    return escape(printable(text))
+    columns = [
+        Column(t, overflow="fold" if i == fold else "ellipsis") for i, t in enumerate(titles)
+    ]
+    table = Table(*columns)
+    for row in rows:
+        # No markup and no control characters from a file reach the terminal.
+        lines = [[escape(printable(line)) for line in str(cell).split("\n")] for cell in row]
+        table.add_row(*map("\n".join, lines))
+    return table
 
 
 def _checkpoint(facts: Mapping[str, Any]) -> list[str | Table]:
@@ -134,29 +142,29 @@ def _checkpoint(facts: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
-    from rich.table import Column, Table
-
-    table = Table("", Column("name", overflow="fold"), "dtype", "shape")
-    for side in ("inputs", "outputs"):
-        for value in facts[side]:
-            shape = " x ".join(map(str, value["shape"]))
-            table.add_row(side[:-1], _plain(value["name"]), value["dtype"], _plain(shape))
-    told = ["  no FourierFT adapter"]
+    lines = ["  no FourierFT adapter"]
     if facts["adapter"]:
         mode = facts["adapter"]["mode"]
-        told = [
+        lines = [
             f"  {mode}: adapter {one['name']}, {one['layers']} layers, seed {one['seed']}, "
             f"scaling {one['scaling']}, bundle {str(one['bundle_sha256'])[:12]}"
             for one in facts["adapter"]["adapters"]
         ] or [f"  {mode}: its inputs take an adapter, and it holds none"]
     given = facts["inputs_with_default"]
     if given:
-        told.append(f"  {len(given)} inputs have a default, so that an adapter can be fed (--json)")
+        lines.append(
+            f"  {len(given)} inputs have a default, so that an adapter can be fed (--json)"
+        )
+    values = [
+        (side[:-1], value["name"], value["dtype"], " x ".join(map(str, value["shape"])))
+        for side in ("inputs", "outputs")
+        for value in facts[side]
+    ]
     return [
         f"{facts['path']}: ONNX, opset {facts['opset']}, {facts['nodes']} nodes, "
         f"{size_text(facts['bytes'])}",
-        *told,
-        table,
+        *lines,
+        _table(("", "name", "dtype", "shape"), values, fold=1),
     ]
 
 

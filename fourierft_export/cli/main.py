@@ -9,6 +9,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from difflib import get_close_matches
+from typing import Any
 
 import click
 
@@ -16,6 +18,7 @@ from .. import __version__
 from ..errors import FourierFTError, extra_of
 from ..train.voice import one_voice
 from .apply import apply
+from .completion import COMPLETE_VARIABLE, completion
 from .console import emit_error
 from .demo import demo
 from .export import export
@@ -28,19 +31,29 @@ from .unpack import unpack
 from .validate import validate
 from .verify import verify
 
+NAME = "fourierft-export"
 INTERRUPTED = 130
 
 
-class _InOrder(click.Group):
-    """Lists the verbs in the order in which they are used."""
+class _Verbs(click.Group):
+    """Lists the verbs in the order in which they are used, and suggests near names."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            near = get_close_matches(args[0], self.commands)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
+
 
 @click.group(
-    cls=_InOrder,
+    cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done; 2 usage; 3 bad or hostile input; 4 the bundle does not belong to "
     "this base; 5 validation failed; 6 files, paths or space; 130 interrupted.",
@@ -66,86 +79,77 @@ for _verb, _does in (
     (export, "Model + bundles -> ONNX."),
     (apply, "Existing ONNX file + bundles -> ONNX, without PyTorch."),
     (validate, "Proof that artifacts agree, or the first pair that does not."),
+    (completion, "Completion for bash, zsh or fish."),
 ):
     _verb.short_help = _does
     verbs.add_command(_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit.
-
-    Exit codes: 0 done; 2 usage; 3 bad or hostile input; 4 the bundle does not belong to this base;
-    5 validation failed; 6 files, paths or space; 130 interrupted.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(words))
+    """Runs the command line and exits with one of the codes that `--help` names."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(words: Sequence[str]) -> int:
-    """The exit code of `fourierft-export WORDS`."""
+    """Runs `fourierft-export WORDS` and returns its exit code."""
     as_json, debug = "--json" in words, "--debug" in words
     if not debug:
         _quiet_libraries()
-
-    def tell(error: dict[str, object], text: str) -> None:
-        # Of processes that train together, one says what went wrong.
-        with one_voice() if words[:1] == ["train"] else nullcontext(True) as mine:
-            if mine:
-                emit_error(error, text, as_json=as_json)
-
     try:
-        code = verbs.main(list(words), prog_name="fourierft-export", standalone_mode=False)
+        code = verbs.main(
+            list(words),
+            prog_name=NAME,
+            complete_var=COMPLETE_VARIABLE,
+            standalone_mode=False,
+        )
         return code if isinstance(code, int) else 0
-    except FourierFTError as error:
-        if debug:
-            traceback.print_exc()
-        tell(error.to_dict(), error.summary)
-        return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return error.exit_code
-    except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "fourierft-export"
-        found = error.format_message().rstrip(".")
-        text = f"{where}: {found}; see {where} --help"
-        tell(_plain("usage", 2, where, found), text)
-        return 2
-    except (click.Abort, KeyboardInterrupt) as error:
-        # click turns the interrupt into an exception of its own; a verb may have said what is left.
-        kept = str(error if isinstance(error, KeyboardInterrupt) else error.__cause__ or "")
-        text = f"interrupted; {kept}" if kept else "interrupted"
-        found = f"an interrupt; {kept}" if kept else "an interrupt"
-        tell(_plain("interrupted", INTERRUPTED, "", found), text)
-        return INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # The reader went away (`| head`), which click and rich make an exit: nothing is wrong, and
-        # there is nobody to tell.
+        # The reader went away (`| head`), which click and rich make an exit: nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # noqa: BLE001 - the last resort: a person sees a line
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a person sees a line
+        unexpected = not isinstance(error, (click.UsageError, click.Abort, KeyboardInterrupt))
+        if debug and unexpected:
             traceback.print_exc()
-        verb = " ".join(["fourierft-export", *words[:1]])
-        missing = extra_of(error, verb) if isinstance(error, ModuleNotFoundError) else None
-        if missing:
-            tell(missing.to_dict(), missing.summary)
-            return missing.exit_code
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        fields, text = _describe(error, " ".join([NAME, *words[:1]]))
+        # Of processes that train together, one says what went wrong.
+        with one_voice() if words[:1] == ["train"] else nullcontext(True) as mine:
+            if mine:
+                emit_error(fields, text, as_json=as_json)
+        return int(fields["code"])
+
+
+def _describe(error: BaseException, verb: str) -> tuple[dict[str, Any], str]:
+    """An error as the fields of the JSON object and as one line."""
+    missing = extra_of(error, verb) if isinstance(error, ModuleNotFoundError) else None
+    known = error if isinstance(error, FourierFTError) else missing
+    if known is not None:
+        return known.to_dict(), known.summary
+    where = ""
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else NAME
+        kind, code, found = "usage", 2, error.format_message().rstrip(".")
+        text = f"{where}: {found}; see {where} --help"
+    elif isinstance(error, (click.Abort, KeyboardInterrupt)):
+        # click turns the interrupt into an exception of its own; a verb may have said what is left.
+        kept = str(error if isinstance(error, KeyboardInterrupt) else error.__cause__ or "")
+        kind, code, found = "interrupted", INTERRUPTED, f"an interrupt{kept and '; '}{kept}"
+        text = found.removeprefix("an ").replace("interrupt", "interrupted", 1)
+    else:
+        line = (str(error).splitlines() or [""])[0]
+        kind, code, found = "unexpected", 1, f"{type(error).__name__}: {line}"
         text = f"unexpected error: {found}; run it again with --debug and report what it prints"
-        tell(_plain("unexpected", 1, "", found), text)
-        return 1
-
-
-def _plain(kind: str, code: int, where: str, found: str) -> dict[str, object]:
-    """An error that is none of the package's own."""
-    blank = {"expected": "", "remedy": "", "offenders": []}
-    return {"kind": kind, "code": code, "where": where, "found": found, **blank}
+    fields = {"kind": kind, "code": code, "where": where, "expected": "", "found": found}
+    return {**fields, "remedy": "", "offenders": []}, text
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' advice and progress bars out of stderr; --debug lets them speak."""
+    """Keeps other libraries' advice and progress bars out of stderr."""
     warnings.simplefilter("ignore")
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "critical"),

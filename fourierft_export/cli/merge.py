@@ -3,72 +3,69 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import click
 
 from ..types import Progress
+from . import options
 from .console import Outcome, size_text, verb
-from .options import (
-    PATH,
-    allow_mismatch_option,
-    bundles_option,
-    force_option,
-    links_option,
-    output_option,
-    read_bundle,
-    weights_option,
+
+
+@verb(
+    examples=(
+        "merge --base base --bundle a.fourierft.safetensors -o merged",
+        "merge --base base --bundle a.fourierft.safetensors --dtype bfloat16 --dry-run -o small",
+        "merge --base base --bundle a.fourierft.safetensors --weight 0.7 "
+        "--bundle b.fourierft.safetensors --weight 0.3 -o blend",
+    )
 )
-
-
-@verb
-@click.option("--base", type=PATH, required=True, metavar="DIR", help="Base model directory.")
-@bundles_option
-@weights_option
-@output_option("DIR", "The model directory to write.")
-@click.option(
+@options.required_base_option
+@options.bundles_option
+@options.weights_option
+@options.setting_option(
     "--dtype",
     type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
     default="keep",
     show_default=True,
     help="Of the float weights that are written.",
 )
-@click.option(
+@options.setting_option(
     "--label",
     "labels",
     multiple=True,
     metavar="NAME",
     help="Names of the labels of a head that the bundles bring, in order; may be repeated.",
 )
-@allow_mismatch_option
-@links_option
-@click.option("--dry-run", is_flag=True, help="Check everything, write nothing; say what it needs.")
-@click.option(
+@options.setting_option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
     help="Write weight files in this many processes; 0 for this one alone.",
 )
-@click.option(
+@options.setting_option(
     "--scheduler",
     metavar="tcp://HOST:PORT",
     help="Write weight files by a Dask cluster that sees the same files.",
 )
-@force_option
+@options.output_option("DIR", "The model directory")
+@options.force_option
+@options.check_option(
+    "--dry-run", is_flag=True, help="Check everything, write nothing; say what it needs."
+)
+@options.allow_mismatch_option
+@options.links_option
 def merge(
     progress: Progress,
     base: str,
     bundles: tuple[str, ...],
     weights: tuple[float, ...],
     output: str,
-    dtype: str,
     labels: tuple[str, ...],
-    allow_base_mismatch: bool,
-    allow_links: bool,
     dry_run: bool,
-    workers: int,
-    scheduler: str | None,
     force: bool,
+    **settings: Any,
 ) -> Outcome:
     """Merge adapters into a checkpoint; the result needs nothing but transformers to load.
 
@@ -84,19 +81,15 @@ def merge(
         check_output(output, force=force, inputs=(base, *bundles))
     report = merge_checkpoint(
         base,
-        [read_bundle(path) for path in bundles],
+        [options.read_bundle(path) for path in bundles],
         output,
         names=bundles,
         weights=weights or None,
-        dtype=dtype,
         labels=labels or None,
         force=force,
         dry_run=dry_run,
-        allow_base_mismatch=allow_base_mismatch,
-        allow_links=allow_links,
-        workers=workers,
-        scheduler=scheduler,
         progress=progress,
+        **settings,
     )
     did = "would change" if dry_run else "changed"
     line = f"{output}: {did} {len(report.layers)} layers, {size_text(report.nbytes)} of weights"

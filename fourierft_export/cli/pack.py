@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
+from . import options
 from .console import Outcome, size_text, verb
-from .options import PATH, base_option, force_option, links_option, output_option, read_bundle
+
+if TYPE_CHECKING:
+    from ..bundle.file import Bundle
 
 
-@verb
-@click.argument("source", type=PATH)
-@output_option("BUNDLE", "The bundle to write, *.fourierft.safetensors by custom.")
-@base_option
-@click.option("--adapter", metavar="NAME", help="Which of several adapters, by its subfolder.")
-@click.option(
-    "--entry-rule",
-    type=click.Choice(["small", "r64"]),
-    help="How the seed gave the entries; 'small' for layers above 214 million weights that were "
-    "trained before torch 2.6.  [default: what torch does today]",
+@verb(
+    examples=(
+        "pack adapter --base base -o a.fourierft.safetensors",
+        "pack a.fourierft.safetensors --to onnx-adapter --onnx swappable.onnx -o a.onnx_adapter",
+    )
 )
-@click.option(
+@click.argument("source", type=options.PATH)
+@options.base_option
+@options.input_option(
+    "--adapter", metavar="NAME", help="Which of several adapters, by its subfolder."
+)
+@options.entry_rule_option
+@options.input_option(
+    "--onnx",
+    type=options.PATH,
+    metavar="FILE.onnx",
+    help="For onnx-adapter and onnx-inputs: the swappable graph, the paired graph or its expander.",
+)
+@options.output_option("BUNDLE", "The bundle, *.fourierft.safetensors by custom,")
+@options.output_section(
     "--to",
     "target",
     type=click.Choice(["bundle", "onnx-adapter", "onnx-inputs"]),
@@ -31,14 +43,8 @@ from .options import PATH, base_option, force_option, links_option, output_optio
     "onnx-inputs: the same as plain safetensors, for languages that lack it. SOURCE may then be a "
     "bundle, too.",
 )
-@click.option(
-    "--onnx",
-    type=PATH,
-    metavar="FILE.onnx",
-    help="For onnx-adapter and onnx-inputs: the swappable graph, the paired graph or its expander.",
-)
-@links_option
-@force_option
+@options.force_option
+@options.links_option
 def pack(
     source: str,
     output: str,
@@ -60,17 +66,25 @@ def pack(
     from ..files.staging import check_output
 
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
+    if onnx is not None and target != "bundle":
+        bundle = options.read_bundle(source) if os.path.isfile(source) else None
+        if bundle is None:
+            bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+        elif base is not None:
+            bundle = bundle.bind(base, entry_rule)
+        return _write_inputs(bundle, output, target, onnx, allow_links=allow_links, force=force)
     if allow_links and onnx is None:
         raise UsageError(
-            "--allow-links", expected="--onnx FILE.onnx beside it", found="a bundle to write"
+            "--allow-links", expected="--onnx FILE.onnx, whose links it concerns", found="no --onnx"
         )
-    if target != "bundle" or onnx is not None:
-        return _for_onnx(
-            source, output, base, adapter, entry_rule, target, onnx, allow_links, force
+    if onnx is not None or target != "bundle":
+        raise UsageError(
+            "pack",
+            expected="--onnx FILE.onnx together with --to onnx-adapter or --to onnx-inputs",
+            found="one of them",
+            remedy="such a file holds the inputs of one graph: name it with --onnx",
         )
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
-    if bundle.is_bound and base is None:  # to the folder that the adapter's config names
-        check_output(output, force=force, inputs=(str(bundle.spec.base_model),))
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
     folder = find_adapter(source, adapter)
@@ -95,35 +109,14 @@ def pack(
     )
 
 
-def _for_onnx(
-    source: str,
-    output: str,
-    base: str | None,
-    adapter: str | None,
-    entry_rule: str | None,
-    target: str,
-    onnx: str | None,
-    allow_links: bool,
-    force: bool,
+def _write_inputs(
+    bundle: Bundle, output: str, target: str, onnx: str, *, allow_links: bool, force: bool
 ) -> Outcome:
-    from ..bundle.peft import from_peft
-    from ..errors import UsageError
+    """Writes the bundle as inputs of the graph `onnx`."""
     from ..onnx_graph.fit import knows_base
     from ..onnx_graph.runtime.adapter_file import write_adapter, write_inputs
     from ..onnx_graph.runtime.exported import parameters_for
 
-    if onnx is None or target == "bundle":
-        raise UsageError(
-            "pack",
-            expected="--onnx FILE.onnx together with --to onnx-adapter or --to onnx-inputs",
-            found="one of them",
-            remedy="such a file holds the inputs of one graph: name it with --onnx",
-        )
-    if os.path.isdir(source):
-        bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
-    else:
-        bundle = read_bundle(source)
-        bundle = bundle.bind(base, entry_rule) if base else bundle
     plain = target == "onnx-inputs"
     parameters = parameters_for(onnx, bundle, both_graphs=plain, allow_links=allow_links)
     (write_inputs if plain else write_adapter)(output, parameters, force=force)
@@ -131,9 +124,9 @@ def _for_onnx(
     facts = {"path": output, "to": target, "bytes": size, "inputs": sorted(parameters)}
     lines = [f"{output}: {len(parameters)} inputs of {onnx}, {size_text(size)}"]
     note = (
-        "nothing checks such a file against the base later: it was done here"
+        "nothing checks such a file against the base later: it was checked now"
         if knows_base(bundle)
-        else "the bundle is unbound: no check was possible that it belongs to the graph's base, "
-        "nor does anything check such a file later; pack with --base to have it checked"
+        else "the bundle is unbound: nothing could check that it belongs to the graph's base, and "
+        "nothing checks such a file later; pack with --base to have it checked"
     )
     return Outcome({"onnx": facts}, lines, [note])

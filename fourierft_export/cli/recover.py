@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
 from ..types import Progress
+from . import options
 from .console import Outcome, size_text, verb
-from .options import PATH, force_option, links_option, output_option, read_bundle
 
 
-@verb
-@click.option("--base", type=PATH, metavar="DIR", help="What was merged into.")
-@click.option("--merged", type=PATH, metavar="DIR", help="What came out.")
-@click.option(
+@verb(
+    examples=(
+        "recover --base base --merged merged --like a.fourierft.safetensors "
+        "-o back.fourierft.safetensors",
+        "recover --onnx unmerged.onnx -o from_onnx.fourierft.safetensors",
+    )
+)
+@options.base_option
+@options.input_option(
+    "--merged", type=options.PATH, metavar="DIR", help="What --base was merged into."
+)
+@options.input_option(
     "--onnx",
-    type=PATH,
+    type=options.PATH,
     metavar="FILE.onnx",
     help="In place of both: a file of mode unmerged, swappable or bank, or FILE.expand.onnx.",
 )
-@click.option("--adapter", metavar="NAME", help="Which one, of an ONNX file that holds several.")
-@output_option("BUNDLE", "The bundle to write, *.fourierft.safetensors by custom.")
-@click.option(
+@options.input_option(
+    "--adapter", metavar="NAME", help="Which one, of an ONNX file that holds several."
+)
+@options.setting_option(
     "--like",
-    type=PATH,
+    type=options.PATH,
     metavar="BUNDLE",
     help="A bundle, or a PEFT adapter directory, of the same layers, entries and scaling.",
 )
-@click.option("--seed", type=int, help="Of the entries, without --like.")
-@click.option("--n-frequency", type=click.IntRange(min=1), help="Coefficients of each layer.")
-@click.option(
+@options.setting_option("--seed", type=int, metavar="N", help="Of the entries, without --like.")
+@options.setting_option(
+    "--n-frequency", type=click.IntRange(min=1), metavar="N", help="Coefficients of each layer."
+)
+@options.setting_option(
     "--targets",
     multiple=True,
     metavar="NAME",
     help="Layers, by their paths or the ends of them, such as q_proj; may be repeated.",
 )
-@click.option("--scaling", type=float, help="To divide by, without --like.  [default: 150]")
-@click.option(
-    "--entry-rule",
-    type=click.Choice(["small", "r64"]),
-    help="How the seed gave the entries.  [default: what torch does today]",
+@options.setting_option(
+    "--scaling", type=float, metavar="X", help="To divide by, without --like.  [default: 150]"
 )
-@links_option
-@force_option
+@options.entry_rule_option
+@options.output_option("BUNDLE", "The bundle, *.fourierft.safetensors by custom,")
+@options.force_option
+@options.links_option
 def recover(
     progress: Progress,
     base: str | None,
@@ -51,14 +62,9 @@ def recover(
     onnx: str | None,
     adapter: str | None,
     output: str,
-    like: str | None,
-    seed: int | None,
-    n_frequency: int | None,
-    targets: tuple[str, ...],
-    scaling: float | None,
-    entry_rule: str | None,
-    allow_links: bool,
     force: bool,
+    allow_links: bool,
+    **settings: Any,
 ) -> Outcome:
     """Get the bundle back out of a merged checkpoint: the spectrum of what was added to its base.
 
@@ -70,18 +76,15 @@ def recover(
     from ..files.staging import check_output
 
     if onnx is not None:
-        options = {
-            "--base": base, "--merged": merged, "--like": like, "--seed": seed,
-            "--n-frequency": n_frequency, "--targets": targets or None, "--scaling": scaling,
-            "--entry-rule": entry_rule,
-        }  # fmt: skip
-        given = [name for name, value in options.items() if value is not None]
+        words = {"base": base, "merged": merged, **settings}
+        given = [f"--{name.replace('_', '-')}" for name, value in words.items() if value]
         if given:
             raise UsageError(
                 "--onnx",
-                expected="nothing that says what was merged or how: the file tells",
+                expected="no option that says what was merged or how: the file holds it",
                 found=", ".join(given),
             )
+        check_output(output, force=force, inputs=(onnx,))
         return _from_onnx(onnx, adapter, output, allow_links=allow_links, force=force)
     if base is None or merged is None:
         found = "--base only" if base else "--merged only" if merged else "neither"
@@ -90,19 +93,15 @@ def recover(
         raise UsageError("--adapter", expected="--onnx, whose adapters have names", found="none")
     from ..recover.from_checkpoint import recover_bundle
 
-    inputs = (base, merged, *([like] if like else []))
-    check_output(output, force=force, inputs=inputs)
+    like = settings.pop("like")
+    check_output(output, force=force, inputs=(base, merged, *([like] if like else [])))
     bundle, report = recover_bundle(
         base,
         merged,
-        like=read_bundle(like) if like else None,
-        seed=seed,
-        n_frequency=n_frequency,
-        targets=targets,
-        scaling=scaling,
-        entry_rule=entry_rule,
+        like=options.read_bundle(like) if like else None,
         allow_links=allow_links,
         progress=progress,
+        **settings,
     )
     bundle.save(output, force=force)
     worst = max(report.layers, key=lambda layer: layer.residual)
@@ -119,10 +118,8 @@ def _from_onnx(
     path: str, adapter: str | None, output: str, *, allow_links: bool, force: bool
 ) -> Outcome:
     from ..errors import UsageError
-    from ..files.staging import check_output
     from ..recover.from_onnx import recover_onnx
 
-    check_output(output, force=force, inputs=(path,))
     bundles = recover_onnx(path, allow_links=allow_links)
     if (adapter is None and len(bundles) > 1) or (adapter is not None and adapter not in bundles):
         raise UsageError(

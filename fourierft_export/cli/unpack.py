@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
+from . import options
 from .console import Outcome, verb
-from .options import PATH, force_option, output_option
 
 
-@verb
-@click.argument("bundle", type=PATH)
-@output_option("DIR", "The PEFT adapter directory to write.")
-@force_option
+@verb(examples=("unpack a.fourierft.safetensors -o peft",))
+@click.argument("bundle", type=options.PATH)
+@options.output_option("DIR", "The PEFT adapter directory")
+@options.force_option
 def unpack(bundle: str, output: str, force: bool) -> Outcome:
     """Write BUNDLE as a directory that PEFT loads, tensors bit for bit."""
     from ..bundle.file import Bundle

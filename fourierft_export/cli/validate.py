@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..types import Progress
+from . import options
 from .console import Outcome, verb
-from .options import PATH, allow_mismatch_option, base_option, force_option, task_option
 
 
-@verb
-@base_option
-@click.option("--bundle", type=PATH, metavar="BUNDLE", help="The adapter as a bundle.")
-@click.option("--peft", type=PATH, metavar="DIR", help="The adapter as PEFT saved it.")
-@click.option("--merged", type=PATH, metavar="DIR", help="A merged checkpoint.")
-@click.option(
-    "--onnx", type=PATH, multiple=True, metavar="FILE", help="An exported graph; may be repeated."
+@verb(
+    examples=(
+        "validate --base base --bundle a.fourierft.safetensors --peft adapter --merged merged",
+        "validate --base base --bundle a.fourierft.safetensors --onnx unmerged.onnx "
+        "--report report.html",
+    )
 )
-@click.option(
-    "--inputs", type=PATH, metavar="FILE.npz", help="Inputs by name.  [default: 64 sentences]"
+@options.base_option
+@options.input_option(
+    "--bundle", type=options.PATH, metavar="BUNDLE", help="The adapter as a bundle."
 )
-@task_option
-@click.option(
+@options.input_option(
+    "--peft", type=options.PATH, metavar="DIR", help="The adapter as PEFT saved it."
+)
+@options.input_option("--merged", type=options.PATH, metavar="DIR", help="A merged checkpoint.")
+@options.input_option(
+    "--onnx",
+    type=options.PATH,
+    multiple=True,
+    metavar="FILE",
+    help="An exported graph; may be repeated.",
+)
+@options.input_option(
+    "--inputs",
+    type=options.PATH,
+    metavar="FILE.npz",
+    help="Inputs by name.  [default: 64 sentences]",
+)
+@options.task_option
+@options.setting_option(
     "--tolerance",
     "tolerances",
     multiple=True,
@@ -31,26 +49,26 @@ from .options import PATH, allow_mismatch_option, base_option, force_option, tas
     help="Largest difference as a fraction of the output's largest value, such as 1e-3 or "
     "bfloat16=0.1.  [default: 1e-4 for float32]",
 )
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="For ONNX Runtime.")
-@click.option("--report", type=PATH, metavar="FILE.html", help="Write the report as a page.")
-@allow_mismatch_option
-@force_option
+@options.setting_option(
+    "--samples",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Rows of the default inputs.",
+)
+@options.setting_option("--threads", type=click.IntRange(1), metavar="N", help="For ONNX Runtime.")
+@options.output_section(
+    "--report", type=options.PATH, metavar="FILE.html", help="Write the report as a page."
+)
+@options.force_option
+@options.allow_mismatch_option
 def validate(
     progress: Progress,
-    base: str | None,
-    bundle: str | None,
-    peft: str | None,
-    merged: str | None,
-    onnx: tuple[str, ...],
-    inputs: str | None,
-    task: str | None,
     tolerances: tuple[str, ...],
-    samples: int,
-    threads: int | None,
     report: str | None,
-    allow_base_mismatch: bool,
     force: bool,
+    **settings: Any,
 ) -> Outcome:
     """Run every artifact given on the same inputs and compare them pairwise.
 
@@ -61,23 +79,11 @@ def validate(
     from ..proof.render import render_html, render_text
     from ..proof.validate import validate as run
 
+    paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs")]
     if report:
-        read = (base, bundle, peft, merged, *onnx, inputs)
-        check_output(report, force=force, inputs=tuple(path for path in read if path))
-    found = run(
-        base=base,
-        bundle=bundle,
-        peft=peft,
-        merged=merged,
-        onnx=onnx,
-        inputs=inputs,
-        task=task,
-        tolerances=_tolerances(tolerances),
-        samples=samples,
-        threads=threads,
-        allow_base_mismatch=allow_base_mismatch,
-        progress=progress,
-    )
+        inputs = tuple(path for path in (*paths, *settings["onnx"]) if path)
+        check_output(report, force=force, inputs=inputs)
+    found = run(tolerances=_tolerances(tolerances), progress=progress, **settings)
     if report:
         with staged_file(report, force=force) as partial:
             partial.write_text(render_html(found), encoding="utf-8")

@@ -6,12 +6,12 @@ import click
 
 from ..errors import ValidationError
 from ..types import Progress
+from . import options
 from .console import Outcome, size_text, verb
-from .options import PATH
 
 
-@verb
-@click.argument("directory", type=PATH)
+@verb(examples=("verify merged",))
+@click.argument("directory", type=options.PATH)
 def verify(progress: Progress, directory: str) -> Outcome:
     """Check every file of a merged DIRECTORY against the hashes in its manifest.json."""
     from ..merge.verify import verify_merged
