@@ -1,9 +1,12 @@
-"""Bundles without torch, PEFT adapters of causal models, and delta_W by its definition."""
+"""Bundles and checkpoints without torch, delta_W by its definition, and processes to be killed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,38 +78,6 @@ def tensors_of() -> Callable[[Path], dict[str, Array]]:
 
 
 @pytest.fixture
-def peft_causal(tmp_path: Path) -> Callable[..., Path]:
-    """`make(base, **fields)`: an adapter of a causal model, saved by PEFT itself."""
-
-    def make(base: Path, **fields: Any) -> Path:
-        import torch
-        from peft import FourierFTConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(base)
-        defaults = {"task_type": "CAUSAL_LM", "n_frequency": 200, "scaling": 20.0}
-        peft_model = get_peft_model(model, FourierFTConfig(**(defaults | fields)))
-        peft_model.save_pretrained(tmp_path / "peft")
-        return tmp_path / "peft"
-
-    return make
-
-
-@pytest.fixture
-def load_peft_causal() -> Callable[[Path, Path], Any]:
-    """`load(base, adapter)`: PEFT's own model, unmerged, in eval mode."""
-
-    def load(base: Path, adapter: Path) -> Any:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-
-    return load
-
-
-@pytest.fixture
 def make_base() -> Callable[..., Path]:
     """`make(folder, shards=4, size=128)`: a checkpoint of layers "layers.I.q" and "layers.I.k"."""
 
@@ -140,3 +111,61 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
 
     return read
+
+
+class Runner:
+    """The command line in forks of one warm process, killed on demand (`fork_server.py`)."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        here = Path(__file__).parent
+        self._server = subprocess.Popen(
+            [sys.executable, str(here / "fork_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=here.parent.parent,
+        )
+
+    def run(
+        self,
+        words: list[Any],
+        kill_after: float | None = None,
+        at_shard: tuple[int, int] | None = None,
+        stderr: Path | str = os.devnull,
+    ) -> int:
+        """The exit code, negative for a signal.
+
+        Args:
+            words: of the command line.
+            kill_after: seconds until SIGKILL.
+            at_shard: a signal, and after how many finished weight files it comes.
+            stderr: a file for what the command writes there.
+        """
+        stdin, stdout = self._server.stdin, self._server.stdout
+        assert stdin is not None and stdout is not None
+        message = [[*map(str, words)], kill_after, at_shard, str(stderr)]
+        stdin.write(json.dumps(message) + "\n")
+        stdin.flush()
+        return int(stdout.readline())
+
+    def merge(self, base: Path, bundle: Path, out: Path, **options: Any) -> int:
+        """The exit code of merge."""
+        return self.run(["merge", "--base", base, "--bundle", bundle, "-o", out], **options)
+
+    def close(self) -> None:
+        """End the process that forks."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    made = Runner()
+    yield made
+    made.close()

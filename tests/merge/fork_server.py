@@ -1,7 +1,8 @@
 """Runs the command line in forks of one warm process, and kills them on demand.
 
-Reads lines of JSON, [words, seconds until SIGKILL or null]; prints the exit code of each, which is
-negative for a signal.
+Reads lines of JSON: [words, seconds until SIGKILL or null], or with two more values, a signal and
+the number of weight files after which the fork sends it to itself, and the file for its stderr.
+Prints the exit code of each, which is negative for a signal.
 """
 
 from __future__ import annotations
@@ -11,21 +12,40 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import fourierft_export.bundle.peft
 import fourierft_export.cli.main
 import fourierft_export.cli.pack
 import fourierft_export.merge.merge
+from fourierft_export.merge.journal import Journal
+
+
+def signal_after(number: int, count: int) -> None:
+    """Send this process a signal when so many weight files are in the journal."""
+    add, added = Journal.add, []
+
+    def add_and_signal(self: Journal, *shard: Any) -> None:
+        add(self, *shard)
+        added.append(shard)
+        if len(added) == count:
+            os.kill(os.getpid(), number)
+            time.sleep(20)  # for Ctrl-C to arrive
+
+    Journal.add = add_and_signal  # type: ignore[method-assign]
 
 
 def main() -> None:
     for line in sys.stdin:
-        words, kill_after = json.loads(line)
+        words, kill_after, *more = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            devnull = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(devnull, fd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            stderr = more[1] if more else os.devnull
+            for fd, name in enumerate((os.devnull, os.devnull, stderr)):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
+            if more and more[0]:
+                signal_after(*more[0])
             os._exit(fourierft_export.cli.main.run(words))
         if kill_after is not None:
             time.sleep(kill_after)
