@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fourierft_export.bundle.file import Bundle
+import fourierft_export as ff
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.files.checkpoint import Checkpoint
 
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 
 
 @pytest.fixture
-def make_bundle() -> Callable[..., Bundle]:
+def make_bundle() -> Callable[..., ff.Bundle]:
     """`make(base, modules, ...)`: a bundle with random normal spectra, bound unless told not to."""
 
     def make(
@@ -36,25 +36,25 @@ def make_bundle() -> Callable[..., Bundle]:
         task_type: str | None = None,
         saved: Mapping[str, Array] | None = None,
         bound: bool = True,
-    ) -> Bundle:
+    ) -> ff.Bundle:
         random = np.random.default_rng(numpy_seed)
         layers = tuple(LayerSpec(name, n_frequency) for name in modules)
         spectra = {name: random.standard_normal(n_frequency, np.float32) for name in modules}
         spec = AdapterSpec(seed, scaling, layers, task_type=task_type)
-        bundle = Bundle.build(spec, spectra, saved)
+        bundle = ff.Bundle.build(spec, spectra, saved)
         return bundle.bind(base) if bound else bundle
 
     return make
 
 
 @pytest.fixture
-def exact_delta() -> Callable[[Bundle, str], Array]:
+def exact_delta() -> Callable[[ff.Bundle, str], Array]:
     """delta_W in float64, straight from its definition; shares no code with the package.
 
     delta_W[p, q] = s/(M N) * sum_k c_k cos(2 pi (u_k p / M + v_k q / N)), as two products.
     """
 
-    def delta(bundle: Bundle, layer: str) -> Array:
+    def delta(bundle: ff.Bundle, layer: str) -> Array:
         rows, columns = bundle.layer(layer).shape or (0, 0)
         entries = bundle.entries(layer)
         c = bundle.spectra[layer].astype(np.float64)

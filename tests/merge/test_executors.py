@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fourierft_export.bundle.file import Bundle
+import fourierft_export as ff
 from fourierft_export.errors import BadInputError, FileAccessError, UsageError
 from fourierft_export.merge import executors
 from fourierft_export.merge.executors import ATTEMPTS, run_tasks
-from fourierft_export.merge.merge import merge_checkpoint
 from fourierft_export.spectral.threads import default_threads
 
+Bundles = list[ff.Bundle]
 FilesOf = Callable[[Path], dict[str, bytes]]
 SHARDS = 8
 
@@ -33,7 +33,7 @@ def base(tmp_path: Path, make_base: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def bundles(base: Path, make_bundle: Callable[..., Bundle]) -> list[Bundle]:
+def bundles(base: Path, make_bundle: Callable[..., ff.Bundle]) -> list[ff.Bundle]:
     """One bound bundle with a head, and one unbound."""
     modules = [f"layers.{number}.q" for number in range(SHARDS)]
     saved = {"score.weight": np.ones((2, 128), np.float32)}
@@ -44,9 +44,9 @@ def bundles(base: Path, make_bundle: Callable[..., Bundle]) -> list[Bundle]:
 
 
 @pytest.fixture
-def whole(base: Path, bundles: list[Bundle], tmp_path: Path, files_of: FilesOf) -> dict[str, bytes]:
+def whole(base: Path, bundles: Bundles, tmp_path: Path, files_of: FilesOf) -> dict[str, bytes]:
     """What one process writes."""
-    merge_checkpoint(base, bundles, tmp_path / "whole", weights=[1, 0.5])
+    ff.merge_checkpoint(base, bundles, tmp_path / "whole", weights=[1, 0.5])
     return files_of(tmp_path / "whole")
 
 
@@ -69,11 +69,11 @@ def children() -> list[int]:
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_processes_write_what_one_process_writes(
-    base: Path, bundles: list[Bundle], tmp_path: Path, whole: dict[str, bytes], files_of: FilesOf,
+    base: Path, bundles: Bundles, tmp_path: Path, whole: dict[str, bytes], files_of: FilesOf,
     kill: bool,
 ) -> None:  # fmt: skip
     progress = KillOne(children)
-    report = merge_checkpoint(
+    report = ff.merge_checkpoint(
         base, bundles, tmp_path / "out", weights=[1, 0.5], workers=2,
         progress=progress if kill else None,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_processes_write_what_one_process_writes(
 
 
 def test_a_dask_cluster_writes_what_one_process_writes(
-    base: Path, bundles: list[Bundle], tmp_path: Path, whole: dict[str, bytes], files_of: FilesOf
+    base: Path, bundles: Bundles, tmp_path: Path, whole: dict[str, bytes], files_of: FilesOf
 ) -> None:
     from distributed import Client, LocalCluster
 
@@ -93,10 +93,10 @@ def test_a_dask_cluster_writes_what_one_process_writes(
         local_directory=str(tmp_path / "dask"),
     ) as cluster, Client(cluster) as client:  # fmt: skip
         address = cluster.scheduler_address
-        merge_checkpoint(base, bundles, tmp_path / "a", weights=[1, 0.5], scheduler=address)
+        ff.merge_checkpoint(base, bundles, tmp_path / "a", weights=[1, 0.5], scheduler=address)
         assert files_of(tmp_path / "a") == whole
         progress = KillOne(lambda: list(client.run(os.getpid).values()))
-        merge_checkpoint(
+        ff.merge_checkpoint(
             base, bundles, tmp_path / "b", weights=[1, 0.5], scheduler=address, progress=progress
         )
         assert progress.killed
@@ -105,27 +105,27 @@ def test_a_dask_cluster_writes_what_one_process_writes(
 
 
 def test_an_error_of_a_worker_is_the_callers(
-    base: Path, make_bundle: Callable[..., Bundle], tmp_path: Path
+    base: Path, make_bundle: Callable[..., ff.Bundle], tmp_path: Path
 ) -> None:
     bundle = make_bundle(base, ["layers.3.q"], scaling=1e9)
     with pytest.raises(BadInputError, match=r"tensor layers\.3\.q\.weight") as caught:
-        merge_checkpoint(base, bundle, tmp_path / "out", dtype="float16", workers=2)
+        ff.merge_checkpoint(base, bundle, tmp_path / "out", dtype="float16", workers=2)
     assert "bfloat16" in caught.value.remedy
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     assert children() == []
 
 
 def test_no_scheduler_is_told(
-    base: Path, bundles: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(FileAccessError, match="expected the address of a Dask scheduler"):
-        merge_checkpoint(base, bundles, tmp_path / "out", scheduler=address)
+        ff.merge_checkpoint(base, bundles, tmp_path / "out", scheduler=address)
     with pytest.raises(UsageError, match="a number of processes, or a scheduler"):
-        merge_checkpoint(base, bundles, tmp_path / "out", scheduler=address, workers=1)
+        ff.merge_checkpoint(base, bundles, tmp_path / "out", scheduler=address, workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 

@@ -13,22 +13,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fourierft_export.bundle.file import Bundle
-from fourierft_export.bundle.peft import from_peft
+import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError, ValidationError
-from fourierft_export.merge.merge import merge_checkpoint
-from fourierft_export.recover.from_checkpoint import recover_bundle
 from fourierft_export.recover.spectrum import half_unit, judge_spectrum, spectrum_of
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
 Array = np.ndarray[Any, Any]
 MakeBase = Callable[..., Path]
-MakeBundle = Callable[..., Bundle]
+MakeBundle = Callable[..., ff.Bundle]
 LAYERS = [f"layers.{number}.q" for number in range(2)]
 
 
-def known(bundle: Bundle, name: str) -> Array:
+def known(bundle: ff.Bundle, name: str) -> Array:
     """A layer's spectrum as far as delta_W tells it: entries that mirror each other share."""
     rows, columns = bundle.layer(name).shape or (0, 0)
     index = {tuple(entry): k for k, entry in enumerate(bundle.entries(name).tolist())}
@@ -37,7 +34,7 @@ def known(bundle: Bundle, name: str) -> Array:
     return (spectrum + spectrum[mirrors]) / 2
 
 
-def error_of(found: Bundle, expected: Bundle) -> float:
+def error_of(found: ff.Bundle, expected: ff.Bundle) -> float:
     """The largest relative error of a layer's spectrum."""
     pairs = [(found.spectra[n].astype(np.float64), known(expected, n)) for n in expected.spectra]
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
@@ -83,9 +80,9 @@ def test_a_merged_checkpoint_gives_back_its_bundle(
 ) -> None:
     base = make_base(tmp_path / "base", shards=2, size=256)
     bundle = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
-    merge_checkpoint(base, bundle, tmp_path / "out", dtype=dtype)
+    ff.merge_checkpoint(base, bundle, tmp_path / "out", dtype=dtype)
     for options in ({"like": bundle}, {"seed": 11, "n_frequency": 64, "targets": ["q"]}):
-        found, report = recover_bundle(base, tmp_path / "out", **options)  # type: ignore[arg-type]
+        found, report = ff.recover_bundle(base, tmp_path / "out", **options)  # type: ignore[arg-type]
         error = error_of(found, bundle)
         assert error < most
         # The uncertainty that is told is what really came of rounding.
@@ -97,7 +94,7 @@ def test_a_merged_checkpoint_gives_back_its_bundle(
             replace(layer, fingerprint=None) for layer in bundle.layers
         ]
         assert found.is_bound and not found.saved
-    again = merge_checkpoint(base, found, tmp_path / "again", dtype="float32")
+    again = ff.merge_checkpoint(base, found, tmp_path / "again", dtype="float32")
     assert again.bundles[0].base_check == "same"
 
 
@@ -108,15 +105,15 @@ def test_what_peft_merges_is_recovered_with_its_head(
     """PEFT's own merge, whose names have a prefix that the bare base lacks."""
     merged = load_peft_minilm(trained_minilm_adapter).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    adapter = from_peft(trained_minilm_adapter, minilm_dir)
-    found, report = recover_bundle(minilm_dir, tmp_path / "merged", like=adapter)
+    adapter = ff.from_peft(trained_minilm_adapter, minilm_dir)
+    found, report = ff.recover_bundle(minilm_dir, tmp_path / "merged", like=adapter)
     assert error_of(found, adapter) < 1e-3
     assert set(found.saved) == set(adapter.saved)
     for name, value in adapter.saved.items():
         np.testing.assert_array_equal(found.saved[name], value)
     assert found.spec.peft_config == adapter.spec.peft_config
     spec = adapter.spec
-    blind, _ = recover_bundle(
+    blind, _ = ff.recover_bundle(
         minilm_dir, tmp_path / "merged", seed=spec.seed, n_frequency=1000,
         targets=["query", "value"], scaling=float(spec.scaling),
     )  # fmt: skip
@@ -128,8 +125,8 @@ def test_what_peft_merges_is_recovered_with_its_head(
 
 def test_transposed_weights(tmp_path: Path, tiny_gpt2: Path, make_bundle: MakeBundle) -> None:
     bundle = make_bundle(tiny_gpt2, ["transformer.h.0.attn.c_attn"], n_frequency=100, scaling=300.0)
-    merge_checkpoint(tiny_gpt2, bundle, tmp_path / "out")
-    found, _ = recover_bundle(tiny_gpt2, tmp_path / "out", like=bundle)
+    ff.merge_checkpoint(tiny_gpt2, bundle, tmp_path / "out")
+    found, _ = ff.recover_bundle(tiny_gpt2, tmp_path / "out", like=bundle)
     delta, expected = (
         reference_delta(b.spectra[n], b.entries(n), (96, 32), 300.0)
         for b in (found, bundle)
@@ -143,7 +140,7 @@ def merged(tmp_path: Path, make_base: MakeBase, make_bundle: MakeBundle) -> tupl
     """A base and what a merge of seed 11, n 64, made of it in bfloat16."""
     base = make_base(tmp_path / "base", shards=2, size=256, dtype=ml_dtypes.bfloat16)
     bundle = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
-    merge_checkpoint(base, bundle, tmp_path / "out")
+    ff.merge_checkpoint(base, bundle, tmp_path / "out")
     return base, tmp_path / "out"
 
 
@@ -163,9 +160,9 @@ def test_a_difference_of_another_kind_is_refused(
     merged: tuple[Path, Path], options: dict[str, Any], says: str
 ) -> None:
     base, out = merged
-    recover_bundle(base, out, **RIGHT)
+    ff.recover_bundle(base, out, **RIGHT)
     with pytest.raises(ValidationError) as caught:
-        recover_bundle(base, out, **{**RIGHT, **options})
+        ff.recover_bundle(base, out, **{**RIGHT, **options})
     assert says in "\n".join(caught.value.offenders)
     assert caught.value.exit_code == 5
 
@@ -183,7 +180,7 @@ def test_a_fine_tune_is_refused(merged: tuple[Path, Path]) -> None:
     noise = (random.standard_normal((256, 256)) * 3e-3).astype(np.float32)
     edit(out, "layers.1.q.weight", lambda w: (w.astype(np.float32) + noise).astype(w.dtype))
     with pytest.raises(ValidationError) as caught:
-        recover_bundle(base, out, **RIGHT)
+        ff.recover_bundle(base, out, **RIGHT)
     assert [line.split(":")[0] for line in caught.value.offenders] == ["layers.1.q"]
 
 
@@ -196,7 +193,7 @@ def test_one_element_changed_by_hand_is_refused(merged: tuple[Path, Path]) -> No
 
     edit(out, "layers.0.q.weight", nudge)
     with pytest.raises(ValidationError, match="1 weights") as caught:
-        recover_bundle(base, out, **RIGHT)
+        ff.recover_bundle(base, out, **RIGHT)
     assert "layers.0.q" in caught.value.offenders[0]
 
 
@@ -219,13 +216,13 @@ def test_unchanged_layers_have_zero_spectra(
     base, out = merged
     edit(out, "layers.1.q.weight", lambda w: load_file(
         base / "model-00002-of-00002.safetensors")["layers.1.q.weight"])  # fmt: skip
-    found, report = recover_bundle(base, out, **RIGHT)
+    found, report = ff.recover_bundle(base, out, **RIGHT)
     assert not found.spectra["layers.1.q"].any() and found.spectra["layers.0.q"].any()
     assert any("1 of 2 layers are as in the base" in note for note in report.notes)
     shutil.rmtree(out)
     shutil.copytree(base, out)
     with pytest.raises(ValidationError, match="2 weights"):
-        recover_bundle(base, out, **RIGHT)
+        ff.recover_bundle(base, out, **RIGHT)
 
 
 def test_biases_come_along_and_other_tensors_are_refused(
@@ -243,17 +240,17 @@ def test_biases_come_along_and_other_tensors_are_refused(
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     bias = np.ones(64, np.float32)
     bundle = make_bundle(tmp_path / "base", ["a"], saved={"a.bias": bias}, n_frequency=20)
-    merge_checkpoint(tmp_path / "base", bundle, tmp_path / "out", force=True)
+    ff.merge_checkpoint(tmp_path / "base", bundle, tmp_path / "out", force=True)
     options: dict[str, Any] = {"seed": 777, "n_frequency": 20, "targets": ["a"], "scaling": 50.0}
     for chosen in (options, {"like": bundle}):
-        found, report = recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
+        found, report = ff.recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
         assert report.saved == ("a.bias",)
         np.testing.assert_array_equal(found.saved["a.bias"], bias)
     edit(tmp_path / "out", "norm.weight", lambda w: w * 2)
     edit(tmp_path / "out", "ids", lambda w: w + 1)
     for chosen in (options, {"like": bundle}):
         with pytest.raises(ValidationError) as caught:
-            recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
+            ff.recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
         assert {line.split(":")[0] for line in caught.value.offenders} == {"norm.weight", "ids"}
 
 
@@ -266,19 +263,19 @@ def test_options_that_do_not_make_sense(
         {"scaling": 0.0}, {"scaling": float("inf")}, {"like": make_bundle(base, LAYERS)},
     ):  # fmt: skip
         with pytest.raises(UsageError):
-            recover_bundle(base, out, **{**RIGHT, **wrong})
+            ff.recover_bundle(base, out, **{**RIGHT, **wrong})
     like = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
     for option in (
         {"seed": 11}, {"n_frequency": 64}, {"targets": ["q"]}, {"scaling": 150.0},
         {"entry_rule": "small"},
     ):  # fmt: skip
         with pytest.raises(UsageError, match=f"both: {next(iter(option))}"):
-            recover_bundle(base, out, like=like, **option)  # type: ignore[arg-type]
+            ff.recover_bundle(base, out, like=like, **option)  # type: ignore[arg-type]
     # An unbound bundle does not tell the rule.
     unbound = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11, bound=False)
-    found, _ = recover_bundle(base, out, like=unbound, entry_rule="small")
+    found, _ = ff.recover_bundle(base, out, like=unbound, entry_rule="small")
     assert [layer.entry_rule for layer in found.layers] == ["small", "small"]
     other = make_base(tmp_path / "other", shards=2, size=128)
     with pytest.raises(BaseMismatchError) as caught:
-        recover_bundle(other, out, **RIGHT)
+        ff.recover_bundle(other, out, **RIGHT)
     assert len(caught.value.offenders) == 2

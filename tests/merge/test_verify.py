@@ -10,27 +10,25 @@ from typing import Any
 
 import pytest
 
-from fourierft_export.bundle.file import Bundle
+import fourierft_export as ff
 from fourierft_export.errors import BadInputError, FileAccessError, ValidationError
 from fourierft_export.files.checkpoint import Checkpoint
-from fourierft_export.merge.merge import merge_checkpoint
-from fourierft_export.merge.verify import verify_merged
 
 
 @pytest.fixture
 def merged(
-    tmp_path: Path, make_base: Callable[..., Path], make_bundle: Callable[..., Bundle]
+    tmp_path: Path, make_base: Callable[..., Path], make_bundle: Callable[..., ff.Bundle]
 ) -> Path:
     base = make_base(tmp_path / "base", shards=2, size=16)
     (base / "sub").mkdir()
     (base / "sub" / "pool.json").write_text("{}")
-    merge_checkpoint(base, make_bundle(base, ["layers.0.q", "layers.1.q"]), tmp_path / "out")
+    ff.merge_checkpoint(base, make_bundle(base, ["layers.0.q", "layers.1.q"]), tmp_path / "out")
     return tmp_path / "out"
 
 
 def test_a_fresh_merge_is_as_it_was_written(merged: Path) -> None:
     calls: list[tuple[str, int, int]] = []
-    report = verify_merged(merged, progress=lambda *call: calls.append(call))
+    report = ff.verify_merged(merged, progress=lambda *call: calls.append(call))
     assert report.ok
     assert (report.problems, report.unlisted) == ((), ())
     others = [p for p in merged.rglob("*") if p.is_file() and p.name != "manifest.json"]
@@ -55,7 +53,7 @@ def test_every_kind_of_damage_is_listed(merged: Path) -> None:
     change_byte(merged / "config.json", -3)
     (merged / "model.safetensors").write_bytes(b"weights that a loader would prefer")
     (merged / "notes.txt").touch()
-    report = verify_merged(merged)
+    report = ff.verify_merged(merged)
     size = second.stat().st_size
     assert report.problems == (
         "config.json: other bytes than were written",
@@ -76,7 +74,9 @@ def test_damage_beside_the_merged_tensors_names_none_of_them(merged: Path) -> No
     info = Checkpoint.open(merged).tensors["layers.0.k.weight"]
     assert info.path is not None
     change_byte(info.path, info.start)
-    assert verify_merged(merged).problems == (f"{info.path.name}: other bytes than were written",)
+    assert ff.verify_merged(merged).problems == (
+        f"{info.path.name}: other bytes than were written",
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,23 +102,23 @@ def test_a_manifest_that_is_not_one_is_refused(
     path = merged / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(BadInputError) as caught:
-        verify_merged(merged)
+        ff.verify_merged(merged)
     assert caught.value.where == str(path)
     assert says in caught.value.found
 
 
 def test_what_is_no_merged_folder_is_told(merged: Path, tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="a folder that merge wrote"):
-        verify_merged(tmp_path / "absent")
+        ff.verify_merged(tmp_path / "absent")
     with pytest.raises(FileAccessError, match=r"manifest\.json") as caught:
-        verify_merged(tmp_path / "base")
+        ff.verify_merged(tmp_path / "base")
     assert caught.value.remedy == "only a folder that merge wrote can be verified"
     with pytest.raises(BadInputError, match="a folder that merge wrote, found a file"):
-        verify_merged(merged / "config.json")
+        ff.verify_merged(merged / "config.json")
     for name in ("config.json", "tokenizer.json"):
         (merged / name).unlink()
     os.mkfifo(merged / "config.json")
     (merged / "tokenizer.json").mkdir()
-    assert verify_merged(merged).problems == (
+    assert ff.verify_merged(merged).problems == (
         "config.json: not a regular file", "tokenizer.json: not a regular file",
     )  # fmt: skip
