@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...types import Array, Progress
-from .ops import free_name, used_names
-from .source import Source, constant_of
+from .ops import free_name, register_constant, used_names
+from .source import Source, constant_of, constant_shape
 from .write import write_source
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Edits:
             return value
         if tensor is None:
             raise ValueError(f"{value.name} is no constant")
-        copy = self._register(free_name(str(value.name), used_names(graph)), tensor)
+        name = free_name(str(value.name), used_names(graph))
+        copy = register_constant(self.source.model, name, tensor)
         for node, index in uses:
             node.replace_input_with(index, copy)
         return copy
@@ -54,11 +55,10 @@ class Edits:
         """
         import onnx_ir as ir
 
-        tensor, name = constant_of(value), str(value.name)
+        tensor, producer = constant_of(value), value.producer()
         if tensor is None:
-            raise ValueError(f"{name} is no constant")
-        new = self._tensor(name, tensor, [int(size) for size in tensor.shape.numpy()], make)
-        producer = value.producer()
+            raise ValueError(f"{value.name} is no constant")
+        new = self._tensor(str(value.name), tensor, constant_shape(value), make)
         if producer is None:
             value.const_value = new
         else:
@@ -66,36 +66,18 @@ class Edits:
             value.const_value = None
 
     def new(self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Make) -> ir.Value:
-        """A new initializer of the main graph, external data where `like` is.
+        """A new initializer of the main graph with the dtype of `like`, external data where it is.
 
-        Args:
-            name: it gets a number if it is taken.
-            like: a tensor of the same dtype.
-            shape: of the content.
-            make: gives it.
+        Its name gets a number if it is taken.
         """
         name = free_name(name, self.source.model.graph.initializers)
-        return self._register(name, self._tensor(name, like, shape, make))
+        return register_constant(self.source.model, name, self._tensor(name, like, shape, make))
 
     def write(
         self, out: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
     ) -> tuple[Path, ...]:
         """Write the graph: see `write_source`."""
         return write_source(self.source, out, force=force, progress=progress)
-
-    def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        import onnx_ir as ir
-
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.source.model.graph.register_initializer(value)
-        # Before version 4 of the format every initializer had to be an input, too.
-        self.source.model.ir_version = max(self.source.model.ir_version, 4)
-        return value
 
     def _tensor(
         self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Make
@@ -106,7 +88,5 @@ class Edits:
             return ir.tensor(np.ascontiguousarray(make()), name=name)
         location = f"{_REPLACED}{len(self.source.replaced)}"
         self.source.replaced[location] = make
-        nbytes = math.prod(shape) * like.dtype.itemsize
-        return ir.ExternalTensor(
-            location, 0, int(nbytes), like.dtype, shape=ir.Shape(shape), name=name
-        )
+        size = math.prod(shape) * int(like.dtype.itemsize)
+        return ir.ExternalTensor(location, 0, size, like.dtype, shape=ir.Shape(shape), name=name)

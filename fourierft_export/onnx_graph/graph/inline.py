@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from ...errors import BadInputError
-from .ops import STANDARD, free_name
+from .ops import free_name, register_constant, used_names
+from .source import STANDARD
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +39,7 @@ def inline_some(
     """Expand some functions, and those that call them; their constants become initializers.
 
     A function's constant is one for all its calls, and so is the initializer: what changes it for
-    one call changes it for all, as before.
+    one call changes it for all, as before. (onnx-ir's own pass would make one for each call.)
 
     Args:
         model: changed in place; other functions stay.
@@ -55,16 +56,18 @@ def inline_some(
     from onnx_ir.passes import PreconditionError
     from onnx_ir.passes.common import InlinePass
 
-    chosen = set(functions)
-    while (
-        more := {one for one, function in model.functions.items() if _calls(function) & chosen}
-        - chosen
-    ):
-        chosen |= more
+    chosen, size = set(functions), 0
+    while len(chosen) > size:
+        size = len(chosen)
+        chosen |= {
+            one
+            for one, function in model.functions.items()
+            if any(node.op_identifier() in chosen for node in function.all_nodes())
+        }
     names = {
         id(tensor): str(value.name)
         for one in chosen
-        for value, tensor in function_constants(model.functions[one])
+        for value, tensor in _constants(model.functions[one])
     }
     try:
         InlinePass(criteria=lambda function: function.identifier() in chosen)(model)
@@ -79,75 +82,42 @@ def inline_some(
     return tuple(sorted(one[1] for one in chosen))
 
 
-def function_constants(
-    function: ir.Function,
-) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """The tensors that a function holds, with the values that they are."""
-    for node in function.all_nodes():
+def holders(
+    model: ir.Model, wanted: Callable[[str, ir.TensorProtocol], bool]
+) -> set[ir.OperatorIdentifier]:
+    """The functions that hold a constant for which `wanted(name, tensor)` is true."""
+    return {
+        identifier
+        for identifier, function in model.functions.items()
+        if any(wanted(str(value.name), tensor) for value, tensor in _constants(function))
+    }
+
+
+def _constants(graph: ir.Function | ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """The tensors of a graph's Constant nodes, with the values that they are."""
+    for node in graph.all_nodes():
         if node.op_type == "Constant" and node.domain in STANDARD and "value" in node.attributes:
             attribute = node.attributes["value"]
             if not attribute.is_ref():
                 yield node.outputs[0], attribute.as_tensor()
 
 
-def holders(
-    model: ir.Model, wanted: Callable[[str, ir.TensorProtocol], bool]
-) -> set[ir.OperatorIdentifier]:
-    """The functions that hold a constant that `wanted(name, tensor)` tells."""
-    return {
-        identifier
-        for identifier, function in model.functions.items()
-        if any(wanted(str(value.name), tensor) for value, tensor in function_constants(function))
-    }
-
-
-def _calls(function: ir.Function) -> set[ir.OperatorIdentifier]:
-    return {node.op_identifier() for node in function.all_nodes()}
-
-
 def _lift(model: ir.Model, names: dict[int, str]) -> None:
-    """Make Constant nodes of these tensors (by identity) initializers, one per tensor.
-
-    Args:
-        model: changed in place.
-        names: id of a tensor -> its name.
-    """
-    import onnx_ir as ir
-
-    graph = model.graph
-    found: dict[int, list[ir.Node]] = {}
-    for node in graph.all_nodes():
-        if node.op_type != "Constant" or "value" not in node.attributes:
-            continue
-        tensor = node.attributes["value"].as_tensor()
-        if id(tensor) in names and len(tensor.shape) and not node.outputs[0].is_graph_output():
-            found.setdefault(id(tensor), []).append(node)
-    lifted = {id(node) for nodes in found.values() for node in nodes}
-    taken = {
-        str(value.name)
-        for node in graph.all_nodes()
-        for value in node.outputs
-        if id(node) not in lifted
-    }
-    taken |= {str(value.name) for value in graph.inputs}
-    taken |= {name for one in (graph, *graph.subgraphs()) for name in one.initializers}
-    for key, nodes in found.items():
+    """Make Constant nodes of these tensors (id -> name) initializers, one per tensor."""
+    found: dict[int, list[ir.Value]] = {}
+    for value, tensor in _constants(model.graph):
+        if id(tensor) in names and len(tensor.shape) and not value.is_graph_output():
+            found.setdefault(id(tensor), []).append(value)
+    taken = used_names(model.graph) - {str(v.name) for several in found.values() for v in several}
+    for key, several in found.items():
+        nodes = [node for node in (value.producer() for value in several) if node is not None]
         tensor = nodes[0].attributes["value"].as_tensor()
         name = free_name(names[key], taken)
         taken.add(name)
-        users = [use for node in nodes for use in node.outputs[0].uses()]
-        for node in nodes:
-            node.outputs[0].name = None
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        graph.register_initializer(value)
-        for user, index in users:
-            user.replace_input_with(index, value)
-        for node in nodes:
+        for value in several:
+            value.name = None
+        lifted = register_constant(model, name, tensor)
+        for value, node in zip(several, nodes, strict=True):
+            value.replace_all_uses_with(lifted)
             if node.graph is not None:
                 node.graph.remove(node)
-    model.ir_version = max(model.ir_version, 4)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-STANDARD = ("", "ai.onnx")
 FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
 
@@ -32,9 +31,7 @@ class Ops:
         self.graph = graph
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         nodes = [node for node in graph if node.name]
-        self._names = {str(node.name) for node in nodes} | set(graph.initializers)
-        self._names |= {str(value.name) for node in graph for value in node.outputs}
-        self._names |= {str(value.name) for value in graph.inputs}
+        self._names = {str(node.name) for node in nodes} | used_names(graph)
 
     def free(self, name: str) -> str:
         """`name`, with a number behind it if the graph uses it already; it is taken from now on."""
@@ -107,9 +104,18 @@ def constant_value(array: Array, name: str) -> ir.Value:
     import onnx_ir as ir
 
     tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-    return ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    return ir.val(name, const_value=tensor)
+
+
+def register_constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the main graph."""
+    import onnx_ir as ir
+
+    value = ir.val(name, const_value=tensor)
+    model.graph.register_initializer(value)
+    # Before version 4 of the format every initializer had to be an input, too.
+    model.ir_version = max(model.ir_version, 4)
+    return value
 
 
 def used_names(graph: ir.Graph) -> set[str]:

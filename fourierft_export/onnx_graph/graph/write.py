@@ -33,12 +33,6 @@ def data_path(path: Path) -> Path:
     return path.with_name(path.name + DATA_SUFFIX)
 
 
-def weight_bytes(model: ir.Model) -> int:
-    """Size of all initializers of the main graph."""
-    constants = (value.const_value for value in model.graph.initializers.values())
-    return sum(constant.nbytes for constant in constants if constant is not None)
-
-
 def write_model(
     model: ir.Model,
     path: str | os.PathLike[str],
@@ -65,13 +59,16 @@ def write_model(
     import onnx
     import onnx_ir as ir
 
-    external = weight_bytes(model) > MAX_EMBEDDED_BYTES if external_data is None else external_data
+    if external_data is None:
+        constants = (value.const_value for value in model.graph.initializers.values())
+        external_data = sum(one.nbytes for one in constants if one) > MAX_EMBEDDED_BYTES
+    data = external_data
 
     def save(staged: Path) -> None:
-        ir.save(model, staged, external_data=data_path(staged).name if external else None)
+        ir.save(model, staged, external_data=data_path(staged).name if data else None)
         onnx.checker.check_model(str(staged))
 
-    return _write(path, save, has_data=external, force=force)
+    return _write(path, save, has_data=data, force=force)
 
 
 def write_source(
@@ -83,8 +80,8 @@ def write_source(
 ) -> tuple[Path, ...]:
     """Write an open graph; it is absent or complete at any moment.
 
-    What was external data in the input is so in the output, made or copied by onnx-ir's writer
-    one after the other, by the system from file to file where it can.
+    What was external data in the input is so in the output. onnx-ir's writer makes it piece by
+    piece, or copies it from file to file.
 
     Args:
         source: the graph, perhaps with replaced constants.

@@ -14,8 +14,8 @@ import numpy as np
 
 from ...types import Array
 from ..graph.edits import Edits
-from ..graph.ops import STANDARD, free_name, replace_uses
-from ..graph.source import constant_of
+from ..graph.ops import free_name, replace_uses
+from ..graph.source import STANDARD, constant_of
 from ..locate.content import part_of
 from ..locate.site import Site
 from ..locate.uses import Use
