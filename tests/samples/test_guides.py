@@ -50,11 +50,10 @@ def deltas(path: Path) -> dict[str, np.ndarray]:
 def adapted(model: nn.Module, bundle: Path | None) -> nn.Module:
     """The model in float64, with a bundle's delta_W and saved tensors in its weights."""
     model = model.double().eval().requires_grad_(False)
-    if bundle is not None:
-        for layer, change in deltas(bundle).items():
-            model.get_submodule(layer).weight += torch.from_numpy(change)
-        for name, tensor in ff.Bundle.load(bundle).saved.items():
-            model.get_parameter(name).copy_(torch.from_numpy(tensor.copy()))
+    for layer, change in deltas(bundle).items() if bundle else ():
+        model.get_submodule(layer).weight += torch.from_numpy(change)
+    for name, tensor in ff.Bundle.load(bundle).saved.items() if bundle else ():
+        model.get_parameter(name).copy_(torch.from_numpy(tensor.copy()))
     return model
 
 
@@ -64,9 +63,8 @@ def run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def check_own_model(folder: Path, printed: str) -> None:
-    model = runpy.run_path(str(SAMPLES / "own_model/train.py"))["Reader"]()
+    model, x = runpy.run_path(str(SAMPLES / "own_model/train.py"))["Reader"](), torch.rand(5, 64)
     model.load_state_dict(torch.load(folder / "base.pt"))
-    x = torch.rand(5, 64)
     want = adapted(model, folder / "rotated.fourierft.safetensors")(x.double())
     got = run(folder / "rotated.onnx", {"pixels": x.numpy()})
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -114,7 +112,6 @@ def check_foreign_onnx(folder: Path, printed: str) -> None:
     (got,) = ReferenceEvaluator(str(folder / "int8.unmerged.onnx")).run(None, {"x": x.numpy()})
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
     assert "merged into int8: refused" in printed
-    assert not (folder / "refused.onnx").exists()
 
 
 def check_peft_to_onnx(folder: Path, printed: str) -> None:
@@ -139,8 +136,8 @@ def check_many_tenants(folder: Path, printed: str) -> None:
     from transformers import BertForSequenceClassification
 
     def logits(tenant: str | None, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        model = BertForSequenceClassification.from_pretrained(folder / "base")
-        model = adapted(model, tenant and folder / f"{tenant}.fourierft.safetensors")
+        base = BertForSequenceClassification.from_pretrained(folder / "base")
+        model = adapted(base, tenant and folder / f"{tenant}.fourierft.safetensors")
         return model(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
 
     served = dict(np.load(folder / "served.npz"))
@@ -193,10 +190,11 @@ def test_guide(program: str, runs: Any) -> None:
 
 
 @pytest.mark.parametrize("program", GUIDES)
-def test_options_in_a_readme_exist(program: str) -> None:
+def test_names_in_a_readme_exist(program: str) -> None:
     text = (SAMPLES / program).with_name("README.md").read_text("utf-8").replace("\\\n", " ")
     assert Path(program).name in text
+    assert set(re.findall(r"\bff\.(\w+)", text)) <= set(ff.__all__)
     for verb, words in re.findall(r"^fourierft-export (\w+)(.*)$", text, re.MULTILINE):
         shown = CliRunner().invoke(verbs, [verb, "--help"]).output
-        for option in re.findall(r"(?<= )--?[a-z-]+", words):
-            assert re.search(rf"{option}\b", shown), f"{verb} {option}"
+        used = re.findall(r"(?<= )--?[a-z-]+", words)
+        assert set(used) <= set(re.findall(r"--?[a-z-]+", shown)), verb
