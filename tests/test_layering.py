@@ -39,7 +39,7 @@ FOLDERS = (
         "mode_names",
         "report",
         "runtime_paths",
-        "several",
+        "adapters",
         "weight_input",
     },
     {"graph"},

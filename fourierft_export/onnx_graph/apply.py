@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from .. import __version__
 from ..bundle.combine import checked_weights
 from ..bundle.file import Bundle
+from ..bundle.fingerprint import fingerprint
+from ..bundle.fit import Fit, FoundLayer, LayerVerdict, check_fits, fit_adapter
+from ..bundle.spec import Fingerprint
 from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
-from ..models.base import open_base
+from ..models.base import Base, open_base
 from ..types import Progress
-from .bundle_record import record_bundles
+from .adapters import Bundles, named_bundles, weighted
 from .graph.edits import Edits
+from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
-from .graph.write import data_path, refuse_inputs, write_model
-from .locate.belonging import bound_to, judge, wanted_layers
-from .locate.finder import Finder
+from .graph.write import refuse_inputs, write_model
+from .locate.content import verdict
+from .locate.finder import Finder, Found
 from .locate.saved import find_saved
 from .locate.search import search
-from .locate.site import Site
-from .metadata import KEY, Written, describe
-from .mode_names import BANK, MERGED, MODES, PAIRED, SWAPPABLE, UNMERGED
-from .modes.apply_beside import write_beside
-from .modes.apply_paired import write_pair
+from .locate.site import Site, Wanted
+from .metadata import KEY
+from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED
+from .modes.batched import batch_of
 from .modes.heads import float_heads
-from .modes.put_saved import put_saved
-from .modes.sites import Job, feed_sites, merge_sites
-from .modes.unpack import unpack_sites
-from .report import ExportReport, fed_shapes, value_shapes
+from .modes.write import check_mode, write_adapters
+from .report import ExportReport, report_on
 from .runtime_paths import expander_path
-from .several import Bundles, named_bundles, weighted
 
-MIN_OPSET = {UNMERGED: 13}
+_SIDE_OPSET = 18  # of a graph with an adapter beside its layers
 
 
 def apply_onnx(
@@ -65,9 +65,7 @@ def apply_onnx(
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
         mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. Beside a
             quantised weight, which stays as it is, the adapter is a float branch (not in modes
-            merged and paired). Run int8 files with the session option
-            `session.x64quantprecision` = "1", as `AdapterSession` does: without it, ONNX Runtime's
-            int8 sums saturate on x86-64 CPUs that lack VNNI.
+            merged and paired).
         weights: one factor per bundle, by which its change counts; 1 by default.
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.
@@ -91,7 +89,9 @@ def apply_onnx(
     """
     named = named_bundles(bundles)
     factors = checked_weights(weights, len(named))
-    _check_arguments(mode, named, mapping or {})
+    check_mode(mode)
+    mapping = mapping or {}
+    _check_mapping(named, mapping)
     inputs = (onnx_in,) if base is None else (onnx_in, base)
     check_output(onnx_out, force=force, inputs=inputs)
     if mode == PAIRED:
@@ -106,78 +106,72 @@ def apply_onnx(
     }
     if progress:
         progress("find weights", 0, 1)
-    wanted = wanted_layers(bound, opened)
-    finder, found, expanded = search(
-        source, wanted, mapping or {}, bound, beside=mode in (SWAPPABLE, BANK)
+    wanted = _wanted_layers(bound, opened)
+    beside = mode in (SWAPPABLE, BANK)
+    finder, found, expanded = search(source, wanted, mapping, bound, beside=beside)
+    sites = found.sites
+    fits = _fits(source, found, wanted, bound)
+    check_fits(
+        source.path,
+        fits,
+        allow_base_mismatch=allow_base_mismatch,
+        remedy="give the base checkpoint (--base), or say where a weight is (--map "
+        "LAYER=INITIALIZER)"
+        if found.missing
+        else "give the model of the base that the adapter belongs to",
     )
-    notes = (*expanded, *judge(source, found, allow_base_mismatch))
-    quantised = {layer: each for layer, each in found.sites.items() if each[0].quantised}
+    notes = [*expanded, *(note for fit in fits for note in fit.notes)]
+    floats = [one for several in sites.values() for one in several if not one.quantised]
+    shared = sorted({site.name for site in floats if site.shared})
+    notes += [f"{name} is used elsewhere, too: that use keeps the base's weight" for name in shared]
     saved = {name for bundle in bound.values() for name in bundle.saved}
     heads = float_heads(source, finder.linears, saved, found.bridge)
     if heads:
         finder = Finder(source)
         listed = ", ".join(one.weight for one in heads)
-        notes += (f"{listed}: quantised in the input, and float here to take the adapter's own",)
-    _check_quantised(source, mode, quantised)
-    shapes = {layer: sites[0].shape for layer, sites in found.sites.items()}
-    bound = {name: bound_to(bundle, shapes) for name, bundle in bound.items()}
-    edits = Edits(source)
+        notes.append(f"{listed}: quantised in the input, and float here to take the adapter's own")
+    quantised = {layer: each for layer, each in sites.items() if each[0].quantised}
+    if quantised:
+        _check_quantised(source, mode, quantised)
+        notes.append(f"{len(quantised)} layers are quantised: the adapter is a float branch beside")
+    bound = {n: replace(b, spec=f.spec) for (n, b), f in zip(bound.items(), fits, strict=True)}
     places = find_saved(finder, found.bridge, bound)
-    adapters = weighted(bound, factors)
-    interface, made = None, None
-    written: list[Written] = []
-    if mode in (MERGED, UNMERGED):
-        put_saved(places, edits, bound)
-        places = {}
-    sites: Mapping[str, Sequence[Site]] = {
-        layer: each for layer, each in found.sites.items() if layer not in quantised
-    }
-    if mode == PAIRED:
-        sites = unpack_sites(edits, sites)
-        interface, written, made = write_pair(edits, adapters, sites, places)
-    elif mode in (SWAPPABLE, BANK) or (quantised and mode == UNMERGED):
-        interface = write_beside(edits, mode, adapters, sites, quantised, places)
-        if quantised:
-            notes += (
-                f"{len(quantised)} layers are quantised: the adapter is a float branch beside",
-            )
-    else:
-        job = Job(source, edits, adapters, sites)
-        written = (merge_sites if mode == MERGED else feed_sites)(job)
-    content = describe(
-        version=__version__,
-        mode=mode,
-        adapters=adapters,
+    if mode == BANK:
+        batch_of(source.model)
+    if quantised or beside:
+        fill_shapes(source.model)
+    edits = Edits(source)
+    written = write_adapters(
+        edits,
+        mode,
+        weighted(bound, factors),
+        sites,
+        {name: [place] for name, place in places.items()},
         sources=named,
-        written=written,
-        interface=interface,
     )
-    for graph in (source.model, made):
-        if graph is not None:
-            graph.metadata_props.update(content)
-            if mode != MERGED:
-                record_bundles(graph, named, inputs=mode != UNMERGED)
-    expanders = () if made is None else write_model(made, expander_path(onnx_out), force=force)
-    files = (*edits.write(onnx_out, force=force, progress=progress), *expanders)
-    beside = data_path(files[0])
-    return ExportReport(
-        path=str(files[0]),
-        data=str(beside) if beside in files else None,
-        bytes=sum(file.stat().st_size for file in files),
-        mode=mode,
-        opset=source.opset,
-        nodes=len(source.model.graph),
-        inputs=fed_shapes(source.model.graph),
-        outputs=value_shapes(source.model.graph.outputs),
-        layers=tuple(shapes),
-        adapters=tuple(named),
-        notes=notes,
-    )
+    expander = written.expander
+    made = write_model(expander, expander_path(onnx_out), force=force) if expander else ()
+    files = (*edits.write(onnx_out, force=force, progress=progress), *made)
+    return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
 
 
-def _check_arguments(mode: str, bundles: Mapping[str, Bundle], mapping: Mapping[str, str]) -> None:
-    if mode not in MODES:
-        raise UsageError("apply mode", expected=", ".join(MODES), found=repr(mode))
+def _wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Wanted]:
+    """Every layer once, with all that any bundle or the base knows of it; the base knows best."""
+    wanted: dict[str, Wanted] = {}
+    for bundle in bundles.values():
+        for layer in bundle.layers:
+            if layer.name not in wanted or layer.fingerprint is not None:
+                wanted[layer.name] = Wanted(
+                    layer.name, layer.shape, layer.fan_in_fan_out, layer.fingerprint
+                )
+    if base is not None:
+        for name, there in base.layers(wanted).items():
+            own = fingerprint(base.weight(name))
+            wanted[name] = Wanted(name, there.shape, there.transposed, own)
+    return list(wanted.values())
+
+
+def _check_mapping(bundles: Mapping[str, Bundle], mapping: Mapping[str, str]) -> None:
     layers = {layer.name for bundle in bundles.values() for layer in bundle.layers}
     unknown = sorted(mapping.keys() - layers)
     if unknown:
@@ -190,7 +184,7 @@ def _check_arguments(mode: str, bundles: Mapping[str, Bundle], mapping: Mapping[
 
 
 def _check_source(source: Source, mode: str) -> None:
-    needed = MIN_OPSET.get(mode, 0)
+    needed = {UNMERGED: 13, SWAPPABLE: _SIDE_OPSET, BANK: _SIDE_OPSET}.get(mode, 0)
     if source.opset < needed:
         raise UsageError(
             source.path,
@@ -198,10 +192,8 @@ def _check_source(source: Source, mode: str) -> None:
             found=f"opset {source.opset}",
             remedy="use --mode merged, or convert the model with onnx.version_converter first",
         )
-    if (
-        KEY in source.model.metadata_props
-        and '"mode":"merged"' not in (source.model.metadata_props[KEY])
-    ):
+    text = source.model.metadata_props.get(KEY)
+    if text is not None and '"mode":"merged"' not in text:
         raise UsageError(
             source.path,
             expected="a model without adapters of its own",
@@ -211,7 +203,7 @@ def _check_source(source: Source, mode: str) -> None:
 
 
 def _check_quantised(source: Source, mode: str, quantised: Mapping[str, Sequence[Site]]) -> None:
-    if mode in (MERGED, PAIRED) and quantised:
+    if mode in (MERGED, PAIRED):
         raise BaseMismatchError(
             source.path,
             expected="float weights to merge into",
@@ -220,3 +212,53 @@ def _check_quantised(source: Source, mode: str, quantised: Mapping[str, Sequence
             remedy="use --mode unmerged, swappable or bank, which add a float branch beside them",
             offenders=[f"{layer}: {each[0].describe()}" for layer, each in quantised.items()],
         )
+    if source.opset < _SIDE_OPSET:
+        raise UsageError(
+            source.path,
+            expected=f"opset {_SIDE_OPSET} or newer for an adapter beside quantised weights",
+            found=f"opset {source.opset}",
+            remedy="quantise or export the base again at a newer opset",
+        )
+
+
+def _fits(
+    source: Source, found: Found, wanted: Sequence[Wanted], bundles: Mapping[str, Bundle]
+) -> list[Fit]:
+    """Whether each adapter belongs to the layers that were found."""
+    known = {want.name: want for want in wanted}
+    fits = []
+    for name, bundle in bundles.items():
+        layers: dict[str, FoundLayer | str] = {}
+        for layer in bundle.layers:
+            sites = found.sites.get(layer.name)
+            if sites is None:
+                layers[layer.name] = found.missing[layer.name]
+            else:
+                want = replace(known[layer.name], transposed=layer.fan_in_fan_out)
+                compare = _comparing(source, sites, known[layer.name], want)
+                held = sites[0].describe() if sites[0].quantised else sites[0].name
+                layers[layer.name] = FoundLayer(sites[0].shape, compare=compare, name=held)
+        speaking = f"adapter {name}" if len(bundles) > 1 else "the adapter"
+        fits.append(fit_adapter(bundle.spec, layers, name=speaking))
+    return fits
+
+
+def _comparing(
+    source: Source, sites: Sequence[Site], looked_for: Wanted, want: Wanted
+) -> Callable[[Fingerprint], LayerVerdict]:
+    """What a fingerprint says of a layer's sites; the search knows of the one it looked for."""
+
+    def compare(expected: Fingerprint) -> LayerVerdict:
+        one = replace(want, fingerprint=expected)
+        verdicts = {
+            site.verdict if one == looked_for else verdict(source, site, one) for site in sites
+        }
+        if "different" in verdicts:
+            return "different"
+        if None in verdicts:
+            return "unchecked"
+        # Quantised weights fit within a step: that is no other precision of the base.
+        precision = "precision" in verdicts and not sites[0].quantised
+        return "precision" if precision else "same"
+
+    return compare

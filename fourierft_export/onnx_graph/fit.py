@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import ml_dtypes
@@ -11,12 +11,12 @@ import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import judge
-from ..bundle.spec import LayerSpec
+from ..bundle.fit import FoundLayer, FoundTensor, LayerVerdict, check_fits, fit_adapter
+from ..bundle.spec import Fingerprint
 from ..errors import BadInputError, BaseMismatchError
 from ..models.names import find_bridge
-from ..spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..types import Array
-from .groups import Group, Interface, spectral_feeds
+from .groups import Interface, spectral_feeds
 
 log = logging.getLogger(__name__)
 
@@ -52,58 +52,52 @@ def fit(
     groups = interface.layers
     roots = {name.split(".")[0] for name in groups}
     bridge = find_bridge([layer.name for layer in bundle.layers], roots, groups.__contains__)
-    wrong: list[str] = []
-    others: list[str] = []
-    layers: list[LayerSpec] = []
-    for layer in bundle.layers:
-        name = bridge.to_base(layer.name)
-        group = groups.get(name)
-        if group is None:
-            wrong.append(f"{layer.name}: the graph has no adapter input for this layer")
-        elif layer.shape not in (None, group.shape):
-            wrong.append(f"{layer.name}: shape {list(group.shape)} expected, found {layer.shape}")
-        elif layer.n_frequency > group.shape[0] * group.shape[1]:
-            wrong.append(f"{layer.name}: n_frequency {layer.n_frequency} above its size")
-        else:
-            there = interface.fingerprints.get(name)
-            if there and layer.fingerprint and judge(layer.fingerprint, there) == "different":
-                others.append(f"{layer.name}: another weight than it was trained on")
-            layers.append(_bound(bundle, replace(layer, name=name), group))
-    saved: dict[str, Array] = {}
-    known = {tensor.name: tensor for tensor in interface.saved}
-    for tensor_name, array in bundle.saved.items():
-        name = bridge.to_base(tensor_name)
-        name = name if name in known else tensor_name
-        if name in known and known[name].shape == array.shape:
-            saved[name] = array
-        elif name in known:
-            expected = list(known[name].shape)
-            wrong.append(f"{tensor_name}: shape {expected} expected, found {list(array.shape)}")
-        elif bridge.strip and not tensor_name.startswith(f"{bridge.strip}."):
-            log.warning("%s: this bare graph has no place for it; left out", tensor_name)
-        else:
-            wrong.append(f"{tensor_name}: the graph has no input for this tensor")
-    missing = interface.not_brought(saved)
-    wrong += [f"{name}: the base has none, and the adapter brings none" for name in missing]
-    if not allow_base_mismatch:
-        wrong += others
-    if wrong:
-        raise BaseMismatchError(
-            where,
-            expected="an adapter for this graph and its base",
-            found=f"{len(wrong)} layers or tensors that do not fit",
-            remedy="export the graph with an adapter that has these layers and tensors"
-            if wrong != others
-            else "give the graph of the adapter's own base, or allow_base_mismatch=True",
-            offenders=wrong,
+    layers: dict[str, FoundLayer | str] = {}
+    for name in bundle.spectra:
+        there = bridge.to_base(name)
+        group, known = groups.get(there), interface.fingerprints.get(there)
+        layers[name] = (
+            FoundLayer(group.shape, compare=_comparing(known) if known else None)
+            if group
+            else "the graph has no adapter input for this layer"
         )
+    tensors: dict[str, FoundTensor | str] = {}
+    saved: dict[str, Array] = {}
+    inputs = {tensor.name: tensor for tensor in interface.saved}
+    for name, array in bundle.saved.items():
+        known_as = [one for one in (bridge.to_base(name), name) if one in inputs]
+        if known_as:
+            tensors[name] = FoundTensor(inputs[known_as[0]].shape)
+            saved[known_as[0]] = array
+        elif bridge.strip and not name.startswith(f"{bridge.strip}."):
+            log.warning("%s: this bare graph has no place for it; left out", name)
+        else:
+            tensors[name] = "the graph has no input for this tensor"
+    found = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
+    missing = [
+        f"{name}: the base has none, and the adapter brings none"
+        for name in interface.not_brought(saved)
+    ]
+    check_fits(
+        where,
+        [replace(found, misfits=(*found.misfits, *missing))],
+        allow_base_mismatch=allow_base_mismatch,
+        remedy="export the graph with an adapter that has these layers and tensors, for its base",
+    )
     bound = Bundle(
-        replace(bundle.spec, layers=tuple(layers)),
+        replace(
+            found.spec,
+            layers=tuple(replace(one, name=bridge.to_base(one.name)) for one in found.spec.layers),
+        ),
         {bridge.to_base(name): spectrum for name, spectrum in bundle.spectra.items()},
         saved,
         {bridge.to_base(name): entries for name, entries in bundle.explicit_entries.items()},
     )
     return full_feeds(interface, bound, base)
+
+
+def _comparing(there: Fingerprint) -> Callable[[Fingerprint], LayerVerdict]:
+    return lambda expected: judge(expected, there)
 
 
 def knows_base(bundle: Bundle) -> bool:
@@ -134,16 +128,6 @@ def full_feeds(interface: Interface, bundle: Bundle, base: Mapping[str, Array]) 
 
 def _as_dtype(array: Array, dtype: str) -> Array:
     return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-
-def _bound(bundle: Bundle, layer: LayerSpec, group: Group) -> LayerSpec:
-    if layer.is_bound:
-        return layer
-    rule = current_rule(group.shape)
-    entries = spectral_entries(bundle.spec.entry_seed, group.shape, layer.n_frequency, rule)
-    return replace(
-        layer, shape=group.shape, entry_rule=rule, entries_sha256=entries_sha256(entries)
-    )
 
 
 def check_parameters(interface: Interface, parameters: Mapping[str, Array], where: str) -> None:

@@ -1,84 +1,86 @@
-"""What an exported file says of the adapters in it, so that a bundle can be got back out of it."""
+"""What a file says of the adapters in it, so that a session can feed it and `recover` read it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..bundle.file import Bundle
+from ..types import Array
 from .groups import Interface
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 KEY = "fourierft_export"
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Written:
-    """What became of one site.
+    """What a mode wrote into a graph.
 
     Attributes:
-        layer: module path.
-        weight: name of the initializer that holds the weight, W or W + delta_W.
-        transposed: it holds it as (in, out).
-        terms: per adapter the names of its initializers: "spectrum", "entries", "scaling"; empty
-            when merged.
+        weights: layer -> (initializer or input that holds its weight, whether as (in, out)) each.
+        terms: (layer, adapter) -> names of its initializers "spectrum", "entries" and "scaling".
+        changed: layer -> the values by which the adapters reach the rest of the graph.
+        interface: the adapter inputs; None where there are none.
+        base: the base's saved tensors, where they are inputs.
+        expander: of mode paired.
     """
 
-    layer: str
-    weight: str
-    transposed: bool
-    terms: Mapping[str, Mapping[str, str]]
+    weights: dict[str, list[tuple[str, bool]]] = field(default_factory=dict)
+    terms: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+    changed: dict[str, list[ir.Value]] = field(default_factory=dict)
+    interface: Interface | None = None
+    base: Mapping[str, Array] = field(default_factory=dict)
+    expander: ir.Model | None = None
+
+    def add(self, layer: str, weight: str, transposed: bool, changed: ir.Value | None) -> None:
+        """Note where a layer's weight is, and the value that its adapter changed."""
+        self.weights.setdefault(layer, []).append((weight, transposed))
+        if changed is not None:
+            self.changed.setdefault(layer, []).append(changed)
 
 
 def describe(
-    *,
-    version: str,
-    mode: str,
-    adapters: Mapping[str, Bundle],
-    sources: Mapping[str, Bundle],
-    written: Iterable[Written],
-    interface: Interface | None = None,
+    mode: str, adapters: Mapping[str, Bundle], sources: Mapping[str, Bundle], written: Written
 ) -> dict[str, str]:
     """The `metadata_props` of a model: one entry, `KEY`, a canonical JSON object.
 
     Args:
-        version: of this package.
-        mode: the export mode.
+        mode: one of `mode_names.MODES`.
         adapters: adapter name -> the adapter as it is in the model.
         sources: adapter name -> the bundle it came from, where there is one.
-        written: where each layer's weight and, unmerged, its adapters' tensors are.
-        interface: the graph's adapter inputs, where it has any.
+        written: what the mode wrote.
 
     Returns:
         {KEY: text} with "schema", "version", "mode"; "weights", per layer the initializers that
         hold its weight and whether as (in, out); "adapters", per name "seed", "scaling"
         (a bundle's own times its weight), "bundle_scaling", "bundle_sha256", "task_type", "saved"
-        (names of its dense tensors, which are baked in) and "layers": name, shape, n_frequency,
-        entry_rule, entries_sha256, dtype of the spectrum, and unmerged the names of the
-        initializers "spectrum", "entries", "scaling"; "inputs", the adapter inputs
-        (`Interface.to_dict`), with "rows", the adapters' names in the order of a bank's table.
+        (names of its dense tensors) and "layers": name, shape, n_frequency, entry_rule,
+        entries_sha256, dtype of the spectrum, and unmerged the names of the initializers
+        "spectrum", "entries", "scaling"; "inputs", the adapter inputs (`Interface.to_dict`), with
+        "rows", the adapters' names in the order of a bank's table.
     """
-    sites = list(written)
-    weights: dict[str, list[dict[str, Any]]] = {}
-    for one in sites:
-        weights.setdefault(one.layer, []).append(
-            {"initializer": one.weight, "transposed": one.transposed}
-        )
-    tensors = {(one.layer, name): names for one in sites for name, names in one.terms.items()}
     content: dict[str, Any] = {
         "schema": SCHEMA,
-        "version": version,
+        "version": __version__,
         "mode": mode,
-        "weights": weights,
+        "weights": {
+            layer: [{"initializer": name, "transposed": transposed} for name, transposed in held]
+            for layer, held in written.weights.items()
+        },
         "adapters": {
-            name: _adapter(name, bundle, sources.get(name, bundle), tensors)
+            name: _adapter(name, bundle, sources.get(name, bundle), written.terms)
             for name, bundle in adapters.items()
         },
     }
-    if interface is not None:
-        content["inputs"] = {**interface.to_dict(), "rows": list(adapters)}
+    if written.interface is not None:
+        content["inputs"] = {**written.interface.to_dict(), "rows": list(adapters)}
     return {KEY: json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)}
 
 
@@ -86,7 +88,7 @@ def _adapter(
     name: str,
     bundle: Bundle,
     source: Bundle,
-    tensors: Mapping[tuple[str, str], Mapping[str, str]],
+    terms: Mapping[tuple[str, str], Mapping[str, str]],
 ) -> dict[str, Any]:
     return {
         "seed": bundle.spec.seed,
@@ -103,7 +105,7 @@ def _adapter(
                 "entry_rule": layer.entry_rule,
                 "entries_sha256": layer.entries_sha256,
                 "dtype": bundle.spectra[layer.name].dtype.name,
-                **tensors.get((layer.name, name), {}),
+                **terms.get((layer.name, name), {}),
             }
             for layer in bundle.layers
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,12 +53,34 @@ class ExportReport:
         }
 
 
-def fed_shapes(graph: ir.Graph) -> dict[str, tuple[int | str, ...]]:
-    """Name -> shape of a graph's inputs, those with a default aside."""
-    return value_shapes([value for value in graph.inputs if value.name not in graph.initializers])
+def report_on(
+    files: Sequence[Path],
+    model: ir.Model,
+    mode: str,
+    layers: tuple[str, ...],
+    adapters: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> ExportReport:
+    """The report on a model that was written to `files`, itself first."""
+    data = next((file for file in files[1:] if file.suffix == ".data"), None)
+    graph = model.graph
+    fed = [value for value in graph.inputs if value.name not in graph.initializers]
+    return ExportReport(
+        path=str(files[0]),
+        data=str(data) if data else None,
+        bytes=sum(file.stat().st_size for file in files),
+        mode=mode,
+        opset=model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1)),
+        nodes=len(graph),
+        inputs=_shapes(fed),
+        outputs=_shapes(graph.outputs),
+        layers=layers,
+        adapters=adapters,
+        notes=notes,
+    )
 
 
-def value_shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
+def _shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
     """Name -> shape; symbolic sizes by name."""
     return {
         str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())

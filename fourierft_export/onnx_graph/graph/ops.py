@@ -25,10 +25,12 @@ class Ops:
 
     Args:
         graph: changed in place.
+        ahead: the new nodes depend on constants only, and go to the start, when `finish` is called.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, *, ahead: bool = False) -> None:
         self.graph = graph
+        self._ahead: list[ir.Node] | None = [] if ahead else None
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         nodes = [node for node in graph if node.name]
         self._names = {str(node.name) for node in nodes} | used_names(graph)
@@ -52,18 +54,22 @@ class Ops:
         kind: str,
         inputs: Sequence[ir.Value],
         name: str,
-        outputs: int,
+        outputs: int | Sequence[str],
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """The outputs of a new node."""
+        """The outputs of a new node: so many, or one for each of these endings of its name."""
         import onnx_ir as ir
 
         name = self.free(name)
-        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
-        for index, output in enumerate(node.outputs):
-            output.name = name if outputs == 1 else self.free(f"{name}.{index}")
-        self.graph.append(node)
+        endings = range(outputs) if isinstance(outputs, int) else outputs
+        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=len(endings), name=name)
+        for ending, output in zip(endings, node.outputs, strict=True):
+            output.name = name if outputs == 1 else self.free(f"{name}.{ending}")
+        if self._ahead is None:
+            self.graph.append(node)
+        else:
+            self._ahead.append(node)
         return node.outputs
 
     def constant(self, content: npt.ArrayLike, name: str) -> ir.Value:
@@ -96,7 +102,10 @@ class Ops:
 
     def finish(self) -> None:
         """Bring all nodes into an order in which they can run."""
-        self.graph.sort()
+        if self._ahead is None:
+            self.graph.sort()
+        else:
+            self.graph.insert_before(self.graph[0], self._ahead)
 
 
 def constant_value(array: Array, name: str) -> ir.Value:

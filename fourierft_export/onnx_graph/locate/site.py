@@ -80,6 +80,11 @@ class Site:
         return shape[1 if self.transposed else 0] if shape else 0
 
     @property
+    def consumers(self) -> tuple[tuple[ir.Node, int], ...]:
+        """The nodes that take the constant as this layer's weight: (node, index of its input)."""
+        return tuple(dict.fromkeys((use.node, use.index) for use in self.uses))
+
+    @property
     def products(self) -> list[tuple[tuple[ir.Node, int], ir.Value]]:
         """Where x comes in (node, index of its input), and the y of the whole constant, per use."""
         if self.quantised is not None:

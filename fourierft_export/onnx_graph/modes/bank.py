@@ -7,60 +7,73 @@ the base, which is not in the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...types import Array
+from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from ..groups import ADAPTER_ID, BASE_PREFIX, PREFIX, Interface
-from ..locate.linears import HasEnds, SavedSite
+from ..groups import ADAPTER_ID, BASE_PREFIX, PREFIX, table
+from ..locate.saved import Place
+from ..locate.site import Site
+from ..metadata import Written
+from ..mode_names import DEFAULTS
 from .batched import batch_of, is_batch_first, leads_with_batch
+from .ends import Ends, ends_of
+from .inputs import AdapterInputs, adapter_inputs, group_inputs
 from .side_branch import SideBranches
-from .swappable import group_inputs
+from .swappable import written_beside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-
 ADAPTERS = f"{PREFIX}adapters"
 
 
-def write_bank(
-    model: ir.Model,
-    linears: Mapping[str, Sequence[HasEnds]],
-    interface: Interface,
-    defaults: Mapping[str, Array],
-    saved: Iterable[SavedSite] = (),
-    base_saved: Mapping[str, Array] | None = None,
-) -> None:
+def write(
+    edits: Edits,
+    adapters: Mapping[str, Bundle],
+    sites: Mapping[str, Sequence[Site]],
+    saved: Mapping[str, Sequence[Place]],
+    *,
+    defaults: str = DEFAULTS[0],
+    absent: Container[str] = (),
+) -> Written:
     """Give a graph a table of adapters, and every row of its batch the one it asks for.
 
     Args:
-        model, linears, interface, saved: as in `swappable.write_swappable`; the first dimension of
-            the graph's first input is the batch, and that of every adapted layer's input.
-        defaults: input name -> default table, from `groups.table`.
-        base_saved: the base's own saved tensors, for id 0.
+        edits, sites, saved, defaults, absent: as in `swappable.write`; the first dimension of the
+            graph's first input is the batch, and that of every adapted layer's input.
+        adapters: the table's rows.
 
     Raises:
         UsageError: a layer or saved tensor works on something whose first dimension is not the
             batch, or an operator cannot have one saved tensor per row.
+        BaseMismatchError: as in `adapter_inputs`.
     """
-    graph = model.graph
+    model = edits.source.model
     batch = batch_of(model)
-    _check_batched(linears, batch)
-    ops = Ops(graph)
+    ends = ends_of(edits.source, sites)
+    inputs = adapter_inputs(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+    groups = inputs.interface.groups
+    feeds = table(groups, inputs.defaults)
+    written = written_beside(inputs, sites)
+    _check_batched(ends, batch)
+    ops = Ops(model.graph)
     ids = ops.overridable(np.zeros(1, np.int64), ADAPTER_ID, [batch])
     ops.graph.initializers.pop(ADAPTER_ID)
     ids.const_value = None
     rows = _Rows(ops, ids)
-    _write_saved(rows, interface, defaults, list(saved), base_saved or {}, batch)
+    _write_saved(rows, inputs, feeds, batch)
     branches = SideBranches(ops)
-    for group in interface.groups:
-        inputs = group_inputs(ops, group, defaults, [ADAPTERS])
-        spectrum, entries, scaling = (rows.pick(value) for value in inputs)
+    for group in groups:
+        spectrum, entries, scaling = (
+            rows.pick(value) for value in group_inputs(ops, group, feeds, [ADAPTERS])
+        )
         if group.dtype != "float32":
             spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
         scaling = ops.op("Mul", [scaling, rows.adapted], f"{group.scaling}.or_none")
@@ -68,20 +81,16 @@ def write_bank(
         frequencies = branches.group(
             spectrum, entries, scaling, group.shape, name=name, batch=rows.batch
         )
-        for row, layer in enumerate(group.layers):
-            for number, node in enumerate(linears[layer]):
-                suffix = f".{number}" if number else ""
-                x, y = node.inputs[0], node.outputs[0]
-                if x is not None:
-                    branches.add(frequencies, row, x, y, name=f"{layer}.adapter{suffix}")
-    branches.finish()
+        written.changed |= branches.add_all(frequencies, group.layers, ends)
+    ops.finish()
+    return written
 
 
-def _check_batched(linears: Mapping[str, Sequence[HasEnds]], batch: int | str) -> None:
+def _check_batched(ends: Mapping[str, Sequence[Ends]], batch: int | str) -> None:
     wrong = []
-    for layer, nodes in linears.items():
-        for x in (node.inputs[0] for node in nodes):
-            if x is not None and not leads_with_batch(x, batch):
+    for layer, several in ends.items():
+        for x in (end.x for end in several):
+            if not leads_with_batch(x, batch):
                 shape = "unknown" if x.shape is None else str([str(size) for size in x.shape])
                 wrong.append(f"{layer}: input {shape}")
     if wrong:
@@ -122,22 +131,17 @@ class _Rows:
 
 
 def _write_saved(
-    rows: _Rows,
-    interface: Interface,
-    defaults: Mapping[str, Array],
-    sites: Sequence[SavedSite],
-    base_saved: Mapping[str, Array],
-    batch: int | str,
+    rows: _Rows, inputs: AdapterInputs, feeds: Mapping[str, Array], batch: int | str
 ) -> None:
     """One version of each saved tensor per row, where an operator can have that."""
     ops = rows.ops
-    wrong = []
-    at: dict[str, list[SavedSite]] = {}
-    for site in sites:
-        at.setdefault(site.name, []).append(site)
-        for node, index in site.value.uses():
-            if _kind(node, index) is None or not _has_rows(node, batch):
-                wrong.append(f"{site.name}: used by {node.op_type}")
+    wrong = [
+        f"{name}: used by {node.op_type}"
+        for name, places in inputs.places.items()
+        for place in places
+        for node, index in place.value.uses()
+        if _kind(node, index) is None or not _has_rows(node, batch)
+    ]
     if wrong:
         raise UsageError(
             "bank",
@@ -146,20 +150,19 @@ def _write_saved(
             remedy="export in mode swappable",
             offenders=wrong,
         )
-    for tensor in interface.saved:
-        for site in at[tensor.name]:
-            # The numbers of the mark are in use no longer; id 0 has the base's.
-            base = base_saved[tensor.name]
-            site.value.name = ops.free(f"{PREFIX}unused.{site.value.name}")
-        table = ops.overridable(defaults[tensor.name], tensor.name, [ADAPTERS, *tensor.shape])
-        picked = rows.pick_or_base(table, base)
-        for site in at[tensor.name]:
-            for node, index in tuple(site.value.uses()):
+    for tensor in inputs.interface.saved:
+        base = inputs.base[tensor.name]
+        for place in inputs.places[tensor.name]:  # its name is the table's now
+            place.value.name = ops.free(f"{PREFIX}unused.{place.value.name}")
+        adapters = ops.overridable(feeds[tensor.name], tensor.name, [ADAPTERS, *tensor.shape])
+        picked = rows.pick_or_base(adapters, base)
+        for place in inputs.places[tensor.name]:
+            for node, index in tuple(place.value.uses()):
                 if _kind(node, index) == "scale":
                     _scale(ops, node, picked, np.ones_like(base))
                 else:
-                    _use(ops, rows, node, index, picked, site.turned, base)
-            ops.graph.initializers.pop(str(site.value.name), None)
+                    _use(ops, rows, node, index, picked, place.transposed, base)
+            ops.graph.initializers.pop(str(place.value.name), None)
 
 
 def _has_rows(node: ir.Node, batch: int | str) -> bool:
@@ -195,7 +198,7 @@ def _use(
     node: ir.Node,
     index: int,
     picked: ir.Value,
-    turned: bool,
+    transposed: bool,
     base: Array,
 ) -> None:
     """Let `node` use the rows' own tensors [B, ...] in place of the one at `index`."""
@@ -218,7 +221,7 @@ def _use(
         return
     by_columns = node.op_type == "MatMul" or not _flag(node, "transB")
     weight = picked
-    if by_columns == turned:
+    if by_columns == transposed:
         weight = ops.op("Transpose", [picked], f"{name}.turned", perm=[0, 2, 1])
     tokens = ops.constant(np.array([-1]), f"{PREFIX}tokens")
     sizes = [ops.op("Shape", [x], f"{name}.{what}", **at) for what, at in _LEADING.items()]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "fourierft_export"
 VERSION = 1
+IR_VERSION = 8  # the first with model-local functions
 TABLE = "FourierTable"
 TABLE_OUTPUTS = ("cosines", "sines", "mirrored")
 DELTA = "FourierDelta"
@@ -123,3 +124,4 @@ def add_functions(model: ir.Model) -> None:
         function = ir.serde.deserialize_function(onnx.FunctionProto.FromString(data))
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
+    model.ir_version = max(model.ir_version, IR_VERSION)

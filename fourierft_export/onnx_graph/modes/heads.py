@@ -29,7 +29,7 @@ def float_heads(
 ) -> list[QuantisedLinear]:
     """Make the quantised linear layers float whose weight is a saved tensor of an adapter.
 
-    Of layers whose bias is one, the bias.
+    Of layers whose bias is one, the bias. What nothing uses afterwards is removed.
 
     Args:
         source: the graph, which is changed in place.
@@ -43,6 +43,8 @@ def float_heads(
     Raises:
         BaseMismatchError: listing those whose form is not understood.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     names = {same_path(name): name for name in map(bridge.to_base, saved)}
     heads, biases = (
         {
@@ -70,12 +72,14 @@ def float_heads(
     for one, name in biases.items():
         _float_bias(source, ops, one, name)
     for one, name in heads.items():
-        _make_float(ops, one, name)
-    ops.finish()
+        _float_weight(ops, one, name)
+    if heads or biases:
+        ops.finish()
+        RemoveUnusedNodesPass()(source.model)
     return list(heads)
 
 
-def _make_float(ops: Ops, linear: QuantisedLinear, name: str) -> None:
+def _float_weight(ops: Ops, linear: QuantisedLinear, name: str) -> None:
     """Give x W^T + b in place of a quantised layer."""
     if linear.dequantised is None or linear.scale is None:
         raise ValueError(f"{linear.weight} is not understood")
@@ -83,8 +87,7 @@ def _make_float(ops: Ops, linear: QuantisedLinear, name: str) -> None:
     if scale is None or x is None:
         raise ValueError(f"{linear.weight} has no constant scale, or nothing is fed to it")
     weight = linear.dequantised()[0].T.astype(scale.dtype.numpy())
-    module = name.removesuffix(".weight")
-    old = linear.y
+    module, old = name.removesuffix(".weight"), linear.y
     users = tuple(old.uses())
     # Named as exporters name nodes, so that the module is found by it.
     y = ops.op("MatMul", [x, ops.initializer(weight, name)], f"/{module}/MatMul")
@@ -97,15 +100,12 @@ def _make_float(ops: Ops, linear: QuantisedLinear, name: str) -> None:
     after = y if add is None else after_qdq(add.outputs[0])
     if add is not None and after is not add.outputs[0]:
         replace_uses(tuple(after.uses()), after, add.outputs[0])
-        _prune(ops, after)
-    _prune(ops, old)
 
 
 def _float_bias(source: Source, ops: Ops, linear: QuantisedLinear, name: str) -> None:
     """The layer's bias as a float constant, if it is a dequantised one."""
-    if linear.node.op_type == "Gemm":
-        place = (linear.node, 2)
-    else:
+    place = linear.node, 2
+    if linear.node.op_type != "Gemm":
         add = only_user(linear.y, "Add")
         if add is None:
             return
@@ -124,25 +124,8 @@ def _float_bias(source: Source, ops: Ops, linear: QuantisedLinear, name: str) ->
     bias.name = ops.free(f"{old}.quantised")
     ops.release(old)
     place[0].replace_input_with(place[1], ops.initializer(content, name))
-    _prune(ops, bias)
 
 
 def _constant(place: tuple[ir.Node, int]) -> ir.TensorProtocol | None:
     value = place[0].inputs[place[1]]
     return None if value is None else constant_of(value)
-
-
-def _prune(ops: Ops, value: ir.Value) -> None:
-    """Remove what made a value that nothing uses any more."""
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        node = one.producer()
-        if node is None:
-            if not one.uses() and not one.is_graph_input() and not one.is_graph_output():
-                ops.graph.initializers.pop(str(one.name), None)
-        elif node.graph is ops.graph and not any(
-            output.uses() or output.is_graph_output() for output in node.outputs
-        ):
-            waiting += [v for v in node.inputs if v is not None]
-            ops.graph.remove(node, safe=True)

@@ -7,99 +7,102 @@ the first graph takes it. Saved heads and biases go straight to the first graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...spectral.delta import Term
-from ...types import Array
+from ...bundle.file import Bundle
+from ..adapters import layer_terms
+from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops
-from ..groups import Group, Interface
-from ..locate.linears import SavedSite
-from ..locate.marks import WeightSite
+from ..graph.source import constant_of
+from ..groups import Group
+from ..locate.saved import Place
+from ..locate.site import Site
+from ..metadata import Written
+from ..mode_names import DEFAULTS
 from ..weight_input import WeightInput
 from . import functions
-from .swappable import group_inputs, saved_inputs, take_out
+from .inputs import AdapterInputs, adapter_inputs, group_inputs, saved_inputs, take_out
+from .unpack import unpacked_sites
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-
-def write_paired(
-    model: ir.Model,
-    sites: Iterable[WeightSite],
-    weights: Mapping[str, tuple[Array, bool]],
-    interface: Interface,
-    terms: Mapping[str, Sequence[Term]],
-    defaults: Mapping[str, Array],
-    saved: Iterable[SavedSite] = (),
-    base_saved: Mapping[str, Array] | None = None,
-) -> list[WeightInput]:
-    """Make inputs of the adapted weights.
-
-    Args:
-        model: changed in place.
-        sites: where the weights are.
-        weights: layer -> (base weight as the model stores it, which is (in, out)).
-        interface: the adapter inputs of the expander; its saved tensors become inputs here.
-        terms: layer -> the adapter whose weights are the defaults; absent for the base's.
-        defaults: of the saved tensors.
-        saved, base_saved: as in `swappable.write_swappable`.
-    """
-    ops = Ops(model.graph)
-    saved_inputs(ops, interface, defaults, saved, base_saved or {})
-    inputs = []
-    for site in sites:
-        stored, fan_in_fan_out = weights[site.layer]
-        base = np.ascontiguousarray(stored.T if site.turned else stored)
-        users = tuple(site.value.uses())
-        take_out(ops, site.value)
-        made = WeightInput(
-            ops.free(f"{site.layer}.weight"), site.layer, base, site.turned != fan_in_fan_out
-        )
-        value = ops.overridable(made.adapted(terms.get(site.layer, ())), made.name)
-        for node, index in users:
-            node.replace_input_with(index, value)
-        inputs.append(made)
-    ops.finish()
-    return inputs
+INPUTS_IR_VERSION = 4  # the first whose inputs may have defaults
+EXPANDER_OPSET = 18
 
 
-def expander(
-    inputs: Sequence[WeightInput],
-    interface: Interface,
-    defaults: Mapping[str, Array],
+def write(
+    edits: Edits,
+    adapters: Mapping[str, Bundle],
+    sites: Mapping[str, Sequence[Site]],
+    saved: Mapping[str, Sequence[Place]],
     *,
-    opset: int,
-    ir_version: int,
-) -> ir.Model:
-    """The graph that turns an adapter into the weights `inputs`.
+    defaults: str = DEFAULTS[0],
+    absent: Container[str] = (),
+) -> Written:
+    """Make inputs of the adapted weights, and the graph that turns an adapter into them.
 
-    Args:
-        inputs: from `write_paired`.
-        interface: its groups are the inputs of this graph.
-        defaults: of the groups' inputs.
-        opset, ir_version: as the model's.
+    Args, Raises: as in `swappable.write`, but the graph may be of any opset, and layers that are
+        packed with others are taken apart.
     """
+    model = edits.source.model
+    sites = unpacked_sites(edits, sites)
+    inputs = adapter_inputs(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+    written = Written(interface=inputs.interface, base=inputs.base)
+    ops = Ops(model.graph)
+    saved_inputs(ops, inputs)
+    weights = []
+    for layer, several in sites.items():
+        terms = layer_terms(adapters, layer) if defaults == DEFAULTS[0] else {}
+        for site in several:
+            tensor = constant_of(site.value)
+            if tensor is None:
+                raise ValueError(f"{site.name} is no constant")
+            base = edits.source.read(tensor)
+            held = edits.own(site.value, site.consumers)
+            users = tuple(held.uses())
+            take_out(ops, held)
+            weight = WeightInput(ops.free(f"{layer}.weight"), layer, base, site.transposed)
+            value = ops.overridable(weight.adapted([*terms.values()]), weight.name)
+            for node, index in users:
+                node.replace_input_with(index, value)
+            weights.append(weight)
+            written.add(layer, weight.name, weight.transposed, value)
+    ops.finish()
+    model.ir_version = max(model.ir_version, INPUTS_IR_VERSION)
+    written.expander = _expander(weights, inputs, edits)
+    return written
+
+
+def _expander(weights: Sequence[WeightInput], inputs: AdapterInputs, edits: Edits) -> ir.Model:
+    """The graph that turns an adapter into these weights."""
     import onnx_ir as ir
 
+    opset = max(edits.source.opset, EXPANDER_OPSET)
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="expander")
-    model = ir.Model(graph, ir_version=ir_version, producer_name="fourierft_export")
+    version = edits.source.model.ir_version
+    model = ir.Model(graph, ir_version=version, producer_name="fourierft_export")
     functions.add_functions(model)
     ops = Ops(graph)
-    for group in interface.groups:
-        _expand(ops, group, [i for i in inputs if i.layer in group.layers], defaults)
+    for group in inputs.interface.groups:
+        tensors = group_inputs(ops, group, inputs.defaults[0])
+        _expand(ops, group, tensors, [one for one in weights if one.layer in group.layers])
     ops.finish()
     return model
 
 
 def _expand(
-    ops: Ops, group: Group, inputs: Sequence[WeightInput], defaults: Mapping[str, Array]
+    ops: Ops,
+    group: Group,
+    tensors: tuple[ir.Value, ir.Value, ir.Value],
+    weights: Sequence[WeightInput],
 ) -> None:
     import onnx_ir as ir
 
-    spectrum, entries, scaling = group_inputs(ops, group, defaults)
+    spectrum, entries, scaling = tensors
     tables = [
         ops.ops(
             functions.TABLE,
@@ -112,19 +115,15 @@ def _expand(
         )
         for axis, side in enumerate(("rows", "columns"))
     ]
-    for one in inputs:
+    for one in weights:
         row = ops.constant(np.array(group.layers.index(one.layer)), f"{one.name}.row")
         picked = [
             ops.op("Gather", [value, row], f"{one.name}.{what}", axis=0)
             for value, what in ((spectrum, "spectrum"), (scaling, "scaling"))
         ]
-        sides = tables[::-1] if one.transposed else tables
-        delta = ops.op(
-            functions.DELTA,
-            [*picked, *sides[0], *sides[1]],
-            f"{one.name}.delta",
-            domain=functions.DOMAIN,
-        )
+        first, second = tables[::-1] if one.transposed else tables
+        given = [*picked, *first, *second]
+        delta = ops.op(functions.DELTA, given, f"{one.name}.delta", domain=functions.DOMAIN)
         base = ops.initializer(one.base, f"{one.name}.base")
         exact = base.dtype == ir.DataType.FLOAT
         start = base if exact else ops.op("Cast", [base], f"{one.name}.float32", to=FLOAT32)

@@ -15,15 +15,15 @@ added back. Layers with the same input share its transform. Everything is float3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from .tables import is_dense
-from .transforms import Transforms
+from .ends import Ends
+from .transforms import Transforms, is_dense
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,7 +51,7 @@ class Frequencies:
 
 
 class SideBranches:
-    """Writes side branches into one graph. Call `finish` after the last one.
+    """Writes side branches into one graph.
 
     Needs opset 18 or newer in the graph.
 
@@ -62,6 +62,7 @@ class SideBranches:
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
         self._transforms = Transforms(ops)
+        self._int = self._transforms.integers
         self._transformed: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
 
     def group(
@@ -88,7 +89,12 @@ class SideBranches:
         axis = self._int([-1], "last")
         scaled = op("Mul", [spectrum, op("Unsqueeze", [scaling, axis], f"{name}.s")], f"{name}.c")
         u, v = (
-            op("Gather", [entries, self._int(i, f"axis{i}")], f"{name}.{'uv'[i]}", axis=-1)
+            op(
+                "Gather",
+                [entries, self._int(i, f"axis{i}")],
+                f"{name}.{'uv'[i]}",
+                axis=-1,
+            )
             for i in (0, 1)
         )
         if not is_dense(shape):
@@ -106,6 +112,28 @@ class SideBranches:
         sine = op("Mul", [scaled, sign], f"{name}.signed")
         start = op("Mul", [v, self._int(rows // 2 + 1, f"half{rows}")], f"{name}.row")
         return Frequencies(shape, scaled, sine, None, op("Add", [start, u], f"{name}.place"), batch)
+
+    def add_all(
+        self, frequencies: Frequencies, layers: Sequence[str], ends: Mapping[str, Sequence[Ends]]
+    ) -> dict[str, list[ir.Value]]:
+        """Add the adapter's shares to the layers of a group.
+
+        Returns:
+            Layer -> the sums.
+        """
+        return {
+            layer: [
+                self.add(
+                    frequencies,
+                    row,
+                    end.x,
+                    end.y,
+                    name=f"{layer}.adapter" + (f".{number}" if number else ""),
+                )
+                for number, end in enumerate(ends[layer])
+            ]
+            for row, layer in enumerate(layers)
+        }
 
     def add(
         self, frequencies: Frequencies, row: int, x: ir.Value, y: ir.Value, *, name: str
@@ -154,10 +182,6 @@ class SideBranches:
         total = op("Add", [y, delta], f"{name}.adapted")
         replace_uses(users, y, total)
         return total
-
-    def finish(self) -> None:
-        """Put all nodes in order."""
-        self.ops.finish()
 
     def _folded(self, value: ir.Value, length: int, name: str) -> tuple[ir.Value, ir.Value]:
         """Frequencies brought to 0 .. length / 2, and which were mirrored."""
@@ -214,7 +238,9 @@ class SideBranches:
             matrix = self._added(zeros, frequencies.write, coefficients, f"{name}.scattered")
             shape = [height, width] if batch is None else [-1, height, width]
             matrix = op(
-                "Reshape", [matrix, self._int(shape, f"matrix{height}x{width}")], f"{name}.matrix"
+                "Reshape",
+                [matrix, self._int(shape, f"matrix{height}x{width}")],
+                f"{name}.matrix",
             )
             return op("MatMul", [part, matrix], f"{name}.bins")
         read, write = frequencies.read, frequencies.write
@@ -232,7 +258,12 @@ class SideBranches:
             places = op("Expand", [read, every], f"{name}.places")
             values = op("GatherElements", [part, places], f"{name}.read", axis=2)
         scaled = op("Mul", [values, coefficients], f"{name}.scaled")
-        size = op("Concat", [tokens, self._int([rows], f"rows{rows}")], f"{name}.size", axis=0)
+        size = op(
+            "Concat",
+            [tokens, self._int([rows], f"rows{rows}")],
+            f"{name}.size",
+            axis=0,
+        )
         zeros = op("ConstantOfShape", [size], f"{name}.zeros")
         return self._added(
             zeros, op("Expand", [write, every], f"{name}.write"), scaled, f"{name}.bins"
@@ -241,9 +272,6 @@ class SideBranches:
     def _added(self, to: ir.Value, places: ir.Value, values: ir.Value, name: str) -> ir.Value:
         """Two entries may fall on one place: they add up."""
         return self.ops.op("ScatterElements", [to, places, values], name, axis=-1, reduction="add")
-
-    def _int(self, content: int | Sequence[int], name: str) -> ir.Value:
-        return self.ops.constant(np.array(content, dtype=np.int64), f"fourier.{name}")
 
     def _float(self, content: float, name: str) -> ir.Value:
         return self.ops.constant(np.array(content, dtype=np.float32), f"fourier.{name}")

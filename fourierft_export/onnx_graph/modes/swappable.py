@@ -2,113 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ...types import Array
+from ...bundle.file import Bundle
+from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops
-from ..groups import BASE_PREFIX, Group, Interface
-from ..locate.linears import HasEnds, SavedSite
-from .side_branch import Frequencies, SideBranches
+from ..locate.saved import Place
+from ..locate.site import Site
+from ..metadata import Written
+from ..mode_names import DEFAULTS
+from .ends import ends_of
+from .inputs import AdapterInputs, adapter_inputs, group_inputs, saved_inputs
+from .side_branch import SideBranches
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def write_swappable(
-    model: ir.Model,
-    linears: Mapping[str, Sequence[HasEnds]],
-    interface: Interface,
-    defaults: Mapping[str, Array],
-    saved: Iterable[SavedSite] = (),
-    base_saved: Mapping[str, Array] | None = None,
-) -> None:
-    """Give a graph the inputs of `interface`, and add what they say to its linear layers.
+def write(
+    edits: Edits,
+    adapters: Mapping[str, Bundle],
+    sites: Mapping[str, Sequence[Site]],
+    saved: Mapping[str, Sequence[Place]],
+    *,
+    defaults: str = DEFAULTS[0],
+    absent: Container[str] = (),
+) -> Written:
+    """Give a graph inputs for an adapter, and add what they say to its linear layers.
 
     Args:
-        model: opset 18 or newer; changed in place.
-        linears: layer -> its MatMul or Gemm nodes (input 0 is x, output 0 is y), or any node whose
-            first input and output are the layer's, such as MatMulNBits.
-        interface: every layer of its groups is in `linears`.
-        defaults: input name -> default, for every input (`groups.spectral_feeds`, `base_feeds`,
-            and the saved tensors).
-        saved: where the saved tensors are; those of the interface.
-        base_saved: the base's own, kept as constants beside them, if the defaults are others.
+        edits: of the graph, of opset 18 or newer; changed in place.
+        adapters: one adapter, bound to the graph.
+        sites: layer -> its sites, also quantised ones.
+        saved: saved tensor -> its places.
+        defaults, absent: as in `adapter_inputs`.
+
+    Raises:
+        UsageError: layers to whose outputs nothing can be added.
+        BaseMismatchError: as in `adapter_inputs`.
     """
-    ops = Ops(model.graph)
-    saved_inputs(ops, interface, defaults, saved, base_saved or {})
+    ends = ends_of(edits.source, sites)
+    inputs = adapter_inputs(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+    written = written_beside(inputs, sites)
+    ops = Ops(edits.source.model.graph)
+    saved_inputs(ops, inputs)
     branches = SideBranches(ops)
-    for group in interface.groups:
-        frequencies = _group(ops, branches, group, defaults)
-        for row, layer in enumerate(group.layers):
-            for number, node in enumerate(linears[layer]):
-                name = f"{layer}.adapter" + (f".{number}" if number else "")
-                x, y = node.inputs[0], node.outputs[0]
-                if x is not None:
-                    branches.add(frequencies, row, x, y, name=name)
-    branches.finish()
+    for group in inputs.interface.groups:
+        spectrum, entries, scaling = group_inputs(ops, group, inputs.defaults[0])
+        if group.dtype != "float32":
+            spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
+        name = f"fourierft.group.{group.index}"
+        frequencies = branches.group(spectrum, entries, scaling, group.shape, name=name)
+        written.changed |= branches.add_all(frequencies, group.layers, ends)
+    ops.finish()
+    return written
 
 
-def _group(
-    ops: Ops, branches: SideBranches, group: Group, defaults: Mapping[str, Array]
-) -> Frequencies:
-    spectrum, entries, scaling = group_inputs(ops, group, defaults)
-    if group.dtype != "float32":
-        spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
-    name = f"fourierft.group.{group.index}"
-    return branches.group(spectrum, entries, scaling, group.shape, name=name)
+def written_beside(inputs: AdapterInputs, sites: Mapping[str, Sequence[Site]]) -> Written:
+    """What is known of a graph whose weights stay: where they are."""
+    written = Written(interface=inputs.interface, base=inputs.base)
+    for layer, several in sites.items():
+        for site in several:
+            if not site.quantised and site.value.is_initializer():
+                written.add(layer, site.name, site.transposed, None)
+    return written
 
 
-def group_inputs(
-    ops: Ops, group: Group, defaults: Mapping[str, Array], before: Sequence[str] = ()
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The three inputs of a group; `before` are symbolic sizes in front of the group's own."""
-    count = len(group.layers)
-    shapes: tuple[tuple[str, list[int | str]], ...] = (
-        (group.spectrum, [*before, count, group.size]),
-        (group.entries, [*before, group.size, 2]),
-        (group.scaling, [*before, count]),
-    )
-    spectrum, entries, scaling = (
-        ops.overridable(defaults[name], name, shape) for name, shape in shapes
-    )
-    return spectrum, entries, scaling
+def make_constant(graph: ir.Graph, written: Written) -> None:
+    """Make constants of the adapter's inputs: what they hold is all that the graph will compute."""
+    import onnx_ir as ir
 
-
-def saved_inputs(
-    ops: Ops,
-    interface: Interface,
-    defaults: Mapping[str, Array],
-    sites: Iterable[SavedSite],
-    base_saved: Mapping[str, Array],
-) -> None:
-    """Make saved tensors inputs under their own names, in the layout of the model."""
-    at: dict[str, list[SavedSite]] = {}
-    for site in sites:
-        at.setdefault(site.name, []).append(site)
-    for tensor in interface.saved:
-        users = [(use, site) for site in at[tensor.name] for use in tuple(site.value.uses())]
-        for site in at[tensor.name]:
-            take_out(ops, site.value)
-        default = defaults[tensor.name]
-        value = ops.overridable(default, tensor.name)
-        for (node, index), site in users:
-            fed = ops.op("Transpose", [value], f"{tensor.name}.turned") if site.turned else value
-            node.replace_input_with(index, fed)
-        if tensor.name in base_saved and not _same(base_saved[tensor.name], default):
-            ops.initializer(base_saved[tensor.name], BASE_PREFIX + tensor.name)
-
-
-def take_out(ops: Ops, value: ir.Value) -> None:
-    """Remove an initializer, and free its name for an input."""
-    name = str(value.name)
-    ops.graph.initializers.pop(name)
-    ops.release(name)
-    if value.is_graph_input():
-        ops.graph.inputs.remove(value)
-
-
-def _same(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b))
+    groups = written.interface.groups if written.interface else ()
+    names = {name for g in groups for name in (g.spectrum, g.entries, g.scaling)}
+    for value in [one for one in graph.inputs if one.name in names]:
+        graph.inputs.remove(value)
+        # Sizes that were symbolic are those of the constant.
+        if value.const_value is not None:
+            value.shape = ir.Shape(value.const_value.shape.numpy())

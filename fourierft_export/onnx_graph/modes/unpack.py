@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import UsageError
 from ...types import Array
 from ..graph.edits import Edits
 from ..graph.ops import free_name, replace_uses
@@ -24,130 +26,124 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def unpack_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Site]]:
+def unpacked_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Site]]:
     """The sites, with weights of their own where they were parts of packed ones.
-
-    Those in subgraphs and functions, or used otherwise than by a plain MatMul or Gemm, are as they
-    were.
 
     Args:
         edits: of the graph, which is changed in place.
-        sites: layer -> its sites.
+        sites: layer -> its float sites.
+
+    Raises:
+        UsageError: listing the packed layers that cannot be taken apart.
     """
-    packed: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
+    packed: dict[tuple[object, ...], list[Site]] = {}
     for several in sites.values():
         for site in several:
-            if site.start is not None and whole_for(edits, site) is None:
-                key = site.name, tuple(id(use.node) for use in site.uses)
-                packed.setdefault(key, []).append(site)
-    made: dict[tuple[str, int], Site] = {}
-    for group in packed.values():
-        for site, new in zip(group, _taken_apart(edits, group), strict=True):
-            made[site.layer, id(site)] = new
-    return {
-        layer: [made.get((layer, id(site)), site) for site in several]
-        for layer, several in sites.items()
+            if site.start is not None:
+                packed.setdefault((site.value, site.consumers), []).append(site)
+    offenders = [
+        f"{site.layer}: packed with others in {site.name}, and {why}"
+        for group in packed.values()
+        if (why := _obstacle(edits, group[0]))
+        for site in group
+    ]
+    if offenders:
+        raise UsageError(
+            edits.source.path,
+            expected="layers with weights of their own",
+            found=f"{len(offenders)} packed ones that cannot be taken apart",
+            remedy="use mode merged or unmerged, which change them where they are",
+            offenders=offenders,
+        )
+    made = {
+        site: new
+        for group in packed.values()
+        for site, new in zip(group, _taken_apart(edits, group), strict=True)
     }
+    return {layer: [made.get(one, one) for one in several] for layer, several in sites.items()}
 
 
-def whole_for(edits: Edits, site: Site) -> str | None:
+def _obstacle(edits: Edits, site: Site) -> str | None:
     """Why a packed weight cannot be taken apart at this site; None if it can."""
+    plain = {"transA": 0, "alpha": 1.0, "beta": 1.0}
     for use in site.uses:
         node = use.linear
-        settings = {"transA": 0, "alpha": 1.0, "beta": 1.0}
-        same = all(
-            node.attributes[name].value == value
-            for name, value in settings.items()
-            if name in node.attributes
-        )
         if node.graph is not edits.source.model.graph:
             return f"its {node.op_type} is in a subgraph or function"
         if use.node is not node:
             return f"a {use.node.op_type} comes before the {node.op_type}"
         if node.op_type not in ("MatMul", "Gemm") or node.domain not in STANDARD:
             return f"{node.op_type} uses it"
-        if use.index != 1 or not same:
+        found = node.attributes
+        if use.index != 1 or any(
+            found[name].value != value for name, value in plain.items() if name in found
+        ):
             return f"used by {node.op_type} in another way than x W"
     return None
 
 
 def _taken_apart(edits: Edits, group: Sequence[Site]) -> list[Site]:
     """The sites of parts of one weight, each with a constant of its own."""
-    first = group[0]
-    starts = [site.start or 0 for site in group]
-    stops = [start + site.shape[0] for start, site in zip(starts, group, strict=True)]
-    edges = sorted({0, first.outputs, *starts, *stops})
-    pieces = {start: _piece(edits, first, start, stop) for start, stop in pairwise(edges)}
+    first, tensor = group[0], constant_of(group[0].value)
+    if tensor is None:
+        raise ValueError(f"{first.name} is no constant")
+    edges = sorted(
+        {0, first.outputs, *(edge for s in group for edge in (s.rows.start, s.rows.stop))}
+    )
+    pieces = {}
+    for start, stop in pairwise(edges):
+        inputs = first.shape[1]
+        shape = (inputs, stop - start) if first.transposed else (stop - start, inputs)
+        make = partial(_part, edits, first, tensor, start, stop - start)
+        pieces[start] = edits.new(f"{first.name}.{start}-{stop}", tensor, shape, make)
     uses: dict[int, list[Use]] = {start: [] for start in pieces}
     for use in first.uses:
-        for start, node in _split(edits, use, pieces).items():
+        for start, node in _split_product(edits, use, pieces).items():
             uses[start].append(replace(use, node=node, linear=node))
-    value = first.value
-    if not value.uses() and value.is_initializer() and not value.is_graph_output():
-        edits.source.model.graph.initializers.pop(str(value.name), None)
+    if not first.value.uses() and not first.value.is_graph_output():
+        edits.source.model.graph.initializers.pop(first.name, None)
     return [
         replace(
             site,
-            value=pieces[start],
-            uses=tuple(uses[start]),
+            value=pieces[site.rows.start],
+            uses=tuple(uses[site.rows.start]),
             start=None,
             shared=False,
         )
-        for start, site in zip(starts, group, strict=True)
+        for site in group
     ]
 
 
-def _shape(value: ir.Value) -> tuple[int, int]:
-    tensor = constant_of(value)
-    rows, columns = tensor.shape.numpy() if tensor is not None else (0, 0)
-    return int(rows), int(columns)
+def _part(edits: Edits, site: Site, tensor: ir.TensorProtocol, start: int, size: int) -> Array:
+    return np.ascontiguousarray(part_of(edits.source.read(tensor), site.transposed, start, size))
 
 
-def _piece(edits: Edits, site: Site, start: int, stop: int) -> ir.Value:
-    tensor = constant_of(site.value)
-    if tensor is None:
-        raise ValueError(f"{site.name} is no constant")
-    rows, columns = _shape(site.value)
-    shape = (rows, stop - start) if site.transposed else (stop - start, columns)
-
-    def make() -> Array:
-        part = part_of(edits.source.read(tensor), site.transposed, start, stop - start)
-        return np.ascontiguousarray(part)
-
-    return edits.new(f"{site.name}.{start}-{stop}", tensor, shape, make)
-
-
-def _split(edits: Edits, use: Use, pieces: Mapping[int, ir.Value]) -> dict[int, ir.Node]:
+def _split_product(edits: Edits, use: Use, pieces: Mapping[int, ir.Value]) -> dict[int, ir.Node]:
     """One product per piece in place of the node; start -> node."""
     import onnx_ir as ir
 
     graph, old = edits.source.model.graph, use.linear
     y, stem = old.outputs[0], old.name or old.outputs[0].name
+    users = tuple(y.uses())
     taken = {str(value.name) for node in graph.all_nodes() for value in node.outputs}
-    attributes = {k: v for k, v in old.attributes.items() if k == "transB"}
+
+    def made(kind: str, inputs: Sequence[ir.Value | None], ending: object, **flags: int) -> ir.Node:
+        node = ir.node(kind, inputs, flags, name=f"{stem}.{ending}")
+        node.outputs[0].name = free_name(f"{y.name}.{ending}", taken)
+        graph.insert_before(old, node)
+        return node
+
+    flags = {"transB": 1} if old.op_type == "Gemm" and not use.transposed else {}
     nodes: dict[int, ir.Node] = {}
     for start, piece in pieces.items():
-        node = ir.Node(
-            "", old.op_type, [old.inputs[0], piece], attributes.values(), name=f"{stem}.{start}"
-        )
-        output = node.outputs[0]
-        output.name = free_name(f"{y.name}.{start}", taken)
+        nodes[start] = made(old.op_type, [old.inputs[0], piece], start, **flags)
+        output, width = nodes[start].outputs[0], (piece.shape or (0, 0))[int(use.transposed)]
         output.type = y.type
-        if y.shape is not None:
-            width = _shape(piece)[1 if use.transposed else 0]
-            output.shape = ir.Shape([*list(y.shape)[:-1], width])
-        nodes[start] = node
-    users = tuple(y.uses())
-    joined = ir.node("Concat", [n.outputs[0] for n in nodes.values()], {"axis": -1})
-    joined.name = f"{stem}.joined"
-    joined.outputs[0].name = free_name(f"{y.name}.joined", taken)
-    made = [*nodes.values(), joined]
+        output.shape = None if y.shape is None else ir.Shape([*list(y.shape)[:-1], width])
+    last = made("Concat", [node.outputs[0] for node in nodes.values()], "joined", axis=-1)
     bias = old.inputs[2] if len(old.inputs) > 2 else None
     if bias is not None:
-        added = ir.node("Add", [joined.outputs[0], bias], name=f"{stem}.added")
-        added.outputs[0].name = free_name(f"{y.name}.added", taken)
-        made.append(added)
-    graph.insert_before(old, made)
-    replace_uses(users, y, made[-1].outputs[0])
+        last = made("Add", [last.outputs[0], bias], "added")
+    replace_uses(users, y, last.outputs[0])
     graph.remove(old, safe=True)
     return nodes

@@ -1,38 +1,31 @@
-"""From a torch model with adapters to an ONNX file."""
+"""From a torch model with adapters to an ONNX file: trace the base, then what `apply_onnx` does."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-import torch
 from torch import nn
 
-from ... import __version__
 from ...adapt.attach import capture
-from ...adapt.layer import FourierLinear
-from ...adapt.linear import check_mergeable, stored_weight, to_array
-from ...adapt.plain import swapped_layers, with_weight
-from ...adapt.tree import active_adapters, fourier_layers
+from ...adapt.linear import check_mergeable, stored_weight, to_tensor
+from ...adapt.plain import swapped_layers
+from ...adapt.saved import own_state
+from ...adapt.tree import active_adapters, adapted_modules, adapter_names, fourier_layers
 from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...files.staging import check_output
-from ...spectral.delta import Term
 from ...types import Progress
-from ..bundle_record import record_bundles
 from ..graph.inline import inline_functions
-from ..graph.write import data_path, write_model
-from ..locate.marks import locate_marks
-from ..metadata import describe
-from ..mode_names import DEFAULTS, MERGED, MODES, RUNTIME_MODES
-from ..modes.rewrite import AdaptedLayer, LayerTerm, write_merged, write_unmerged
-from ..report import ExportReport, fed_shapes, value_shapes
+from ..graph.write import write_model
+from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES
+from ..modes.merged import saved_values
+from ..modes.write import check_adapter_count, check_mode, write_adapters
+from ..report import ExportReport, report_on
 from ..runtime_paths import expander_path
-from .runtime_export import build_runtime, runtime_layers
-from .trace import Inputs, trace
+from .base import replaced_tensors, tensor_of, trace_base
+from .trace import Inputs
 from .versions import check_ir_version, check_opset, set_ir_version
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -101,157 +94,85 @@ def export_onnx(
         BaseMismatchError: an adapter of a bank lacks tensors of `absent`.
         FileAccessError: the file cannot be written.
     """
-    report = progress or _silent
-    if mode in RUNTIME_MODES:
-        layers = runtime_layers(model, mode)
-    else:
-        layers = {p: layer for p, layer in fourier_layers(model).items() if layer.active}
-    _check(model, mode, layers, defaults)
-    check_opset(opset)
-    check_ir_version(ir_version, opset, functions=mode != MERGED and not inline)
-    check_output(path, force=force)
-    if mode in RUNTIME_MODES:
-        report("trace", 0, 3)
-        built = build_runtime(
+    check_mode(mode, defaults)
+    names = adapter_names(model) if mode == BANK else active_adapters(model)
+    check_adapter_count(mode, names)
+    found = fourier_layers(model)
+    adapted = {
+        p: one.linear for p, one in found.items() if not one.adapters.keys().isdisjoint(names)
+    }
+    check_layers(model, adapted)
+    check_export(path, mode, opset=opset, ir_version=ir_version, inline=inline, force=force)
+    adapters = {name: capture(model, name) for name in names}
+    base = {
+        f"{path}.{name}": tensor
+        for path, module in adapted_modules(model).items()
+        for name, tensor in own_state(module.original).items()
+    }
+    plain = swapped_layers(model, lambda _path, layer: layer.linear)
+    with plain, replaced_tensors(model, base):
+        return export_adapters(
             model,
             example_inputs,
-            mode,
-            defaults=defaults,
-            bundles=bundles,
-            absent=absent,
-            input_names=input_names,
-            output_names=output_names,
-            dynamic_shapes=dynamic_shapes,
-            opset=opset,
-        )
-        report("save", 2, 3)
-        done = _save(
-            built.model,
             path,
             mode,
-            built.layers,
-            built.adapters,
-            (),
-            beside=built.expander,
+            adapters,
+            sources=bundles or {},
+            defaults=defaults,
+            absent=absent,
             inline=inline,
             ir_version=ir_version,
             external_data=external_data,
             force=force,
-        )
-        report("save", 3, 3)
-        return done
-    adapters = {name: capture(model, name) for name in active_adapters(model)}
-    report("trace", 0, 3)
-    marks = _marks(layers)
-
-    def stand_in(path: str, layer: FourierLinear) -> nn.Module:
-        return with_weight(layer.linear, marks[path]) if path in marks else layer.linear
-
-    with swapped_layers(model, stand_in):
-        graph = trace(
-            model,
-            example_inputs,
+            progress=progress,
             input_names=input_names,
             output_names=output_names,
             dynamic_shapes=dynamic_shapes,
             opset=opset,
         )
-    report("write adapters", 1, 3)
-    sites = locate_marks(graph, {path: to_array(mark) for path, mark in marks.items()})
-    content = {path: _adapted(layer) for path, layer in layers.items()}
-    if mode == MERGED:
-        written = write_merged(sites, content)
-    else:
-        written = write_unmerged(graph, sites, content)
-    graph.metadata_props.update(
-        describe(
-            version=__version__,
-            mode=mode,
-            adapters=adapters,
-            sources=bundles or {},
-            written=written,
-        )
-    )
-    if mode != MERGED:
-        record_bundles(graph, adapters | dict(bundles or {}))
-    report("save", 2, 3)
-    done = _save(
-        graph,
-        path,
-        mode,
-        tuple(layers),
-        tuple(adapters),
-        _notes(content, mode),
-        inline=inline,
-        ir_version=ir_version,
-        external_data=external_data,
-        force=force,
-    )
-    report("save", 3, 3)
-    return done
 
 
-def _save(
-    graph: ir.Model,
+def check_export(
     path: str | os.PathLike[str],
     mode: str,
-    layers: tuple[str, ...],
-    adapters: tuple[str, ...],
-    notes: tuple[str, ...],
     *,
-    beside: ir.Model | None = None,
-    inline: bool,
+    opset: int | None,
     ir_version: int | None,
-    external_data: bool | None,
+    inline: bool,
     force: bool,
-) -> ExportReport:
-    """Write the graph, and the expander beside a paired one, which comes first."""
-    if beside is not None:
+) -> None:
+    """Refuse what no model can be exported to.
+
+    Raises:
+        UsageError: an unsuitable opset or IR version, or an output that exists.
+    """
+    check_opset(opset)
+    check_ir_version(ir_version, opset, functions=mode != MERGED and not inline)
+    check_output(path, force=force)
+    if mode == PAIRED:
         check_output(expander_path(path), force=force)
-    files: list[Path] = []
-    for one, to in ((beside, expander_path(path)), (graph, path)):
-        if one is not None:
-            if inline:
-                inline_functions(one)
-            set_ir_version(one, ir_version)
-            files = [*write_model(one, to, external_data=external_data, force=force), *files]
-    data = data_path(files[0])
-    return ExportReport(
-        path=str(files[0]),
-        data=str(data) if data in files else None,
-        bytes=sum(file.stat().st_size for file in files),
-        mode=mode,
-        opset=graph.opset_imports[""],
-        nodes=len(graph.graph),
-        inputs=fed_shapes(graph.graph),
-        outputs=value_shapes(graph.graph.outputs),
-        layers=layers,
-        adapters=adapters,
-        notes=notes,
-    )
 
 
-def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], defaults: str) -> None:
-    if defaults not in DEFAULTS:
-        raise UsageError("defaults", expected=" or ".join(DEFAULTS), found=repr(defaults))
-    if mode not in MODES:
-        raise UsageError("export mode", expected=" or ".join(MODES), found=repr(mode))
+def check_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a model without adapted layers, or with weights that a graph cannot change.
+
+    Raises:
+        UsageError: all such layers listed.
+    """
+    where = f"export of {type(model).__name__}"
     if not layers:
         raise UsageError(
-            f"export of {type(model).__name__}",
+            where,
             expected="a model with an active adapter",
             found="none",
             remedy="attach a bundle first, or export the base with torch.onnx.export",
         )
-    check_mergeable(f"export of {type(model).__name__}", {p: m.linear for p, m in layers.items()})
-    wrong = [
-        f"{path}: {weight.dtype}"
-        for path, layer in layers.items()
-        if str((weight := stored_weight(layer.linear)).dtype).removeprefix("torch.") not in _DTYPES
-    ]
+    check_mergeable(where, layers)
+    dtypes = {p: str(stored_weight(one).dtype).removeprefix("torch.") for p, one in layers.items()}
+    wrong = [f"{path}: torch.{dtype}" for path, dtype in dtypes.items() if dtype not in _DTYPES]
     if wrong:
         raise UsageError(
-            f"export of {type(model).__name__}",
+            where,
             expected=f"adapted weights of dtype {', '.join(_DTYPES)}",
             found=f"{len(wrong)} of another",
             remedy="convert the model first, with model.float()",
@@ -259,29 +180,69 @@ def _check(model: nn.Module, mode: str, layers: Mapping[str, FourierLinear], def
         )
 
 
-def _marks(layers: Mapping[str, FourierLinear]) -> dict[str, torch.Tensor]:
-    """Path -> random numbers in the shape and dtype of the layer's weight (see `locate`)."""
-    random = torch.Generator().manual_seed(0)
-    weights = {path: stored_weight(layer.linear) for path, layer in layers.items()}
-    return {p: torch.randn(w.shape, generator=random).to(w) for p, w in weights.items()}
+def export_adapters(
+    model: nn.Module,
+    example_inputs: Inputs,
+    path: str | os.PathLike[str],
+    mode: str,
+    adapters: Mapping[str, Bundle],
+    *,
+    sources: Mapping[str, Bundle],
+    defaults: str,
+    absent: Container[str],
+    inline: bool,
+    ir_version: int | None,
+    external_data: bool | None,
+    force: bool,
+    progress: Progress | None,
+    **tracing: Any,
+) -> ExportReport:
+    """Export a model without adapters, and put adapters into the graph.
 
+    Args:
+        model: as it was afterwards.
+        adapters: adapter name -> bundle, bound, with the model's names.
+        sources: adapter name -> the bundle as it was given.
+        tracing: options of `trace`.
 
-def _adapted(layer: FourierLinear) -> AdaptedLayer:
-    terms = []
-    for name in layer.active:
-        adapter = layer.adapter(name)
-        spectrum = to_array(adapter.spectrum)
-        scaling = float(adapter.origin.scaling)
-        terms.append(LayerTerm(name, Term(spectrum, adapter.host_entries, scaling)))
-    return AdaptedLayer(to_array(stored_weight(layer.linear)), layer.fan_in_fan_out, tuple(terms))
-
-
-def _notes(layers: Mapping[str, AdaptedLayer], mode: str) -> tuple[str, ...]:
-    dtypes = {t.term.spectrum.dtype.name for layer in layers.values() for t in layer.terms}
+    The other arguments, and what is raised, are as in `export_onnx`.
+    """
+    report = progress or (lambda _what, _done, _total: None)
+    report("trace", 0, 3)
+    adapted = {name for one in adapters.values() for name in one.spectra}
+    layers = tuple(path for path, _ in model.named_modules() if path in adapted)
+    values, saved = {}, []
+    if mode in RUNTIME_MODES:
+        names = sorted({name for one in adapters.values() for name in one.saved})
+        saved = [name for name in names if tensor_of(model, name).is_floating_point()]
+    else:
+        for name, array in saved_values(adapters).items():
+            values[name] = to_tensor(array).to(tensor_of(model, name))
+    with replaced_tensors(model, values):
+        traced = trace_base(model, example_inputs, layers, saved, absent=absent, **tracing)
+    report("write adapters", 1, 3)
+    written = write_adapters(
+        traced.edits,
+        mode,
+        adapters,
+        traced.sites,
+        traced.saved,
+        sources=sources,
+        defaults=defaults,
+        absent=absent,
+    )
+    report("save", 2, 3)
+    graph = traced.edits.source.model
+    files: list[Any] = []
+    for one, to in ((written.expander, expander_path(path)), (graph, path)):
+        if one is not None:
+            if inline:
+                inline_functions(one)
+            set_ir_version(one, ir_version)
+            files = [*write_model(one, to, external_data=external_data, force=force), *files]
+    report("save", 3, 3)
+    dtypes = {array.dtype.name for one in adapters.values() for array in one.spectra.values()}
+    notes: tuple[str, ...] = ()
     if mode != MERGED and "bfloat16" in dtypes:
-        return ("bfloat16 spectra are stored as float32, which holds every such value exactly",)
-    return ()
-
-
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """Report nothing."""
+        notes = ("bfloat16 spectra are stored as float32, which holds every such value exactly",)
+    return report_on(files, graph, mode, layers, tuple(adapters), notes)

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...adapt.active import activate
-from ...adapt.attach import attach
-from ...adapt.saved import own_state
-from ...adapt.tree import adapted_modules, fourier_layers
+from ...adapt.linear import is_conv1d, is_linear, layer_shape
 from ...bundle.combine import checked_weights
 from ...bundle.file import Bundle
-from ...bundle.fit import check_fits, fit_adapter, layers_of_base
+from ...bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter, layers_of_base
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...models.base import Base, open_base
 from ...models.examples import dynamic_axes, example_inputs, output_names
 from ...models.load import load_model
+from ...models.names import find_bridge
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
-from ..mode_names import BANK, DEFAULTS, MERGED, RUNTIME_MODES
+from ..adapters import Bundles, named_bundles, weighted
+from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
+from ..modes.write import check_adapter_count, check_mode
 from ..report import ExportReport
-from ..several import Bundles, named_bundles, weighted
-from .cache import CachedModel
-from .encoder import EncoderView
-from .export import export_onnx
+from .export import check_export, check_layers, export_adapters
+from .views import CachedModel, EncoderView
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 def export_pretrained(
@@ -84,114 +85,139 @@ def export_pretrained(
     """
     named = named_bundles(bundles)
     factors = checked_weights(weights, len(named))
+    check_mode(mode, defaults)
+    check_adapter_count(mode, named)
     opened = open_base(base)
     check_output(path, force=force, inputs=(opened.directory,))
+    check_export(path, mode, opset=opset, ir_version=ir_version, inline=inline, force=force)
+    if progress:
+        progress("check the base", 0, 1)
     # Against the files: a loaded model may be in another precision than they are.
-    fits = []
-    for number, (name, bundle) in enumerate(named.items(), 1):
-        found = layers_of_base(opened, [layer.name for layer in bundle.layers])
-        fits.append(fit_adapter(bundle.spec, found, name=f"adapter {name}"))
-        if progress:
-            progress("checking the base", number, len(named))
+    fits = [
+        fit_adapter(one.spec, layers_of_base(opened, one.spectra), name=f"adapter {name}")
+        for name, one in named.items()
+    ]
     check_fits(opened.directory, fits, allow_base_mismatch=allow_base_mismatch)
+    notes = [note for fit in fits for note in fit.notes]
+    given = {n: replace(b, spec=f.spec) for (n, b), f in zip(named.items(), fits, strict=True)}
     task = choose_task(task, opened.config, _task_type(named)).name
     if cache and task != "text-generation":
         raise UsageError(
-            "export with a key-value cache",
-            expected="the task text-generation",
-            found=task,
+            "export with a key-value cache", expected="the task text-generation", found=task
         )
     if progress:
         progress("load", 0, 1)
-    model = load_model(
-        base,
-        task,
-        num_labels=head_labels(_saved_shapes(named)),
-        dtype=dtype,
-        provided={name for bundle in named.values() for name in bundle.saved},
-    )
+    saved = {name: np.shape(array) for one in named.values() for name, array in one.saved.items()}
+    model = load_model(base, task, num_labels=head_labels(saved), dtype=dtype, provided=set(saved))
     if progress:
         progress("load", 1, 1)
-    attach_all(model, weighted(named, factors), allow_base_mismatch=True, active=mode != BANK)
-    absent = _absent(model, opened, named) if mode in RUNTIME_MODES else ()
-    traced = _to_trace(model, task, cache)
-    report = export_onnx(
-        traced.model,
-        traced.inputs,
-        path,
-        mode=mode,
-        input_names=traced.input_names,
-        output_names=traced.output_names,
-        dynamic_shapes=traced.axes,
-        opset=opset,
-        ir_version=ir_version,
-        inline=inline,
-        external_data=external_data,
-        bundles=named,
-        defaults=defaults,
-        absent=absent,
-        force=force,
-        progress=progress,
-    )
-    notes = [note for fit in fits for note in fit.notes]
+    adapters = {name: _on_model(model, one) for name, one in weighted(given, factors).items()}
+    layers = {name for one in adapters.values() for name in one.spectra}
+    absent = _absent(opened, adapters) if mode in RUNTIME_MODES else ()
     if absent:
         notes.append(
             f"the base has no {', '.join(absent)}: every adapter must bring its own; without an "
             "adapter (None, or row 0 of a bank) they are zeros, and so is what they give"
         )
-    outside = len(fourier_layers(model)) - len(report.layers)
-    if outside:
-        notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
+    traced: nn.Module = model
+    options: dict[str, Any] = {}
+    if cache:
+        traced = cached = CachedModel(model)
+        inputs = cached.example()
+        options["input_names"] = cached.input_names()
+        options |= {"output_names": cached.output_names(), "dynamic_shapes": cached.axes()}
+    else:
+        inputs = example_inputs(model)
+        options["dynamic_shapes"] = dynamic_axes(inputs)
+        options["output_names"] = output_names(model, task)
+    if get_task(task).encoder_only:
+        traced = EncoderView(model)
+        there = {path for path, _ in traced.named_modules()}
+        adapters = {name: _within(one, there) for name, one in adapters.items()}
+        outside = len(layers - there)
+        if outside:
+            notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
+    check_layers(model, {name: model.get_submodule(name) for name in layers})
+    report = export_adapters(
+        traced,
+        inputs,
+        path,
+        mode,
+        adapters,
+        sources=named,
+        defaults=defaults,
+        absent=absent,
+        inline=inline,
+        ir_version=ir_version,
+        external_data=external_data,
+        force=force,
+        progress=progress,
+        opset=opset,
+        **options,
+    )
     return replace(report, notes=(*notes, *report.notes))
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """What `export_onnx` gets."""
+def _on_model(model: nn.Module, bundle: Bundle) -> Bundle:
+    """A bundle with the layer and tensor names of a loaded model.
 
-    model: nn.Module
-    inputs: Mapping[str, Any]
-    input_names: list[str] | None
-    output_names: list[str]
-    axes: Mapping[str, Any]
+    Tensors of the task model around a bare base, such as its head, are left out.
+
+    Raises:
+        BaseMismatchError: layers or tensors that the model lacks or has in other shapes.
+    """
+    modules = dict(model.named_modules())
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    roots = {path.split(".")[0] for path in modules}
+    bridge = find_bridge(bundle.spectra, roots, modules.__contains__)
+    layers: dict[str, FoundLayer | str] = {}
+    for name in bundle.spectra:
+        module = modules.get(bridge.to_base(name))
+        if module is None or not is_linear(module):
+            layers[name] = "no such linear layer in the model"
+        else:
+            layers[name] = FoundLayer(layer_shape(module))
+    tensors: dict[str, FoundTensor | str] = {}
+    for name in bundle.saved:
+        there = state.get(bridge.to_base(name))
+        if there is not None:
+            tensors[name] = FoundTensor(tuple(there.shape), not there.is_floating_point())
+        elif bridge.strip and not name.startswith(f"{bridge.strip}."):
+            log.warning("%s: this bare model has no place for it; left out", name)
+        else:
+            tensors[name] = "no such tensor in the model"
+    fit = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
+    check_fits(type(model).__name__, [fit], allow_base_mismatch=None)
+    specs = []
+    for layer in fit.spec.layers:
+        path = bridge.to_base(layer.name)
+        specs.append(replace(layer, name=path, fan_in_fan_out=is_conv1d(modules[path])))
+    return Bundle(
+        replace(fit.spec, layers=tuple(specs)),
+        {bridge.to_base(name): spectrum for name, spectrum in bundle.spectra.items()},
+        {bridge.to_base(name): bundle.saved[name] for name in tensors},
+        {bridge.to_base(name): entries for name, entries in bundle.explicit_entries.items()},
+    )
 
 
-def _to_trace(model: nn.Module, task: str, cache: bool) -> _Traced:
-    if cache:
-        cached = CachedModel(model)
-        return _Traced(
-            cached, cached.example(), cached.input_names(), cached.output_names(), cached.axes()
-        )
-    inputs = example_inputs(model)
-    view = EncoderView(model) if get_task(task).encoder_only else model
-    return _Traced(view, inputs, None, output_names(model, task), dynamic_axes(inputs))
+def _within(bundle: Bundle, modules: set[str]) -> Bundle:
+    """A bundle without what is outside these modules."""
+    spec = bundle.spec
+    return Bundle(
+        replace(spec, layers=tuple(one for one in spec.layers if one.name in modules)),
+        {name: spectrum for name, spectrum in bundle.spectra.items() if name in modules},
+        {n: array for n, array in bundle.saved.items() if n.rpartition(".")[0] in modules},
+        {name: entries for name, entries in bundle.explicit_entries.items() if name in modules},
+    )
 
 
-def attach_all(
-    model: nn.Module,
-    bundles: Mapping[str, Bundle],
-    *,
-    allow_base_mismatch: bool = False,
-    active: bool = True,
-) -> None:
-    """Attach every bundle under its name; make all of them active, or leave the last one so."""
-    for name, bundle in bundles.items():
-        attach(model, bundle, name, allow_base_mismatch=allow_base_mismatch)
-    if active:
-        activate(model, tuple(bundles))
-
-
-def _absent(model: nn.Module, base: Base, bundles: Mapping[str, Bundle]) -> tuple[str, ...]:
+def _absent(base: Base, adapters: Mapping[str, Bundle]) -> tuple[str, ...]:
     """Saved tensors that the base lacks, as a bare encoder lacks a head.
 
     What the model has there is random, and must not pass for the base's.
     """
-    bridge = base.bridge(layer.name for bundle in bundles.values() for layer in bundle.layers)
-    names = (
-        f"{path}.{leaf}"
-        for path, module in adapted_modules(model).items()
-        for leaf in own_state(module.original)
-    )
+    bridge = base.bridge(layer.name for one in adapters.values() for layer in one.layers)
+    names = dict.fromkeys(name for one in adapters.values() for name in one.saved)
     return tuple(name for name in names if not {name, bridge.to_base(name)} & base.tensors.keys())
 
 
@@ -199,10 +225,3 @@ def _task_type(bundles: Mapping[str, Bundle]) -> str | None:
     """The adapters' task type, if they agree on one."""
     types = {bundle.spec.task_type for bundle in bundles.values()} - {None}
     return types.pop() if len(types) == 1 else None
-
-
-def _saved_shapes(bundles: Mapping[str, Bundle]) -> dict[str, tuple[int, ...]]:
-    saved: dict[str, Any] = {}
-    for bundle in bundles.values():
-        saved.update({name: np.shape(array) for name, array in bundle.saved.items()})
-    return saved

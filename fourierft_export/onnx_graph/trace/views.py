@@ -1,9 +1,4 @@
-"""A causal language model whose key-value cache is made of tensors, in and out.
-
-A step then costs one token's work whatever came before it. Names are those of optimum's exports,
-which ONNX Runtime's users and transformers.js know: past_key_values.N.key and .value,
-present.N.key and .value, each (batch, key-value heads, positions, head size).
-"""
+"""Parts and forms of a transformers model as models of their own, with the same module paths."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapt.tree import base_modules
 from ...errors import UsageError
 from ...models.examples import BATCH_AXIS, SEQUENCE_AXIS, example_inputs
 
@@ -24,7 +20,9 @@ Past = list[tuple[Tensor, Tensor]]
 class CachedModel(nn.Module):
     """A causal model that takes its cache as pairs of tensors and returns the longer ones.
 
-    It has the model's own children under their own names, so module paths are the model's.
+    A step then costs one token's work whatever came before it. Names are those of optimum's
+    exports, which ONNX Runtime's users and transformers.js know: past_key_values.N.key and .value,
+    present.N.key and .value, each (batch, key-value heads, positions, head size).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -141,3 +139,45 @@ def _empty_past(model: nn.Module) -> Past:
             remedy="export without the cache",
         )
     return [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in layers]
+
+
+class EncoderView(nn.Module):
+    """Runs a model's encoder alone.
+
+    The encoder is shared with the model and keeps its module path, so that an adapter's layers have
+    the names they have in the whole model; what is outside the encoder is not there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at the encoder of `model`, which stays as it is.
+
+        Args:
+            model: a transformers model with `get_encoder`.
+
+        Raises:
+            UsageError: it has no encoder.
+        """
+        super().__init__()
+        get_encoder = getattr(model, "get_encoder", None)
+        encoder = get_encoder() if callable(get_encoder) else None
+        path = next((path for path, module in base_modules(model) if module is encoder), None)
+        if encoder is None or not path:
+            raise UsageError(
+                f"encoder of {type(model).__name__}",
+                expected="a sequence-to-sequence model",
+                found="no encoder within it",
+                remedy="name another task with --task (task=...)",
+            )
+        self.config = getattr(model, "config", None)
+        # Hidden from torch: as a module it would be a second path to the same weights.
+        self._encoder = (encoder,)
+        *above, name = path.split(".")
+        holder: nn.Module = self
+        for segment in above:
+            holder.add_module(segment, nn.Module())
+            holder = holder.get_submodule(segment)
+        holder.add_module(name, encoder)
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        """The encoder's outputs by name; both arguments are int64 (batch, sequence)."""
+        return self._encoder[0](input_ids=input_ids, attention_mask=attention_mask)

@@ -1,4 +1,4 @@
-"""One adapter, several in a row or several by name: always a mapping from name to bundle."""
+"""The adapters that go into a graph: always a mapping from name to bundle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..bundle.file import Bundle
 from ..errors import UsageError
+from ..spectral.delta import Term
 
 Bundles = Bundle | Sequence[Bundle] | Mapping[str, Bundle]
 
@@ -40,4 +41,13 @@ def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float]) -> dict[st
         if weight == 1
         else replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
         for (name, bundle), weight in zip(bundles.items(), weights, strict=True)
+    }
+
+
+def layer_terms(bundles: Mapping[str, Bundle], layer: str) -> dict[str, Term]:
+    """Adapter name -> its change of one layer, for those that change it."""
+    return {
+        name: Term(bundle.spectra[layer], bundle.entries(layer), float(bundle.spec.scaling))
+        for name, bundle in bundles.items()
+        if layer in bundle.spectra
     }

@@ -1,0 +1,115 @@
+"""Where layers' x comes in and y goes out, also where several are packed in one linear node.
+
+The outputs of such a node are split and joined again, so that each layer's can be added to. The
+weight stays whole, as it may be one that nothing can take apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import UsageError
+from ..graph.ops import Ops, replace_uses
+from ..graph.source import Source
+from ..locate.site import Site
+from ..locate.uses import source_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Where a linear layer's x comes in and its y goes out.
+
+    Attributes:
+        fed: the node, and the number of its input, at which x comes in.
+        y: what comes out.
+    """
+
+    fed: tuple[ir.Node, int]
+    y: ir.Value
+
+    @property
+    def x(self) -> ir.Value:
+        """X as it is now: with the adapter's share, if another adapted layer gives it."""
+        value = self.fed[0].inputs[self.fed[1]]
+        if value is None:
+            raise ValueError(f"nothing is fed to {self.fed[0].name}")
+        return value
+
+
+def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Ends]]:
+    """The layers' ends, each with a y of its own.
+
+    Args:
+        source: the graph, which gets a Split and a Concat for each packed y; types and shapes of
+            its values are known, as far as they can be.
+        sites: layer -> its sites, also quantised ones.
+
+    Raises:
+        UsageError: layers to whose outputs nothing can be added: all of them listed.
+    """
+    every = [site for several in sites.values() for site in several]
+    offenders = [f"{site.layer}: {why}" for site in every if (why := _obstacle(source, site))]
+    if offenders:
+        raise UsageError(
+            source.path,
+            expected="layers that are a MatMul or Gemm of the main graph each",
+            found=f"{len(offenders)} others",
+            remedy="adapt these layers before the others are quantised"
+            if any(site.quantised for site in every)
+            else "use mode merged or unmerged",
+            offenders=offenders,
+        )
+    packed: dict[ir.Value, list[Site]] = {}
+    for site in every:
+        for _, y in site.products if site.start is not None else ():
+            packed.setdefault(y, []).append(site)
+    pieces: dict[ir.Value, dict[int, ir.Value]] = {}
+    if packed:
+        ops = Ops(source.model.graph)
+        for y, group in packed.items():
+            pieces[y] = _split(ops, y, group[0].outputs, [site.rows for site in group])
+        ops.finish()
+    return {
+        layer: [
+            Ends(fed, y if site.start is None else pieces[y][site.start])
+            for site in several
+            for fed, y in site.products
+        ]
+        for layer, several in sites.items()
+    }
+
+
+def _obstacle(source: Source, site: Site) -> str | None:
+    """Why nothing can be added to the output of this layer."""
+    for use in site.uses:
+        node = use.linear
+        if node.graph is not source.model.graph:
+            return f"its {node.op_type} is in a subgraph or function, which sees no adapter"
+        turned = "transA" in node.attributes and node.attributes["transA"].as_int()
+        first = source_of(node.inputs[0]) is site.value
+        if node.op_type not in ("MatMul", "Gemm") or turned or first:
+            return f"{site.name} is used by {node.op_type} in another way than x W"
+    return None
+
+
+def _split(ops: Ops, y: ir.Value, total: int, parts: Iterable[slice]) -> dict[int, ir.Value]:
+    """Ranges of y's last axis by their start; what used y uses the joined ones afterwards."""
+    import onnx_ir as ir
+
+    edges = sorted({0, total, *(edge for part in parts for edge in (part.start, part.stop))})
+    sizes = np.diff(edges)
+    users, stem = tuple(y.uses()), str(y.name)
+    lengths = ops.constant(sizes, f"{stem}.sizes")
+    pieces = ops.ops("Split", [y, lengths], f"{stem}.parts", len(sizes), axis=-1)
+    for piece, size in zip(pieces, sizes, strict=True):
+        piece.type = y.type
+        piece.shape = None if y.shape is None else ir.Shape([*list(y.shape)[:-1], int(size)])
+    replace_uses(users, y, ops.op("Concat", pieces, f"{stem}.joined", axis=-1))
+    return dict(zip(edges, pieces, strict=False))

@@ -1,0 +1,179 @@
+"""An adapter as inputs of a graph: what modes swappable, paired and bank share."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...bundle.file import Bundle
+from ...bundle.fingerprint import fingerprint, judge
+from ...bundle.spec import Fingerprint, LayerSpec
+from ...types import Array
+from ..fit import full_feeds
+from ..graph.edits import Edits
+from ..graph.ops import Ops, constant_value
+from ..graph.source import constant_of
+from ..groups import BASE_PREFIX, Group, Interface, Saved, base_feeds, group_layers
+from ..locate.content import part_of, verdict
+from ..locate.saved import Place
+from ..locate.site import Site, Wanted
+from ..mode_names import DEFAULTS
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterInputs:
+    """The adapter inputs of a graph, and what they hold when nothing is fed.
+
+    Attributes:
+        interface: which there are.
+        defaults: per adapter that stays in the file its feeds; those of the base if none does.
+        places: saved tensor -> its places, each an initializer that nothing else uses.
+        base: saved tensor -> the base's own.
+    """
+
+    interface: Interface
+    defaults: Sequence[Mapping[str, Array]]
+    places: Mapping[str, Sequence[Place]]
+    base: Mapping[str, Array]
+
+
+def adapter_inputs(
+    edits: Edits,
+    adapters: Mapping[str, Bundle],
+    sites: Mapping[str, Sequence[Site]],
+    saved: Mapping[str, Sequence[Place]],
+    *,
+    defaults: str = DEFAULTS[0],
+    absent: Container[str] = (),
+) -> AdapterInputs:
+    """The inputs for these adapters, and for any other with the same layers.
+
+    Args:
+        edits, adapters, sites, saved: as in `merged.write`; layers may be quantised.
+        defaults: one of `mode_names.DEFAULTS`.
+        absent: saved tensors that the base lacks.
+
+    Raises:
+        BaseMismatchError: an adapter lacks tensors of `absent`.
+    """
+    places: dict[str, list[Place]] = {}
+    base: dict[str, Array] = {}
+    for name in sorted(saved):
+        for place in saved[name]:
+            tensor = constant_of(place.value)
+            if tensor is None:
+                raise ValueError(f"{place.value.name} is no constant")
+            array = edits.source.read(tensor)
+            base[name] = array.T if place.transposed else array
+            value = edits.own(place.value, place.uses)
+            places.setdefault(name, []).append(Place(value, place.uses, place.transposed))
+    interface = Interface(
+        group_layers([*adapters.values()]),
+        tuple(Saved(n, array.shape, array.dtype.name, n in absent) for n, array in base.items()),
+        _fingerprints(edits, adapters, sites),
+    )
+    feeds = [full_feeds(interface, bundle, base) for bundle in adapters.values()]
+    if defaults != DEFAULTS[0]:
+        feeds = [base_feeds(interface.groups) | base]
+    return AdapterInputs(interface, feeds, places, base)
+
+
+def _fingerprints(
+    edits: Edits, adapters: Mapping[str, Bundle], sites: Mapping[str, Sequence[Site]]
+) -> dict[str, Fingerprint]:
+    """The base weights' fingerprints, by which adapters that come later are checked.
+
+    An adapter's own where it was trained on the graph's weight (in any precision), else that of the
+    graph's weight: an adapter let in in spite of its base must not vouch for others. None for
+    quantised weights that no adapter was trained on.
+    """
+    specs: dict[str, list[LayerSpec]] = {}
+    for bundle in adapters.values():
+        for layer in bundle.layers:
+            specs.setdefault(layer.name, []).append(layer)
+    prints: dict[str, Fingerprint] = {}
+    for name, several in sites.items():
+        own = [one for one in specs.get(name, ()) if one.fingerprint is not None]
+        there, tensor = None, constant_of(several[0].value)
+        if not several[0].quantised and tensor is not None:
+            site, weight = several[0], edits.source.read(tensor)
+            weight = part_of(weight, site.transposed, site.start, site.shape[0])
+            stored_so = any(one.fan_in_fan_out for one in specs.get(name, ()))
+            there = fingerprint(weight if site.transposed == stored_so else weight.T)
+        candidates = [one.fingerprint for one in own if _trained_on(edits, several, there, one)]
+        found = next(iter((*candidates, there)), None)
+        if found is not None:
+            prints[name] = found
+    return prints
+
+
+def _trained_on(
+    edits: Edits, sites: Sequence[Site], there: Fingerprint | None, layer: LayerSpec
+) -> bool:
+    """Whether a layer's own fingerprint is that of the graph's weight."""
+    if there is not None and layer.fingerprint is not None:
+        return judge(layer.fingerprint, there) != "different"
+    want = Wanted(layer.name, layer.shape, layer.fan_in_fan_out, layer.fingerprint)
+    return all(verdict(edits.source, site, want) != "different" for site in sites)
+
+
+def group_inputs(
+    ops: Ops, group: Group, defaults: Mapping[str, Array], before: Sequence[str] = ()
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The three inputs of a group; `before` are symbolic sizes in front of the group's own."""
+    count = len(group.layers)
+    shapes: tuple[tuple[str, list[int | str]], ...] = (
+        (group.spectrum, [*before, count, group.size]),
+        (group.entries, [*before, group.size, 2]),
+        (group.scaling, [*before, count]),
+    )
+    spectrum, entries, scaling = (
+        ops.overridable(defaults[name], name, shape) for name, shape in shapes
+    )
+    return spectrum, entries, scaling
+
+
+def saved_inputs(ops: Ops, inputs: AdapterInputs) -> None:
+    """Make saved tensors inputs under their own names, in the layout of the adapter.
+
+    The base's own are kept as constants beside them, where the defaults are others.
+    """
+    for tensor in inputs.interface.saved:
+        places = inputs.places[tensor.name]
+        users = [(use, place) for place in places for use in tuple(place.value.uses())]
+        for place in places:
+            take_out(ops, place.value)
+        default, base = inputs.defaults[0][tensor.name], inputs.base[tensor.name]
+        value = ops.overridable(default, tensor.name)
+        for (node, index), place in users:
+            fed = value
+            if place.transposed:
+                fed = ops.op("Transpose", [value], f"{tensor.name}.turned")
+            node.replace_input_with(index, fed)
+        if not np.array_equal(base, default):
+            ops.initializer(base, BASE_PREFIX + tensor.name)
+
+
+def take_out(ops: Ops, value: ir.Value) -> None:
+    """Remove an initializer, and free its name for an input."""
+    name = str(value.name)
+    ops.graph.initializers.pop(name)
+    ops.release(name)
+    if value.is_graph_input():
+        ops.graph.inputs.remove(value)
+
+
+def require_inputs(graph: ir.Graph, base: Mapping[str, Array]) -> None:
+    """Take the defaults of all inputs away; the base's saved tensors stay as constants."""
+    for value in graph.inputs:
+        if graph.initializers.pop(str(value.name), None) is not None:
+            value.const_value = None
+            kept = BASE_PREFIX + str(value.name)
+            if value.name in base and kept not in graph.initializers:
+                graph.register_initializer(constant_value(base[str(value.name)], kept))

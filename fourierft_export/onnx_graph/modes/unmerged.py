@@ -1,0 +1,149 @@
+"""Mode unmerged: base weights and spectra; standard operators make W + delta_W of them.
+
+The new nodes depend on constants only, so ONNX Runtime folds them once, when it loads the file.
+Layers with equal entries share the entries and their tables. Where a layer is quantised, there is
+no float W to add to: then the adapter is a branch beside every layer, as in mode swappable, but of
+constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...bundle.file import Bundle
+from ...spectral.delta import Term
+from ...types import Array
+from ..adapters import layer_terms
+from ..graph.edits import Edits
+from ..graph.ops import FLOAT32, Ops
+from ..locate.saved import Place
+from ..locate.site import Site
+from ..metadata import Written
+from . import functions, swappable
+from .merged import put_saved
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write(
+    edits: Edits,
+    adapters: Mapping[str, Bundle],
+    sites: Mapping[str, Sequence[Site]],
+    saved: Mapping[str, Sequence[Place]],
+) -> Written:
+    """Feed the users of each W the sum W + delta_W, which the graph rebuilds.
+
+    The adapter's tensors are the initializers `LAYER.spectrum`, `.entries` and `.scaling`, of
+    several adapters `LAYER.ADAPTER.spectrum` and so on.
+
+    Args, Raises: as in `merged.write`; with quantised layers as in `swappable.write`.
+    """
+    put_saved(edits, adapters, saved)
+    if any(site.quantised for several in sites.values() for site in several):
+        written = swappable.write(edits, adapters, sites, {})
+        swappable.make_constant(edits.source.model.graph, written)
+        return written
+    model = edits.source.model
+    functions.add_functions(model)
+    writer = _Writer(edits, several=len(adapters) > 1)
+    for layer, several in sites.items():
+        terms = layer_terms(adapters, layer)
+        for site in several:
+            writer.feed(site, terms)
+    writer.ops.finish()
+    return writer.written
+
+
+class _Writer:
+    """Adds the sums to one graph."""
+
+    def __init__(self, edits: Edits, several: bool) -> None:
+        self.edits = edits
+        self.ops = Ops(edits.source.model.graph, ahead=True)
+        self.several = several
+        self.written = Written()
+        self.tables: dict[tuple[str, int, int], Sequence[ir.Value]] = {}
+        self.inputs: dict[tuple[str, str], dict[str, ir.Value]] = {}
+        self.names: dict[tuple[object, ...], str] = {}  # constant and consumers -> initializer
+
+    def feed(self, site: Site, terms: Mapping[str, Term]) -> None:
+        """Give the site's users W + delta_W in place of W."""
+        import onnx_ir as ir
+
+        key = site.value, site.consumers
+        node, index = site.consumers[0]
+        weight = node.inputs[index]  # the constant, or already the sum of another part of it
+        if weight is site.value or weight is None:
+            weight = site.value
+            if weight.graph is not self.ops.graph or not weight.is_initializer():
+                weight = self.edits.own(weight, site.consumers)
+            self.names[key] = str(weight.name)
+        name = f"{site.layer}.weight"
+        deltas = [self._delta(site, adapter, term) for adapter, term in terms.items()]
+        exact = weight.dtype == ir.DataType.FLOAT
+        start = weight
+        if not exact:
+            start = self.ops.op("Cast", [weight], f"{name}.float32", to=FLOAT32)
+        total = self.ops.op("Sum", [start, *deltas], f"{name}.adapted")
+        if not exact and weight.dtype is not None:
+            total = self.ops.op("Cast", [total], f"{name}.rounded", to=int(weight.dtype))
+        total.type, total.shape = weight.type, weight.shape
+        for node, index in site.consumers:
+            node.replace_input_with(index, total)
+        self.written.add(site.layer, self.names[key], site.transposed, total)
+
+    def _delta(self, site: Site, adapter: str, term: Term) -> ir.Value:
+        """delta_W in the layout of the graph's weight, with zeros around a part of a packed one."""
+        prefix = f"{site.layer}.{adapter}" if self.several else site.layer
+        inputs = self._inputs(site.layer, adapter, prefix, term)
+        sides = [self._table(inputs["entries"], axis, site.shape[axis]) for axis in (0, 1)]
+        rows, columns = reversed(sides) if site.transposed else sides
+        given = [inputs["spectrum"], inputs["scaling"], *rows, *columns]
+        name = f"{prefix}.delta"
+        delta = self.ops.op(functions.DELTA, given, name, domain=functions.DOMAIN)
+        if site.start is None:
+            return delta
+        pads = np.zeros((2, 2), np.int64)
+        pads[:, int(site.transposed)] = site.start, site.outputs - site.rows.stop
+        sizes = self.ops.initializer(pads.reshape(-1), f"{name}.pads")
+        return self.ops.op("Pad", [delta, sizes], f"{name}.padded")
+
+    def _inputs(self, layer: str, adapter: str, prefix: str, term: Term) -> dict[str, ir.Value]:
+        """The adapter's tensors for one layer, by kind."""
+        key = layer, adapter
+        if key not in self.inputs:
+            entries = np.ascontiguousarray(term.entries, dtype=np.int64)
+            scaling = np.array(term.scaling, np.float32)
+            made = {
+                "entries": self.ops.constant(entries, f"{prefix}.entries"),
+                "spectrum": self.ops.initializer(_storable(term.spectrum), f"{prefix}.spectrum"),
+                "scaling": self.ops.initializer(scaling, f"{prefix}.scaling"),
+            }
+            self.inputs[key] = made
+            self.written.terms[key] = {kind: str(value.name) for kind, value in made.items()}
+        return self.inputs[key]
+
+    def _table(self, entries: ir.Value, axis: int, length: int) -> Sequence[ir.Value]:
+        """The outputs of FourierTable for one side of the matrix."""
+        key = str(entries.name), axis, length
+        if key not in self.tables:
+            name = f"{entries.name}.{'columns' if axis else 'rows'}.{length}"
+            self.tables[key] = self.ops.ops(
+                functions.TABLE,
+                [entries],
+                name,
+                functions.TABLE_OUTPUTS,
+                domain=functions.DOMAIN,
+                axis=axis,
+                length=length,
+            )
+        return self.tables[key]
+
+
+def _storable(spectrum: Array) -> Array:
+    """A spectrum as the graph holds it: bfloat16, which few tools read, becomes float32 (exact)."""
+    return spectrum.astype(np.float32) if spectrum.dtype.name == "bfloat16" else spectrum

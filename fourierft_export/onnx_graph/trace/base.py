@@ -1,0 +1,187 @@
+"""A base model as a graph, and where an adapter's layers and saved tensors are in it.
+
+The exporter keeps a weight's name only where the weight is used as it is stored: before a MatMul it
+is transposed and gets a number for a name. It also shares equal constants, and computes equal nodes
+once. So the graph is traced with random numbers in place of these tensors, their marks: no two are
+equal, none is its own transpose, and what holds a mark afterwards is that tensor. Then the base's
+own numbers are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...adapt.linear import is_conv1d, layer_shape, to_array
+from ...errors import BadInputError
+from ...types import Array
+from ..graph.edits import Edits
+from ..graph.ops import constant_value
+from ..graph.source import Source
+from ..locate.saved import Place
+from ..locate.site import Site
+from ..locate.uses import linear_uses
+from .trace import Inputs, trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBase:
+    """The graph of a base.
+
+    Attributes:
+        edits: of the graph.
+        sites: layer -> its sites; several where the graph holds its weight in both layouts.
+        saved: saved tensor -> its places.
+    """
+
+    edits: Edits
+    sites: dict[str, list[Site]]
+    saved: dict[str, list[Place]]
+
+
+def trace_base(
+    model: nn.Module,
+    example_inputs: Inputs,
+    layers: Iterable[str],
+    saved: Iterable[str] = (),
+    *,
+    absent: Container[str] = (),
+    **options: Any,
+) -> TracedBase:
+    """Trace a model, and find some of its tensors in the graph.
+
+    Args:
+        model: without adapters; it is as it was afterwards.
+        example_inputs, options: as in `trace`.
+        layers: module paths of linear layers with float weights.
+        saved: names of the float tensors to find besides.
+        absent: those of them that are zeros in the graph.
+
+    Raises:
+        UsageError: as in `trace`.
+        BadInputError: tensors that are not in the graph, as constants of their own.
+    """
+    modules = {path: model.get_submodule(path) for path in layers}
+    of_layer = {f"{path}.weight": path for path in modules}
+    saved = list(saved)
+    base = {name: tensor_of(model, name) for name in (*of_layer, *saved)}
+    random = torch.Generator().manual_seed(0)
+    marks = {n: torch.randn(t.shape, generator=random).to(t) for n, t in base.items()}
+    with replaced_tensors(model, marks):
+        graph = trace(model, example_inputs, **options)
+    found = find_marks(graph, {name: to_array(mark) for name, mark in marks.items()})
+    missing = [name for name, places in found.items() if not places]
+    if missing:
+        raise BadInputError(
+            "exported graph",
+            expected="the weight of every adapted layer, and every saved tensor, as a constant",
+            found=f"{len(missing)} of {len(found)} that are not there",
+            remedy="check that forward() uses them with the example inputs, or leave them out of "
+            "the adapter",
+            offenders=[of_layer.get(name, name) for name in missing],
+        )
+    for name, held in found.items():
+        array = to_array(base[name])
+        for value, transposed in held:
+            content = np.zeros_like(array) if name in absent else array
+            put_back = constant_value(content.T if transposed else content, str(value.name))
+            value.const_value = put_back.const_value
+    sites = {
+        path: [
+            _site(graph, path, module, value, transposed)
+            for value, transposed in found[f"{path}.weight"]
+        ]
+        for path, module in modules.items()
+    }
+    places = {
+        name: [Place(value, tuple(value.uses()), turned) for value, turned in found[name]]
+        for name in saved
+    }
+    return TracedBase(Edits(Source(Path("exported graph"), graph)), sites, places)
+
+
+def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned: bool) -> Site:
+    uses = tuple(linear_uses(graph, value))
+    transposed = turned != is_conv1d(module)
+    site = Site(path, value, layer_shape(module), transposed, uses)
+    return replace(site, shared=len(site.consumers) < len(value.uses()))
+
+
+def find_marks(
+    model: ir.Model, marks: Mapping[str, Array]
+) -> dict[str, list[tuple[ir.Value, bool]]]:
+    """The initializers that hold these marks.
+
+    Args:
+        model: a graph traced with the marks.
+        marks: name -> random numbers.
+
+    Returns:
+        Name -> (initializer, whether it holds the transpose) each.
+    """
+    # The first element stays in its place under transposition.
+    sizes = {mark.size for mark in marks.values()}
+    held: dict[bytes, list[tuple[ir.Value, Array]]] = {}
+    for value in model.graph.initializers.values():
+        constant = value.const_value
+        if constant is not None and constant.size in sizes:
+            array = constant.numpy()
+            held.setdefault(array.reshape(-1)[:1].tobytes(), []).append((value, array))
+    return {
+        name: [
+            (value, transposed)
+            for value, array in held.get(mark.reshape(-1)[:1].tobytes(), [])
+            if array.dtype == mark.dtype and (transposed := _transposed(array, mark)) is not None
+        ]
+        for name, mark in marks.items()
+    }
+
+
+def _transposed(array: Array, mark: Array) -> bool | None:
+    """Whether `array` is the transpose of `mark`; None if it is neither that nor `mark`."""
+    if np.array_equal(array, mark):
+        return False
+    return True if mark.ndim == 2 and np.array_equal(array, mark.T) else None
+
+
+@contextmanager
+def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, these stand in place of the model's parameters and buffers.
+
+    Each under its own name only: what shares a parameter with it keeps the old one.
+    """
+    before = []
+    try:
+        for name, tensor in tensors.items():
+            store, leaf = _store(model, name)
+            before.append((store, leaf, store[leaf]))
+            is_parameter = isinstance(store[leaf], nn.Parameter)
+            store[leaf] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        yield
+    finally:
+        for store, leaf, value in reversed(before):
+            store[leaf] = value
+
+
+def _store(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dictionary of a module in which a tensor is, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if leaf in module._parameters else module._buffers), leaf
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a model."""
+    store, leaf = _store(model, name)
+    tensor: Tensor = store[leaf]
+    return tensor
