@@ -88,7 +88,7 @@ def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, li
 
 def _obstacle(source: Source, site: Site) -> str | None:
     """Why nothing can be added to the output of this layer."""
-    for use in site.uses:
+    for use in () if site.quantised else site.uses:
         node = use.linear
         if node.graph is not source.model.graph:
             return f"its {node.op_type} is in a subgraph or function, which sees no adapter"
