@@ -96,7 +96,7 @@ def check_adapter_count(
             f"mode {mode}" + (" of a quantised model" if quantised else ""),
             expected="one adapter",
             found=", ".join(adapters),
-            remedy="use mode bank for several, each for rows of its own"
+            remedy="use --mode bank for several, each for rows of its own"
             + ("" if mode == UNMERGED else "; or one of them: others can be loaded when it runs"),
         )
 
