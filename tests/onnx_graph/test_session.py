@@ -153,7 +153,7 @@ def test_adapters_that_do_not_belong(small_tenants: Any, mode: str) -> None:
     moved = ff.Bundle.build(replace(bundle.spec, layers=layers), bundle.spectra, bundle.saved)
     with pytest.raises(BaseMismatchError) as caught:
         session.load("moved", moved)
-    assert caught.value.offenders == ("a: another weight than it was trained on",)
+    assert caught.value.offenders == ("a: another weight than the adapter was trained on",)
     session.load("moved", moved, allow_base_mismatch=True)
     small_tenants.check(session.run(small_tenants.inputs, "moved")["output"], "one")
     names = {"a": "z", "b": "b", "c": "c"}

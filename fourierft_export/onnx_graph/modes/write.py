@@ -144,23 +144,23 @@ def _check_reaches_outputs(
 
 def _live_values(model: ir.Model) -> set[ir.Value]:
     """The values that the graph's outputs depend on, also within subgraphs and functions."""
+    import onnx_ir as ir
+
     live: set[ir.Value] = set()
-    waiting: list[ir.Value] = list(model.graph.outputs)
+    waiting = list(model.graph.outputs)
     while waiting:
         value = waiting.pop()
         node = value.producer()
-        if value in live:
+        if value in live or node is None:
+            live.add(value)
             continue
         live.add(value)
-        if node is not None:
-            waiting += [one for one in node.inputs if one is not None]
-            for attribute in node.attributes.values():
-                graphs = {"GRAPH": 1, "GRAPHS": 2}.get(attribute.type.name, 0)
-                for graph in (
-                    [attribute.value] if graphs == 1 else attribute.value if graphs else ()
-                ):
-                    waiting += graph.outputs
-            function = model.functions.get(node.op_identifier())
-            if function is not None:
-                waiting += list(function.outputs)
+        waiting += [one for one in node.inputs if one is not None]
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                waiting += list(attribute.as_graph().outputs)
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                waiting += [one for graph in attribute.as_graphs() for one in graph.outputs]
+        function = model.functions.get(node.op_identifier())
+        waiting += [] if function is None else list(function.outputs)
     return live
