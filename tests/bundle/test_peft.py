@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fourierft_export.bundle.file import Bundle
-from fourierft_export.bundle.peft import find_adapter, from_peft, to_peft
-from fourierft_export.bundle.peft_config import read_peft_config
+from fourierft_export import Bundle, from_peft, to_peft
 from fourierft_export.cli.main import run
 from fourierft_export.errors import (
     BadInputError,
@@ -71,11 +69,7 @@ def adapter_dir(tmp_path: Path) -> MakeAdapter:
 
 # --- configs of all ages -------------------------------------------------------------------------
 
-PUBLISHED = [
-    "flux2-klein",
-    "llama-3.2-3B-default",
-    "llama-3.2-3B-n_frequency-5000",
-]
+PUBLISHED = ["flux2-klein", "llama-3.2-3B-default", "llama-3.2-3B-n_frequency-5000"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -84,23 +78,27 @@ def test_published_configs_come_back_as_they_were(
 ) -> None:
     path = published_dir / f"{name}.adapter_config.json"
     config = json.loads(path.read_text("utf-8"))
-    assert read_peft_config(path) == config
     n = config["n_frequency"]
     spectrum = np.random.default_rng(0).standard_normal(n).astype(np.float32)
-    tensors = {f"{PREFIX}layers.0.{t}.fourierft_spectrum": spectrum
-               for t in config["target_modules"]}  # fmt: skip
+    modules = config["target_modules"]
+    tensors = {f"{PREFIX}layers.0.{name}.fourierft_spectrum": spectrum for name in modules}
     source = adapter_dir(tensors=tensors)
     (source / "adapter_config.json").write_bytes(path.read_bytes())
     bundle = from_peft(source)
     assert bundle.spec.scaling == config["scaling"]
     assert type(bundle.spec.scaling) is type(config["scaling"])
     assert {layer.n_frequency for layer in bundle.layers} == {n}
-    to_peft(Bundle.from_bytes(bundle.to_bytes()), tmp_path / "again")
-    assert json.loads((tmp_path / "again/adapter_config.json").read_text("utf-8")) == config
+    assert config_after(bundle, tmp_path / "again") == config
     again = load_file(tmp_path / "again/adapter_model.safetensors")
     assert {k: v.tobytes() for k, v in again.items()} == {
         k: v.tobytes() for k, v in tensors.items()
     }
+
+
+def config_after(bundle: Bundle, target: Path) -> Any:
+    """The config of a bundle that went through its bytes and back to PEFT."""
+    to_peft(Bundle.from_bytes(bundle.to_bytes()), target)
+    return json.loads((target / "adapter_config.json").read_text("utf-8"))
 
 
 FIELDS: dict[str, dict[str, Any]] = {
@@ -109,20 +107,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "with unknown keys": {"later": {"a": [1, None, 2.5, "ü"]}, "zzz": True},
     "whole scaling": {"scaling": 300},
     "negative scaling": {"scaling": -0.1},
-    "tiny scaling": {"scaling": 5e-324},
     "seed 0": {"random_loc_seed": 0},
-    "lowest seed": {"random_loc_seed": -(2**63)},
     "highest seed": {"random_loc_seed": 2**64 - 1},
     "regex": {"target_modules": r".*\.(q|v)$"},
-    "a pattern": {"n_frequency_pattern": {"l.0.q": 3, "v": 5}},
-    "ranges": {"layers_to_transform": [0, 1], "layers_pattern": "l"},
     "a single layer": {"layers_to_transform": 3},
     "other n": {"n_frequency": 1000},
     "task and head": {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
-    "no base": {"base_model_name_or_path": None},
     "mapping": {"auto_mapping": {"base_model_class": "M", "parent_library": "x.y"}},
-    "bias": {"bias": "fourier_only", "init_weights": True, "revision": "main"},
-    "fan_in_fan_out": {"fan_in_fan_out": True},
     "floats that print long": {"scaling": 0.1 + 0.2},
 }
 
@@ -131,21 +122,15 @@ FIELDS: dict[str, dict[str, Any]] = {
 def test_every_field_comes_back_as_it_was(
     fields: dict[str, Any], adapter_dir: MakeAdapter, tmp_path: Path
 ) -> None:
-    source = adapter_dir(**fields)
-    bundle = Bundle.from_bytes(from_peft(source).to_bytes())
-    to_peft(bundle, tmp_path / "again")
-    found = json.loads((tmp_path / "again/adapter_config.json").read_text("utf-8"))
-    assert found == CONFIG | fields
+    found = config_after(from_peft(adapter_dir(**fields)), tmp_path / "again")
     assert json.dumps(found, sort_keys=True) == json.dumps(CONFIG | fields, sort_keys=True)
 
 
 @pytest.mark.parametrize("field", [k for k in CONFIG if k != "peft_type"])
 def test_an_absent_field_stays_absent(field: str, adapter_dir: MakeAdapter, tmp_path: Path) -> None:
-    bundle = Bundle.from_bytes(from_peft(adapter_dir(drop=(field,))).to_bytes())
-    assert bundle.spec.seed == 777  # PEFT's default
-    assert bundle.spec.scaling == 150
-    to_peft(bundle, tmp_path / "again")
-    found = json.loads((tmp_path / "again/adapter_config.json").read_text("utf-8"))
+    bundle = from_peft(adapter_dir(drop=(field,)))
+    assert (bundle.spec.seed, bundle.spec.scaling) == (777, 150)  # PEFT's defaults
+    found = config_after(bundle, tmp_path / "again")
     assert found == {k: v for k, v in CONFIG.items() if k != field}
 
 
@@ -188,7 +173,6 @@ def test_dense_tensors_lose_what_peft_adds_to_their_names(
 SPECTRUM = np.ones(3, np.float32)
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "found none"),
-    "no spectra": ({f"{PREFIX}classifier.weight": SPECTRUM}, "found none"),
     "no prefix": ({"l.0.q.fourierft_spectrum": SPECTRUM}, "1 with other names"),
     "other names beside": (
         {f"{PREFIX}q.fourierft_spectrum": SPECTRUM, "w": SPECTRUM},
@@ -196,9 +180,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no module": ({f"{PREFIX}fourierft_spectrum": SPECTRUM}, "found none"),
     "an empty module": ({f"{PREFIX}.fourierft_spectrum": SPECTRUM}, "an empty segment"),
-    "two dots": ({f"{PREFIX}a..b.fourierft_spectrum": SPECTRUM}, "an empty segment"),
     "two axes": ({f"{PREFIX}q.fourierft_spectrum": np.ones((3, 1))}, "layer q: spectrum"),
-    "no axes": ({f"{PREFIX}q.fourierft_spectrum": np.ones(())}, "layer q: spectrum"),
     "no coefficients": ({f"{PREFIX}q.fourierft_spectrum": np.ones(0)}, "layer q: spectrum"),
     "integers": ({f"{PREFIX}q.fourierft_spectrum": np.ones(3, np.int32)}, "no float"),
     "NaN": ({f"{PREFIX}q.fourierft_spectrum": np.array([np.nan])}, "layer q: NaN"),
@@ -236,38 +218,24 @@ def test_tensors_that_no_adapter_has(
 
 BAD_CONFIGS: dict[str, tuple[str, str]] = {
     "empty": ("", "strict JSON"),
-    "no JSON": ("{", "strict JSON"),
     "a list": ("[]", "type list"),
     "no type": ("{}", "type None"),
-    "LoRA": ('{"peft_type": "LORA", "r": 8}', "expected a PEFT adapter of type FOURIERFT, found "
-                                              "type LORA"),
-    "IA3": ('{"peft_type": "IA3"}', "type IA3"),
+    "LoRA": ('{"peft_type": "LORA"}', "expected a PEFT adapter of type FOURIERFT, found type LORA"),
     "escape in the type": ('{"peft_type": "\\u001b[31mLORA"}', r"type \\x1b\[31mLORA"),
     "key twice": ('{"peft_type": "LORA", "peft_type": "FOURIERFT"}', "twice"),
-    "seed text": ('{"peft_type": "FOURIERFT", "random_loc_seed": "7"}', "random_loc_seed 7"),
-    "seed 1.5": ('{"peft_type": "FOURIERFT", "random_loc_seed": 1.5}', "random_loc_seed 1.5"),
-    "seed true": ('{"peft_type": "FOURIERFT", "random_loc_seed": true}', "random_loc_seed True"),
-    "seed null": ('{"peft_type": "FOURIERFT", "random_loc_seed": null}', "random_loc_seed None"),
-    "seed of 65 bits": (
-        '{"peft_type": "FOURIERFT", "random_loc_seed": 18446744073709551616}',
-        "random_loc_seed 1844",
-    ),
-    "scaling text": ('{"peft_type": "FOURIERFT", "scaling": "150"}', "scaling 150"),
-    "scaling NaN": ('{"peft_type": "FOURIERFT", "scaling": NaN}', "the number NaN"),
-    "scaling 1e999": ('{"peft_type": "FOURIERFT", "scaling": 1e999}', "not finite"),
-    "scaling 1e39": ('{"peft_type": "FOURIERFT", "scaling": 1e39}', "float32 number"),
-    "scaling of 5,000 digits": (
-        '{"peft_type": "FOURIERFT", "scaling": ' + "1" * 5000 + "}",
-        "an integer of 5000",
-    ),
-    "base a list": ('{"peft_type": "FOURIERFT", "base_model_name_or_path": []}', "text or null"),
-    "task a number": ('{"peft_type": "FOURIERFT", "task_type": 5}', "text or null"),
     "nested": ("[" * 100_000 + "]" * 100_000, "nesting too deep"),
-    "nested 900 deep": (
-        '{"peft_type": "FOURIERFT", "x": ' + "[" * 900 + "]" * 900 + "}",
-        "nesting too deep",
-    ),
-}  # fmt: skip
+    "seed text": ('"random_loc_seed": "7"', "random_loc_seed 7"),
+    "seed 1.5": ('"random_loc_seed": 1.5', "random_loc_seed 1.5"),
+    "seed true": ('"random_loc_seed": true', "random_loc_seed True"),
+    "seed null": ('"random_loc_seed": null', "random_loc_seed None"),
+    "seed of 65 bits": ('"random_loc_seed": 18446744073709551616', "random_loc_seed 1844"),
+    "scaling text": ('"scaling": "150"', "scaling 150"),
+    "scaling NaN": ('"scaling": NaN', "the number NaN"),
+    "scaling 1e39": ('"scaling": 1e39', "float32 number"),
+    "scaling of 5,000 digits": ('"scaling": ' + "1" * 5000, "an integer of 5000"),
+    "base a list": ('"base_model_name_or_path": []', "text or null"),
+    "task a number": ('"task_type": 5', "text or null"),
+}
 
 
 @pytest.mark.parametrize(("text", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
@@ -275,6 +243,8 @@ def test_configs_that_are_refused(
     text: str, words: str, adapter_dir: MakeAdapter, capsys: Any
 ) -> None:
     source = adapter_dir()
+    if text.startswith('"'):
+        text = '{"peft_type": "FOURIERFT", ' + text + "}"
     (source / "adapter_config.json").write_text(text, "utf-8")
     check_pack_refuses(source, BadInputError, words, capsys)
 
@@ -298,32 +268,25 @@ def test_a_pattern_that_explodes_is_never_run(
     assert evil in capsys.readouterr().out
 
 
-def test_a_pickled_adapter_is_refused(
+def test_pickled_and_damaged_weights_are_refused(
     adapter_dir: MakeAdapter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = adapter_dir()
-    (source / "adapter_model.safetensors").unlink()
-    (source / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    check_pack_refuses(source, BadInputError, "found a pickle, which can run code", capsys)
-    (source / "adapter_model.bin").rename(source / "adapter_model.safetensors")
-    check_pack_refuses(source, BadInputError, "found a pickle", capsys)
-
-
-def test_a_damaged_weight_file_is_refused(
-    adapter_dir: MakeAdapter, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = adapter_dir()
-    weights = source / "adapter_model.safetensors"
+    weights, pickled = source / "adapter_model.safetensors", source / "adapter_model.bin"
     weights.write_bytes(weights.read_bytes()[:-1])
     check_pack_refuses(source, BadInputError, "truncated", capsys)
+    weights.unlink()
+    check_pack_refuses(source, FileAccessError, "nothing there", capsys)
+    pickled.write_bytes(b"\x80\x04.")
+    check_pack_refuses(source, BadInputError, "found a pickle, which can run code", capsys)
+    pickled.rename(weights)
+    check_pack_refuses(source, BadInputError, "found a pickle", capsys)
 
 
 # --- which directory -----------------------------------------------------------------------------
 
 
-def test_paths_that_hold_no_adapter(
-    adapter_dir: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_paths_that_hold_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_pack_refuses(tmp_path / "missing", FileAccessError, "nothing there", capsys)
     file = tmp_path / "file"
     file.write_text("x")
@@ -331,9 +294,6 @@ def test_paths_that_hold_no_adapter(
     empty = tmp_path / "empty"
     empty.mkdir()
     check_pack_refuses(empty, BadInputError, "with adapter_config.json, found no such", capsys)
-    bare = adapter_dir("bare")
-    (bare / "adapter_model.safetensors").unlink()
-    check_pack_refuses(bare, FileAccessError, "nothing there", capsys)
 
 
 def test_an_adapter_in_a_download_cache_is_links(adapter_dir: MakeAdapter, tmp_path: Path) -> None:
@@ -354,7 +314,7 @@ def test_adapters_in_subfolders(
 ) -> None:
     one = adapter_dir("many/one", random_loc_seed=1)
     many = one.parent
-    assert find_adapter(many) == one  # the only one needs no name
+    assert from_peft(many).spec.seed == 1  # the only one needs no name
     adapter_dir("many/two", random_loc_seed=2)
     check_pack_refuses(many, UsageError, "found several: one, two; name one with --adapter", capsys)
     assert from_peft(many, adapter="two").spec.seed == 2
@@ -391,40 +351,23 @@ def base_dir(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_local_base_that_does_not_fit_is_not_taken(
-    adapter_dir: MakeAdapter, stories260k: Path
+def test_a_local_base_is_taken_by_itself_if_it_fits(
+    adapter_dir: MakeAdapter, base_dir: Path, stories260k: Path
 ) -> None:
-    """A folder may just happen to have the name that the config gives its base."""
-    assert not from_peft(adapter_dir("e", base_model_name_or_path=str(stories260k))).is_bound
-    with pytest.raises(BaseMismatchError):
-        from_peft(adapter_dir("f"), stories260k)
-
-
-def test_a_local_base_is_taken_by_itself(adapter_dir: MakeAdapter, base_dir: Path) -> None:
+    """Nobody named it: a folder may just happen to have the name; named, it is an error."""
     assert not from_peft(adapter_dir("a")).is_bound
-    bundle = from_peft(adapter_dir("b", base_model_name_or_path=str(base_dir)))
-    assert bundle.is_bound
-    assert bundle.to_bytes() == from_peft(base_dir.parent / "b", base_dir).to_bytes()
-    missing = adapter_dir("c", base_model_name_or_path=str(base_dir) + "-gone")
-    assert not from_peft(missing).is_bound
-
-
-def test_a_named_base_that_cannot_be_read_leaves_the_bundle_unbound(
-    adapter_dir: MakeAdapter, base_dir: Path
-) -> None:
-    """Nobody asked for it; asked for, it is an error."""
-    source = adapter_dir(base_model_name_or_path=str(base_dir))
+    taken = adapter_dir("b", base_model_name_or_path=str(base_dir))
+    assert from_peft(taken).is_bound
+    assert from_peft(taken).to_bytes() == from_peft(taken, base_dir).to_bytes()
+    for name, path in (("c", f"{base_dir}-gone"), ("d", stories260k)):
+        assert not from_peft(adapter_dir(name, base_model_name_or_path=str(path))).is_bound
+    with pytest.raises(BaseMismatchError, match="4 layers") as caught:
+        from_peft(taken, stories260k)
+    assert len(caught.value.offenders) == 4
     (base_dir / "model.safetensors").rename(base_dir / "pytorch_model.bin")
-    assert not from_peft(source).is_bound
+    assert not from_peft(taken).is_bound
     with pytest.raises(BadInputError, match="pickled"):
-        from_peft(source, base_dir)
-
-
-def test_a_named_base_that_is_another_is_an_error(adapter_dir: MakeAdapter, base_dir: Path) -> None:
-    tensors = {f"{PREFIX}other.{i}.fourierft_spectrum": SPECTRUM for i in range(3)}
-    with pytest.raises(BaseMismatchError, match="3 layers") as caught:
-        from_peft(adapter_dir(tensors=tensors), base_dir)
-    assert len(caught.value.offenders) == 3
+        from_peft(taken, base_dir)
 
 
 def test_to_peft_refuses_what_exists(adapter_dir: MakeAdapter, tmp_path: Path) -> None:
