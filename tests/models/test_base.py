@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError
+from fourierft_export.errors import BadInputError, BaseMismatchError
 from fourierft_export.models.base import describe_base, open_base
 from fourierft_export.models.names import Bridge
-from fourierft_export.models.task import read_config
 
 MakeBase = Callable[..., Path]
 QUERY = "encoder.layer.0.attention.self.query"
@@ -30,7 +30,7 @@ def make_base(tmp_path: Path) -> MakeBase:
     """`make(tensors, **config)`: a model directory."""
 
     def make(tensors: Mapping[str, Any], **config: Any) -> Path:
-        directory = tmp_path / "base"
+        directory = tmp_path / str(len(os.listdir(tmp_path)))
         directory.mkdir()
         save_file(dict(tensors), directory / "model.safetensors")
         if config:
@@ -84,18 +84,6 @@ def test_the_prefix_that_fits_most_layers_is_taken(make_base: MakeBase) -> None:
     assert {x.tensor for x in base.layers(names).values()} == {f"{n}.weight" for n in names}
 
 
-def test_minilm_as_it_ships_is_the_base_of_a_classifier(minilm_dir: Path) -> None:
-    base = open_base(minilm_dir)
-    found = base.layers(
-        f"bert.encoder.layer.{i}.attention.self.{p}" for i in range(6) for p in ("query", "value")
-    )
-    assert len(found) == 12
-    assert {layer.shape for layer in found.values()} == {(384, 384)}
-    assert found["bert.encoder.layer.3.attention.self.value"].tensor == (
-        "encoder.layer.3.attention.self.value.weight"
-    )
-
-
 # --- layouts and ties ----------------------------------------------------------------------------
 
 
@@ -113,17 +101,12 @@ def test_conv1d_is_stored_transposed(make_base: MakeBase) -> None:
         ((7, 4), False),
     ]
     assert base.weight("transformer.h.0.attn.c_attn").shape == (4, 12)
+    elsewhere = open_base(make_base({"h.0.c_proj.weight": matrix(3, 5)}, model_type="gpt_bigcode"))
+    layer = elsewhere.layer("h.0.c_proj")
+    assert (layer.shape, layer.transposed) == ((3, 5), False)
 
 
-def test_the_same_names_are_plain_elsewhere(make_base: MakeBase) -> None:
-    base = open_base(make_base({"h.0.c_proj.weight": matrix(3, 5)}, model_type="gpt_bigcode"))
-    assert base.layer("h.0.c_proj").shape == (3, 5)
-    assert not base.layer("h.0.c_proj").transposed
-
-
-def test_without_a_config_nobody_knows_how_conv1d_is_stored(
-    make_base: MakeBase, tmp_path: Path
-) -> None:
+def test_without_a_config_nobody_knows_how_conv1d_is_stored(make_base: MakeBase) -> None:
     directory = make_base({"h.0.c_proj.weight": matrix(3, 5), "h.0.q.weight": matrix(3, 5)})
     for base in (open_base(directory), open_base(directory / "model.safetensors")):
         assert base.layer("h.0.q").shape == (3, 5)
@@ -133,21 +116,6 @@ def test_without_a_config_nobody_knows_how_conv1d_is_stored(
             "h.0.c_proj: no config.json tells whether its weight is stored transposed, as "
             "GPT-2's is",
         )
-
-
-def test_real_gpt2_shapes(tiny_gpt2: Path) -> None:
-    layer = open_base(tiny_gpt2).layer("transformer.h.1.attn.c_attn")
-    assert (layer.shape, layer.transposed) == ((96, 32), True)
-
-
-def test_a_tied_lm_head_is_the_input_embedding(stories260k: Path) -> None:
-    base = open_base(stories260k)
-    head = base.layers(["lm_head", "model.layers.0.self_attn.q_proj"])["lm_head"]
-    assert head.tied
-    assert head.tensor == "model.embed_tokens.weight"
-    assert head.own_tensor == "lm_head.weight"
-    assert head.shape == (512, 64)
-    assert not base.layer("model.layers.0.self_attn.k_proj").tied
 
 
 EMBED, HEAD = {"model.embed_tokens.weight": matrix(5, 3)}, {"lm_head.weight": matrix(5, 3)}
@@ -218,13 +186,6 @@ def test_a_bridge_is_found_among_many_roots(make_base: MakeBase) -> None:
     assert base.bridge(names) == Bridge(strip="bert")
 
 
-def test_all_offenders_are_listed(stories260k: Path) -> None:
-    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(9)]
-    with pytest.raises(BaseMismatchError) as caught:
-        open_base(stories260k).layers(names)
-    assert [line.split(":")[0] for line in caught.value.offenders] == names[5:]  # it has five
-
-
 # --- opening -------------------------------------------------------------------------------------
 
 
@@ -234,17 +195,7 @@ def test_a_single_file_is_a_base_without_a_config(make_base: MakeBase) -> None:
     assert (base.config, base.model_type) == ({}, None)
     assert (base.layer("l.q").dtype, base.layer("l.q").shape) == ("F16", (2, 3))
     assert open_base(directory).model_type == "toy"
-
-
-def test_paths_that_are_no_base(tmp_path: Path, make_base: MakeBase) -> None:
-    with pytest.raises(FileAccessError, match="nothing there"):
-        open_base(tmp_path / "missing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInputError, match="no weights"):
-        open_base(tmp_path / "empty")
-    (tmp_path / "empty/pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(BadInputError, match="pickled"):
-        open_base(tmp_path / "empty")
+    assert open_base(make_base({"l.q.weight": matrix(2, 2)}, model_type=["x"])).model_type is None
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "{", '{"a":1,"a":2}', '{"model_type": NaN}'])
@@ -253,12 +204,6 @@ def test_bad_configs(text: str, make_base: MakeBase) -> None:
     (directory / "config.json").write_text(text, "utf-8")
     with pytest.raises(BadInputError, match=r"config\.json"):
         open_base(directory)
-
-
-def test_odd_config_values_are_no_model_type(make_base: MakeBase) -> None:
-    base = open_base(make_base({"l.q.weight": matrix(2, 2)}, model_type=["gpt2"]))
-    assert base.model_type is None
-    assert read_config(base.directory) == {"model_type": ["gpt2"]}
 
 
 def test_describe(stories260k: Path) -> None:
@@ -272,20 +217,13 @@ def test_describe(stories260k: Path) -> None:
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_modules_that_transformers_renames_while_loading(bare: bool, tmp_path: Path) -> None:
+def test_modules_that_transformers_renames_while_loading(
+    bare: bool, tiny_model: Callable[[str], Any], tmp_path: Path
+) -> None:
     import torch
-    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+    from transformers import AutoModelForImageClassification
 
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        image_size=8,
-        patch_size=4,
-    )
-    model = ViTForImageClassification(config)
+    model = tiny_model("vit")
     (model.vit if bare else model).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     paths = [p for p, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)][:-1]
