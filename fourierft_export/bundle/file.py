@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,6 +162,9 @@ class Bundle:
         fit = fit_adapter(self.spec, found, entry_rule=entry_rule)
         check_fits(opened.directory, [fit], allow_base_mismatch=None)
         return replace(self, spec=fit.spec)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Bundle], tuple[bytes]]:
+        return Bundle.from_bytes, (self.to_bytes(),)  # read-only views do not pickle
 
     def to_bytes(self) -> bytes:
         """The bundle as the bytes of its file; equal content gives equal bytes."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
 
 from ..bundle.file import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
@@ -47,13 +46,6 @@ class Share:
         """The spectrum, its entries (derived here, and cached) and the scaling."""
         scaling = float(self.bundle.spec.scaling) * self.weight
         return Term(self.bundle.spectra[self.layer], self.bundle.entries(self.layer), scaling)
-
-    def __reduce__(self) -> tuple[Callable[..., Share], tuple[Any, ...]]:
-        return _unpickle_share, (self.number, self.layer, self.bundle.to_bytes(), self.weight)
-
-
-def _unpickle_share(number: int, layer: str, data: bytes, weight: float) -> Share:
-    return Share(number, layer, Bundle.from_bytes(data), weight)
 
 
 @dataclass(frozen=True)

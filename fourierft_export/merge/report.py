@@ -111,19 +111,10 @@ def layer_reports(
 
     `plans` and `written` (None in a dry run) are by the weights' names in the output.
     """
-    reports = [
-        LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype)
-        if written is None
-        else LayerReport(
-            plan.layer,
-            name,
-            plan.slot.shape,
-            plan.slot.dtype,
-            written[name].survival,
-            written[name].error,
-        )
-        for name, plan in plans.items()
-    ]
+    reports = []
+    for name, plan in plans.items():
+        facts = (written[name].survival, written[name].error) if written else (None, None)
+        reports.append(LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype, *facts))
     return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
 
 
