@@ -19,9 +19,6 @@ from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, UsageError
-from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
-from fourierft_export.recover.from_onnx import recover_onnx
 
 KEY = "fourierft_export"
 Variant = Callable[[ff.Bundle], ff.Bundle]
@@ -51,25 +48,6 @@ VARIANTS: dict[str, Variant] = {
     "bfloat16": as_bfloat16,
     "explicit": as_explicit,
 }
-
-
-@pytest.mark.parametrize(
-    ("mode", "variant"), [("unmerged", "explicit"), ("bank", "bfloat16"), ("paired", "bound")]
-)
-def test_exports_of_a_published_kind_of_adapter(
-    mode: str, variant: str, stories260k: Path, stories_adapter: Path, tmp_path: Path
-) -> None:
-    """With the PEFT config, the fingerprints and all: the file's very bytes."""
-    bundle = VARIANTS[variant](ff.from_peft(stories_adapter, stories260k))
-    path = tmp_path / "model.onnx"
-    export_pretrained(stories260k, bundle, path, mode=mode)
-    held = tmp_path / "model.expand.onnx" if mode == "paired" else path
-    (got,) = recover_onnx(held).values()
-    assert got.to_bytes() == bundle.to_bytes()
-    assert got.spec.peft_config == bundle.spec.peft_config
-    if mode == "paired":
-        with pytest.raises(UsageError, match=r"expand\.onnx"):
-            recover_onnx(path)
 
 
 class Small(nn.Module):
@@ -111,8 +89,8 @@ def test_every_kind_of_bundle(
     small = Small()
     weights = {name: small.get_submodule(name).weight.detach().numpy() for name in "ab"}
     bundle = VARIANTS[variant](make_bundle(["a", "b"], weights))
-    apply_onnx(exported, bundle, tmp_path / "out.onnx", mode=mode)
-    assert recover_onnx(tmp_path / "out.onnx")["default"].to_bytes() == bundle.to_bytes()
+    ff.apply_onnx(exported, bundle, tmp_path / "out.onnx", mode=mode)
+    assert ff.recover_onnx(tmp_path / "out.onnx")["default"].to_bytes() == bundle.to_bytes()
 
 
 @pytest.mark.parametrize("mode", ["unmerged", "swappable", "paired", "bank"])
@@ -120,11 +98,13 @@ def test_applied_bundles_with_heads(
     mode: str, exported: Path, make_bundle: Any, tmp_path: Path
 ) -> None:
     bundle, out = make_bundle(["a", "b"], saved=SAVED), tmp_path / "out.onnx"
-    apply_onnx(exported, {"tenant": bundle}, out, mode=mode, weights=[0.5])
-    got = recover_onnx(tmp_path / "out.expand.onnx" if mode == "paired" else out)
+    ff.apply_onnx(exported, {"tenant": bundle}, out, mode=mode, weights=[0.5])
+    got = ff.recover_onnx(tmp_path / "out.expand.onnx" if mode == "paired" else out)
     assert got["tenant"].to_bytes() == bundle.to_bytes()
     assert not got["tenant"].is_bound
     if mode == "paired":
+        with pytest.raises(UsageError, match=r"expand\.onnx"):
+            ff.recover_onnx(out)
         return  # the expander has no head
     # The head is in the graph once; the metadata names its place.
     record = json.loads({p.key: p.value for p in onnx.load(out).metadata_props}[KEY])
@@ -140,8 +120,8 @@ def test_a_bank_of_unlike_adapters(exported: Path, make_bundle: Any, tmp_path: P
         "three": make_bundle(["b"], n=5, seed=9, scaling=2),
     }
     out = tmp_path / "bank.onnx"
-    apply_onnx(exported, bundles, out, mode="bank")
-    got = recover_onnx(out)
+    ff.apply_onnx(exported, bundles, out, mode="bank")
+    got = ff.recover_onnx(out)
     assert {k: b.to_bytes() for k, b in got.items()} == {
         k: b.to_bytes() for k, b in bundles.items()
     }
@@ -150,8 +130,8 @@ def test_a_bank_of_unlike_adapters(exported: Path, make_bundle: Any, tmp_path: P
 def test_several_unmerged_adapters(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
     bundles = [make_bundle(["a", "b"], n=n, seed=n) for n in (6, 9)]
     out = tmp_path / "out.onnx"
-    apply_onnx(exported, bundles, out, mode="unmerged", weights=[2.0, -1.0])
-    got = recover_onnx(out)
+    ff.apply_onnx(exported, bundles, out, mode="unmerged", weights=[2.0, -1.0])
+    got = ff.recover_onnx(out)
     assert [b.to_bytes() for b in got.values()] == [b.to_bytes() for b in bundles]
 
 
@@ -173,15 +153,15 @@ def test_beside_quantised_weights(make_bundle: Any, tmp_path: Path) -> None:
     bundle = make_bundle(["a"])
     for mode in ("unmerged", "swappable"):
         out = tmp_path / f"{mode}.onnx"
-        apply_onnx(tmp_path / "in.onnx", bundle, out, mode=mode)
-        assert recover_onnx(out)["default"].to_bytes() == bundle.to_bytes()
+        ff.apply_onnx(tmp_path / "in.onnx", bundle, out, mode=mode)
+        assert ff.recover_onnx(out)["default"].to_bytes() == bundle.to_bytes()
 
 
 def test_a_changed_or_damaged_file_is_an_error(
     exported: Path, make_bundle: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.onnx"
-    apply_onnx(exported, make_bundle(["a"]), out, mode="unmerged")
+    ff.apply_onnx(exported, make_bundle(["a"]), out, mode="unmerged")
     model = onnx.load(out)
     (tensor,) = (t for t in model.graph.initializer if t.name == "a.spectrum")
     values = numpy_helper.to_array(tensor).copy()
@@ -189,7 +169,7 @@ def test_a_changed_or_damaged_file_is_an_error(
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(model, tmp_path / "changed.onnx")
     with pytest.raises(BadInputError, match="adapter default"):
-        recover_onnx(tmp_path / "changed.onnx")
+        ff.recover_onnx(tmp_path / "changed.onnx")
     (entry,) = (p for p in model.metadata_props if p.key == KEY)
     good = json.loads(entry.value)
     record = good["adapters"]["default"]["bundle"]
@@ -197,27 +177,39 @@ def test_a_changed_or_damaged_file_is_an_error(
         {"header": ""},
         {"header": "{}"},
         {"header": record["header"].replace("12", "99")},
-        {"spectra": {}},
-        {"spectra": {"a": {"initializer": "absent"}}},
-        {"spectra": 5},
-        {"spectra": {"a": {"initializer": "a.entries", "row": 10**9, "start": -1}}},
-        {"tensors": None, "header": record["header"] + " "},
+        {"tensors": {}},
+        {"tensors": None},
+        {"tensors": {"fourierft.spectrum.0": 5}},
+        {"tensors": {"fourierft.spectrum.0": []}},
+        *(
+            {"tensors": {"fourierft.spectrum.0": [place]}}
+            for place in (
+                {"initializer": "absent", "offset": 0},
+                {"initializer": "a.spectrum", "offset": -1},
+                {"initializer": "a.spectrum", "offset": 10**9},
+                {"initializer": "a.spectrum"},
+                {"initializer": "a.spectrum", "offset": True},
+                {"data": "?"},
+                {"data": "AAAA"},
+            )
+        ),
+        {"header": record["header"] + " "},
     ):
         adapters = {"default": good["adapters"]["default"] | {"bundle": record | damage}}
         entry.value = json.dumps(good | {"adapters": adapters})
         onnx.save(model, tmp_path / "changed.onnx")
         with pytest.raises(BadInputError):
-            recover_onnx(tmp_path / "changed.onnx")
+            ff.recover_onnx(tmp_path / "changed.onnx")
     for text in ("", "[]", "{}", '{"adapters": 3}', "[" * 100_000):
         entry.value = text
         onnx.save(model, tmp_path / "changed.onnx")
         with pytest.raises((BadInputError, UsageError)):
-            recover_onnx(tmp_path / "changed.onnx")
+            ff.recover_onnx(tmp_path / "changed.onnx")
 
 
 def test_files_without_spectra_say_so(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="this package wrote"):
-        recover_onnx(exported)
-    apply_onnx(exported, make_bundle(["a"]), tmp_path / "merged.onnx")
+        ff.recover_onnx(exported)
+    ff.apply_onnx(exported, make_bundle(["a"]), tmp_path / "merged.onnx")
     with pytest.raises(UsageError, match="mode merged"):
-        recover_onnx(tmp_path / "merged.onnx")
+        ff.recover_onnx(tmp_path / "merged.onnx")
