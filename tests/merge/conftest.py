@@ -21,7 +21,7 @@ from fourierft_export.files.checkpoint import Checkpoint
 Array = np.ndarray[Any, Any]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., ff.Bundle]:
     """`make(base, modules, ...)`: a bundle with random normal spectra, bound unless told not to."""
 
@@ -47,7 +47,7 @@ def make_bundle() -> Callable[..., ff.Bundle]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def exact_delta() -> Callable[[ff.Bundle, str], Array]:
     """delta_W in float64, straight from its definition; shares no code with the package.
 
@@ -66,7 +66,7 @@ def exact_delta() -> Callable[[ff.Bundle, str], Array]:
     return delta
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tensors_of() -> Callable[[Path], dict[str, Array]]:
     """Every tensor of a checkpoint, by name."""
 
@@ -77,7 +77,7 @@ def tensors_of() -> Callable[[Path], dict[str, Array]]:
     return read
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_base() -> Callable[..., Path]:
     """`make(folder, shards=4, size=128)`: a checkpoint of layers "layers.I.q" and "layers.I.k"."""
 
@@ -102,7 +102,7 @@ def make_base() -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def files_of() -> Callable[[Path], dict[str, bytes]]:
     """The bytes of every file below a folder, by its relative path."""
 

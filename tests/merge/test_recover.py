@@ -99,23 +99,24 @@ def test_a_merged_checkpoint_gives_back_its_bundle(
 
 
 def test_what_peft_merges_is_recovered_with_its_head(
-    tmp_path: Path, minilm_dir: Path, trained_minilm_adapter: Path,
-    load_peft_minilm: Callable[[Path], Any],
-) -> None:  # fmt: skip
+    tmp_path: Path, tiny_model: Any, tiny_base: Any, tiny_adapter: Any, load_peft: Any
+) -> None:
     """PEFT's own merge, whose names have a prefix that the bare base lacks."""
-    merged = load_peft_minilm(trained_minilm_adapter).merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    adapter = ff.from_peft(trained_minilm_adapter, minilm_dir)
-    found, report = ff.recover_bundle(minilm_dir, tmp_path / "merged", like=adapter)
+    fields = {"target_modules": ["query", "value"], "scaling": 60.0}
+    folder = tiny_adapter("bert-cls", **fields)
+    tiny_model("bert-cls").bert.save_pretrained(tmp_path / "base")
+    peft = load_peft(tiny_base("bert-cls"), folder).merge_and_unload()
+    peft.save_pretrained(tmp_path / "merged")
+    adapter = ff.from_peft(folder, tmp_path / "base")
+    found, report = ff.recover_bundle(tmp_path / "base", tmp_path / "merged", like=adapter)
     assert error_of(found, adapter) < 1e-3
-    assert set(found.saved) == set(adapter.saved)
+    assert set(found.saved) == set(adapter.saved) == {"classifier.weight", "classifier.bias"}
     for name, value in adapter.saved.items():
         np.testing.assert_array_equal(found.saved[name], value)
     assert found.spec.peft_config == adapter.spec.peft_config
-    spec = adapter.spec
     blind, _ = ff.recover_bundle(
-        minilm_dir, tmp_path / "merged", seed=spec.seed, n_frequency=1000,
-        targets=["query", "value"], scaling=float(spec.scaling),
+        tmp_path / "base", tmp_path / "merged", seed=adapter.spec.seed, n_frequency=24,
+        targets=["query", "value"], scaling=60.0,
     )  # fmt: skip
     assert error_of(blind, adapter) < 1e-3
     assert set(blind.saved) == set(adapter.saved)
@@ -135,13 +136,24 @@ def test_transposed_weights(tmp_path: Path, tiny_gpt2: Path, make_bundle: MakeBu
     np.testing.assert_allclose(delta, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.fixture
-def merged(tmp_path: Path, make_base: MakeBase, make_bundle: MakeBundle) -> tuple[Path, Path]:
-    """A base and what a merge of seed 11, n 64, made of it in bfloat16."""
-    base = make_base(tmp_path / "base", shards=2, size=256, dtype=ml_dtypes.bfloat16)
+@pytest.fixture(scope="module")
+def original(
+    tmp_path_factory: pytest.TempPathFactory, make_base: MakeBase, make_bundle: MakeBundle
+) -> Path:
+    """A folder with a base and what a merge of seed 11, n 64, made of it in bfloat16."""
+    folder = tmp_path_factory.mktemp("recover")
+    base = make_base(folder / "base", shards=2, size=128, dtype=ml_dtypes.bfloat16)
     bundle = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11)
-    ff.merge_checkpoint(base, bundle, tmp_path / "out")
-    return base, tmp_path / "out"
+    ff.merge_checkpoint(base, bundle, folder / "out")
+    return folder
+
+
+@pytest.fixture
+def merged(original: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the base and of the merged checkpoint."""
+    for name in ("base", "out"):
+        shutil.copytree(original / name, tmp_path / name)
+    return tmp_path / "base", tmp_path / "out"
 
 
 RIGHT: dict[str, Any] = {"seed": 11, "n_frequency": 64, "targets": ["q"]}
@@ -177,7 +189,7 @@ def edit(folder: Path, name: str, change: Callable[[Array], Array]) -> None:
 def test_a_fine_tune_is_refused(merged: tuple[Path, Path]) -> None:
     base, out = merged
     random = np.random.default_rng(5)
-    noise = (random.standard_normal((256, 256)) * 3e-3).astype(np.float32)
+    noise = (random.standard_normal((128, 128)) * 3e-3).astype(np.float32)
     edit(out, "layers.1.q.weight", lambda w: (w.astype(np.float32) + noise).astype(w.dtype))
     with pytest.raises(ValidationError) as caught:
         ff.recover_bundle(base, out, **RIGHT)
@@ -275,7 +287,7 @@ def test_options_that_do_not_make_sense(
     unbound = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11, bound=False)
     found, _ = ff.recover_bundle(base, out, like=unbound, entry_rule="small")
     assert [layer.entry_rule for layer in found.layers] == ["small", "small"]
-    other = make_base(tmp_path / "other", shards=2, size=128)
+    other = make_base(tmp_path / "other", shards=2, size=64)
     with pytest.raises(BaseMismatchError) as caught:
         ff.recover_bundle(other, out, **RIGHT)
     assert len(caught.value.offenders) == 2
