@@ -23,7 +23,6 @@ import torch
 from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
-from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.cli.main import verbs
@@ -47,7 +46,7 @@ def deltas(path: Path) -> dict[str, np.ndarray]:
     return {x.name: delta(bundle.spectra[x.name], x.shape, *how) for x in bundle.layers}
 
 
-def adapted(model: nn.Module, bundle: Path | None) -> nn.Module:
+def adapted(model: torch.nn.Module, bundle: Path | None) -> torch.nn.Module:
     """The model in float64, with a bundle's delta_W and saved tensors in its weights."""
     model = model.double().eval().requires_grad_(False)
     for layer, change in deltas(bundle).items() if bundle else ():
@@ -112,6 +111,8 @@ def check_foreign_onnx(folder: Path, printed: str) -> None:
     (got,) = ReferenceEvaluator(str(folder / "int8.unmerged.onnx")).run(None, {"x": x.numpy()})
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
     assert "merged into int8: refused" in printed
+    errors = re.findall(r"base ([\d.]+)%, with the adapter ([\d.]+)%", printed)  # int8 and 4 bits
+    assert [float(after) < 3 * float(before) for before, after in errors] == [True, True]
 
 
 def check_peft_to_onnx(folder: Path, printed: str) -> None:
@@ -121,8 +122,7 @@ def check_peft_to_onnx(folder: Path, printed: str) -> None:
     for i in range(6):
         layer = f"encoder.layer.{i}.attention.self.query"
         spectrum = adapter[f"base_model.model.bert.{layer}.fourierft_spectrum"]
-        weight = base[f"{layer}.weight"].double().numpy()
-        want = weight + delta(spectrum, weight.shape, 777, 150.0)
+        want = base[f"{layer}.weight"].double().numpy() + delta(spectrum, (384, 384), 777, 150.0)
         np.testing.assert_allclose(merged[f"bert.{layer}.weight"], want, atol=1e-6)
     assert torch.equal(merged["classifier.weight"], adapter["base_model.model.classifier.weight"])
     ids = np.arange(1000, 1012).reshape(2, 6)
