@@ -6,11 +6,11 @@ Runtime's operators; it needs sympy. Neither reads weights here.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir as ir
 
 log = logging.getLogger(__name__)
@@ -78,11 +78,20 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
             if value not in graph.inputs:
                 graph.inputs.append(value)
     # sympy would evaluate some names as expressions: it gets only such that are made here.
-    symbols: dict[str, str | None] = {}
+    symbols: dict[str, str] = {}
+    unnamed = itertools.count()
+
+    def rename(size: int | ir.SymbolicDim) -> int | str:
+        if isinstance(size, int):
+            return size
+        if size.value is None:
+            return f"unnamed{next(unnamed)}"
+        return symbols.setdefault(size.value, f"size{len(symbols)}")
+
     for each in model.graphs():
         for value in each.inputs:
             if value.shape is not None:
-                value.shape = ir.Shape([_renamed(size, symbols) for size in value.shape])
+                value.shape = ir.Shape([rename(size) for size in value.shape])
     for value in graph.outputs:
         value.shape = None
     inference = SymbolicShapeInference(
@@ -96,40 +105,17 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
             complete = inference._infer_impl()
     except Exception as error:  # noqa: BLE001 - it raises anything, also bare Exception
         log.debug("symbolic shape inference stopped: %s", error)
+    # Expressions of sizes are unknown sizes, as are those that had no name.
+    names = {symbol: name for name, symbol in symbols.items()}
     found: dict[str | None, ir.Value] = {}
     for name, info in getattr(inference, "known_vi_", {}).items():
         if info.type.tensor_type.elem_type:
-            found[name] = ir.serde.deserialize_value_info_proto(info, None)
-            found[name].shape = _named_back(info, symbols)
+            found[name] = value = ir.serde.deserialize_value_info_proto(info, None)
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    [s if isinstance(s, int) else names.get(str(s.value)) for s in value.shape]
+                )
     return complete, found
-
-
-def _renamed(size: int | ir.SymbolicDim, symbols: dict[str, str | None]) -> int | str:
-    """A size, or the made-up name that stands for a symbolic one."""
-    if isinstance(size, int):
-        return size
-    if size.value is not None:
-        for symbol, name in symbols.items():
-            if name == size.value:
-                return symbol
-    symbol = f"size{len(symbols)}"
-    symbols[symbol] = size.value
-    return symbol
-
-
-def _named_back(info: onnx.ValueInfoProto, symbols: dict[str, str | None]) -> ir.Shape | None:
-    """An inferred shape with the names of the inputs; other expressions are unknown sizes."""
-    import onnx_ir as ir
-
-    tensor = info.type.tensor_type
-    if not tensor.HasField("shape"):
-        return None
-    return ir.Shape(
-        [
-            size.dim_value if size.HasField("dim_value") else symbols.get(size.dim_param)
-            for size in tensor.shape.dim
-        ]
-    )
 
 
 def _symbols(value: ir.Value) -> list[ir.SymbolicDim]:

@@ -50,11 +50,6 @@ def write_model(
 
     Returns:
         The files written: the model, and its data if it has any.
-
-    Raises:
-        UsageError: the output exists, without `force`.
-        FileAccessError: it cannot be written.
-        onnx.checker.ValidationError: the model is not valid ONNX.
     """
     import onnx
     import onnx_ir as ir
@@ -83,14 +78,7 @@ def write_source(
     What was external data in the input is so in the output. onnx-ir's writer makes it piece by
     piece, or copies it from file to file.
 
-    Args:
-        source: the graph, perhaps with replaced constants.
-        path: the file to make; external data goes to `path` + ".data".
-        force: replace existing files.
-        progress: called with ("copy", bytes done, bytes in all).
-
-    Returns:
-        The files written: the model, and its data if it has any.
+    Args and Returns: as in `write_model`; `progress` is called with ("copy", bytes done, in all).
 
     Raises:
         UsageError: the output exists, without `force`, or the graph is too large.
@@ -216,11 +204,7 @@ def _check(staged: Path, source: Path) -> None:
 
 
 def refuse_inputs(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse a model, or data beside it, that would replace what it is made of, even by force.
-
-    Raises:
-        UsageError: one of them is an input, or holds one.
-    """
+    """Refuse a model, or data beside it, that would replace what it is made of, even by force."""
     for output in (Path(path), data_path(Path(path))):
         check_output(output, force=True, inputs=tuple(inputs))
 

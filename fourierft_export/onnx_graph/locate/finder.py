@@ -63,17 +63,6 @@ class Candidate:
         """A layer that is all of this constant, nothing of it judged yet."""
         return Site(layer, self.value, shape, transposed, self.uses, quantised=self.quantised)
 
-    def may_hold(self, want: Wanted, *, exactly: bool = False) -> bool:
-        """Whether it is as large as the layer, or (not `exactly`) as several that are packed."""
-        if want.shape is None:
-            return True
-        layouts = [self.shape] if self.quantised else [self.shape, self.shape[::-1]]
-        return any(
-            inputs == want.shape[1]
-            and (outputs == want.shape[0] if exactly else outputs >= want.shape[0])
-            for outputs, inputs in layouts
-        )
-
 
 @dataclass
 class Found:
@@ -88,6 +77,14 @@ class Found:
     sites: dict[str, list[Site]] = field(default_factory=dict)
     bridge: Bridge = field(default_factory=Bridge)
     missing: dict[str, str] = field(default_factory=dict)
+
+
+def may_hold(shape: tuple[int, ...], want: Wanted) -> bool:
+    """Whether a matrix, in some orientation, is as large as a layer, or as several packed ones."""
+    if want.shape is None:
+        return True
+    outputs, inputs = want.shape
+    return any(there[1] == inputs and there[0] >= outputs for there in (shape, shape[::-1]))
 
 
 class Finder:
@@ -202,14 +199,10 @@ class Finder:
         tensor = constant_of(value)
         if value is None or tensor is None:
             return "which is no constant of the graph"
-        users = [node for node, _ in value.uses()]
-        inner = any(node.graph is not self.source.model.graph for node in users)
-        used = ", ".join(sorted({node.op_type for node in users})) or "nothing"
+        users = ", ".join(sorted({node.op_type for node, _ in value.uses()})) or "nothing"
         return (
-            f"which is {tensor.dtype.name} {list(constant_shape(value))}, used by {used}"
-            + (" in a subgraph or function" if inner else "")
-            + ": neither a matrix of floats, nor the integers of a MatMulNBits, QDQ or dynamic "
-            "int8 layer of the main graph"
+            f"which is {tensor.dtype.name} {list(constant_shape(value))}, used by {users}: neither "
+            "a matrix of floats, nor the integers of a quantised layer of the main graph"
         )
 
     def _packed(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
@@ -244,7 +237,7 @@ class Finder:
         hits: dict[str, list[Site]] = {want.name: [] for want in wanted}
         sizes = sorted(set(sizes))
         for one in self._candidates:
-            fit = [w for w in wanted if w.fingerprint and w.shape and one.may_hold(w)]
+            fit = [w for w in wanted if w.fingerprint and w.shape and may_hold(one.shape, w)]
             sample = sampler(self.source, one.site("", one.shape, False)) if fit else None
             for want in fit if sample else ():
                 for transposed in (False,) if one.quantised else (False, True):
@@ -265,10 +258,12 @@ class Finder:
         """That a layer is not found, with the constants whose size fits."""
         by = "path or content" if want.fingerprint and want.shape else "or path"
         why = f"no weight of this name{',' if 'content' in by else ''} {by}"
+        size = sorted(want.shape or ())
         fit = [
             one
             for one in self._candidates
-            if one.uses and (one.may_hold(want, exactly=not one.quantised))
+            if one.uses
+            and (may_hold(one.shape, want) if one.quantised else size in ([], sorted(one.shape)))
         ]
         why += f"; candidates: {_listed(fit)}" if fit else ", nor any of its size"
         return why + "".join(f"; or in {kind}" for kind in other_quantised(self.source))

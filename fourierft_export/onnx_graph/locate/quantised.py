@@ -84,19 +84,13 @@ def quantised_linears(source: Source) -> list[QuantisedLinear]:
 
 def other_quantised(source: Source) -> list[str]:
     """Kinds of quantised products beside which no adapter can be put, and why, one line each."""
-    known: set[str] = set()
-    inner: set[str] = set()
-    for node in source.model.graph.all_nodes():
+    graph, found = source.model.graph, set()
+    for node in graph.all_nodes():
         if node.op_type in _OTHERS:
-            known.add(node.op_type)
-        elif node.op_type in ("MatMulNBits", "MatMulInteger") and (
-            node.graph is not source.model.graph
-        ):
-            inner.add(node.op_type)
-    return [
-        *(f"{kind}, whose quantised form is not understood" for kind in sorted(known)),
-        *(f"{kind} in a subgraph, which sees no adapter" for kind in sorted(inner)),
-    ]
+            found.add(f"{node.op_type}, whose quantised form is not understood")
+        elif node.op_type in ("MatMulNBits", "MatMulInteger") and node.graph is not graph:
+            found.add(f"{node.op_type} in a subgraph, which sees no adapter")
+    return sorted(found)
 
 
 def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:

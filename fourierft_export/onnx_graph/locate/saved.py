@@ -36,11 +36,6 @@ class Place:
 def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) -> dict[str, Place]:
     """Where the adapters' dense tensors go.
 
-    Args:
-        finder: of the graph.
-        bridge: from the adapter's paths to the graph's.
-        bundles: adapter name -> bundle.
-
     Raises:
         BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...bundle.file import Bundle
 from ..graph.inline import holders, inline_some
 from ..graph.source import Source
-from .finder import FLOATS, Finder, Found
+from .finder import FLOATS, Finder, Found, may_hold
 from .module_names import parse_mapped
 from .saved import lacking
 from .site import Wanted
@@ -29,16 +29,12 @@ def search(
 
     Args:
         source: the graph; functions are expanded in place.
-        wanted: the layers.
-        mapping: layer -> constant, as the caller says.
+        wanted, mapping: as in `Finder.find`.
         bundles: whose saved tensors are looked for, too.
         beside: the layers themselves are to be in the main graph, not only their weights.
 
     Returns:
         The finder of the graph as it is now, what it found, and notes on functions expanded.
-
-    Raises:
-        BadInputError: a function that would have to be expanded cannot be.
     """
     finder = Finder(source)
     found = finder.find(wanted, mapping)
@@ -83,14 +79,6 @@ def _in_functions(
             return True
         if not is_float:  # perhaps a quantised layer's integers
             return bool(missing) and len(shape) > 1
-        return len(shape) == 2 and any(_may_hold(shape, want) for want in missing)
+        return len(shape) == 2 and any(may_hold(shape, want) for want in missing)
 
     return holders(model, fits)
-
-
-def _may_hold(shape: tuple[int, ...], want: Wanted) -> bool:
-    """Whether a matrix is as large as the layer, or as several that are packed."""
-    if want.shape is None:
-        return True
-    outputs, inputs = want.shape
-    return any(there[1] == inputs and there[0] >= outputs for there in (shape, shape[::-1]))

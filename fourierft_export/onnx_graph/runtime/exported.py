@@ -40,11 +40,7 @@ class Exported:
     weights: Mapping[str, tuple[tuple[str, bool], ...]]
 
     def base_saved(self) -> dict[str, Array]:
-        """The base's saved tensors, which the file keeps beside the adapter's.
-
-        Raises:
-            BadInputError: they are not in the file.
-        """
+        """The base's saved tensors, which the file keeps beside the adapter's."""
         saved = () if self.interface is None else self.interface.saved
         found = {one.name: self._constant(BASE_PREFIX + one.name) for one in saved}
         if self.mode != BANK:
@@ -55,11 +51,7 @@ class Exported:
         }
 
     def weight_inputs(self) -> list[WeightInput]:
-        """Of an expander: the weights that it makes, with their base values.
-
-        Raises:
-            BadInputError: it lacks some.
-        """
+        """Of an expander: the weights that it makes, with their base values."""
         sites = [(layer, *site) for layer, several in self.weights.items() for site in several]
         bases = {f"{name}.base": self._constant(f"{name}.base") for _, name, _ in sites}
         arrays = self._all(bases, "the base weights of every adapted layer")

@@ -56,11 +56,6 @@ def session_options(options: Any = None) -> Any:
 def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
     """An InferenceSession, without ONNX Runtime's warnings at every overridable input.
 
-    Args:
-        path: the model.
-        providers: as onnxruntime.InferenceSession takes them.
-        options: an onnxruntime.SessionOptions, or None; see `session_options`.
-
     Raises:
         MissingExtraError: onnxruntime is not installed.
         BadInputError: ONNX Runtime cannot load the model.
@@ -83,13 +78,6 @@ def run_session(
     session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], options: Any, path: Path
 ) -> list[Any]:
     """The outputs of a run, as ONNX Runtime's values.
-
-    Args:
-        session: from `load_session`.
-        outputs: names.
-        feeds: input name -> OrtValue.
-        options: an onnxruntime.RunOptions, or None.
-        path: of the model, for messages.
 
     Raises:
         UsageError: inputs of another dtype, rank or size than the model's.
@@ -115,11 +103,7 @@ def run_session(
 def device_of(
     providers: Sequence[str], options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, int]:
-    """Where a session wants its inputs: ("cuda", number of the device) or ("cpu", 0).
-
-    Args:
-        providers, options: as the session's get_providers and get_provider_options give them.
-    """
+    """Where a session with these wants its inputs: ("cuda", number) or ("cpu", 0)."""
     first = providers[0]
     if first != "CUDAExecutionProvider":
         return "cpu", 0
