@@ -1,7 +1,7 @@
 """The exceptions of the package, each with the exit code the command line gives it.
 
     FourierFTError                 1
-    |-- UsageError                 2   the call itself cannot be carried out as asked
+    |-- UsageError                 2   the call itself cannot be carried out
     |   `-- MissingExtraError      2   an optional dependency is not installed
     |-- BadInputError              3   a file is damaged, hostile, or not what it should be
     |-- BaseMismatchError          4   the adapter does not belong to this base
@@ -14,6 +14,7 @@ Every error says where it happened, what was expected, what was found and what t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from os import PathLike
 
 MAX_OFFENDERS_SHOWN = 20
@@ -53,15 +54,16 @@ class FourierFTError(Exception):
         remedy: str = "",
         offenders: Iterable[str] = (),
     ) -> None:
-        self.where = printable(where)
-        self.expected = printable(expected)
-        self.found = printable(found)
-        self.remedy = printable(remedy)
+        self.where, self.expected = printable(where), printable(expected)
+        self.found, self.remedy = printable(found), printable(remedy)
         self.offenders = tuple(printable(line) for line in offenders)
         super().__init__(self.summary)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.to_dict()))
+        """Pickle by the fields: worker processes send their errors to the one that started them."""
+        fields = self.to_dict()
+        del fields["kind"], fields["code"]
+        return partial(type(self), **fields), ()  # type: ignore[arg-type]
 
     @property
     def summary(self) -> str:
@@ -84,14 +86,8 @@ class FourierFTError(Exception):
         }
 
 
-def _rebuild(cls: type[FourierFTError], fields: dict[str, object]) -> FourierFTError:
-    """Unpickle an error; worker processes send theirs home."""
-    keep = ("where", "expected", "found", "remedy", "offenders")
-    return cls(**{key: fields[key] for key in keep})  # type: ignore[arg-type]
-
-
 class UsageError(FourierFTError):
-    """The call cannot be carried out as asked: options that clash, an output that exists."""
+    """The call cannot be carried out as it stands: options that clash, an output that exists."""
 
     exit_code = 2
     kind = "usage"
@@ -141,22 +137,16 @@ def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
     )
 
 
-_EXTRA_OF = {
-    "torch": "torch",
-    "onnxscript": "torch",
-    "onnxruntime": "ort",
-    "transformers": "hf",
-    "accelerate": "hf",
-    "datasets": "hf",
-    "pyarrow": "hf",
-    "PIL": "hf",
-    "matplotlib": "report",
-    "jinja2": "report",
-    "dask": "dask",
-    "distributed": "dask",
-    "sklearn": "demo",
-    "peft": "peft",
+_PACKAGES = {
+    "torch": ("torch", "onnxscript"),
+    "ort": ("onnxruntime",),
+    "hf": ("transformers", "accelerate", "datasets", "pyarrow", "PIL"),
+    "report": ("matplotlib", "jinja2"),
+    "dask": ("dask", "distributed"),
+    "demo": ("sklearn",),
+    "peft": ("peft",),
 }
+_EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package in packages}
 
 
 def extra_of(error: ModuleNotFoundError, what: str) -> MissingExtraError | None:

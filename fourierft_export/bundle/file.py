@@ -20,14 +20,7 @@ from ..types import Array
 from .fit import check_fits, fit_adapter, layers_of_base
 from .format import HASH_KEY, check_kind, decode, encode
 from .names import natural_key
-from .spec import (
-    EXPLICIT_RULE,
-    AdapterSpec,
-    LayerSpec,
-    layer_offenders,
-    saved_offenders,
-    spec_offenders,
-)
+from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec, spec_offenders
 
 SUFFIX = ".fourierft.safetensors"
 
@@ -70,12 +63,7 @@ class Bundle:
             BadInputError: listing every field that does not fit.
         """
         saved, explicit = saved or {}, explicit_entries or {}
-        layers = tuple(sorted(spec.layers, key=lambda m: natural_key(m.name)))
-        offenders = [
-            *spec_offenders(spec),
-            *(o for m in layers for o in layer_offenders(m, spectra.get(m.name), explicit)),
-            *saved_offenders(saved),
-        ]
+        offenders = list(spec_offenders(spec, spectra, saved, explicit))
         if offenders:
             more = len(offenders) - 1
             raise BadInputError(
@@ -84,6 +72,7 @@ class Bundle:
                 found=offenders[0] + (f", and {more} more" if more else ""),
                 offenders=offenders if more else (),
             )
+        layers = tuple(sorted(spec.layers, key=lambda layer: natural_key(layer.name)))
         return cls(
             replace(spec, layers=layers, peft_config=MappingProxyType(dict(spec.peft_config))),
             _frozen({m.name: spectra[m.name] for m in layers}),

@@ -91,12 +91,10 @@ class Fit:
     @property
     def verdict(self) -> Literal["unbound", "mismatch", "precision", "same"]:
         """The verdicts as one word, as reports have it."""
-        found = set(self.verdicts.values())
+        found = self.verdicts.values()
         if "different" in found:
             return "mismatch"
-        if "precision" in found:
-            return "precision"
-        return "same" if "same" in found else "unbound"
+        return "precision" if "precision" in found else "same" if "same" in found else "unbound"
 
     @property
     def notes(self) -> tuple[str, ...]:

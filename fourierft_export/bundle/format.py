@@ -23,9 +23,20 @@ from . import names, peft_config
 from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
 from .spec import EXPLICIT_RULE, RESERVED, AdapterSpec, Fingerprint, LayerSpec
 
+Kinds = dict[str, tuple[type, ...]]
+"""Field -> the types that it may have."""
 VERSION = 1
 SPEC_KEY, HASH_KEY = "fourierft", "sha256"
-_MISSING = object()
+_REQUIRED: Kinds = {"version": (int,), "seed": (int,), "scaling": (int, float), "groups": (list,)}
+_OPTIONAL: Kinds = {"task_type": (str,), "base_model": (str,), "peft": (dict,)}
+_GROUP: Kinds = {"layers": (list,), "n_frequency": (int,)}
+_GROUP_OPTIONAL: Kinds = {
+    "shape": (list,),
+    "entry_rule": (str,),
+    "entries_sha256": (str,),
+    "fan_in_fan_out": (bool,),
+    "base_dtype": (str,),
+}
 
 TensorRow = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype and shape."""
@@ -106,29 +117,17 @@ def _group_object(layers: list[LayerSpec]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
-class _Fields:
-    """Takes typed fields out of a JSON object and complains about what is left."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        self.where = where
-        _require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
-        self.values = dict(value)
-
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
-        """The field `key`; bool is not taken for a number."""
-        value = self.values.pop(key, default)
-        if value is default and default is not _MISSING:
-            return default
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in kinds)
-        found = "nothing" if value is _MISSING else type(value).__name__
-        _require(type(value) in kinds, f"{self.where}, field {key}", wanted, found)
-        return value
-
-    def finish(self) -> None:
-        """Refuse fields that nobody took."""
-        extra = ", ".join(sorted(self.values)[:5])
-        _require(not self.values, self.where, "no unknown fields", extra)
+def _fields(value: Any, where: str, required: Kinds, optional: Kinds) -> dict[str, Any]:
+    """The fields of a JSON object, each of its types (bool is no number); None for absent ones."""
+    _require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
+    for key, kinds in {**required, **optional}.items():
+        if key in required or key in value:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            found = type(value[key]).__name__ if key in value else "nothing"
+            _require(found in wanted.split(" or "), f"{where}, field {key}", wanted, found)
+    extra = ", ".join(sorted(value.keys() - {*required, *optional})[:5])
+    _require(not extra, where, "no unknown fields", extra)
+    return {key: value.get(key) for key in (*required, *optional)}
 
 
 def _require(holds: bool, where: str, expected: str, found: str, remedy: str = "") -> None:
@@ -181,24 +180,21 @@ def decode(
     _require(ordered and origin % 8 == 0, where, order, "another form of the file", again)
     value = strict_json.loads(text, where)
     _require(canonical(value) == text, where, "canonical JSON as metadata", "another form of it")
-    fields = _Fields(value, f"{where}, bundle metadata")
-    version = fields.take("version", int)
-    newer = "use the version of fourierft-export that wrote it, or a newer one"
-    known = f"bundle version {VERSION}"
-    _require(version == VERSION, where, known, f"version {version}", newer)
+    later = isinstance(value, dict) and type(value.get("version")) is int
+    if later and value["version"] != VERSION:
+        raise BadInputError(
+            where,
+            expected=f"bundle version {VERSION}",
+            found=f"version {value['version']}",
+            remedy="use the version of fourierft-export that wrote it, or a newer one",
+        )
+    fields = _fields(value, f"{where}, bundle metadata", _REQUIRED, _OPTIONAL)
     stacks = [t.shape for t in tensors if t.name.startswith(f"{RESERVED}spectrum.")]
     rows = sum(shape[0] for shape in stacks if shape)
     _require(rows <= names.MAX_NAMES, where, f"at most {names.MAX_NAMES} layers", f"{rows}")
     arrays = {t.name: _array(payload, t.start - origin, t.dtype, t.shape, where) for t in tensors}
-    spec = AdapterSpec(
-        seed=fields.take("seed", int),
-        scaling=fields.take("scaling", (int, float)),
-        layers=(),
-        task_type=fields.take("task_type", str, None),
-        base_model=fields.take("base_model", str, None),
-    )
-    short, groups = fields.take("peft", dict, None), fields.take("groups", list)
-    fields.finish()
+    seed, scaling, groups = fields["seed"], fields["scaling"], fields["groups"]
+    spec = AdapterSpec(seed, scaling, (), fields["task_type"], fields["base_model"])
     layers: list[LayerSpec] = []
     spectra: dict[str, Array] = {}
     explicit: dict[str, Array] = {}
@@ -212,11 +208,11 @@ def decode(
             if entries is not None:
                 explicit[layer.name] = entries
     spec = replace(spec, layers=tuple(layers))
-    if short is not None:
-        difference = _Fields(short, f"{where}, the PEFT config")
-        differing, absent = difference.take("set", dict, {}), difference.take("absent", list, [])
-        difference.finish()
-        spec = replace(spec, peft_config=peft_config.restore(spec, differing, absent))
+    if fields["peft"] is not None:
+        kinds: Kinds = {"set": (dict,), "absent": (list,)}
+        short = _fields(fields["peft"], f"{where}, the PEFT config", {}, kinds)
+        config = peft_config.restore(spec, short["set"] or {}, short["absent"] or [])
+        spec = replace(spec, peft_config=config)
     return spec, spectra, arrays, explicit
 
 
@@ -232,13 +228,9 @@ def _read_group(
 ) -> Iterator[tuple[LayerSpec, Array, Array | None]]:
     """The layers of one group; takes the group's tensors out of `arrays`."""
     where = f"{where}, group {i}"
-    fields = _Fields(group, where)
-    templates, n = fields.take("layers", list), fields.take("n_frequency", int)
-    shape, rule = fields.take("shape", list, None), fields.take("entry_rule", str, None)
-    digest = fields.take("entries_sha256", str, None)
-    fan_in_fan_out = fields.take("fan_in_fan_out", bool, False)
-    base_dtype = fields.take("base_dtype", str, None)
-    fields.finish()
+    fields = _fields(group, where, _GROUP, _GROUP_OPTIONAL)
+    templates, n, shape = fields["layers"], fields["n_frequency"], fields["shape"]
+    rule, digest, base_dtype = (fields[k] for k in ("entry_rule", "entries_sha256", "base_dtype"))
     is_text = all(isinstance(template, str) for template in templates)
     _require(is_text, where, "layer templates as text", "something else")
     _require(n >= 1, where, "an n_frequency from 1", str(n)[:80])
@@ -271,8 +263,9 @@ def _read_group(
         raw = [row.tobytes() for row in table]
         prints = [Fingerprint(base_dtype, r[:DIGEST_BYTES], r[DIGEST_BYTES:]) for r in raw]
     size = None if shape is None else (shape[0], shape[1])
+    turned = fields["fan_in_fan_out"] is True
     for name, row, mark in zip(layer_names, spectrum, prints, strict=True):
-        yield LayerSpec(name, n, size, fan_in_fan_out, rule, digest, mark), row, entries
+        yield LayerSpec(name, n, size, turned, rule, digest, mark), row, entries
 
 
 def _stack(name: str, shape: tuple[int, ...], arrays: dict[str, Array], where: str) -> Array:

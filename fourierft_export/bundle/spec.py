@@ -17,7 +17,7 @@ from ..files import dtypes
 from ..files.container import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
 from ..types import Array
-from .names import MAX_NAMES, why_not
+from .names import MAX_NAMES, natural_key, why_not
 
 EXPLICIT_RULE = "explicit"
 RESERVED = "fourierft."
@@ -110,8 +110,13 @@ def number_offenders(seed: object, scaling: object) -> Iterable[str]:
         yield f"scaling {str(scaling)[:40]}: not a finite float32 number"
 
 
-def spec_offenders(spec: AdapterSpec) -> Iterable[str]:
-    """What is wrong with an adapter apart from its arrays."""
+def spec_offenders(
+    spec: AdapterSpec,
+    spectra: Mapping[str, Array],
+    saved: Mapping[str, Array],
+    explicit_entries: Mapping[str, Array],
+) -> Iterable[str]:
+    """What is wrong with the fields of a bundle, each finding a line."""
     yield from number_offenders(spec.seed, spec.scaling)
     if not spec.layers:
         yield "no layers"
@@ -124,9 +129,16 @@ def spec_offenders(spec: AdapterSpec) -> Iterable[str]:
             yield f"layer {layer.name[:80]!r}: {problem} in its name"
     if len(spec.layers) > MAX_NAMES:
         yield f"{len(spec.layers)} layers, where {MAX_NAMES} is the most"
+    for layer in sorted(spec.layers, key=lambda layer: natural_key(layer.name)):
+        yield from _layer_offenders(layer, spectra.get(layer.name), explicit_entries)
+    for name, tensor in saved.items():
+        if name.startswith(RESERVED) or name == "__metadata__":
+            yield f"tensor {name!r}: names that begin with {RESERVED!r} are reserved"
+        if not dtypes.has_name(tensor.dtype):
+            yield f"tensor {name!r}: dtype {tensor.dtype}, which safetensors lacks"
 
 
-def layer_offenders(
+def _layer_offenders(
     layer: LayerSpec, spectrum: Array | None, explicit: Mapping[str, Array]
 ) -> Iterable[str]:
     """What is wrong with one layer, its spectrum (n,) and its explicit entries (n, 2)."""
@@ -164,12 +176,3 @@ def layer_offenders(
 def _all_finite(spectrum: Array) -> bool:
     with np.errstate(invalid="ignore"):  # casting a signalling NaN is "invalid"
         return bool(np.isfinite(spectrum.astype(np.float64)).all())
-
-
-def saved_offenders(saved: Mapping[str, Array]) -> Iterable[str]:
-    """What is wrong with the dense tensors that ride along."""
-    for name, tensor in saved.items():
-        if name.startswith(RESERVED) or name == "__metadata__":
-            yield f"tensor {name!r}: names that begin with {RESERVED!r} are reserved"
-        if not dtypes.has_name(tensor.dtype):
-            yield f"tensor {name!r}: dtype {tensor.dtype}, which safetensors lacks"
