@@ -1,21 +1,35 @@
-"""Which of the adapters on a model count."""
+"""Which of the adapters on a model are in use, and which of their tensors learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import permutations
 from typing import TypeVar
 
 from torch import nn
 
 from ..errors import UsageError
-from .tree import adapted_modules, check_known, check_not_routed, fourier_layers, is_fused
+from .modules import (
+    active_adapters,
+    adapted_modules,
+    adapter_names,
+    adapter_versions,
+    adapters_of,
+    check_known,
+    check_not_fused,
+    check_not_routed,
+    fourier_layers,
+    is_fused,
+)
+from .saved_modules import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def activate(model: Model, names: str | Sequence[str]) -> Model:
-    """Make these adapters count, and no others; their changes add up.
+    """Use these adapters, and no others; their changes add up.
 
     Args:
         model: a model with adapters.
@@ -25,77 +39,136 @@ def activate(model: Model, names: str | Sequence[str]) -> Model:
         The model.
 
     Raises:
-        UsageError: an unknown name or a name twice; two adapters that bring their own version of
+        UsageError: an unknown name or a name twice; two adapters that have their own version of
             one module (a head, a bias); the model is fused, or a `route` block is open.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     check_known(model, wanted)
     if len(set(wanted)) != len(wanted):
         raise UsageError("activate", expected="every adapter once", found=", ".join(wanted))
-    if is_fused(model):
-        raise UsageError("activate", found="a model that is fused", remedy="call restore first")
+    check_not_fused(model, "activate")
     check_not_routed(model, "activate")
     _check_versions(model, wanted)
-    for layer in fourier_layers(model).values():
-        layer.active = tuple(name for name in wanted if name in layer.adapters)
-    for module in adapted_modules(model).values():
-        module.active = next((name for name in wanted if name in module.versions), None)
+    _set_active(model, wanted)
     update_learning(model)
     return model
 
 
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Within the block, `model` is its base: no adapter changes it, also if it is fused.
+
+    Afterwards, and after an exception, the same adapters are active and fused as before, and no
+    others. What was detached meanwhile stays away; if it was fused, nothing is fused any more.
+
+    Yields:
+        The same model.
+
+    Raises:
+        UsageError: a `route` block is open.
+    """
+    check_not_routed(model, "disabled")
+    active, before = active_adapters(model), adapter_names(model)
+    fused = {
+        layer: layer.exchange_weight(layer.kept_weight, fuse=False)
+        for layer in fourier_layers(model).values()
+        if layer.kept_weight is not None
+    }
+    try:
+        _set_active(model, ())
+        update_learning(model)
+        yield model
+    finally:
+        left = adapter_names(model)
+        _set_active(model, [name for name in active if name in left])
+        if set(before) <= set(left):
+            for layer, weight in fused.items():
+                layer.exchange_weight(weight, fuse=True)
+        update_learning(model)
+
+
 def update_learning(model: nn.Module) -> None:
-    """Let those adapter tensors learn that are active, trainable and not fused.
+    """Let those adapter tensors learn that are active and trainable, none while the model is fused.
 
     Idle ones must not ask for gradients: DistributedDataParallel waits for every one that does.
     """
-    fused = is_fused(model)
-    for layer in fourier_layers(model).values():
-        for name in layer.adapters:
-            adapter = layer.adapter(name)
-            learns = adapter.trainable and name in layer.active and not fused
-            adapter.spectrum.requires_grad_(learns)
-    for module in adapted_modules(model).values():
-        for name in module.versions:
-            version = module.version(name)
-            for tensor in version.own_tensors().values():
-                if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                    tensor.requires_grad_(version.trainable and name == module.active)
+    learning = set() if is_fused(model) else set(active_adapters(model))
+    for name in adapter_names(model):
+        for parameter, trainable in _parameters(model, name):
+            parameter.requires_grad_(trainable and name in learning)
 
 
-def let_learn(model: nn.Module, names: Sequence[str]) -> None:
+def let_learn(model: nn.Module, names: Iterable[str]) -> None:
     """Let what is trainable of these adapters learn, too, until the next `update_learning`."""
+    for name in names:
+        for parameter, trainable in _parameters(model, name):
+            if trainable:
+                parameter.requires_grad_()
+
+
+@dataclass(frozen=True)
+class TrainableParameters:
+    """How many numbers of a model learn.
+
+    Attributes:
+        count: numbers in parameters that ask for gradients.
+        total: numbers in all parameters.
+    """
+
+    count: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """count / total; 0 for a model without parameters."""
+        return self.count / self.total if self.total else 0.0
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """Count the parameters that learn, as PEFT's `get_nb_trainable_parameters` does.
+
+    Args:
+        model: with adapters or without.
+
+    Returns:
+        The count, the total and the share.
+    """
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return TrainableParameters(sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes))
+
+
+def _parameters(model: nn.Module, name: str) -> Iterator[tuple[nn.Parameter, bool]]:
+    """(parameter, whether it is trainable) for all of adapter `name`."""
+    for adapter in adapters_of(model, name).values():
+        yield adapter.spectrum, adapter.trainable
+    for version in adapter_versions(model, name).values():
+        yield from ((parameter, version.trainable) for parameter in version.own_parameters())
+
+
+def _set_active(model: nn.Module, names: Sequence[str]) -> None:
     for layer in fourier_layers(model).values():
-        for name in names:
-            if name in layer.adapters and layer.adapter(name).trainable:
-                layer.adapter(name).spectrum.requires_grad_()
+        layer.active = tuple(name for name in names if name in layer.adapters)
     for module in adapted_modules(model).values():
-        for name in names:
-            if name in module.versions and module.version(name).trainable:
-                for tensor in module.version(name).own_tensors().values():
-                    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                        tensor.requires_grad_()
+        versions = versions_of(module)
+        module._fourierft_active = next((name for name in names if name in versions), None)
 
 
 def _check_versions(model: nn.Module, wanted: Sequence[str]) -> None:
-    """Values replace each other and cannot add up, so only one active adapter may bring them."""
-    layers = fourier_layers(model)
+    """Values replace each other and cannot add up, so only one active adapter may have its own."""
     clashes = []
-    for path, module in adapted_modules(model).items():
-        bring = [name for name in wanted if name in module.versions]
-        clashes += [f"{path}: {a} and {b} both bring their own" for a, b in combinations(bring, 2)]
-        if path in layers:
-            whole = [name for name in bring if "weight" in module.version(name).own]
-            clashes += [
-                f"{path}: {a} replaces it, {b} changes it"
-                for a in whole
-                for b in wanted
-                if b in layers[path].adapters
-            ]
+    for a, b in permutations(wanted, 2):
+        theirs = adapter_versions(model, b)
+        for path, version in adapter_versions(model, a).items():
+            if path in theirs and wanted.index(a) < wanted.index(b):
+                clashes.append(f"{path}: {a} and {b} both have their own")
+            inside = [p for p in theirs if p.startswith(f"{path}.")]
+            changed = [p for p in adapters_of(model, b) if f"{p}.".startswith(f"{path}.")]
+            if version.is_whole:
+                clashes += [f"{p}: {a} replaces it, {b} changes it" for p in (*inside, *changed)]
     if clashes:
         raise UsageError(
             "activate",
-            expected="at most one active adapter that brings its own head or bias for a module",
+            expected="at most one active adapter that has its own head or bias for a module",
             found=f"{len(clashes)} clashes",
             remedy="activate one of them at a time",
             offenders=clashes,

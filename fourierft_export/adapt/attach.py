@@ -1,7 +1,8 @@
-"""Bundles onto a live model, off it again, and out of it: attach, detach, capture."""
+"""Bundles onto a live model, off it again, and out of it."""
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import torch
@@ -10,36 +11,39 @@ from torch import nn
 from ..bundle import fingerprint
 from ..bundle.file import Bundle
 from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
-from ..errors import UsageError
+from ..errors import BaseMismatchError, UsageError
 from ..spectral.entries import entries_sha256
 from ..types import Array
 from .active import activate, update_learning
 from .adapter import AdapterOrigin
-from .inject import base_model_name, freeze, unfreeze
-from .linear import float_weight, is_conv1d, layer_device, to_array, to_tensor
-from .placing import plan_attachment
-from .tree import (
+from .freeze import freeze, unfreeze
+from .linear import float_weight, is_conv1d, layer_device, to_array
+from .match_bundle import BundleSource, load_bundle, match_bundle
+from .modules import (
     active_adapters,
-    adapted_modules,
     adapter_names,
+    adapters_of,
+    add_saved,
+    base_model_name,
     base_modules,
     check_known,
     check_new_name,
+    check_not_fused,
     check_not_routed,
-    ensure_adapted,
     ensure_fourier,
     fourier_layers,
-    is_fused,
     original,
-    put,
+    remove_adapter,
+    saved_tensors,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
+log = logging.getLogger(__name__)
 
 
 def attach(
     model: Model,
-    bundle: Bundle,
+    bundle: BundleSource,
     name: str = "default",
     *,
     trainable: bool = False,
@@ -47,59 +51,119 @@ def attach(
 ) -> Model:
     """Put a bundle's adapter on a live model and make it the only active one.
 
-    Layer names may differ from the model's by one leading segment (an adapter trained on
-    `bert.encoder...` fits a bare `encoder...`); tensors of the task model around a bare base, such
-    as its head, have no place there and are left out with a log message.
+    The base is frozen, as PEFT freezes it; `detach` lets it learn again. Layer names may differ
+    from the model's by one leading segment (an adapter trained on `bert.encoder...` fits a bare
+    `encoder...`); tensors of the task model around a bare base, such as its head, have no place
+    there and are left out with a log message.
 
     Args:
         model: changed in place.
-        bundle: bound or not; an unbound one takes its shapes from the model, and only those are
-            checked then.
+        bundle: a bundle, or the path of one or of a PEFT adapter directory. An unbound one takes
+            its shapes from the model, and only those are checked then.
         name: the adapter's name on this model.
-        trainable: continue training it: its spectra become float32 and learn, the base is frozen.
+        trainable: continue training it: its spectra become float32 and learn.
         allow_base_mismatch: accept base weights other than those the adapter was trained on.
 
     Returns:
         The same model.
 
     Raises:
+        FileAccessError, BadInputError: the path is no bundle and no adapter, or its content is
+            damaged.
         UsageError: the name is taken; the model has no weights yet (meta device), is fused, or is
             within a `route` block; the bundle both replaces and changes a weight.
         BaseMismatchError: layers or tensors that the model lacks, other shapes, other base
-            weights: all of them listed. The model is unchanged after either.
+            weights: all of them listed. The model is unchanged after any of these.
     """
     check_new_name(model, name)
-    plan = plan_attachment(model, bundle, allow_base_mismatch)
-    if trainable:
-        freeze(model)
-    spec = bundle.spec
-    origin = AdapterOrigin(
-        spec.seed, spec.scaling, spec.task_type, spec.base_model, dict(spec.peft_config)
-    )
+    loaded = load_bundle(bundle)
+    match = match_bundle(model, loaded, allow_base_mismatch)
+    freeze(model)
+    origin = _origin(loaded)
     modules = dict(base_modules(model))
-    for path, layer in plan.layers.items():
-        spectrum = to_tensor(bundle.spectra[layer.name])
+    for path, layer in match.layers.items():
+        spectrum = layer.spectrum
         if trainable:
             spectrum = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         ensure_fourier(model, path, modules[path]).add_adapter(
             name,
             spectrum,
             origin,
-            entries=plan.bundle.entries(layer.name),
-            entry_rule=layer.entry_rule,
+            entries=layer.entries,
+            entry_rule=layer.spec.entry_rule,
             trainable=trainable,
         )
-    for path, tensors in plan.saved.items():
-        ensure_adapted(model, path).add_version(name, tensors, trainable)
+    for path, tensors in match.saved.items():
+        add_saved(model, path, name, tensors, trainable)
     return activate(model, name)
+
+
+@torch.no_grad()
+def replace(
+    model: Model,
+    bundle: BundleSource,
+    name: str = "default",
+    *,
+    allow_base_mismatch: bool = False,
+) -> Model:
+    """Give adapter `name` the values of another bundle, in place.
+
+    Its parameters stay the same objects, so a compiled model is not compiled again (unless the
+    scaling differs) and an optimizer goes on with them. Seed, entries and scaling may differ.
+
+    Args:
+        model: changed in place.
+        bundle: for the same layers, with as many coefficients each, and the same saved tensors.
+        name: the adapter to replace.
+        allow_base_mismatch: as in `attach`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an unknown name; the model is fused or within a `route` block.
+        BaseMismatchError: other layers, numbers of coefficients or saved tensors than the adapter
+            has: all of them listed. The model is unchanged then.
+    """
+    check_known(model, [name])
+    check_not_fused(model, "replace")
+    check_not_routed(model, "replace")
+    loaded = load_bundle(bundle)
+    match = match_bundle(model, loaded, allow_base_mismatch)
+    adapters, tensors = adapters_of(model, name), saved_tensors(model, name)
+    values = {f"{p}.{leaf}": t for p, held in match.saved.items() for leaf, t in held.items()}
+    here = {path: [adapter.n_frequency] for path, adapter in adapters.items()}
+    here |= {key: list(tensor.shape) for key, tensor in tensors.items()}
+    there = {path: list(layer.spectrum.shape) for path, layer in match.layers.items()}
+    there |= {key: list(tensor.shape) for key, tensor in values.items()}
+    wrong = [
+        f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} in the bundle"
+        for key in {**here, **there}
+        if here.get(key) != there.get(key)
+    ]
+    if wrong:
+        raise BaseMismatchError(
+            f"adapter {name!r}",
+            expected="a bundle of the same layers, numbers of coefficients and saved tensors",
+            found=f"{len(wrong)} differences",
+            remedy="detach the adapter and attach the bundle",
+            offenders=wrong,
+        )
+    origin = _origin(loaded)
+    for path, layer in match.layers.items():
+        rule = layer.spec.entry_rule or EXPLICIT_RULE
+        adapters[path].replace_values(layer.spectrum, layer.entries, rule, origin)
+    for key, tensor in tensors.items():
+        tensor.copy_(values[key])
+    return model
 
 
 def detach(model: Model, name: str | None = None) -> Model:
     """Take one adapter off a model, or all of them.
 
     Where no adapter is left, the original module stands again, the same object. With the last
-    adapter gone, parameters that `inject` froze learn again. A model without adapters stays as
-    it is.
+    adapter gone, the base learns again as before the first. A model without adapters stays as it
+    is. Where others stay and none of them is active, the log says so.
 
     Args:
         model: changed in place.
@@ -115,31 +179,22 @@ def detach(model: Model, name: str | None = None) -> Model:
     if name is not None:
         check_known(model, [name])
     check_not_routed(model, "detach")
-    gone = adapter_names(model) if name is None else (name,)
-    left = [n for n in active_adapters(model) if n not in gone]
-    if is_fused(model) and set(gone) != set(adapter_names(model)):
-        raise UsageError("detach", found="a model that is fused", remedy="call restore first")
+    there = adapter_names(model)
+    gone = there if name is None else (name,)
+    if set(gone) != set(there):
+        check_not_fused(model, "detach")
     for layer in fourier_layers(model).values():
-        layer.active = tuple(n for n in layer.active if n in left)
-        for one in gone:
-            if one in layer.adapters:
-                del layer.adapters[one]
-    for path, adapted in adapted_modules(model).items():
-        adapted.active = adapted.active if adapted.active in left else None
-        for one in gone:
-            if one in adapted.versions:
-                del adapted.versions[one]
-        if not adapted.versions:
-            holder = fourier_layers(model).get(path)
-            if holder is not None:
-                holder.base_layer = adapted.original
-            else:
-                put(model, path, adapted.original)
-    for path, layer in fourier_layers(model).items():
-        if not layer.adapters:
-            put(model, path, layer.base_layer)
+        if layer.kept_weight is not None:
+            layer.exchange_weight(layer.kept_weight, fuse=False)
+    was_active = active_adapters(model)
+    for one in gone:
+        remove_adapter(model, one)
     update_learning(model)
-    unfreeze(model)
+    left = adapter_names(model)
+    if not left:
+        unfreeze(model)
+    elif was_active and not active_adapters(model):
+        log.warning("no adapter is active now; %s can be activated", ", ".join(left))
     return model
 
 
@@ -155,45 +210,35 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
         BadInputError: its values are not finite.
     """
     check_known(model, [name])
-    origin: AdapterOrigin | None = None
     specs: list[LayerSpec] = []
     spectra: dict[str, Array] = {}
     explicit: dict[str, Array] = {}
-    for path, layer in fourier_layers(model).items():
-        if name not in layer.adapters:
-            continue
-        adapter = layer.adapter(name)
-        base = original(layer)
+    layers, adapters = fourier_layers(model), adapters_of(model, name)
+    for path, adapter in adapters.items():
+        base = original(layers[path])
         if adapter.spectrum.is_meta or layer_device(base).type == "meta":
             raise UsageError(
                 f"layer {path}",
                 expected="values",
                 found="the meta device",
-                remedy="load the weights first",
+                remedy="load the weights before capturing",
             )
-        origin = adapter.origin
         spectra[path] = to_array(adapter.spectrum)
         if adapter.entry_rule == EXPLICIT_RULE:
             explicit[path] = adapter.host_entries
+        kept = layers[path].kept_weight
         specs.append(
             LayerSpec(
                 name=path,
                 n_frequency=adapter.n_frequency,
-                shape=layer.shape,
+                shape=adapter.shape,
                 fan_in_fan_out=is_conv1d(base),
                 entry_rule=adapter.entry_rule,
                 entries_sha256=entries_sha256(adapter.host_entries),
-                fingerprint=_fingerprint(base),
+                fingerprint=_fingerprint(float_weight(base) if kept is None else kept),
             )
         )
-    if origin is None:
-        raise UsageError(f"adapter {name!r}", found="no layer that it changes")
-    saved = {
-        f"{path}.{leaf}": to_array(tensor)
-        for path, module in adapted_modules(model).items()
-        if name in module.versions
-        for leaf, tensor in module.version(name).own_tensors().items()
-    }
+    origin = next(iter(adapters.values())).origin
     spec = AdapterSpec(
         seed=origin.seed,
         scaling=origin.scaling,
@@ -202,10 +247,17 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
         base_model=origin.base_model or base_model_name(model),
         peft_config=origin.peft_config,
     )
+    saved = {key: to_array(tensor) for key, tensor in saved_tensors(model, name).items()}
     return Bundle.build(spec, spectra, saved, explicit, where=f"adapter {name!r}")
 
 
-def _fingerprint(base: nn.Module) -> Fingerprint | None:
+def _fingerprint(weight: torch.Tensor | None) -> Fingerprint | None:
     """Of a plain float weight; integers and scales are not what an adapter is merged into."""
-    weight = float_weight(base)
     return None if weight is None else fingerprint.fingerprint(to_array(weight))
+
+
+def _origin(bundle: Bundle) -> AdapterOrigin:
+    spec = bundle.spec
+    return AdapterOrigin(
+        spec.seed, spec.scaling, spec.task_type, spec.base_model, dict(spec.peft_config)
+    )

@@ -1,10 +1,11 @@
-"""In-memory merge, and a restore that gives back the base bit for bit.
+"""In-memory merge: W + delta_W computed once, and taken back or kept for good.
 
-The base's weight is kept and never written to: subtracting delta_W again would not restore it.
+`fuse` keeps the base's weight: subtracting delta_W again would not restore it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,10 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..spectral import torch_ops
 from .active import activate, update_learning
+from .attach import detach
 from .layer import FourierLinear
-from .linear import check_mergeable, stored_weight
-from .tree import active_adapters, check_known, fourier_layers, is_fused
+from .linear import check_mergeable, check_weight_is_parameter, stored_weight
+from .modules import (
+    active_adapters,
+    adapted_modules,
+    base_modules,
+    check_known,
+    check_not_fused,
+    check_not_routed,
+    fourier_layers,
+    is_fused,
+    original,
+    put,
+)
+from .saved_modules import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,8 +38,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
     """Compute W + delta_W once, so that the forward pass costs what the base costs.
 
-    The adapted layers hold both weights until `restore`; their spectra do not learn meanwhile.
-    Weights tied to others (an output embedding) are changed here only.
+    Each adapted layer runs its own forward and hooks on the merged weight, and holds both weights
+    until `restore`. Nothing of the adapters learns meanwhile, state dicts hold the base's
+    weights, and `load_state_dict` is refused. Weights tied to others (an output embedding) are
+    changed here only.
 
     Args:
         model: a model with adapters; changed in place.
@@ -35,30 +52,18 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
 
     Raises:
         UsageError: fused already; no adapter named or active; a merged weight is not finite in
-            the base's dtype (float16 ends at 65,504), or a layer is quantised: all such layers
-            listed, and the model unchanged.
+            the base's dtype (float16 ends at 65,504); a layer is quantised, its weight is computed
+            from others, or it stands at several places in the model: all such layers listed, and
+            the model unchanged.
     """
-    if is_fused(model):
-        raise UsageError("fuse", found="a model that is fused already", remedy="call restore first")
-    wanted = active_adapters(model) if names is None else names
-    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    check_known(model, wanted)
-    if not wanted:
-        raise UsageError("fuse", expected="an adapter", found="none that is active")
-    touched = {
-        p: m for p, m in fourier_layers(model).items() if not set(wanted).isdisjoint(m.adapters)
-    }
-    check_mergeable("fuse", {path: layer.linear for path, layer in touched.items()})
-    before = active_adapters(model)
-    activate(model, wanted)
-    layers = [(path, layer) for path, layer in fourier_layers(model).items() if layer.active]
+    before, layers = _activate_for_merge(model, names, "fuse")
     try:
-        weights = merged_weights(dict(layers))
+        weights = merged_weights(layers)
     except UsageError:
         activate(model, before)
         raise
-    for path, layer in layers:
-        layer.fused_weight = weights[path]
+    for path, layer in layers.items():
+        layer.exchange_weight(nn.Parameter(weights[path], requires_grad=False), fuse=True)
     update_learning(model)
     return model
 
@@ -72,8 +77,66 @@ def restore(model: Model) -> Model:
     if not is_fused(model):
         raise UsageError("restore", expected="a model that is fused", found="one that is not")
     for layer in fourier_layers(model).values():
-        layer.fused_weight = None
+        if layer.kept_weight is not None:
+            layer.exchange_weight(layer.kept_weight, fuse=False)
     update_learning(model)
+    return model
+
+
+@torch.no_grad()
+def unload(model: Model, merge: bool = False) -> Model:
+    """Take all adapters off a model; with `merge`, keep what the active ones do to it.
+
+    Merging adds delta_W to the base's own weights in place, without a second copy of them where
+    they cannot overflow, and gives the modules that adapters saved to the model for good.
+
+    Args:
+        model: changed in place.
+        merge: merge the active adapters first; otherwise the base is as it was.
+
+    Returns:
+        The same model, without wrappers: `save_pretrained` writes it as any other.
+
+    Raises:
+        UsageError: as for `fuse`, for merging; the model is unchanged then.
+    """
+    check_not_routed(model, "unload")
+    if not merge:
+        return detach(model)
+    weights: dict[str, Tensor] = {}
+    if is_fused(model):
+        fused = {path: m for path, m in fourier_layers(model).items() if m.is_fused}
+        weights = {path: stored_weight(layer.linear) for path, layer in fused.items()}
+    else:
+        before, layers = _activate_for_merge(model, None, "unload")
+        tied = _tied_weights(model)
+        in_place = {p: m for p, m in layers.items() if p not in tied and _cannot_overflow(m)}
+        try:
+            weights = merged_weights({p: m for p, m in layers.items() if p not in in_place})
+        except UsageError:
+            activate(model, before)
+            raise
+        for group in _same_entries(in_place):
+            _merge_group(group, in_place=True)
+    versions = {
+        path: versions_of(module)[module._fourierft_active]
+        for path, module in adapted_modules(model).items()
+        if module._fourierft_active is not None
+    }
+    detach(model)
+    modules = dict(base_modules(model))
+    for path, weight in weights.items():
+        parameters = modules[path]._parameters
+        learns = parameters["weight"].requires_grad  # type: ignore[union-attr]
+        parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=learns)
+    for path, version in versions.items():
+        learning = {n for n, p in modules[path].named_parameters() if p.requires_grad}
+        for name, tensor in version.own_tensors().items():
+            tensor.requires_grad_(name in learning)
+        if version.is_whole:
+            put(model, path, version.module)
+        else:
+            modules[path]._parameters.update(version.own_tensors())  # type: ignore[arg-type]
     return model
 
 
@@ -81,12 +144,19 @@ def restore(model: Model) -> Model:
 def merged_weights(layers: dict[str, FourierLinear]) -> dict[str, Tensor]:
     """Path -> W + delta_W of each layer, in the base's dtype and layout.
 
+    Layers of one shape and dtype whose adapters share entries are done together.
+
     Raises:
         UsageError: results that are not finite where W is, or layers with no plain float weight
             to add to (quantised ones), all listed.
     """
     check_mergeable("merged weights", {path: layer.linear for path, layer in layers.items()})
-    merged = {path: layer.effective_weight().contiguous() for path, layer in layers.items()}
+    merged: dict[str, Tensor] = {}
+    for group in _same_entries(layers):
+        merged.update(zip(group, _merge_group(group), strict=True))
+    for path, layer in layers.items():
+        if path not in merged:
+            merged[path] = layer.effective_weight().contiguous()
     broken = [
         f"{path}.weight: not finite as {weight.dtype}"
         for path, weight in merged.items()
@@ -102,3 +172,92 @@ def merged_weights(layers: dict[str, FourierLinear]) -> dict[str, Tensor]:
             offenders=broken,
         )
     return merged
+
+
+def _activate_for_merge(
+    model: nn.Module, names: str | Sequence[str] | None, where: str
+) -> tuple[tuple[str, ...], dict[str, FourierLinear]]:
+    """Activate the adapters to merge.
+
+    Returns:
+        The names that were active before, and path -> the layers to merge now.
+
+    Raises:
+        UsageError: as for `fuse`; the model is unchanged.
+    """
+    check_not_fused(model, where)
+    before = active_adapters(model)
+    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
+    check_known(model, wanted)
+    if not wanted:
+        raise UsageError(where, expected="an adapter", found="none that is active")
+    layers = {
+        path: layer
+        for path, layer in fourier_layers(model).items()
+        if not set(wanted).isdisjoint(layer.adapters)
+    }
+    check_mergeable(where, {path: layer.linear for path, layer in layers.items()})
+    plain = {path: original(layer) for path, layer in layers.items()}
+    check_weight_is_parameter(where, plain)
+    places = Counter(id(m) for one in original(model).modules() for m in one._modules.values())
+    shared = [path for path, linear in plain.items() if places[id(linear)] > 1]
+    if shared:
+        raise UsageError(
+            where,
+            expected="layers that stand at one place in the model",
+            found=f"{len(shared)} that stand at other paths as well, where no adapter is",
+            remedy="give each place a layer of its own",
+            offenders=shared,
+        )
+    activate(model, wanted)
+    return before, layers
+
+
+def _same_entries(layers: dict[str, FourierLinear]) -> list[dict[str, FourierLinear]]:
+    """The layers under exactly one active adapter, those together that share all but weights."""
+    groups: dict[object, dict[str, FourierLinear]] = {}
+    for path, layer in layers.items():
+        if len(layer.active) == 1:
+            adapter, weight = layer.adapter(layer.active[0]), stored_weight(layer.linear)
+            key = (
+                *(layer.shape, layer.transposed, weight.dtype, weight.device),
+                *(adapter.spectrum.dtype, adapter.origin.scaling, adapter.host_entries.tobytes()),
+            )
+            groups.setdefault(key, {})[path] = layer
+    return list(groups.values())
+
+
+def _merge_group(group: dict[str, FourierLinear], in_place: bool = False) -> list[Tensor]:
+    """W + delta_W of layers that `_same_entries` put together."""
+    layers = list(group.values())
+    adapters = [layer.adapter(layer.active[0]) for layer in layers]
+    return torch_ops.merge_delta_weights(
+        [stored_weight(layer.linear).detach() for layer in layers],
+        [adapter.spectrum.detach() for adapter in adapters],
+        adapters[0].entries,
+        adapters[0].origin.scaling,
+        transposed=layers[0].transposed,
+        in_place=in_place,
+    )
+
+
+def _tied_weights(model: nn.Module) -> set[str]:
+    """Paths of layers whose weight another module of the base holds as well."""
+    layers = fourier_layers(model)
+    held = [
+        (path, parameter.untyped_storage().data_ptr())
+        for path, module in base_modules(model)
+        for parameter in original(module)._parameters.values()
+        if parameter is not None
+    ]
+    uses = Counter(storage for _, storage in held)
+    return {path for path, storage in held if path in layers and uses[storage] > 1}
+
+
+def _cannot_overflow(layer: FourierLinear) -> bool:
+    """Whether W + delta_W is finite in the weight's dtype wherever W is, without computing it."""
+    if len(layer.active) != 1 or stored_weight(layer.linear).dtype == torch.float16:
+        return False
+    adapter = layer.adapter(layer.active[0])
+    total = adapter.spectrum.double().abs().sum() * abs(adapter.origin.scaling)
+    return bool(total / (layer.shape[0] * layer.shape[1]) < 1e30)

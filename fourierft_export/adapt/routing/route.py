@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from ..errors import UsageError
-from .active import let_learn
-from .layer import FourierLinear
-from .rows import Names, Routing, Rows
-from .saved import AdaptedModule, own_state
-from .tree import adapted_modules, base_modules, check_known, fourier_layers, original
+from ...errors import UsageError
+from ..active import let_learn
+from ..layer import FourierLinear
+from ..modules import (
+    adapted_modules,
+    base_modules,
+    check_known,
+    check_not_fused,
+    fourier_layers,
+    original,
+)
+from ..saved_modules import AdaptedModule, module_under, state_tensors, versions_of
+from .context import ONE_BY_ONE, Names, OpenBlocks, RowAdapters, open_block
 
 
 @contextmanager
@@ -40,8 +46,9 @@ def route(
     another forward pass in between, torch's non-reentrant checkpointing raises its
     CheckpointError, while the reentrant one cannot notice.
 
-    Blocks nest; the inner one counts. One thread may route a model at a time. `torch.compile`
-    leaves routed layers out of its graphs.
+    Blocks nest; the inner one counts. A block holds for the thread or asynchronous task that opened
+    it: others run the active adapters, or route the model in their own way at the same time.
+    `torch.compile` leaves routed layers out of its graphs.
 
     Args:
         model: a model with adapters.
@@ -54,39 +61,26 @@ def route(
 
     Raises:
         UsageError: an unknown name or none at all; adapters whose heads differ in shape, or hold
-            modules that adapters change as well; the model is fused, or routed by another thread;
-            while the model runs, a batch with another number of rows.
+            modules that adapters change as well; the model is fused; while the model runs, a batch
+            with another number of rows, or nn.DataParallel.
     """
     layers, saved = fourier_layers(model), adapted_modules(model)
     rows = _checked(model, layers, saved, names, num_beams)
-    plans: list[tuple[FourierLinear | AdaptedModule, Rows]] = []
+    plans: dict[nn.Module, tuple[OpenBlocks, RowAdapters]] = {}
     for path, layer in layers.items():
         known = _known(rows, layer.adapters)
-        plans.append((layer, _rows(path, known, num_beams, _groups(layer, known))))
+        plan = RowAdapters(path or "(the model)", known, _groups(layer, known), num_beams)
+        plans[layer] = layer.blocks, plan
     for path, module in saved.items():
-        known = _known(rows, module.versions)
-        plans.append((module, _rows(path, known, num_beams)))
-    outer = []
-    for holder, plan in plans:
-        routing = holder.routing = holder.routing or Routing()
-        outer.append((routing, routing.now))
-        routing.now = plan
-    try:
+        plan = RowAdapters(path, _known(rows, versions_of(module)), (), num_beams)
+        plans[module] = module._fourierft_blocks, plan
+    with open_block(plans):
         if torch.is_grad_enabled():
-            let_learn(model, [name for name in rows if name is not None])
+            let_learn(model, dict.fromkeys(name for name in rows if name is not None))
         yield model
-    finally:
-        for routing, before in outer:
-            routing.now = before
 
 
-def _rows(
-    path: str, known: Names, num_beams: int, groups: tuple[tuple[str, ...], ...] = ()
-) -> Rows:
-    return Rows(path or "(the model)", known, groups, num_beams, threading.get_ident())
-
-
-def _known(rows: Iterable[str | None], there: nn.ModuleDict) -> Names:
+def _known(rows: Iterable[str | None], there: Container[str]) -> Names:
     """`rows` with None for adapters that are not `there`."""
     return tuple(name if name is not None and name in there else None for name in rows)
 
@@ -124,33 +118,24 @@ def _checked(
         raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
     rows = tuple(names)
     check_known(model, dict.fromkeys(name for name in rows if name is not None))
-    if any(layer.fused_weight is not None for layer in layers.values()):
-        raise UsageError("route", found="a model that is fused", remedy="call restore first")
-    routings = [layer.routing for layer in layers.values()]
-    others = {r.now.thread for r in routings if r is not None and r.now is not None}
-    if others - {threading.get_ident()}:
-        raise UsageError(
-            "route",
-            found="a model that another thread is routing",
-            remedy="route in one thread at a time, or give each thread a copy of the model",
-        )
+    check_not_fused(model, "route")
     _check_heads(saved, rows)
     _check_not_nested(layers, saved, rows)
     routed = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
-    routed += [path for path, head in saved.items() if not set(rows).isdisjoint(head.versions)]
+    routed += [path for path, head in saved.items() if not set(rows).isdisjoint(versions_of(head))]
     _check_batch_first(model, routed)
     return rows
 
 
 def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
-    """Answers of one shape only: those of a batch are stacked."""
+    """Refuse heads of different shapes: the results of a batch are stacked."""
     unlike = []
     for path, module in saved.items():
         users: dict[str | None, str] = {}  # version -> who uses it
-        for name, version in zip(rows, _known(rows, module.versions), strict=True):
+        for name, version in zip(rows, _known(rows, versions_of(module)), strict=True):
             users.setdefault(version, str(name))
         shapes = {
-            user: {leaf: list(t.shape) for leaf, t in own_state(module.under(version)).items()}
+            user: {k: list(t.shape) for k, t in state_tensors(module_under(module, version)).items()}
             for version, user in users.items()
         }
         for (one, mine), (other, its) in pairwise(shapes.items()):
@@ -173,7 +158,7 @@ def _check_not_nested(
     layers: Mapping[str, FourierLinear], saved: Mapping[str, AdaptedModule], rows: Names
 ) -> None:
     """A module that is run once for each adapter hands on parts of the batch, not rows in order."""
-    split = [path for path, m in saved.items() if len(set(_known(rows, m.versions))) > 1]
+    split = [path for path, m in saved.items() if len(set(_known(rows, versions_of(m)))) > 1]
     inner = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
     nested = [f"{i}: within {s}" for s in split for i in (*inner, *split) if i.startswith(f"{s}.")]
     if nested:
@@ -181,7 +166,7 @@ def _check_not_nested(
             "route",
             expected="saved modules with nothing in them that adapters change as well",
             found=f"{len(nested)} modules within others",
-            remedy="run the rows of each adapter by themselves, under activate",
+            remedy=ONE_BY_ONE,
             offenders=nested,
         )
 

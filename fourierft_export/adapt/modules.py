@@ -1,0 +1,255 @@
+"""The modules of a model by their paths in the base, as if no adapter wrapped them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .adapter import LayerAdapter
+from .layer import FourierLinear
+from .saved_modules import AdaptedModule, Version, add_version, module_in_use, original_of, remove_version, unwrap, versions_of
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The base's module under any wrappers.
+
+    Besides those of adapters: what torch.compile, DistributedDataParallel, DataParallel and
+    weight averaging (`torch.optim.swa_utils.AveragedModel`) put around a model.
+    """
+    while type(module).__name__ in _WHOLE_MODEL:
+        inner = module._modules.get("module", module._modules.get("_orig_mod"))
+        if inner is None:
+            break
+        module = inner
+    return unwrap(module)
+
+
+# By their names: two of these classes are slow to import.
+_WHOLE_MODEL = ("AveragedModel", "DataParallel", "DistributedDataParallel", "OptimizedModule")
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path in the base, module there now) in the order of `named_modules`, each module once."""
+    yield from _walk(model, "", set())
+
+
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    base = original(module)
+    if id(base) in seen:
+        return
+    seen.add(id(base))
+    yield path, module
+    for name, child in list(base._modules.items()):
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def fourier_layers(model: nn.Module) -> dict[str, FourierLinear]:
+    """Path -> FourierLinear."""
+    return {path: m for path, m in base_modules(model) if isinstance(m, FourierLinear)}
+
+
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedModule]:
+    """Path -> AdaptedModule, those within FourierLinear layers too."""
+    found = {}
+    for path, module in base_modules(model):
+        inner = module.base_layer if isinstance(module, FourierLinear) else module
+        if isinstance(inner, AdaptedModule):
+            found[path] = inner
+    return found
+
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The base's module that holds `path`, and the name it holds it under."""
+    *above, name = path.split(".")
+    parent = original(model)
+    for segment in above:
+        child = parent._modules[segment]
+        if child is None:
+            raise KeyError(path)
+        parent = original(child)
+    return parent, name
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the module at `path`, whatever stood there."""
+    parent, name = parent_of(model, path)
+    parent._modules[name] = module
+
+
+def ensure_fourier(model: nn.Module, path: str, module: nn.Module) -> FourierLinear:
+    """The FourierLinear at `path`, put around what is there if there is none."""
+    if not isinstance(module, FourierLinear):
+        module = FourierLinear(module)
+        put(model, path, module)
+    return module
+
+
+def add_saved(
+    model: nn.Module, path: str, name: str, tensors: Mapping[str, Tensor], trainable: bool
+) -> None:
+    """Give adapter `name` its own version of the module at `path`, with these tensors."""
+    parent, leaf = parent_of(model, path)
+    module = parent._modules[leaf]
+    if module is None:
+        raise KeyError(path)
+    inner = module.base_layer if isinstance(module, FourierLinear) else module
+    if not isinstance(inner, AdaptedModule):
+        inner = AdaptedModule(inner)
+        if isinstance(module, FourierLinear):
+            module.base_layer = inner
+        else:
+            put(model, path, inner)
+    add_version(inner, name, tensors, trainable)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Remove adapter `name`; where it was the last one, the base's own module stands again."""
+    for path, adapted in adapted_modules(model).items():
+        remove_version(adapted, name)
+        if not versions_of(adapted):
+            holder = fourier_layers(model).get(path)
+            if holder is not None:
+                holder.base_layer = original_of(adapted)
+            else:
+                put(model, path, original_of(adapted))
+    for path, layer in fourier_layers(model).items():
+        layer.active = tuple(n for n in layer.active if n != name)
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not layer.adapters:
+            put(model, path, layer.base_layer)
+
+
+def adapters_of(model: nn.Module, name: str) -> dict[str, LayerAdapter]:
+    """Path -> adapter `name`'s share of that layer."""
+    return {
+        path: layer.adapter(name)
+        for path, layer in fourier_layers(model).items()
+        if name in layer.adapters
+    }
+
+
+def adapter_versions(model: nn.Module, name: str) -> dict[str, Version]:
+    """Path -> adapter `name`'s version of that module."""
+    versions = {path: versions_of(m) for path, m in adapted_modules(model).items()}
+    return {path: found[name] for path, found in versions.items() if name in found}
+
+
+def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Name in the base's state dict -> adapter `name`'s own tensor: its heads and biases."""
+    return {
+        f"{path}.{leaf}": tensor
+        for path, version in adapter_versions(model, name).items()
+        for leaf, tensor in version.own_tensors().items()
+    }
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters on `model`, in the order in which they were added."""
+    return tuple(dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.adapters))
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the active adapters of `model`, in the order in which their changes add up."""
+    return tuple(dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.active))
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse` was called and `restore` was not."""
+    return any(layer.is_fused for layer in fourier_layers(model).values())
+
+
+def check_not_routed(model: nn.Module, where: str) -> None:
+    """Raise UsageError within `route`, also of another thread: its rows name the adapters."""
+    if any(layer.blocks.count for layer in fourier_layers(model).values()):
+        raise UsageError(
+            where, found="a model within a route block", remedy="leave the block first"
+        )
+
+
+def check_not_fused(model: nn.Module, where: str) -> None:
+    """Raise UsageError if the model is fused."""
+    if is_fused(model):
+        raise UsageError(where, found="a model that is fused", remedy="call restore first")
+
+
+def check_known(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UsageError for names that no adapter on `model` has, with the ones that there are."""
+    known = adapter_names(model)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(
+            "adapter " + ", ".join(repr(name) for name in unknown),
+            expected=f"one of {', '.join(known)}" if known else "a model with adapters",
+            found="no adapter of that name on this model",
+            remedy=did_you_mean(unknown[0], known) or "attach or inject it first",
+        )
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise UsageError unless `name` can become an adapter's name on `model` now."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise UsageError(
+            f"adapter {name!r}",
+            expected="a name without dots that is no attribute of nn.ModuleDict",
+            remedy="choose another name",
+        )
+    if name in adapter_names(model):
+        raise UsageError(
+            f"adapter {name!r}",
+            found="an adapter of that name on this model already",
+            remedy="detach it first, or give another name",
+        )
+    check_not_fused(model, f"adapter {name!r}")
+    check_not_routed(model, f"adapter {name!r}")
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Name or path that transformers loaded `model` from, or None."""
+    name = getattr(getattr(original(model), "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+@contextmanager
+def swapped_layers(
+    model: nn.Module, build: Callable[[str, FourierLinear], nn.Module]
+) -> Iterator[Mapping[str, nn.Module]]:
+    """Within the block, the model has the base's module tree, as exporters need it.
+
+    What `build(path, layer)` makes stands for every `FourierLinear`, and the version in use for
+    every module with versions. Everything is put back afterwards.
+
+    Yields:
+        Path -> what was built.
+
+    Raises:
+        UsageError: a `route` block is open.
+    """
+    check_not_routed(model, "export")
+    wrappers = {
+        path: module
+        for path, module in base_modules(model)
+        if isinstance(module, FourierLinear | AdaptedModule)
+    }
+    stand_ins = {
+        path: build(path, module) if isinstance(module, FourierLinear) else module_in_use(module)
+        for path, module in wrappers.items()
+    }
+    try:
+        for path, stand_in in stand_ins.items():
+            put(model, path, stand_in)
+        yield {p: m for p, m in stand_ins.items() if isinstance(wrappers[p], FourierLinear)}
+    finally:
+        for path, wrapper in wrappers.items():
+            put(model, path, wrapper)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at names that look like `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""Several adapters in one batch: each row goes through its own."""

@@ -1,0 +1,251 @@
+"""Modules of which each adapter has its own version: saved heads and trained biases.
+
+A module that an adapter saves whole is copied with all that is in it, as PEFT does; Python's
+deepcopy also rebinds what the module keeps of its own methods and parameters. Of a module whose
+bias alone is trained, the version shares everything else with the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .routing.apply import attribute_by_rows, call_by_rows
+from .routing.context import OpenBlocks, current_rows, rows_here
+
+class Version(nn.Module):
+    """One adapter's version of a module.
+
+    Args:
+        original: the base's module; it is not changed.
+        own: name -> value of the tensors that this version has for itself, named as in the state
+            dict of `original`. The values are copied.
+        trainable: whether its own parameters learn while the adapter is active.
+
+    Attributes:
+        own: the names.
+        is_whole: whether the version shares no tensor with the original.
+        module: the module to call.
+    """
+
+    def __init__(self, original: nn.Module, own: Mapping[str, Tensor], trainable: bool) -> None:
+        super().__init__()
+        self.own = tuple(own)
+        self.trainable = trainable
+        self.is_whole = set(own) == set(state_tensors(original))
+        if self.is_whole:
+            self._modules["module"] = copy_base(original)
+        else:
+            copied, held = copy_sharing(original, own), nn.Module()
+            for leaf in own:
+                held._parameters[leaf] = copied._parameters[leaf]
+            self._modules["module"] = held
+            # What it shares is out of sight of state dicts, `to`, sharding and optimizers.
+            self.__dict__["_shared"] = (copied, original)
+        for name, tensor in self.own_tensors().items():
+            tensor.requires_grad_(False).data = own[name].detach().clone()
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "module":
+            return super().__getattr__(name)
+        held = self.__dict__["_modules"]["module"]
+        if "_shared" not in self.__dict__:
+            return held
+        module, original = self.__dict__["_shared"]
+        if not torch.compiler.is_compiling():
+            # The tensors may have been replaced meanwhile: loaded, moved, or gathered by FSDP2.
+            module._parameters.update({**original._parameters, **held._parameters})
+            module._buffers.update(original._buffers)
+            module.training = self.training
+        return module
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, as the version has it now."""
+        found = {}
+        for name in self.own:
+            path, _, leaf = name.rpartition(".")
+            found[name] = getattr(self._modules["module"].get_submodule(path), leaf)  # type: ignore[union-attr]
+        return found
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """The tensors of `own_tensors` that can learn."""
+        for tensor in self.own_tensors().values():
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                yield tensor
+
+
+class AdaptedModule(nn.Module):
+    """A module and the versions that adapters have of it; the active one is used.
+
+    Its attributes and methods are those of the version in use. Only names that the module itself
+    does not have (`original`, `versions`, `version`, `active`) are those of the wrapper.
+
+    Args:
+        original: the base's module; kept untouched.
+    """
+
+    fourierft_wraps = "original"
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.add_module("original", original)
+        self.add_module("versions", nn.ModuleDict())
+        self._fourierft_active: str | None = None
+        self._fourierft_blocks = OpenBlocks()
+        self.train(original.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the version in use returns; within `route`, each row's own version."""
+        blocks = self._fourierft_blocks
+        if blocks.may_apply and (rows := current_rows(self, blocks)) is not None:
+            return call_by_rows(lambda name: module_under(self, name), rows, args, kwargs)
+        return module_in_use(self)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if "original" not in modules or "versions" not in modules:
+            return super().__getattr__(name)
+        try:
+            if self._fourierft_blocks.count and (rows := rows_here(self)) is not None:
+                return attribute_by_rows(lambda n: module_under(self, n), name, rows)
+            return getattr(module_in_use(self), name)
+        except AttributeError:
+            if name in _WRAPPER_ATTRIBUTES:
+                return _WRAPPER_ATTRIBUTES[name](self)
+            raise
+
+
+def original_of(adapted: AdaptedModule) -> nn.Module:
+    """The base's module."""
+    module = adapted._modules["original"]
+    assert module is not None
+    return module
+
+
+def versions_of(adapted: AdaptedModule) -> dict[str, Version]:
+    """Adapter name -> its version."""
+    held = adapted._modules["versions"]
+    assert isinstance(held, nn.ModuleDict)
+    return {name: module for name, module in held.items() if isinstance(module, Version)}
+
+
+def module_under(adapted: AdaptedModule, name: str | None) -> nn.Module:
+    """The module that is used under adapter `name`; the original under None."""
+    module: nn.Module = original_of(adapted) if name is None else versions_of(adapted)[name].module
+    return module
+
+
+def module_in_use(adapted: AdaptedModule) -> nn.Module:
+    """The active adapter's version, or the original."""
+    return module_under(adapted, adapted._fourierft_active)
+
+
+def add_version(
+    adapted: AdaptedModule, name: str, own: Mapping[str, Tensor], trainable: bool
+) -> None:
+    """Add adapter `name`'s version with these tensors of its own; it is not active yet."""
+    version = Version(original_of(adapted), own, trainable).train(adapted.training)
+    adapted._modules["versions"][name] = version  # type: ignore[index]
+
+
+def remove_version(adapted: AdaptedModule, name: str) -> None:
+    """Remove adapter `name`'s version, if it has one."""
+    if name in versions_of(adapted):
+        del adapted._modules["versions"][name]  # type: ignore[union-attr]
+    if adapted._fourierft_active == name:
+        adapted._fourierft_active = None
+
+
+_WRAPPER_ATTRIBUTES: dict[str, Callable[[AdaptedModule], Any]] = {
+    "original": original_of,
+    "versions": lambda adapted: adapted._modules["versions"],
+    "version": lambda adapted: versions_of(adapted).__getitem__,
+    "active": lambda adapted: adapted._fourierft_active,
+}
+
+
+def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base's module in its state dict, by name; wrappers within are skipped."""
+    found = {}
+    for path, inner in base_children(module):
+        for leaf, tensor in own_state(inner).items():
+            found[f"{path}.{leaf}" if path else leaf] = tensor
+    return found
+
+
+def base_children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path within `module`, the base's module) for `module` and all in it."""
+    module = unwrap(module)
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from base_children(child, f"{path}.{name}" if path else name)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The base's module under the wrappers of adapters (a FourierLinear, an AdaptedModule)."""
+    while (child := getattr(type(module), "fourierft_wraps", None)) is not None:
+        module = module._modules[child]  # type: ignore[assignment]
+    return module
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that `module` itself contributes to a state dict, children left out."""
+    hidden = module._non_persistent_buffers_set
+    tensors: dict[str, torch.Tensor | None] = dict(module._parameters)
+    tensors.update({k: v for k, v in module._buffers.items() if k not in hidden})
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def copy_base(module: nn.Module) -> nn.Module:
+    """A deep copy of the base's module, without the wrappers of adapters in it."""
+    memo: dict[int, Any] = {}
+    wrapped = [m for m in module.modules() if unwrap(m) is not m]
+    for wrapper in reversed(wrapped):  # what lies deeper comes first
+        memo[id(wrapper)] = copy.deepcopy(unwrap(wrapper), memo)
+    return copy.deepcopy(module, memo)
+
+
+def copy_sharing(module: nn.Module, own: Iterable[str] = ()) -> nn.Module:
+    """A copy that shares children, hooks and tensors with `module`, the parameters `own` excepted.
+
+    Bound methods that the module keeps of itself become those of the copy.
+    """
+    shared: list[Any] = [module._modules, *module._modules.values(), *module._buffers.values()]
+    shared += [hooks for name, hooks in module.__dict__.items() if "_hooks" in name]
+    shared += [tensor for name, tensor in module._parameters.items() if name not in own]
+    # deepcopy takes what its memo already holds.
+    return copy.deepcopy(module, {id(value): value for value in shared if value is not None})
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module only holds others, which may be called without it."""
+    held = type(module).forward in (nn.Module.forward, nn.Sequential.forward)
+    return held and not own_state(module)
+
+
+def check_can_be_saved(path: str, module: nn.Module) -> None:
+    """Refuse modules that no wrapper can stand in for: those that are read rather than called.
+
+    Raises:
+        UsageError: `module` has no forward, or is the whole model; its tensors are spread over
+            processes.
+    """
+    found = type(module).__name__
+    remedy = "leave it out of modules_to_save and bias"
+    if not path:
+        what = "a module within the model, not the model itself"
+    elif type(module).forward is nn.Module.forward:
+        what = "a module that is called"
+    elif any(hasattr(tensor, "full_tensor") for tensor in state_tensors(module).values()):
+        # FSDP2 gathers them for this very module; a copy of it would be left with the parts.
+        what, found = "whole tensors", "tensors that FSDP2 has spread over processes"
+        remedy = "put the adapter on the model first, and spread the model then"
+    else:
+        return
+    raise UsageError(f"module {path or '(the model)'}", expected=what, found=found, remedy=remedy)
