@@ -1,4 +1,4 @@
-"""What an adapter brings to one layer: a spectrum, and where its coefficients sit."""
+"""An adapter's part of one layer: a spectrum, and the positions of its coefficients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AdapterOrigin:
 
 
 class LayerAdapter(nn.Module):
-    """One adapter's share of one layer: its spectrum and where that sits.
+    """One adapter's part of one layer: its spectrum and the positions of its coefficients.
 
     Args:
         spectrum: (n,) float tensor; becomes the learnable parameter.
@@ -88,6 +88,20 @@ class LayerAdapter(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if self.entries.device != self.spectrum.device:
             self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
+
+    @torch.no_grad()
+    def replace_values(
+        self, spectrum: Tensor, entries: Entries, entry_rule: str, origin: AdapterOrigin
+    ) -> None:
+        """Take other values (n,) and positions (n, 2); the parameter stays the same object."""
+        if self.trainable:
+            self.spectrum.copy_(spectrum)
+        else:
+            self.spectrum.data = spectrum.to(self.spectrum.device)
+        if entries.tobytes() != self.host_entries.tobytes():
+            self.host_entries = entries
+            self.entries = torch.tensor(entries, device=self.spectrum.device)
+        self.entry_rule, self.origin = entry_rule, origin
 
     def delta_weight(self) -> Tensor:
         """delta_W (M, N), float32 (float64 if the spectrum is), whatever autocast says."""

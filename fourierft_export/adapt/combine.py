@@ -9,7 +9,7 @@ from torch import nn
 
 from ..bundle.combine import combine_bundles
 from .attach import attach, capture
-from .tree import check_known, check_new_name
+from .modules import check_known, check_new_name
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -9,16 +9,37 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
+from ..bundle.peft import CONFIG_FILE, find_adapter, read_peft_config
 from ..errors import UsageError
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "fourier_only")
 MAX_SEED = 2**32 - 1
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+# What PEFT writes besides: it says nothing of what to adapt.
+_OTHER_PEFT_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ class FourierFTConfig:
             the adapted layers.
         init_weights: True starts the spectra at zero (the model is unchanged at first), False at
             standard normal numbers.
-        task_type: PEFT's task type; "SEQ_CLS" and "TOKEN_CLS" add `classifier` and `score` to
+        task_type: one of PEFT's task types, as text or PEFT's enumeration; "SEQ_CLS" and "TOKEN_CLS" add `classifier` and `score` to
             modules_to_save, "QUESTION_ANS" adds `qa_outputs`.
 
     Raises:
@@ -82,8 +103,11 @@ class FourierFTConfig:
                 wrong.append(f"{name}: expected True or False, found {getattr(self, name)!r}")
         if self.bias not in BIAS_MODES:
             wrong.append(f"bias: expected one of {', '.join(BIAS_MODES)}, found {self.bias!r}")
-        if self.task_type is not None and type(self.task_type) is not str:
-            wrong.append(f"task_type: expected a string or None, found {self.task_type!r}")
+        if isinstance(self.task_type, Enum):
+            self._set("task_type", self.task_type.value)
+        if self.task_type not in (None, *TASK_TYPES):
+            known = ", ".join(TASK_TYPES)
+            wrong.append(f"task_type: expected one of {known}, or None, found {self.task_type!r}")
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             may_be_text = name != "modules_to_save"
             self._set(name, _names(getattr(self, name), name, may_be_text, wrong))
@@ -124,6 +148,44 @@ class FourierFTConfig:
         if self.target_modules == ():
             wrong.append("target_modules: expected at least one name, found none")
         return wrong
+
+
+ConfigSource = FourierFTConfig | Mapping[str, Any] | str | os.PathLike[str] | Any
+
+
+def load_config(source: ConfigSource) -> FourierFTConfig:
+    """A configuration from any of the forms in which people have one.
+
+    Args:
+        source: a `FourierFTConfig`; PEFT's object of that name; a dictionary of the fields of
+            either; the path of an adapter_config.json or of a directory that holds one.
+
+    Raises:
+        FileAccessError, BadInputError: the path leads to no FourierFT configuration.
+        UsageError: fields that neither has, or values that `FourierFTConfig` refuses.
+    """
+    if isinstance(source, FourierFTConfig):
+        return source
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        source = read_peft_config(find_adapter(path) / CONFIG_FILE if path.is_dir() else path)
+    elif callable(getattr(source, "to_dict", None)):
+        source = source.to_dict()
+    if not isinstance(source, Mapping):
+        raise UsageError(
+            "FourierFTConfig",
+            expected="a FourierFTConfig, a dictionary of its fields or a path",
+            found=type(source).__name__,
+        )
+    known = {one.name for one in fields(FourierFTConfig)}
+    unknown = sorted(set(map(str, source)) - known - _OTHER_PEFT_FIELDS)
+    if unknown:
+        raise UsageError(
+            "FourierFTConfig",
+            expected=f"fields among {', '.join(sorted(known))}",
+            found=", ".join(unknown),
+        )
+    return FourierFTConfig(**{k: v for k, v in source.items() if k in known and v is not None})
 
 
 def _integer(value: object, name: str, wrong: list[str]) -> object:

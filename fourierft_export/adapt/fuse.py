@@ -245,13 +245,13 @@ def _tied_weights(model: nn.Module) -> set[str]:
     """Paths of layers whose weight another module of the base holds as well."""
     layers = fourier_layers(model)
     held = [
-        (path, parameter.untyped_storage().data_ptr())
+        (path, id(parameter))
         for path, module in base_modules(model)
         for parameter in original(module)._parameters.values()
         if parameter is not None
     ]
-    uses = Counter(storage for _, storage in held)
-    return {path for path, storage in held if path in layers and uses[storage] > 1}
+    uses = Counter(parameter for _, parameter in held)
+    return {path for path, parameter in held if path in layers and uses[parameter] > 1}
 
 
 def _cannot_overflow(layer: FourierLinear) -> bool:

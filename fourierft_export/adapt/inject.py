@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .active import activate
 from .adapter import AdapterOrigin
-from .config import FourierFTConfig
+from .config import ConfigSource, FourierFTConfig, load_config
+from .freeze import freeze
 from .linear import describe, float_weight, is_linear, is_plain, layer_device
-from .saved import check_can_be_saved, own_state
-from .targets import Selection, select
-from .tree import (
-    adapter_names,
+from .match_bundle import check_not_offloaded
+from .modules import (
+    add_saved,
+    base_model_name,
     base_modules,
     check_new_name,
-    ensure_adapted,
     ensure_fourier,
     original,
 )
+from .saved_modules import check_can_be_saved, is_container, own_state, state_tensors
+from .targets import Selection, select
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FROZEN = "_fourierft_frozen"
 
-
-def inject(model: Model, config: FourierFTConfig, name: str = "default") -> Model:
+def inject(model: Model, config: ConfigSource, name: str = "default") -> Model:
     """Replace the targeted layers by `FourierLinear` and freeze everything but the new adapter.
 
     The new adapter becomes the only active one. Its spectra are drawn as PEFT draws them: from
@@ -36,7 +36,8 @@ def inject(model: Model, config: FourierFTConfig, name: str = "default") -> Mode
 
     Args:
         model: any module; it is changed in place. Layers on the meta device are fine.
-        config: what to adapt.
+        config: what to adapt: a `FourierFTConfig`, PEFT's own, a dictionary of their fields, or the
+            path of an adapter_config.json or of the directory that holds it.
         name: the adapter's name; other adapters may be on the model already.
 
     Returns:
@@ -47,51 +48,23 @@ def inject(model: Model, config: FourierFTConfig, name: str = "default") -> Mode
             the model is unchanged then.
     """
     check_new_name(model, name)
+    config = load_config(config)
     selection = select(model, config)
     versions = _own_tensors(model, config, selection)
+    modules = dict(base_modules(model))
+    for path in (*selection.targets, *versions):
+        check_not_offloaded(path, original(modules[path]))
     freeze(model)
     origin = AdapterOrigin(
         config.random_loc_seed, config.scaling, config.task_type, base_model_name(model)
     )
-    modules = dict(base_modules(model))
     for path, n_frequency in selection.targets.items():
         spectrum = _initial_spectrum(n_frequency, original(modules[path]), config.init_weights)
         layer = ensure_fourier(model, path, modules[path])
         layer.add_adapter(name, spectrum, origin)
     for path, tensors in versions.items():
-        ensure_adapted(model, path).add_version(name, tensors, trainable=True)
+        add_saved(model, path, name, tensors, trainable=True)
     return activate(model, name)
-
-
-def base_model_name(model: nn.Module) -> str | None:
-    """Name or path that transformers loaded `model` from, or None."""
-    name = getattr(getattr(original(model), "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None
-
-
-def freeze(model: nn.Module) -> None:
-    """Stop the base from learning; `detach` lets those parameters learn again."""
-    holder = original(model)
-    frozen: list[str] = list(getattr(holder, FROZEN, ()))
-    for path, module in base_modules(model):
-        for leaf, parameter in original(module)._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                parameter.requires_grad_(False)
-                frozen.append(f"{path}.{leaf}" if path else leaf)
-    setattr(holder, FROZEN, tuple(frozen))
-
-
-def unfreeze(model: nn.Module) -> None:
-    """Undo `freeze`, once no adapter is left."""
-    if adapter_names(model):
-        return
-    holder = original(model)
-    frozen = set(getattr(holder, FROZEN, ()))
-    for name, parameter in holder.named_parameters(remove_duplicate=False):
-        if name in frozen:
-            parameter.requires_grad_(True)
-    if hasattr(holder, FROZEN):
-        delattr(holder, FROZEN)
 
 
 def _initial_spectrum(n_frequency: int, linear: nn.Module, zeros: bool) -> Tensor:
@@ -109,25 +82,15 @@ def _own_tensors(
     model: nn.Module, config: FourierFTConfig, selection: Selection
 ) -> dict[str, dict[str, Tensor]]:
     """Path -> tensors of which the adapter needs its own: whole saved modules, biases."""
+    modules = {path: original(module) for path, module in base_modules(model)}
     versions: dict[str, dict[str, Tensor]] = {}
-    quantised: list[str] = []
-    for path, module in base_modules(model):
-        base = original(module)
-        saved = any(path == root or path.startswith(f"{root}.") for root in selection.saved)
-        wants_bias = config.bias == "all" or (
-            config.bias == "fourier_only" and path in selection.targets
-        )
-        if saved:
-            own = own_state(base)
-        elif wants_bias and isinstance(base._parameters.get("bias"), nn.Parameter):
-            own = {"bias": own_state(base)["bias"]}
-        else:
-            continue
-        if saved and _is_quantised(base):
-            quantised.append(f"{path}: {describe(base)}")
-        if own:
-            check_can_be_saved(path, base)
-            versions[path] = own
+    inside: set[str] = set()
+    for root in selection.saved:
+        inside |= {path for path in modules if f"{path}.".startswith(f"{root}.")}
+        for path in _callable_roots(root, modules):
+            check_can_be_saved(path, modules[path])
+            versions[path] = state_tensors(modules[path])
+    quantised = [f"{p}: {describe(m)}" for p, m in modules.items() if p in inside and _is_quantised(m)]
     if quantised:
         raise UsageError(
             "modules_to_save",
@@ -136,10 +99,28 @@ def _own_tensors(
             remedy="leave these modules out of the quantisation",
             offenders=quantised,
         )
+    for path, module in modules.items():
+        wanted = config.bias == "all" or (
+            config.bias == "fourier_only" and path in selection.targets
+        )
+        if wanted and path not in inside and isinstance(module._parameters.get("bias"), Tensor):
+            check_can_be_saved(path, module)
+            versions[path] = {"bias": own_state(module)["bias"]}
     return versions
+
+
+def _callable_roots(path: str, modules: dict[str, nn.Module]) -> list[str]:
+    """The modules to save for `path`: itself, or what a mere container holds, if that has tensors."""
+    module = modules[path]
+    if not state_tensors(module):
+        return []
+    if not is_container(module):
+        return [path]
+    inner = [f"{path}.{name}" for name in module._modules]
+    return [root for one in inner if one in modules for root in _callable_roots(one, modules)]
 
 
 def _is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer has no parameters, or some that are no plain floats."""
-    there = list(module.parameters())  # those within it, too: a head may tell its own sizes
+    there = list(module.parameters())  # those within it, too: a head may have sizes of its own
     return is_linear(module) and not (there and all(map(is_plain, there)))

@@ -1,13 +1,13 @@
 """`FourierLinear`: a linear layer plus the changes that any number of adapters make to it.
 
-The base layer is kept as it is, as a child; delta_W is added on the way through, so that taking
-the adapters off gives back the very same module. What an adapter brings to the layer is one small
-module in one mapping by adapter name, and `active` says which of them count now.
+The base layer is kept as it is, as a child, and delta_W is added in the forward pass, so that
+detaching the adapters gives back the very same module. Each adapter's part of the layer is one
+small module in one mapping by adapter name; `active` names those in use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,21 @@ from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
 from ..types import Entries
 from .adapter import AdapterOrigin, LayerAdapter
-from .beside import check_answer, warn_if_gradients_stop
-from .linear import float_weight, is_conv1d, is_linear, layer_device, layer_shape, stored_weight
-from .mixed import MixedTensor
-from .saved import AdaptedModule
-
-if TYPE_CHECKING:
-    from .rows import Routing
+from .linear import (
+    check_output,
+    float_weight,
+    has_hooks,
+    is_bare,
+    is_conv1d,
+    is_linear,
+    layer_device,
+    layer_shape,
+    stored_weight,
+    warn_if_gradients_stop,
+)
+from .routing.apply import PerRowTensor, add_row_deltas
+from .routing.context import OpenBlocks, current_rows, rows_here
+from .saved_modules import AdaptedModule, module_in_use, unwrap
 
 
 class FourierLinear(nn.Module):
@@ -36,35 +44,37 @@ class FourierLinear(nn.Module):
             output is taken as it is, and x delta_W^T is added in float32.
 
     Attributes:
-        base_layer: the layer as it was (an `AdaptedModule` around it where adapters bring biases).
+        base_layer: the layer as it was (an `AdaptedModule` around it where adapters have biases).
         adapters: adapter name -> `LayerAdapter`.
-        active: names of the adapters that count, of those that this layer has.
-        fused_weight: W + delta_W as `fuse` left it, or None.
-        routing: the `route` blocks around the layer; None if there never was one.
+        active: names of the adapters that are in use, of those that this layer has.
+        kept_weight: the base's weight while the layer is fused: its own place holds W + delta_W.
+        transposed: the base layer stores its weight as (in, out).
 
     Raises:
         UsageError: `base_layer` is of another type.
     """
 
-    fused_weight: Tensor | None
+    fourierft_wraps = "base_layer"
+    kept_weight: nn.Parameter | None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        linear = base_layer.chosen if isinstance(base_layer, AdaptedModule) else base_layer
+        linear = module_in_use(base_layer) if isinstance(base_layer, AdaptedModule) else base_layer
         if not is_linear(linear):
             raise UsageError(
                 "FourierLinear",
                 expected="a linear layer, or a module with integer in_features and out_features",
                 found=type(linear).__name__,
             )
-        self.fan_in_fan_out = is_conv1d(linear)
+        self.transposed = is_conv1d(linear)
         self.out_features, self.in_features = layer_shape(linear)
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.blocks = OpenBlocks()
         self._gradient_tried = False
-        self.register_buffer("fused_weight", None, persistent=False)
-        self.routing: Routing | None = None
+        self.register_parameter("kept_weight", None)
+        self._register_state_dict_hook(_put_kept_weight)
         self.train(base_layer.training)
 
     @property
@@ -76,7 +86,7 @@ class FourierLinear(nn.Module):
     def linear(self) -> nn.Module:
         """The plain layer in use: the original, or the active adapter's version of it."""
         layer = self.base_layer
-        return layer.chosen if isinstance(layer, AdaptedModule) else layer
+        return module_in_use(layer) if isinstance(layer, AdaptedModule) else layer
 
     @property
     def weight(self) -> Tensor:
@@ -91,10 +101,13 @@ class FourierLinear(nn.Module):
         Raises:
             UsageError: an adapter is active and the base has no plain float weight to add to.
         """
-        if self.routing is not None and self.routing.now is not None:
-            mixed: Tensor = self.routing.now.weight(self)
-            return mixed
-        return self.effective_weight()
+        rows = rows_here(self) if self.blocks.count else None
+        if rows is None:
+            return self.effective_weight()
+        weight: Any = self.base_layer.weight
+        if any(rows.names):
+            weight = PerRowTensor(weight, rows.where)
+        return cast(Tensor, weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -102,10 +115,28 @@ class FourierLinear(nn.Module):
         bias = getattr(self.base_layer, "bias", None)
         if callable(bias) and not isinstance(bias, Tensor):  # torch's own quantised layers
             bias = bias()
-        return cast(Tensor, bias) if isinstance(bias, Tensor | MixedTensor) else None
+        return cast(Tensor, bias) if isinstance(bias, Tensor | PerRowTensor) else None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the base layer holds W + delta_W for the time being."""
+        return self.kept_weight is not None
+
+    def exchange_weight(self, weight: nn.Parameter, *, fuse: bool) -> nn.Parameter:
+        """Put another weight into the base layer and return the one that was there.
+
+        Args:
+            weight: W + delta_W to fuse the layer, the base's own weight to restore it.
+            fuse: keep what was there as `kept_weight`.
+        """
+        parameters = unwrap(self)._parameters
+        before = cast(nn.Parameter, parameters["weight"])
+        parameters["weight"] = weight
+        self.kept_weight = before if fuse else None
+        return before
 
     def adapter(self, name: str) -> LayerAdapter:
-        """The layer's share of adapter `name`; KeyError if it has none."""
+        """The layer's part of adapter `name`; KeyError if it has none."""
         module = self.adapters[name]
         if not isinstance(module, LayerAdapter):
             raise TypeError(f"{name}: {type(module).__name__}")
@@ -150,7 +181,7 @@ class FourierLinear(nn.Module):
         ).train(self.training)
 
     def delta_weight(self) -> Tensor | None:
-        """Sum of the active adapters' delta_W (M, N), at least float32; None if none is active."""
+        """The sum of the active adapters' delta_W (M, N), at least float32; None if none is active."""
         total: Tensor | None = None
         for name in self.active:
             delta = self.adapter(name).delta_weight()
@@ -159,21 +190,19 @@ class FourierLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W + delta_W in the base's layout and dtype, added in at least float32, rounded once."""
-        if self.fused_weight is not None:
-            return self.fused_weight
-        if not self.active:
+        if self.is_fused or not self.active:
             weight = getattr(self.linear, "weight", None)
             return weight if isinstance(weight, Tensor) else stored_weight(self.linear)
         weight = stored_weight(self.linear)
-        upright = weight.T if self.fan_in_fan_out else weight
+        upright = weight.T if self.transposed else weight
         if len(self.active) == 1 and not weight.requires_grad:
             total = self.adapter(self.active[0]).merged_weight(upright)
         else:
             delta = self.delta_weight()
             total = upright if delta is None else upright.to(_wide(upright, delta)) + delta
-        return (total.T if self.fan_in_fan_out else total).to(weight.dtype)
+        return (total.T if self.transposed else total).to(weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer, by whichever form costs less for this call (`spectral.cost`).
 
         For the backward pass the token form holds x (where a spectrum learns) and nothing else;
@@ -184,22 +213,23 @@ class FourierLinear(nn.Module):
 
         Args:
             x: (..., in_features).
+            args, kwargs: passed on to the base layer.
 
         Returns:
             (..., out_features), of the dtype that the base layer gives.
         """
-        if self.routing is not None and (rows := self.routing.current(self)) is not None:
-            routed: Tensor = rows.linear(self, x)
+        if self.blocks.may_apply and (rows := current_rows(self, self.blocks)) is not None:
+            output = self._base_output(x, args, kwargs)
+            routed: Tensor = add_row_deltas(output, x, self.adapters, rows)
             return routed
-        if self.fused_weight is not None:
-            return self._apply_weight(x, self.fused_weight)
-        if not self.active:
-            result: Tensor = self.base_layer(x)
+        if not self.active or self.is_fused:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
         dense = self._form(x) == "dense"
-        if dense and self._adds_up_exactly(x):
-            return self._apply_weight(x, self.effective_weight())
-        result = self.base_output(x)
+        if dense and not args and not kwargs and self._is_one_product(x):
+            weight = self.effective_weight()
+            return F.linear(x, weight.T if self.transposed else weight, self.bias)
+        result = self._base_output(x, args, kwargs)
         dtype = result.dtype
         if not dense:
             for name in self.active:
@@ -212,15 +242,15 @@ class FourierLinear(nn.Module):
             x = x.to(delta.dtype)
         return (result + F.linear(x, delta)).to(dtype)
 
-    def base_output(self, x: Tensor) -> Tensor:
-        """The base layer's answer, checked where the layer is not one of the two known types.
+    def _base_output(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The base layer's output, checked where the layer is not one of the two known types.
 
         Raises:
             UsageError: it is not one float tensor (..., out_features).
         """
-        result: Tensor = self.base_layer(x)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         if float_weight(self.linear) is None:
-            check_answer(self.linear, result, self.out_features)
+            check_output(self.linear, result, self.out_features)
             learns = torch.is_grad_enabled() and x.requires_grad
             if learns and not self._gradient_tried and not torch.compiler.is_compiling():
                 self._gradient_tried = True
@@ -237,23 +267,39 @@ class FourierLinear(nn.Module):
         rows = x.numel() // self.in_features
         return choose_form(rows, self.shape, n_frequency, training=learns)
 
-    def _apply_weight(self, x: Tensor, stored: Tensor) -> Tensor:
-        # A deliberate call of the function: the layer itself would use its own weight.
-        return F.linear(x, stored.T if self.fan_in_fan_out else stored, self.bias)
-
-    def _adds_up_exactly(self, x: Tensor) -> bool:
-        """Whether one product with W + delta_W does: never where W + delta_W would be rounded."""
+    def _is_one_product(self, x: Tensor) -> bool:
+        """Whether one product with W + delta_W gives the same: never where the sum is rounded."""
         linear = self.linear
         weight = float_weight(linear)
-        if weight is None:
+        if weight is None or not is_bare(linear):
             return False
-        plain = is_conv1d(linear) or type(linear) in _PLAIN_LINEAR
-        hooked = bool(linear._forward_hooks or linear._forward_pre_hooks)
+        if self.base_layer is not linear and has_hooks(self.base_layer):
+            return False
         exact = weight.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
-        return plain and exact and not hooked and not torch.is_autocast_enabled(x.device.type)
+        return exact and not torch.is_autocast_enabled(x.device.type)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write nothing: `kept_weight` is written under the base layer's name by a hook."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as any module.
+
+        Raises:
+            UsageError: the layer is fused: what is loaded would be lost at `restore`.
+        """
+        if self.is_fused:
+            raise UsageError(
+                "load_state_dict", found="a model that is fused", remedy="call restore first"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
 
 
-_PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def _put_kept_weight(layer: FourierLinear, state: Any, prefix: str, _: Any) -> None:
+    """State dict hook: a fused layer saves the base's weight, not W + delta_W."""
+    if layer.kept_weight is not None:
+        wrapped = isinstance(layer.base_layer, AdaptedModule)
+        inner = "base_layer.original" if wrapped else "base_layer"
+        state[f"{prefix}{inner}.weight"] = layer.kept_weight.detach()
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

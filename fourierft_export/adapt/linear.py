@@ -1,22 +1,27 @@
-"""What a base's linear layers are, and their values as numpy arrays.
+"""The linear layers of a base: their types, shapes and weights, and these as numpy arrays.
 
-Two types are known through and through: nn.Linear and transformers' Conv1D, holding their weight
-as a plain float matrix. Any other module that maps in_features to out_features can carry an
-adapter as well, quantised layers above all; delta_W is then added to its output, never to its
-weight, for there is no W of floats to add it to.
+nn.Linear and transformers' Conv1D hold their weight as a plain float matrix. Any other module that
+maps in_features to out_features can have an adapter as well, quantised layers above all; delta_W
+is then applied beside the layer and never added to its weight.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 
 from ..errors import UsageError
 from ..types import Array
+from .saved_modules import copy_sharing
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REMEDY = (
@@ -26,7 +31,7 @@ _REMEDY = (
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, told by its name so as not to import it."""
+    """Whether `module` is transformers' Conv1D, recognised by its name, so that transformers is not imported."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__
@@ -48,7 +53,7 @@ def is_linear(module: nn.Module) -> bool:
         return True
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     counted = all(type(size) is int and size > 0 for size in sizes)
-    # Scripted modules have a forward that their class does not tell.
+    # Scripted modules have a forward that their class does not show.
     return counted and getattr(type(module), "forward", None) is not nn.Module.forward
 
 
@@ -104,17 +109,13 @@ def check_mergeable(where: str, layers: Mapping[str, nn.Module]) -> None:
     """Refuse layers that have no plain float weight to add delta_W to.
 
     Args:
-        where: what was asked for.
+        where: what was being done, for the message.
         layers: path -> the base's layer.
 
     Raises:
         UsageError: all such layers listed.
     """
-    odd = [
-        f"{path}: {describe(linear)}"
-        for path, linear in layers.items()
-        if float_weight(linear) is None
-    ]
+    odd = [f"{p}: {describe(m)}" for p, m in layers.items() if float_weight(m) is None]
     if odd:
         raise UsageError(
             where,
@@ -123,6 +124,118 @@ def check_mergeable(where: str, layers: Mapping[str, nn.Module]) -> None:
             remedy=_REMEDY,
             offenders=odd,
         )
+
+
+def check_weight_is_parameter(where: str, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weight is no parameter but is computed from others.
+
+    Raises:
+        UsageError: all such layers listed.
+    """
+    computed = [path for path, linear in layers.items() if "weight" not in linear._parameters]
+    if computed:
+        raise UsageError(
+            where,
+            expected="layers whose weight is a parameter",
+            found=f"{len(computed)} whose weight is computed (weight_norm, parametrizations)",
+            remedy="call remove_parametrizations or remove_weight_norm of torch.nn.utils on them",
+            offenders=computed,
+        )
+
+
+def with_weight(linear: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of a layer that shares all but its weight, which is `weight` and does not learn.
+
+    A weight that torch computes from others (parametrizations such as weight_norm) becomes a plain
+    one.
+
+    Raises:
+        UsageError: the weight is computed by a hook.
+    """
+    if parametrize.is_parametrized(linear, "weight"):
+        plain = copy.deepcopy(linear)
+        parametrize.remove_parametrizations(plain, "weight", leave_parametrized=True)
+    else:
+        check_weight_is_parameter("another weight for a layer", {type(linear).__name__: linear})
+        plain = copy_sharing(linear, ["weight"])
+    plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return plain
+
+
+_PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_bare(linear: nn.Module) -> bool:
+    """Whether calling the layer is nothing but x W^T + b: no forward of its own, no hooks.
+
+    PEFT always calls the base layer, so whatever hangs on it must run here, too.
+    """
+    plain = is_conv1d(linear) or type(linear) in _PLAIN_LINEAR
+    return plain and "forward" not in linear.__dict__ and not has_hooks(linear)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks: its own, or those of all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def check_output(layer: nn.Module, output: Any, out_features: int) -> None:
+    """Refuse an output of a layer of unknown type to which x delta_W^T cannot be added.
+
+    Raises:
+        UsageError: not a tensor (..., out_features) of floats.
+    """
+    if isinstance(output, Tensor):
+        if output.shape[-1:] == (out_features,) and output.is_floating_point():
+            return
+        found = f"shape {list(output.shape)}, {str(output.dtype).removeprefix('torch.')}"
+    else:
+        found = type(output).__name__
+    raise UsageError(
+        f"output of {type(layer).__name__}",
+        expected=f"one float tensor whose last dimension is out_features, {out_features}",
+        found=found,
+        remedy="leave the layer out of target_modules",
+    )
+
+
+def warn_if_gradients_stop(layer: nn.Module, x: Tensor) -> None:
+    """Warn when gradients do not reach the layer's input, as in some quantised layers.
+
+    The layer is run once more for it, forward and backward, on `x`.
+    """
+    # Hooks of its own hide what is saved here from gradient checkpointing, which counts.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        probe = x.detach().requires_grad_()
+        answer = layer(probe)
+        gradient = None
+        if answer.requires_grad:
+            ones = torch.ones_like(answer)
+            try:
+                (gradient,) = torch.autograd.grad(answer, probe, ones, allow_unused=True)
+            except RuntimeError:  # training will end with this very message, which says more
+                return
+    if gradient is None:
+        warnings.warn(
+            f"{describe(layer)}: no gradient passes through this layer. What lies before it "
+            "learns only through the adapter beside it; use weight-only quantisation to train, or "
+            "adapt the last layers alone.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def describe(linear: nn.Module) -> str:
@@ -147,7 +260,7 @@ def layer_device(linear: nn.Module) -> torch.device:
 def to_array(tensor: Tensor) -> Array:
     """A tensor as numpy, bit for bit; bfloat16 as ml_dtypes.bfloat16.
 
-    A tensor that FSDP2 spread over processes is gathered; all of them must ask for it then.
+    A tensor that FSDP2 spread over processes is gathered; all of them must call this then.
     """
     gather = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor if gather is None else gather()

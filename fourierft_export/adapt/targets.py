@@ -2,8 +2,8 @@
 
 Sources: PEFT's tuners/tuners_utils.py (`check_target_module_exists`, "all-linear"),
 tuners/fourierft/model.py (n_frequency_pattern) and utils/constants.py (usual targets by
-architecture). Unlike there, a selection that matches nothing, or something that is not a linear
-layer, is told with all its culprits and the names that look alike.
+architecture). Unlike there, the error for a selection that matches nothing, or something that is
+not a linear layer, lists all offenders and the names that look alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UsageError
 from .config import ALL_LINEAR, FourierFTConfig
 from .linear import is_linear, layer_shape
-from .tree import base_modules, did_you_mean, original
+from .modules import base_modules, did_you_mean, original
 
 SEQUENCE_HEADS = ("classifier", "score")
 TASK_HEADS = {
@@ -79,7 +79,8 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
         for path in modules
         if not _is_left_out(path, config, saved)
         and _is_wanted(path, wanted)
-        and (isinstance(wanted, str) or _in_layer_range(path, config))
+        # PEFT filters by block number only what a name's end matched, not a full path.
+        and (isinstance(wanted, str) or path in wanted or _in_layer_range(path, config))
     ]
     if not chosen:
         raise _nothing_matched(modules, wanted)
