@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from fourierft_export import errors
 
 if TYPE_CHECKING:
-    from fourierft_export.adapt.active import activate
-    from fourierft_export.adapt.attach import attach, capture, detach
+    from fourierft_export.adapt.active import activate, disabled, trainable_parameters
+    from fourierft_export.adapt.attach import attach, capture, detach, replace
     from fourierft_export.adapt.combine import combine
     from fourierft_export.adapt.config import FourierFTConfig
-    from fourierft_export.adapt.disabled import disabled
-    from fourierft_export.adapt.fuse import fuse, restore
+    from fourierft_export.adapt.fuse import fuse, restore, unload
     from fourierft_export.adapt.inject import inject
     from fourierft_export.adapt.layer import FourierLinear
-    from fourierft_export.adapt.route import route
+    from fourierft_export.adapt.modules import active_adapters, adapter_names
+    from fourierft_export.adapt.routing.route import route
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.merge.merge import merge_checkpoint
@@ -51,6 +51,8 @@ __all__ = [
     "TrainSettings",
     "TrainingTask",
     "activate",
+    "active_adapters",
+    "adapter_names",
     "apply_onnx",
     "attach",
     "capture",
@@ -67,11 +69,14 @@ __all__ = [
     "parameter_groups",
     "recover_bundle",
     "recover_onnx",
+    "replace",
     "restore",
     "route",
     "save_bundles",
     "to_peft",
     "train_adapter",
+    "trainable_parameters",
+    "unload",
     "validate",
     "verify_merged",
 ]
@@ -86,12 +91,14 @@ _HOMES = {
     "TrainSettings": "train.settings",
     "TrainingTask": "train.task",
     "activate": "adapt.active",
+    "active_adapters": "adapt.modules",
+    "adapter_names": "adapt.modules",
     "apply_onnx": "onnx_graph.apply",
     "attach": "adapt.attach",
     "capture": "adapt.attach",
     "combine": "adapt.combine",
     "detach": "adapt.attach",
-    "disabled": "adapt.disabled",
+    "disabled": "adapt.active",
     "export_onnx": "onnx_graph.trace.export",
     "export_pretrained": "onnx_graph.trace.pretrained",
     "from_peft": "bundle.peft",
@@ -101,11 +108,14 @@ _HOMES = {
     "parameter_groups": "train.optimizer",
     "recover_bundle": "recover.from_checkpoint",
     "recover_onnx": "recover.from_onnx",
+    "replace": "adapt.attach",
     "restore": "adapt.fuse",
-    "route": "adapt.route",
+    "route": "adapt.routing.route",
     "save_bundles": "train.hf.accelerate_state",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",
+    "trainable_parameters": "adapt.active",
+    "unload": "adapt.fuse",
     "validate": "proof.validate",
     "verify_merged": "merge.verify",
 }

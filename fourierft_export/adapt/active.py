@@ -120,7 +120,7 @@ class TrainableParameters:
 
     @property
     def share(self) -> float:
-        """count / total; 0 for a model without parameters."""
+        """Count / total; 0 for a model without parameters."""
         return self.count / self.total if self.total else 0.0
 
 

@@ -66,8 +66,9 @@ class FourierFTConfig:
             the adapted layers.
         init_weights: True starts the spectra at zero (the model is unchanged at first), False at
             standard normal numbers.
-        task_type: one of PEFT's task types, as text or PEFT's enumeration; "SEQ_CLS" and "TOKEN_CLS" add `classifier` and `score` to
-            modules_to_save, "QUESTION_ANS" adds `qa_outputs`.
+        task_type: one of PEFT's task types, as text or PEFT's enumeration; "SEQ_CLS" and
+            "TOKEN_CLS" add `classifier` and `score` to modules_to_save, "QUESTION_ANS" adds
+            `qa_outputs`.
 
     Raises:
         UsageError: a value is out of range, or options contradict each other; all are listed.
@@ -103,8 +104,9 @@ class FourierFTConfig:
                 wrong.append(f"{name}: expected True or False, found {getattr(self, name)!r}")
         if self.bias not in BIAS_MODES:
             wrong.append(f"bias: expected one of {', '.join(BIAS_MODES)}, found {self.bias!r}")
-        if isinstance(self.task_type, Enum):
-            self._set("task_type", self.task_type.value)
+        kind: object = self.task_type
+        if isinstance(kind, Enum):  # peft.TaskType
+            self._set("task_type", kind.value)
         if self.task_type not in (None, *TASK_TYPES):
             known = ", ".join(TASK_TYPES)
             wrong.append(f"task_type: expected one of {known}, or None, found {self.task_type!r}")
@@ -169,8 +171,8 @@ def load_config(source: ConfigSource) -> FourierFTConfig:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         source = read_peft_config(find_adapter(path) / CONFIG_FILE if path.is_dir() else path)
-    elif callable(getattr(source, "to_dict", None)):
-        source = source.to_dict()
+    elif (to_dict := getattr(source, "to_dict", None)) is not None:
+        source = to_dict()
     if not isinstance(source, Mapping):
         raise UsageError(
             "FourierFTConfig",

@@ -1,4 +1,4 @@
-"""What a base may not do while adapters are on it: learn, and be saved under the wrappers' names."""
+"""What a base may not do while it has adapters: learn, and be saved under the wrappers' names."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         f"{type(model).__name__}.{_SAVE}",
         expected="a model without adapters: from_pretrained would not find these weights again",
         found=f"adapters {', '.join(adapter_names(model)) or 'on a part of the model'}",
-        remedy="save the adapter with fourierft_export.capture(model, NAME).save(FILE), or merge it "
-        "first with fourierft_export.unload(model, merge=True)",
+        remedy="save the adapter with fourierft_export.capture(model, NAME).save(FILE), or merge "
+        "it first with fourierft_export.unload(model, merge=True)",
     )

@@ -90,7 +90,9 @@ def _own_tensors(
         for path in _callable_roots(root, modules):
             check_can_be_saved(path, modules[path])
             versions[path] = state_tensors(modules[path])
-    quantised = [f"{p}: {describe(m)}" for p, m in modules.items() if p in inside and _is_quantised(m)]
+    quantised = [
+        f"{p}: {describe(m)}" for p, m in modules.items() if p in inside and _is_quantised(m)
+    ]
     if quantised:
         raise UsageError(
             "modules_to_save",
@@ -110,7 +112,7 @@ def _own_tensors(
 
 
 def _callable_roots(path: str, modules: dict[str, nn.Module]) -> list[str]:
-    """The modules to save for `path`: itself, or what a mere container holds, if that has tensors."""
+    """The modules to save for `path`: itself, or those that a mere container holds."""
     module = modules[path]
     if not state_tensors(module):
         return []

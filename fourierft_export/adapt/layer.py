@@ -74,7 +74,7 @@ class FourierLinear(nn.Module):
         self.blocks = OpenBlocks()
         self._gradient_tried = False
         self.register_parameter("kept_weight", None)
-        self._register_state_dict_hook(_put_kept_weight)
+        self._register_state_dict_hook(_put_kept_weight)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
 
     @property
@@ -181,7 +181,7 @@ class FourierLinear(nn.Module):
         ).train(self.training)
 
     def delta_weight(self) -> Tensor | None:
-        """The sum of the active adapters' delta_W (M, N), at least float32; None if none is active."""
+        """The active adapters' delta_W (M, N) added up, float32 or float64; None without any."""
         total: Tensor | None = None
         for name in self.active:
             delta = self.adapter(name).delta_weight()

@@ -31,7 +31,7 @@ _REMEDY = (
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, recognised by its name, so that transformers is not imported."""
+    """Whether `module` is transformers' Conv1D, recognised by its name: no import is needed."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import compare
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
-from ..bundle.peft import read_adapter, find_adapter
+from ..bundle.peft import find_adapter, read_adapter
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
-from ..models.base import find_bridge
+from ..models.names import find_bridge
 from ..types import Array
 from .linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
 from .modules import base_modules, did_you_mean, original

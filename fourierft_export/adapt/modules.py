@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .adapter import LayerAdapter
 from .layer import FourierLinear
-from .saved_modules import AdaptedModule, Version, add_version, module_in_use, original_of, remove_version, unwrap, versions_of
+from .saved_modules import (
+    AdaptedModule,
+    Version,
+    add_version,
+    module_in_use,
+    original_of,
+    remove_version,
+    unwrap,
+    versions_of,
+)
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -151,7 +160,9 @@ def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters on `model`, in the order in which they were added."""
-    return tuple(dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.adapters))
+    return tuple(
+        dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.adapters)
+    )
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -231,11 +242,14 @@ def swapped_layers(
         UsageError: a `route` block is open.
     """
     check_not_routed(model, "export")
-    wrappers = {
-        path: module
-        for path, module in base_modules(model)
-        if isinstance(module, FourierLinear | AdaptedModule)
-    }
+    wrappers: dict[str, FourierLinear | AdaptedModule] = {}
+    whole: list[str] = []  # a version of a whole module has no wrappers in it
+    for path, module in base_modules(model):
+        if isinstance(module, FourierLinear | AdaptedModule):
+            if not any(path.startswith(f"{root}.") for root in whole):
+                wrappers[path] = module
+            if isinstance(module, AdaptedModule) and module._fourierft_active is not None:
+                whole += [path] * versions_of(module)[module._fourierft_active].is_whole
     stand_ins = {
         path: build(path, module) if isinstance(module, FourierLinear) else module_in_use(module)
         for path, module in wrappers.items()

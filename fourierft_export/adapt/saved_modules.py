@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .routing.apply import attribute_by_rows, call_by_rows
 from .routing.context import OpenBlocks, current_rows, rows_here
+
 
 class Version(nn.Module):
     """One adapter's version of a module.
@@ -122,16 +123,13 @@ class AdaptedModule(nn.Module):
 
 def original_of(adapted: AdaptedModule) -> nn.Module:
     """The base's module."""
-    module = adapted._modules["original"]
-    assert module is not None
-    return module
+    return cast(nn.Module, adapted._modules["original"])
 
 
 def versions_of(adapted: AdaptedModule) -> dict[str, Version]:
     """Adapter name -> its version."""
-    held = adapted._modules["versions"]
-    assert isinstance(held, nn.ModuleDict)
-    return {name: module for name, module in held.items() if isinstance(module, Version)}
+    held = cast(nn.ModuleDict, adapted._modules["versions"])
+    return {name: cast(Version, module) for name, module in held.items()}
 
 
 def module_under(adapted: AdaptedModule, name: str | None) -> nn.Module:
@@ -150,13 +148,13 @@ def add_version(
 ) -> None:
     """Add adapter `name`'s version with these tensors of its own; it is not active yet."""
     version = Version(original_of(adapted), own, trainable).train(adapted.training)
-    adapted._modules["versions"][name] = version  # type: ignore[index]
+    cast(nn.ModuleDict, adapted._modules["versions"])[name] = version
 
 
 def remove_version(adapted: AdaptedModule, name: str) -> None:
     """Remove adapter `name`'s version, if it has one."""
     if name in versions_of(adapted):
-        del adapted._modules["versions"][name]  # type: ignore[union-attr]
+        del cast(nn.ModuleDict, adapted._modules["versions"])[name]
     if adapted._fourierft_active == name:
         adapted._fourierft_active = None
 

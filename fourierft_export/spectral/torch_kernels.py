@@ -38,7 +38,7 @@ def delta_weight(
     """delta_W (M, N), or `weight` + delta_W, in `precision`."""
     wide = precision(spectrum) if weight is None else precision(spectrum, weight)
     spectrum = spectrum.detach().to(wide)
-    if _on_host(spectrum, entries) and wide == torch.float32:
+    if on_host(spectrum, entries) and wide == torch.float32:
         target = np.empty(shape, np.float32)
         start = None if weight is None else host_array(weight, read_only=True)
         numpy_delta.rebuild(
@@ -201,7 +201,8 @@ def host_array(tensor: Tensor, *, read_only: bool = False) -> AnyFloat:
     return array
 
 
-def _on_host(*tensors: Tensor) -> bool:
+def on_host(*tensors: Tensor) -> bool:
+    """Whether all are plain tensors in the CPU's memory, which numpy can read."""
     plain = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return all(t.device.type == "cpu" and type(t) in plain for t in tensors)
 

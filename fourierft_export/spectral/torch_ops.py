@@ -19,7 +19,7 @@ from . import torch_kernels as kernels
 from .cost import choose_form
 from .token import check_features
 
-__all__ = ["choose_form", "delta_weight", "merge_delta_weights_", "merged_weight", "token_delta"]
+__all__ = ["choose_form", "delta_weight", "merge_delta_weights", "merged_weight", "token_delta"]
 
 Shape = tuple[int, int]
 
@@ -93,42 +93,48 @@ def token_delta(
 
 
 @torch.no_grad()
-def merge_delta_weights_(
+def merge_delta_weights(
     weights: Sequence[Tensor],
     spectra: Sequence[Tensor],
     entries: Tensor,
     scaling: float,
     *,
     transposed: bool = False,
-) -> None:
-    """Add to each weight, in place, the delta_W of its spectrum; layers share shape and entries.
+    in_place: bool = False,
+) -> list[Tensor]:
+    """Add to each weight the delta_W of its spectrum; layers share shape, dtype and entries.
 
     Args:
         weights: L tensors of one shape, (M, N), or (N, M) when `transposed`; any float dtype.
-            Sums are in float32 (float64 for float64) and rounded once. On the CPU the extra
-            memory is a few MB; elsewhere it is that of one delta_W.
+            Sums are in float32 (float64 for float64) and rounded once.
         spectra: L tensors (n,).
         entries: int64 (n, 2), pairs (u, v) with u along M.
         scaling: multiplies every delta_W.
         transposed: the weights are stored as (N, M), as GPT-2's Conv1D does.
+        in_place: write into `weights`. On the CPU the extra memory is then a few MB; elsewhere it
+            is that of one delta_W.
+
+    Returns:
+        The sums: `weights` themselves, or new tensors.
     """
-    on_host = all(w.device.type == "cpu" and w.dtype != torch.float64 for w in weights)
-    if on_host and weights:
-        numpy_delta.merge_delta_weights(
-            [kernels.host_array(weight) for weight in weights],
+    targets = list(weights) if in_place else [torch.empty_like(weight) for weight in weights]
+    if kernels.on_host(*weights, *spectra) and all(w.dtype != torch.float64 for w in weights):
+        numpy_delta.rebuild(
+            [kernels.host_array(weight, read_only=True) for weight in weights],
+            [kernels.host_array(target, read_only=not in_place) for target in targets],
             torch.stack([spectrum.float() for spectrum in spectra]).numpy(),
-            entries.numpy(),
+            entries.numpy()[:, ::-1] if transposed else entries.numpy(),
             float(scaling),
-            transposed=transposed,
-            threads=torch.get_num_threads(),
+            torch.get_num_threads(),
         )
-        return
-    for weight, spectrum in zip(weights, spectra, strict=True):
+        return targets
+    for weight, target, spectrum in zip(weights, targets, spectra, strict=True):
         upright = weight.T if transposed else weight
         shape = (upright.shape[0], upright.shape[1])
         spectrum = spectrum.to(torch.promote_types(spectrum.dtype, kernels.precision(weight)))
-        delta = kernels.delta_weight(spectrum, entries, shape, float(scaling))
-        upright.copy_(delta.add_(upright))
+        delta = kernels.delta_weight(spectrum, entries, shape, float(scaling)).add_(upright)
+        target.copy_(delta.T if transposed else delta)
+    return targets
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:

@@ -12,8 +12,8 @@ from ..adapt.attach import attach, capture
 from ..adapt.config import ALL_LINEAR, FourierFTConfig
 from ..adapt.inject import inject
 from ..adapt.linear import layer_shape, to_array, to_tensor
+from ..adapt.modules import base_modules, fourier_layers, original, saved_tensors
 from ..adapt.targets import USUAL_TARGETS, select
-from ..adapt.tree import adapted_modules, base_modules, fourier_layers, original
 from ..bundle.file import Bundle
 from ..errors import UsageError
 from . import defaults
@@ -61,12 +61,7 @@ class LiveAdapter:
     @property
     def saved(self) -> dict[str, Tensor]:
         """Name -> tensor of heads and biases: parameters, and buffers that go with them."""
-        return {
-            f"{path}.{leaf}": tensor
-            for path, module in adapted_modules(self.model).items()
-            if NAME in module.versions
-            for leaf, tensor in module.version(NAME).own_tensors().items()
-        }
+        return saved_tensors(self.model, NAME)
 
     def learning(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of all that learns, in one order everywhere."""

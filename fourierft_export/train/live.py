@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..adapt.adapter import LayerAdapter
 from ..adapt.attach import capture
 from ..adapt.linear import to_tensor
-from ..adapt.saved import Version
-from ..adapt.tree import active_adapters, adapted_modules, check_known, fourier_layers
+from ..adapt.modules import active_adapters, check_known, fourier_layers, saved_tensors
+from ..adapt.saved_modules import Version
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import judge
 from ..bundle.spec import LayerSpec
@@ -54,9 +54,7 @@ def check_only_learns(model: nn.Module, name: str) -> None:
             found="one that does not",
             remedy="activate it; attach it with trainable=True; call restore if it is fused",
         )
-    for module in adapted_modules(model).values():
-        if name in module.versions:
-            own |= {id(tensor) for tensor in module.version(name).own_tensors().values()}
+    own |= {id(tensor) for tensor in saved_tensors(model, name).values()}
     others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         raise UsageError(
@@ -136,10 +134,8 @@ def refill(model: nn.Module, bundle: Bundle, name: str = "default") -> None:
     for path, layer in fourier_layers(model).items():
         if name in layer.adapters:
             layer.adapter(name).spectrum.copy_(to_tensor(bundle.spectra[path]))
-    for path, module in adapted_modules(model).items():
-        if name in module.versions:
-            for leaf, tensor in module.version(name).own_tensors().items():
-                tensor.copy_(to_tensor(bundle.saved[f"{path}.{leaf}"]))
+    for key, tensor in saved_tensors(model, name).items():
+        tensor.copy_(to_tensor(bundle.saved[key]))
 
 
 def _differences(live: Bundle, stored: Bundle) -> list[str]:

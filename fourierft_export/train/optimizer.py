@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..adapt.adapter import LayerAdapter
-from ..adapt.tree import fourier_layers
+from ..adapt.modules import fourier_layers
 from ..errors import UsageError
 from .defaults import HEAD_LEARNING_RATE, LayerSize, spectrum_rates
 

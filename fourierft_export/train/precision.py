@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from ..adapt.tree import base_modules, original
+from ..adapt.modules import base_modules, original
 
 
 class Precision:

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..adapt.tree import adapted_modules, fourier_layers
+from ..adapt.modules import adapter_names, fourier_layers, saved_tensors
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -95,8 +95,7 @@ def whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     whole = {p for p in model.parameters() if p.requires_grad}
     for layer in fourier_layers(model).values():
         whole.update(layer.adapters.parameters())
-    for module in adapted_modules(model).values():
-        for name in module.versions:
-            own = module.version(name).own_tensors().values()
-            whole.update(tensor for tensor in own if isinstance(tensor, nn.Parameter))
+    for name in adapter_names(model):
+        own = saved_tensors(model, name).values()
+        whole.update(tensor for tensor in own if isinstance(tensor, nn.Parameter))
     return whole

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn, optim
 
-from ..adapt.tree import base_modules, original
+from ..adapt.modules import base_modules, original
 from ..errors import UsageError
 from .evaluate import to_device
 from .order import mixed_seed, share

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..adapt.attach import detach
-from ..adapt.tree import adapter_names, check_new_name
+from ..adapt.modules import adapter_names, check_new_name
 from ..bundle.file import Bundle
 from ..errors import FileAccessError, UsageError
 from ..files.staging import check_output

@@ -31,7 +31,7 @@ from fourierft_export import (
 )
 from fourierft_export.adapt.active import activate
 from fourierft_export.adapt.fuse import merged_weights
-from fourierft_export.adapt.tree import fourier_layers
+from fourierft_export.adapt.modules import fourier_layers
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost
 

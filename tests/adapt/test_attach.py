@@ -25,7 +25,7 @@ from fourierft_export import (
     inject,
 )
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.tree import active_adapters, adapter_names, fourier_layers
+from fourierft_export.adapt.modules import active_adapters, adapter_names, fourier_layers
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.errors import BaseMismatchError, UsageError
 

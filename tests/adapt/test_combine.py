@@ -24,7 +24,7 @@ from fourierft_export import (
     restore,
     route,
 )
-from fourierft_export.adapt.tree import active_adapters, adapter_names, fourier_layers
+from fourierft_export.adapt.modules import active_adapters, adapter_names, fourier_layers
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral.delta import reference_delta
 

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from fourierft_export import FourierFTConfig, FourierLinear, fuse, inject, restore
 from fourierft_export.adapt.active import activate
 from fourierft_export.adapt.fuse import merged_weights
-from fourierft_export.adapt.plain import swapped_layers, with_weight
-from fourierft_export.adapt.tree import active_adapters, fourier_layers
+from fourierft_export.adapt.linear import with_weight
+from fourierft_export.adapt.modules import active_adapters, fourier_layers, swapped_layers
 from fourierft_export.errors import UsageError
 
 MakeModel = Callable[[str], nn.Module]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fourierft_export import FourierFTConfig, FourierLinear, inject
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.tree import adapted_modules, adapter_names, fourier_layers
+from fourierft_export.adapt.modules import adapted_modules, adapter_names, fourier_layers
 from fourierft_export.errors import UsageError
 
 MakeModel = Callable[[str], nn.Module]

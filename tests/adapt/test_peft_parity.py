@@ -31,7 +31,7 @@ from fourierft_export import (
     restore,
     route,
 )
-from fourierft_export.adapt.tree import active_adapters, adapter_names, fourier_layers, is_fused
+from fourierft_export.adapt.modules import active_adapters, adapter_names, fourier_layers, is_fused
 from fourierft_export.errors import BadInputError, UsageError
 
 MakeModel = Callable[[str], nn.Module]
@@ -109,7 +109,7 @@ def weights64(pair: Pair, names: list[str]) -> dict[str, Tensor]:
             u, v = torch.tensor(adapter.host_entries).T
             dense[u, v] = adapter.spectrum.detach().double()
             delta = torch.fft.ifft2(dense).real * adapter.origin.scaling
-            weight = weight + (delta.T if layer.fan_in_fan_out else delta)
+            weight = weight + (delta.T if layer.transposed else delta)
         exact[path] = weight
     return exact
 

@@ -24,7 +24,7 @@ from fourierft_export import (
     restore,
     route,
 )
-from fourierft_export.adapt.tree import fourier_layers
+from fourierft_export.adapt.modules import fourier_layers
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost
 

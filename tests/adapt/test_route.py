@@ -22,7 +22,7 @@ from fourierft_export import (
     route,
 )
 from fourierft_export.adapt.adapter import AdapterOrigin
-from fourierft_export.adapt.tree import active_adapters, adapted_modules, fourier_layers
+from fourierft_export.adapt.modules import active_adapters, adapted_modules, fourier_layers
 from fourierft_export.spectral import cost
 
 MakeModel = Callable[[str], nn.Module]

@@ -23,7 +23,7 @@ from fourierft_export import (
     restore,
     route,
 )
-from fourierft_export.adapt.tree import adapted_modules, adapter_names
+from fourierft_export.adapt.modules import adapted_modules, adapter_names
 from fourierft_export.errors import UsageError
 
 MakeModel = Callable[[str], nn.Module]

@@ -17,7 +17,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import fourierft_export as ff
-from fourierft_export.adapt.tree import fourier_layers
+from fourierft_export.adapt.modules import fourier_layers
 from fourierft_export.errors import BaseMismatchError, UsageError
 
 SHAPE = {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fourierft_export import Bundle, FourierFTConfig, attach, capture, inject
-from fourierft_export.adapt.tree import fourier_layers, original
+from fourierft_export.adapt.modules import fourier_layers, original
 from fourierft_export.errors import BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.train import precision
 from fourierft_export.train.order import epoch_batches, hold_out, mixed_seed, share
@@ -355,7 +355,7 @@ def test_the_base_and_the_global_generator_stay(make_task: MakeTask, tmp_path: P
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from fourierft_export.adapt.tree import base_modules
+    from fourierft_export.adapt.modules import base_modules
 
     return list(base_modules(model))
 

@@ -18,9 +18,7 @@ from .context import ONE_BY_ONE, Names, RowAdapters
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def add_row_deltas(
-    result: Tensor, x: Tensor, adapters: nn.ModuleDict, rows: RowAdapters
-) -> Tensor:
+def add_row_deltas(result: Tensor, x: Tensor, adapters: nn.ModuleDict, rows: RowAdapters) -> Tensor:
     """The base layer's `result` plus each row's own x delta_W^T.
 
     Args:
@@ -178,7 +176,9 @@ def attribute_by_rows(
         return PerRowCallable(lambda name: getattr(version(name), attribute), rows)
     if all(type(value) is type(first) and value == first for value in values):
         return first
-    raise _refusal(rows, f"an attribute {attribute!r} with one value", "other values for other rows")
+    raise _refusal(
+        rows, f"an attribute {attribute!r} with one value", "other values for other rows"
+    )
 
 
 class PerRowCallable:

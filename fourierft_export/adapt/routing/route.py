@@ -68,7 +68,7 @@ def route(
     rows = _checked(model, layers, saved, names, num_beams)
     plans: dict[nn.Module, tuple[OpenBlocks, RowAdapters]] = {}
     for path, layer in layers.items():
-        known = _known(rows, layer.adapters)
+        known = _known(rows, layer.adapters.keys())
         plan = RowAdapters(path or "(the model)", known, _groups(layer, known), num_beams)
         plans[layer] = layer.blocks, plan
     for path, module in saved.items():
@@ -135,7 +135,9 @@ def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
         for name, version in zip(rows, _known(rows, versions_of(module)), strict=True):
             users.setdefault(version, str(name))
         shapes = {
-            user: {k: list(t.shape) for k, t in state_tensors(module_under(module, version)).items()}
+            user: {
+                k: list(t.shape) for k, t in state_tensors(module_under(module, version)).items()
+            }
             for version, user in users.items()
         }
         for (one, mine), (other, its) in pairwise(shapes.items()):
@@ -152,6 +154,10 @@ def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
             remedy="run these adapters in batches of their own",
             offenders=unlike,
         )
+
+
+def _shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in state_tensors(module).items()}
 
 
 def _check_not_nested(

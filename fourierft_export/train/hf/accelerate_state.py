@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...adapt.tree import adapter_names
+from ...adapt.modules import adapter_names
 from ...bundle.file import SUFFIX, Bundle
 from ...errors import UsageError
 from ..live import adapter_tensors, check_only_learns, refill

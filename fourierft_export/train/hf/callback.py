@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ...adapt.attach import capture
-from ...adapt.tree import adapter_names
+from ...adapt.modules import adapter_names
 from ...errors import BaseMismatchError, UsageError
 from ..live import Identity, check_only_learns, check_same_run, identity
 from .saving import divert, release, write_adapter

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ...adapt.attach import capture
-from ...adapt.tree import adapter_names
+from ...adapt.modules import adapter_names
 from ...bundle.file import SUFFIX, Bundle
 from ...errors import UsageError
 from ...files.staging import staged_file
