@@ -217,7 +217,7 @@ def _same_entries(layers: dict[str, FourierLinear]) -> list[dict[str, FourierLin
     """The layers under exactly one active adapter, those together that share all but weights."""
     groups: dict[object, dict[str, FourierLinear]] = {}
     for path, layer in layers.items():
-        if len(layer.active) == 1:
+        if len(layer.active) == 1 and not layer.is_fused:
             adapter, weight = layer.adapter(layer.active[0]), stored_weight(layer.linear)
             key = (
                 *(layer.shape, layer.transposed, weight.dtype, weight.device),

@@ -32,7 +32,7 @@ from .linear import (
 )
 from .routing.apply import PerRowTensor, add_row_deltas
 from .routing.context import OpenBlocks, current_rows, rows_here
-from .saved_modules import AdaptedModule, module_in_use, unwrap
+from .saved_modules import AdaptedModule, link_versions, module_in_use, unwrap
 
 
 class FourierLinear(nn.Module):
@@ -133,6 +133,8 @@ class FourierLinear(nn.Module):
         before = cast(nn.Parameter, parameters["weight"])
         parameters["weight"] = weight
         self.kept_weight = before if fuse else None
+        if isinstance(self.base_layer, AdaptedModule):
+            link_versions(self.base_layer)
         return before
 
     def adapter(self, name: str) -> LayerAdapter:

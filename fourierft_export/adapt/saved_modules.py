@@ -107,6 +107,12 @@ class AdaptedModule(nn.Module):
             return call_by_rows(lambda name: module_under(self, name), rows, args, kwargs)
         return module_in_use(self)(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModule:
+        """Move or cast as any module; versions go on sharing the original's tensors."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        link_versions(self)
+        return self
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if "original" not in modules or "versions" not in modules:
@@ -136,6 +142,12 @@ def module_under(adapted: AdaptedModule, name: str | None) -> nn.Module:
     """The module that is used under adapter `name`; the original under None."""
     module: nn.Module = original_of(adapted) if name is None else versions_of(adapted)[name].module
     return module
+
+
+def link_versions(adapted: AdaptedModule) -> None:
+    """Let the versions share tensors of the original that were replaced; calls do so themselves."""
+    for version in versions_of(adapted).values():
+        _ = version.module
 
 
 def module_in_use(adapted: AdaptedModule) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -119,14 +120,15 @@ def merge_delta_weights(
     """
     targets = list(weights) if in_place else [torch.empty_like(weight) for weight in weights]
     if kernels.on_host(*weights, *spectra) and all(w.dtype != torch.float64 for w in weights):
-        numpy_delta.rebuild(
-            [kernels.host_array(weight, read_only=True) for weight in weights],
-            [kernels.host_array(target, read_only=not in_place) for target in targets],
-            torch.stack([spectrum.float() for spectrum in spectra]).numpy(),
-            entries.numpy()[:, ::-1] if transposed else entries.numpy(),
-            float(scaling),
-            torch.get_num_threads(),
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # as torch does
+            numpy_delta.rebuild(
+                [kernels.host_array(weight, read_only=True) for weight in weights],
+                [kernels.host_array(target) for target in targets],
+                torch.stack([spectrum.float() for spectrum in spectra]).numpy(),
+                entries.numpy()[:, ::-1] if transposed else entries.numpy(),
+                float(scaling),
+                torch.get_num_threads(),
+            )
         return targets
     for weight, target, spectrum in zip(weights, targets, spectra, strict=True):
         upright = weight.T if transposed else weight

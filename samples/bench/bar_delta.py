@@ -54,8 +54,8 @@ def merge_eight(dtype: torch.dtype) -> Row:
     start = layer.base_layer.weight.data.clone()
     weights = [start.clone() for _ in range(count)]
 
-    def ours() -> None:
-        torch_ops.merge_delta_weights_(weights, spectra, entries, SCALING)
+    def ours() -> None:  # what `unload(model, merge=True)` does to the layers of one shape
+        torch_ops.merge_delta_weights(weights, spectra, entries, SCALING, in_place=True)
 
     def peer() -> None:  # one layer: the others would take as long
         layer.merge()

@@ -34,7 +34,9 @@ def main(side: str, dtype: torch.dtype) -> None:
         if layer is not None:
             layer.merge()
         else:
-            torch_ops.merge_delta_weights_([base.weight.data], [spectrum], entries, SCALING)
+            torch_ops.merge_delta_weights(
+                [base.weight.data], [spectrum], entries, SCALING, in_place=True
+            )
     print(peak_mib() - before)
 
 

@@ -220,7 +220,7 @@ def test_two_heads_cannot_be_active_together(make_model: MakeModel, tokens: Tens
     before = output(activate(model, ["b", "d"]), tokens)
     with pytest.raises(UsageError) as caught:
         activate(model, ["a", "b"])
-    assert caught.value.offenders == ("classifier: a and b both bring their own",)
+    assert caught.value.offenders == ("classifier: a and b both have their own",)
     with pytest.raises(UsageError, match="activate") as caught:
         activate(model, ["a", "c"])
     assert caught.value.offenders == ("classifier: a replaces it, c changes it",)

@@ -142,7 +142,7 @@ def test_merge_of_several_is_the_sum_in_any_order(
     pair.theirs.merge_adapter(names)
     pair.check(tokens)
     for path, exact in weights64(pair, ["a", "b"]).items():
-        fused = fourier_layers(pair.ours)[path].fused_weight
+        fused = fourier_layers(pair.ours)[path].weight
         torch.testing.assert_close(fused.double(), exact, rtol=1e-6, atol=1e-7)
 
 
@@ -201,7 +201,7 @@ def test_merge_in_half_precision_is_no_worse_than_pefts(
     pair.theirs.merge_adapter()
     wrong = [0.0, 0.0]
     for path, weight in exact.items():
-        mine = fourier_layers(pair.ours)[path].fused_weight.double()
+        mine = fourier_layers(pair.ours)[path].weight.double()
         peft = pair.theirs.base_model.model.get_submodule(path).base_layer.weight.double()
         wrong[0] += (mine - weight).square().sum().item()
         wrong[1] += (peft - weight).square().sum().item()
@@ -471,7 +471,7 @@ def test_eval_and_train_mode_pass_through(make_model: MakeModel, tokens: Tensor)
         assert {m.training for m in model.modules()} == {training}
         model.train(not training)
         assert {m.training for m in model.modules()} == {not training}
-    weights = [layer.fused_weight for layer in fourier_layers(model).values()]
+    weights = [layer.kept_weight for layer in fourier_layers(model).values()]
     assert weights == [None] * len(weights)  # no mode merges anything
 
 
@@ -679,7 +679,7 @@ def test_modules_saved_by_different_adapters(make_model: MakeModel, tokens: Tens
         pair.theirs.base_model.set_adapter(["a", "c"])
     with pytest.raises(UsageError) as caught:
         activate(pair.ours, ["a", "c"])
-    assert caught.value.offenders == ("lm_head: a and c both bring their own",)
+    assert caught.value.offenders == ("lm_head: a and c both have their own",)
     detach(pair.ours, "a")
     pair.theirs.delete_adapter("a")
     pair.activate("c", "b").check(tokens)

@@ -24,6 +24,7 @@ from fourierft_export import (
     route,
 )
 from fourierft_export.adapt.modules import adapted_modules, adapter_names
+from fourierft_export.adapt.saved_modules import add_version
 from fourierft_export.errors import UsageError
 
 MakeModel = Callable[[str], nn.Module]
@@ -116,7 +117,7 @@ def test_heads_of_different_sizes(model: Any) -> None:
     """Not even low-level versions of one module may differ within a batch."""
     head = adapted_modules(model)["classifier"]
     five = {"weight": torch.zeros(5, 32), "bias": torch.zeros(5)}
-    head.add_version("b", five, trainable=False)
+    add_version(head, "b", five, trainable=False)
     with pytest.raises(UsageError, match="batches of their own") as caught, route(model, NAMES):
         pytest.fail("the block was entered")
     assert "classifier.weight: a has [3, 32], b [5, 32]" in caught.value.offenders
@@ -201,14 +202,13 @@ def test_saved_modules_within_saved_modules() -> None:
     for name in ("a", "b"):
         config = FourierFTConfig(n_frequency=5, target_modules=["0"], modules_to_save=["1"])
         inject(model, config, name)
-    # Beams make parts of a batch as long as another batch.
-    with pytest.raises(UsageError) as caught, route(model, ["a", "b"], num_beams=2):
-        pytest.fail("the block was entered")
-    assert caught.value.offenders == ("1.dense: within 1",)
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, Head)).scale.mul_(2)
     x = torch.randn(2, 4)
-    with torch.no_grad(), route(model, ["b", "b"]):
+    with torch.no_grad(), route(model, ["a", "b"]):
         found = model(x)
-    torch.testing.assert_close(found, activate(model, "b")(x))
+    for i, name in enumerate("ab"):
+        torch.testing.assert_close(found[i], activate(model, name)(x)[i])
 
 
 def test_fused(model: Any) -> None:
@@ -263,8 +263,7 @@ def test_another_thread(model: Any) -> None:
         in_a_thread()
         run(model, 3)
     in_a_thread()
-    assert "another thread" in found[0]
-    assert found[1:] == ["entered"]
+    assert found == ["entered", "entered"]
 
 
 def test_exporting(model: Any) -> None:

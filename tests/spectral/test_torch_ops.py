@@ -68,8 +68,13 @@ def test_merging_tensors_in_place(dtype: torch.dtype, transposed: bool) -> None:
     weights = [0.02 * torch.randn(shape[::-1] if transposed else shape) for _ in range(3)]
     weights = [weight.to(dtype) for weight in weights]
     before = [weight.clone() for weight in weights]
-    torch_ops.merge_delta_weights_(
-        weights, spectra, torch.from_numpy(entries.copy()), scaling, transposed=transposed
+    torch_ops.merge_delta_weights(
+        weights,
+        spectra,
+        torch.from_numpy(entries.copy()),
+        scaling,
+        transposed=transposed,
+        in_place=True,
     )
     for weight, was, spectrum in zip(weights, before, spectra, strict=True):
         delta = torch.from_numpy(reference_delta(spectrum.numpy(), entries, shape, scaling))

@@ -79,17 +79,17 @@ class RowAdapters:
 class OpenBlocks:
     """What one wrapped module knows of the `route` blocks around it, in any thread.
 
-    Gradient checkpointing runs a module again in the backward pass, when the block may be over, and
-    on a GPU in another thread: such a run uses the rows of the latest pass with gradients.
+    Gradient checkpointing runs a module again in the backward pass, when the block may be over:
+    such a run uses the rows of the thread's latest pass.
 
     Attributes:
         count: blocks that are open on the module.
-        latest: rows of the latest pass with gradients; None if that was outside of any block.
+        latest: thread -> rows of its latest pass, for threads where that was within a block.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.latest: RowAdapters | None = None
+        self.latest: dict[int, RowAdapters] = {}
 
     def __reduce__(self) -> tuple[type[OpenBlocks], tuple[()]]:
         return OpenBlocks, ()  # a copy of the model is in no block: none would end there
@@ -97,7 +97,7 @@ class OpenBlocks:
     @property
     def may_apply(self) -> bool:
         """Whether `current_rows` has to be asked; False for a model that is never routed."""
-        return self.count > 0 or self.latest is not None
+        return self.count > 0 or bool(self.latest)
 
 
 # Wrapped module -> its rows. Each thread, and each asynchronous task, has a value of its own.
@@ -119,6 +119,8 @@ def open_block(plans: Mapping[nn.Module, tuple[OpenBlocks, RowAdapters]]) -> Ite
         with _lock:
             for blocks, _ in plans.values():
                 blocks.count -= 1
+                if not torch.is_grad_enabled():  # no backward pass will come
+                    blocks.latest.pop(threading.get_ident(), None)
         _rows.set(before)
 
 
@@ -129,8 +131,11 @@ def current_rows(module: nn.Module, blocks: OpenBlocks) -> RowAdapters | None:
     Raises:
         UsageError: nn.DataParallel runs the module, in threads that know nothing of the block.
     """
+    thread = threading.get_ident()
     if torch._C._current_graph_task_id() != -1:  # within a backward pass
-        return blocks.latest
+        if isinstance(threading.current_thread(), threading._DummyThread):  # of a GPU
+            return next(reversed(blocks.latest.values()), None)
+        return blocks.latest.get(thread)
     rows = rows_here(module)
     if blocks.count and getattr(module, "_is_replica", False):
         raise UsageError(
@@ -139,8 +144,9 @@ def current_rows(module: nn.Module, blocks: OpenBlocks) -> RowAdapters | None:
             found="nn.DataParallel, which runs parts of the batch in threads of its own",
             remedy="route the model itself, or use DistributedDataParallel",
         )
-    if torch.is_grad_enabled():
-        blocks.latest = rows
+    blocks.latest.pop(thread, None)
+    if rows is not None:
+        blocks.latest[thread] = rows
     return rows
 
 
