@@ -17,7 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..bundle.peft import CONFIG_FILE, find_adapter, read_peft_config
+from ..bundle.peft import CONFIG_FILE, find_adapter
+from ..bundle.peft_config import read_peft_config
 from ..errors import UsageError
 
 ALL_LINEAR = "all-linear"
