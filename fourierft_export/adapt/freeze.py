@@ -28,9 +28,16 @@ def freeze(model: nn.Module) -> None:
             if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 frozen.append(f"{path}.{leaf}" if path else leaf)
+    setattr(holder, FROZEN, tuple(frozen))
+    refuse_saving(model)
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` of the model, and of models within it, refuse; `unfreeze` ends that."""
+    for _, module in base_modules(model):
+        base = original(module)
         if callable(getattr(type(base), _SAVE, None)) and _SAVE not in base.__dict__:
             base.__dict__[_SAVE] = partial(_refuse_to_save, base)
-    setattr(holder, FROZEN, tuple(frozen))
 
 
 def unfreeze(model: nn.Module) -> None:

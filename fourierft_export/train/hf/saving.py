@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ...adapt.attach import capture
+from ...adapt.freeze import refuse_saving
 from ...adapt.modules import adapter_names
 from ...bundle.file import SUFFIX, Bundle
 from ...errors import UsageError
@@ -81,6 +82,8 @@ def release(model: nn.Module) -> None:
     if diverted is not None:
         diverted[1].remove()
         model.__dict__.pop("save_pretrained", None)
+        if adapter_names(model):
+            refuse_saving(model)
 
 
 def save_pretrained(
