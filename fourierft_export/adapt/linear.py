@@ -21,7 +21,6 @@ from torch.nn.utils import parametrize
 
 from ..errors import UsageError
 from ..types import Array
-from .saved_modules import copy_sharing
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REMEDY = (
@@ -143,22 +142,19 @@ def check_weight_is_parameter(where: str, layers: Mapping[str, nn.Module]) -> No
         )
 
 
-def with_weight(linear: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy of a layer that shares all but its weight, which is `weight` and does not learn.
-
-    A weight that torch computes from others (parametrizations such as weight_norm) becomes a plain
-    one.
+def without_parametrizations(path: str, linear: nn.Module) -> nn.Module:
+    """The layer, or a plain copy where torch computes its weight from others (weight_norm).
 
     Raises:
-        UsageError: the weight is computed by a hook.
+        UsageError: a hook computes the weight, so that a copy would not keep it.
     """
-    if parametrize.is_parametrized(linear, "weight"):
-        plain = copy.deepcopy(linear)
-        parametrize.remove_parametrizations(plain, "weight", leave_parametrized=True)
-    else:
-        check_weight_is_parameter("another weight for a layer", {type(linear).__name__: linear})
-        plain = copy_sharing(linear, ["weight"])
-    plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if not parametrize.is_parametrized(linear):
+        if float_weight(linear) is not None:
+            check_weight_is_parameter("export", {path: linear})
+        return linear
+    plain = copy.deepcopy(linear)
+    for name in list(plain.parametrizations):  # type: ignore[arg-type]
+        parametrize.remove_parametrizations(plain, name, leave_parametrized=True)
     return plain
 
 

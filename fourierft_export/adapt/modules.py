@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .adapter import LayerAdapter
 from .layer import FourierLinear
+from .linear import without_parametrizations
 from .saved_modules import (
     AdaptedModule,
     Version,
     add_version,
-    module_in_use,
     original_of,
     remove_version,
     unwrap,
@@ -227,40 +227,37 @@ def base_model_name(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def swapped_layers(
-    model: nn.Module, build: Callable[[str, FourierLinear], nn.Module]
-) -> Iterator[Mapping[str, nn.Module]]:
-    """Within the block, the model has the base's module tree, as exporters need it.
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model is its base with the base's own modules, as exporters need it.
 
-    What `build(path, layer)` makes stands for every `FourierLinear`, and the version in use for
-    every module with versions. Everything is put back afterwards.
-
-    Yields:
-        Path -> what was built.
+    Layers whose weight torch computes (parametrizations such as weight_norm) are plain ones there.
+    Everything is put back afterwards.
 
     Raises:
-        UsageError: a `route` block is open.
+        UsageError: a `route` block is open; an adapted layer's weight is computed by a hook.
     """
     check_not_routed(model, "export")
-    wrappers: dict[str, FourierLinear | AdaptedModule] = {}
-    whole: list[str] = []  # a version of a whole module has no wrappers in it
+    wrappers: dict[str, nn.Module] = {}
+    fused: dict[FourierLinear, nn.Parameter] = {}
+    plain: dict[str, nn.Module] = {}
     for path, module in base_modules(model):
         if isinstance(module, FourierLinear | AdaptedModule):
-            if not any(path.startswith(f"{root}.") for root in whole):
-                wrappers[path] = module
-            if isinstance(module, AdaptedModule) and module._fourierft_active is not None:
-                whole += [path] * versions_of(module)[module._fourierft_active].is_whole
-    stand_ins = {
-        path: build(path, module) if isinstance(module, FourierLinear) else module_in_use(module)
-        for path, module in wrappers.items()
-    }
+            wrappers[path] = module
+            plain[path] = unwrap(module)
+        if isinstance(module, FourierLinear):
+            plain[path] = without_parametrizations(path, plain[path])
     try:
-        for path, stand_in in stand_ins.items():
-            put(model, path, stand_in)
-        yield {p: m for p, m in stand_ins.items() if isinstance(wrappers[p], FourierLinear)}
+        for layer in fourier_layers(model).values():
+            if layer.kept_weight is not None:
+                fused[layer] = layer.exchange_weight(layer.kept_weight, fuse=False)
+        for path, module in plain.items():
+            put(model, path, module)
+        yield
     finally:
-        for path, wrapper in wrappers.items():
-            put(model, path, wrapper)
+        for path, module in wrappers.items():
+            put(model, path, module)
+        for layer, weight in fused.items():
+            layer.exchange_weight(weight, fuse=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

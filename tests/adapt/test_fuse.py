@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from fourierft_export import FourierFTConfig, FourierLinear, fuse, inject, restore
+from fourierft_export import FourierFTConfig, fuse, inject, restore
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.fuse import merged_weights
-from fourierft_export.adapt.linear import with_weight
-from fourierft_export.adapt.modules import active_adapters, fourier_layers, swapped_layers
+from fourierft_export.adapt.modules import active_adapters, fourier_layers
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral.delta import reference_delta
 
@@ -146,53 +142,3 @@ def test_fused_models_are_copied_and_moved(make_model: MakeModel, tokens: Tensor
     twin = copy.deepcopy(model)
     assert torch.equal(output(twin, tokens), output(model, tokens))
     assert output(twin.double(), tokens).dtype == torch.float64
-
-
-def plain(model: nn.Module) -> AbstractContextManager[Mapping[str, nn.Module]]:
-    """The base's modules, with the active adapters merged in."""
-    weights = merged_weights(fourier_layers(model))
-    return swapped_layers(model, lambda path, layer: with_weight(layer.linear, weights[path]))
-
-
-@pytest.mark.parametrize(("kind", "fields"), CASES)
-def test_the_plain_view_is_the_bases_tree(
-    make_model: MakeModel, tokens: Tensor, kind: str, fields: dict[str, Any]
-) -> None:
-    base = make_model(kind)
-    model = adapted(make_model(kind), **fields)
-    before = [(n, id(m)) for n, m in model.named_modules()]
-    expected = output(model, tokens)
-    fourier_paths = fourier_layers(model).keys()
-    with plain(model) as layers:
-        assert layers.keys() == fourier_paths
-        modules = [(n, type(m)) for n, m in model.named_modules()]
-        assert modules == [(n, type(m)) for n, m in base.named_modules()]
-        state = model.state_dict()
-        assert {k: v.shape for k, v in state.items()} == {
-            k: v.shape for k, v in base.state_dict().items()
-        }
-        found = output(model, tokens)
-        base.load_state_dict(state)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
-    assert [(n, id(m)) for n, m in model.named_modules()] == before
-    assert torch.equal(output(model, tokens), expected)
-    if kind != "llama-tied":  # loading into tied tensors would write one over the other
-        torch.testing.assert_close(output(base, tokens), expected, rtol=1e-5, atol=2e-6)
-
-
-def test_the_plain_view_ends_after_an_exception(make_model: MakeModel) -> None:
-    model = adapted(make_model("gpt2"))
-    before = [(n, id(m)) for n, m in model.named_modules()]
-    with pytest.raises(RuntimeError, match="stop"), plain(model):
-        assert isinstance(model.transformer.h[0].mlp.c_proj, Conv1D)
-        raise RuntimeError("stop")
-    assert [(n, id(m)) for n, m in model.named_modules()] == before
-    assert isinstance(model.transformer.h[0].mlp.c_proj, FourierLinear)
-
-
-def test_the_plain_view_of_a_fused_model(make_model: MakeModel, tokens: Tensor) -> None:
-    model = fuse(adapted(make_model("gpt2")))
-    expected = output(model, tokens)
-    with plain(model):
-        torch.testing.assert_close(output(model, tokens), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(output(model, tokens), expected)

@@ -10,9 +10,12 @@ from torch import nn
 
 from ...adapt.attach import capture
 from ...adapt.linear import check_mergeable, stored_weight, to_tensor
-from ...adapt.plain import swapped_layers
-from ...adapt.saved import own_state
-from ...adapt.tree import active_adapters, adapted_modules, adapter_names, fourier_layers
+from ...adapt.modules import (
+    active_adapters,
+    adapter_names,
+    fourier_layers,
+    without_adapters,
+)
 from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...files.staging import check_output
@@ -104,13 +107,7 @@ def export_onnx(
     check_layers(model, adapted)
     check_export(path, mode, opset=opset, ir_version=ir_version, inline=inline, force=force)
     adapters = {name: capture(model, name) for name in names}
-    base = {
-        f"{path}.{name}": tensor
-        for path, module in adapted_modules(model).items()
-        for name, tensor in own_state(module.original).items()
-    }
-    plain = swapped_layers(model, lambda _path, layer: layer.linear)
-    with plain, replaced_tensors(model, base):
+    with without_adapters(model):
         return export_adapters(
             model,
             example_inputs,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapt.tree import base_modules
+from ...adapt.modules import base_modules
 from ...errors import UsageError
 from ...models.examples import BATCH_AXIS, SEQUENCE_AXIS, example_inputs
 
