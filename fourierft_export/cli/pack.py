@@ -85,6 +85,8 @@ def pack(
             remedy="such a file holds the inputs of one graph: name it with --onnx",
         )
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+    if bundle.is_bound and base is None:  # to the folder that the adapter's config names
+        check_output(output, force=force, inputs=(str(bundle.spec.base_model),))
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
     folder = find_adapter(source, adapter)

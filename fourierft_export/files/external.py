@@ -2,8 +2,7 @@
 
 A model that somebody else made names files. ONNX's own loader refuses links, ONNX Runtime follows
 them, and neither may be asked before it is known that the names stay within the model's folder.
-Protobuf messages are taken as they are (ONNX spec: docs/ExternalData.md); nothing here imports
-onnx.
+Protobuf messages are taken as they are (ONNX spec: docs/ExternalData.md).
 """
 
 from __future__ import annotations
@@ -70,6 +69,21 @@ def external_ranges(
             offenders=offenders if more else (),
         )
     return ranges
+
+
+def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The real files with the external data of an ONNX file; none where `path` is no such file."""
+    if not os.fspath(path).endswith(".onnx") or not os.path.isfile(path):
+        return ()
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+        ranges = external_ranges(model, path, allow_links=True)
+    except (BadInputError, FileAccessError, DecodeError, ValueError, OSError):
+        return ()  # whoever reads it says what is wrong
+    return tuple({Path(os.path.realpath(one.file)) for one in ranges.values()})
 
 
 def tensors(model: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
+from .external import external_files
 from .links import real_paths
 from .locks import try_lock, unlock
 
@@ -36,7 +37,7 @@ def check_output(
         force: whether an existing output may be replaced.
         inputs: files and folders that are read. Even with `force`, `out` may not be one of them,
             nor a folder that holds one, nor lie inside such a folder. The same goes for what the
-            links in such a folder lead to.
+            links in such a folder lead to, and for the external data of an ONNX file.
 
     Raises:
         UsageError: the output exists; it is an input, holds one, or lies inside one.
@@ -45,7 +46,8 @@ def check_output(
     path = Path(out)
     real = Path(os.path.realpath(path))
     for source in inputs:
-        for origin in real_paths(source):
+        data = external_files(source) if os.path.lexists(path) else ()
+        for origin in (*real_paths(source), *data):
             if real == origin or real in origin.parents or origin in real.parents:
                 where = "a place inside " if origin in real.parents else ""
                 raise UsageError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from fourierft_export.cli.main import run
@@ -60,3 +63,41 @@ def test_an_output_never_damages_an_input(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_external_data_of_a_graph_is_an_input(
+    stories_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stories_adapter, "adapter")
+    value = onnx.numpy_helper.from_array(np.zeros(300, np.float32), "w")
+    graph = onnx.helper.make_graph([], "g", [], [], [value])
+    onnx.save(
+        onnx.helper.make_model(graph), "model.onnx", save_as_external_data=True, location="w.bin",
+        size_threshold=0,
+    )  # fmt: skip
+    before = contents(tmp_path)
+    for words in (
+        "recover --onnx model.onnx", "pack adapter --to onnx-inputs --onnx model.onnx",
+        "apply --onnx model.onnx --bundle adapter --mode merged",
+        "export --base adapter --bundle model.onnx --mode merged",
+        "validate --onnx model.onnx --peft adapter --base adapter --report",
+    ):  # fmt: skip
+        out = [] if words.endswith("--report") else ["-o"]
+        assert run([*words.split(), *out, "w.bin", "--force"]) == 2, words
+    assert contents(tmp_path) == before
+
+
+def test_the_base_that_an_adapters_config_names_is_an_input(
+    stories260k: Path, stories_adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stories260k, tmp_path / "base")
+    shutil.copytree(stories_adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    config.write_text(json.dumps(fields))
+    before = contents(tmp_path)
+    words = ["pack", str(tmp_path / "adapter"), "--force", "-o"]
+    assert run([*words, str(tmp_path / "base" / "model.safetensors")]) == 2
+    assert contents(tmp_path) == before
+    assert run([*words, str(tmp_path / "bundle")]) == 0
