@@ -77,7 +77,11 @@ def recover(
 
     if onnx is not None:
         words = {"base": base, "merged": merged, **settings}
-        given = [f"--{name.replace('_', '-')}" for name, value in words.items() if value]
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name, value in words.items()
+            if value not in (None, ())
+        ]
         if given:
             raise UsageError(
                 "--onnx",
