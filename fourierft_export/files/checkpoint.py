@@ -1,7 +1,7 @@
 """A safetensors checkpoint of one file or many, read one tensor at a time.
 
 Reads are by position, never through a memory map: a mapped file that shrinks takes the process
-with it (SIGBUS), a short read is an error that can be told.
+with it (SIGBUS), a short read is an ordinary error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """External data of ONNX files: where a tensor's bytes lie, checked before anybody opens the file.
 
 A model that somebody else made names files. ONNX's own loader refuses links, ONNX Runtime follows
-them, and neither may be asked before it is known that the names stay within the model's folder.
+them, and neither may open the model before it is known that the names stay within its folder.
 Protobuf messages are taken as they are (ONNX spec: docs/ExternalData.md).
 """
 

@@ -9,7 +9,7 @@ from ..bundle.file import Bundle
 from ..errors import UsageError
 from ..models import task as tasks
 from ..models.base import Base
-from .plan import Changes
+from .changes import Changes
 
 Config = Mapping[str, Any]
 

@@ -63,7 +63,7 @@ def run_tasks(
 
 def _worker_is_lost(error: BaseException) -> bool:
     """Whether a task failed because its worker died, not by itself."""
-    # By name: distributed need not be installed to tell its errors apart from others.
+    # By name: distributed may not be installed.
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (BrokenExecutor, CancelledError)) or bool(
         names & {"KilledWorker", "FutureCancelledError", "CommClosedError"}

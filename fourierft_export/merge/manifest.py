@@ -19,7 +19,8 @@ from .. import __version__
 from ..errors import BadInputError
 from ..files import strict_json
 from ..files.container import read_file
-from .plan import ShardPlan, TensorPlan
+from .changes import TensorPlan
+from .plan import ShardPlan
 from .report import MergeReport
 from .shard import WrittenTensor
 

@@ -14,7 +14,8 @@ from ..errors import FileAccessError
 from ..files.container import DTYPE_BITS
 from ..files.write import IN_FLIGHT
 from ..spectral.cost import choose_delta_path
-from .plan import ShardPlan, TensorPlan
+from .changes import TensorPlan
+from .plan import ShardPlan
 
 # The interpreter, numpy, blocks of delta_W and their tables.
 _PROCESS = 192 << 20

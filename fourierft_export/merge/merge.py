@@ -17,17 +17,11 @@ from ..files.write import check_space
 from ..models.base import open_base
 from ..types import Progress
 from .base_files import MANIFEST, file_sha256, file_size, sort_files
+from .changes import collect_changes, fit_bundle
 from .config import merged_config
 from .executors import OpenExecutor, dask_cluster, local_processes
 from .memory import check_memory, memory_needed
-from .plan import (
-    DTYPES,
-    changed_tensors,
-    collect_changes,
-    fit_bundle,
-    plan_shards,
-    replaced_and_added,
-)
+from .plan import DTYPES, changed_tensors, plan_shards, replaced_and_added
 from .report import BundleReport, MergeReport, layer_reports
 from .run import MergePlan, run_merge
 
@@ -57,7 +51,7 @@ def merge_checkpoint(
     """Add adapters to a checkpoint: a plain model, which needs nothing of this package.
 
     W' = W + sum of weight_i * delta_W_i, computed in float32 or better and rounded once. Heads and
-    biases that the adapters carry replace the base's, or are added. The output is absent or
+    biases that the adapters have replace the base's, or are added. The output is absent or
     complete; after a kill, the same call resumes and ends with the same bytes. Peak memory is about
     three of the largest tensor that changes, whatever the checkpoint's size. A folder gets a
     manifest.json, which `verify_merged` checks; a single file has none.

@@ -1,82 +1,20 @@
-"""The output of a merge, tensor by tensor and shard by shard, before any of it is written."""
+"""The output of a merge, shard by shard, before any of it is written."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
-from ..bundle.file import Bundle
-from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
-from ..errors import BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint, Shard
 from ..files.container import FLOAT_DTYPES, TensorInfo
-from ..files.dtypes import to_name
 from ..files.write import Slot, in_file_order
 from ..models.base import Base
-from ..models.names import Bridge
-from ..models.task import head_labels
-from ..spectral.delta import Term
-from ..types import Array
+from .changes import Changes, TensorPlan
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# What checkpoints of BERT's time call the parameters of a norm; transformers renames them.
-_OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one bundle adds to one weight; small to pickle, since it holds that layer alone.
-
-    Attributes:
-        number: of the bundle, among those that are merged.
-        layer: module path, as the bundle names it.
-        bundle: the bound bundle without its other layers and its dense tensors.
-        weight: the factor on delta_W.
-    """
-
-    number: int
-    layer: str
-    bundle: Bundle
-    weight: float
-
-    def term(self) -> Term:
-        """The spectrum, its entries (derived here, and cached) and the scaling."""
-        scaling = float(self.bundle.spec.scaling) * self.weight
-        return Term(self.bundle.spectra[self.layer], self.bundle.entries(self.layer), scaling)
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the output.
-
-    Attributes:
-        slot: name, dtype and shape in the output.
-        source: the base's tensor that it is made of; None for a dense tensor of a bundle.
-        value: a dense tensor of a bundle, in place of `source`.
-        shares: the delta_W that are added to `source`.
-        layer: module path of the weight that they are added to, as the first bundle names it.
-        transposed: this weight is stored as (in_features, out_features).
-    """
-
-    slot: Slot
-    source: TensorInfo | None = None
-    value: Array | None = None
-    shares: tuple[Share, ...] = ()
-    layer: str = ""
-    transposed: bool = False
-
-    @property
-    def is_copied(self) -> bool:
-        """Whether it is the base's tensor under the same name, byte for byte."""
-        source = self.source
-        return (
-            source is not None
-            and not self.shares
-            and self.slot == (source.name, source.dtype, source.shape)
-        )
 
 
 @dataclass(frozen=True)
@@ -96,106 +34,6 @@ class ShardPlan:
     checkpoint: Checkpoint
     tensors: tuple[TensorPlan, ...]
     nbytes: int
-
-
-@dataclass
-class Changes:
-    """All that bundles change in a base.
-
-    Attributes:
-        tensors: what becomes of a tensor, by its name in the base; by the adapter's name where the
-            base has no such tensor.
-        prefix: what every tensor of the base is renamed with, because the head that is added
-            makes a bare encoder a task model ("bert"); "" for none.
-        outside: names that do not get the prefix: those of the head.
-        unties: the output embedding gets a tensor of its own.
-    """
-
-    tensors: dict[str, TensorPlan] = field(default_factory=dict)
-    prefix: str = ""
-    outside: set[str] = field(default_factory=set)
-    unties: bool = False
-
-    def out_name(self, key: str) -> str:
-        """The output's name of a tensor, from the base's."""
-        return f"{self.prefix}.{key}" if self.prefix and key not in self.outside else key
-
-
-def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
-    """Compare a bundle's layers and dense tensors with those of a base.
-
-    When `thorough`, the weights are read and hashed; otherwise eight values of each are compared.
-    """
-    modules = [layer.name for layer in bundle.layers]
-    bridge = base.bridge(modules)
-    labels = head_labels({key: value.shape for key, value in bundle.saved.items()})
-    places = {key: base.tensors.get(_stored_name(base, bridge, key)) for key in bundle.saved}
-    tensors = {
-        key: FoundTensor(info.shape, info.dtype not in FLOAT_DTYPES, labels)
-        for key, info in places.items()
-        if info is not None
-    }
-    layers = layers_of_base(base, modules, thorough=thorough)
-    return fit_adapter(bundle.spec, layers, bundle.saved, tensors, name=name)
-
-
-def collect_changes(
-    base: Base, bundles: Sequence[Bundle], names: Sequence[str], weights: Sequence[float]
-) -> Changes:
-    """What bound bundles, which fit `base`, change in it.
-
-    Raises:
-        UsageError: listing every tensor that two bundles set to different values.
-    """
-    changes = Changes()
-    prefixes: set[str] = set()
-    conflicts: list[str] = []
-    for number, bundle in enumerate(bundles):
-        modules = [layer.name for layer in bundle.layers]
-        bridge = base.bridge(modules)
-        for module, layer in base.layers(modules).items():
-            key = layer.own_tensor if layer.tied else layer.tensor
-            source = base.tensors[layer.tensor]
-            plan = changes.tensors.get(key) or TensorPlan(
-                Slot(key, source.dtype, source.shape),
-                source,
-                layer=module,
-                transposed=layer.transposed,
-            )
-            share = Share(number, module, _only_layer(bundle, module), weights[number])
-            changes.tensors[key] = replace(plan, shares=(*plan.shares, share))
-            if key not in base.tensors:
-                changes.outside.add(key)
-                prefixes.add(bridge.strip)
-    for bundle, name in zip(bundles, names, strict=True):
-        bridge = base.bridge([layer.name for layer in bundle.layers])
-        for tensor, value in bundle.saved.items():
-            key = _stored_name(base, bridge, tensor)
-            if key not in base.tensors and key == tensor:
-                changes.outside.add(key)
-                prefixes.add(bridge.strip)
-            there = changes.tensors.get(key)
-            if there is not None and there.shares:
-                conflicts.append(f"{key}: both replaced and adapted")
-            elif there is not None and not _is_same(there.value, value):
-                conflicts.append(f"{key}: set by {name} and by another bundle")
-            else:
-                slot = Slot(key, to_name(value.dtype), value.shape)
-                changes.tensors[key] = TensorPlan(slot, value=value)
-    if len(prefixes - {""}) > 1:
-        conflicts.append(f"heads for different models: {', '.join(sorted(prefixes))}")
-    if conflicts:
-        raise UsageError(
-            "bundles",
-            expected="bundles that can be merged together",
-            found="heads, biases or weights that more than one sets",
-            remedy="merge them one at a time into outputs of their own",
-            offenders=sorted(set(conflicts)),
-        )
-    changes.prefix = max(prefixes, default="")
-    changes.unties = any(f".{key}".endswith(".lm_head.weight") for key in changes.tensors)
-    _keep_output_embedding(base, changes)
-    return changes
 
 
 def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ...]:
@@ -255,46 +93,6 @@ def _most_common_float(tensors: Iterable[TensorInfo]) -> str:
         if info.dtype in FLOAT_DTYPES:
             sizes[info.dtype] += info.nbytes
     return max(sizes, key=lambda name: (sizes[name], name), default="F32")
-
-
-def _only_layer(bundle: Bundle, name: str) -> Bundle:
-    spec = replace(bundle.spec, layers=(bundle.layer(name),), peft_config={})
-    return Bundle.build(spec, bundle.spectra, {}, bundle.explicit_entries)
-
-
-def _stored_name(base: Base, bridge: Bridge, tensor: str) -> str:
-    """What the base calls a dense tensor of an adapter, or would call it."""
-    key = bridge.to_base(tensor)
-    for now, then in _OLD_NORM_NAMES.items():
-        old = key.removesuffix(now) + then
-        if key.endswith(now) and key not in base.tensors and old in base.tensors:
-            return old
-    return key
-
-
-def _is_same(a: Array | None, b: Array) -> bool:
-    return (
-        a is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    )
-
-
-def _keep_output_embedding(base: Base, changes: Changes) -> None:
-    """A tied output embedding stays as it is when the input embedding is replaced (as in PEFT)."""
-    try:
-        head = base.layer("lm_head")
-    except BaseMismatchError:
-        return
-    replaced = changes.tensors.get(head.tensor)
-    own = head.own_tensor
-    if not head.tied or own in (head.tensor, *changes.tensors) or replaced is None:
-        return
-    architectures = base.config.get("architectures") or [""]
-    if replaced.value is None or not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        return
-    source = base.tensors[head.tensor]
-    changes.tensors[own] = TensorPlan(Slot(own, source.dtype, source.shape), source)
-    changes.outside.add(own)
-    changes.unties = True
 
 
 def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.names import natural_key
-from .plan import TensorPlan
+from .changes import TensorPlan
 from .shard import WrittenTensor
 
 LOW_SURVIVAL = 0.5

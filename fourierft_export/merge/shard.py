@@ -17,7 +17,8 @@ from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import to_numpy
 from ..files.write import Buffer, TensorWriter, copy_file
-from .plan import ShardPlan, TensorPlan
+from .changes import TensorPlan
+from .plan import ShardPlan
 from .rounding import Merged, add_deltas, convert
 
 Count = Callable[[int], None]

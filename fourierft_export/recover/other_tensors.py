@@ -63,7 +63,7 @@ def compare_other_tensors(
 
 
 def _may_be_saved(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor is what PEFT saves beside spectra: a bias, or a head."""
+    """Whether a tensor is what PEFT saves next to spectra: a bias, or a head."""
     is_bias = len(info.shape) == 1 and name.endswith(".bias")
     head = head_labels({name: info.shape}) is not None
     return is_bias or head or any(part in _HEADS for part in name.split("."))

@@ -86,7 +86,7 @@ KILLED_AT = {
 
 
 def killed(tmp_path: Path, stage: str, then: str) -> list[str]:
-    """What a process leaves beside `x` that is killed while it makes it."""
+    """What a process leaves next to `x` that is killed while it makes it."""
     script = textwrap.dedent(f"""
         import os, signal, sys
         from pathlib import Path
@@ -211,7 +211,7 @@ def test_an_output_that_is_or_holds_an_input_is_refused_even_with_force(tmp_path
     for out in ("in/new", "alias/new", "in/deep/new"):
         with pytest.raises(UsageError, match="a place inside the input"):
             check_output(tmp_path / out, force=True, inputs=(tmp_path / "in",))
-    # Beside an input file there is room.
+    # In the folder of an input file there is room.
     assert check_output(tmp_path / "in" / "new", force=True, inputs=(tmp_path / "in" / "f",))
 
 

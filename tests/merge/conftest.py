@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., ff.Bundle]:
-    """`make(base, modules, ...)`: a bundle with random normal spectra, bound unless told not to."""
+    """`make(base, modules, ...)`: a bundle with random normal spectra, bound by default."""
 
     def make(
         base: Path,

@@ -50,7 +50,7 @@ def values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Array]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A sharded checkpoint with everything beside it that a real one may have."""
+    """A sharded checkpoint with all other files that a real one may have."""
     directory = tmp_path / "base"
     for name, text in {**FILES, **STALE}.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ LAYERS = [f"layers.{number}.q" for number in range(2)]
 
 
 def known(bundle: ff.Bundle, name: str) -> Array:
-    """A layer's spectrum as far as delta_W tells it: entries that mirror each other share."""
+    """A layer's spectrum as far as delta_W determines it: entries that mirror each other share."""
     rows, columns = bundle.layer(name).shape or (0, 0)
     index = {tuple(entry): k for k, entry in enumerate(bundle.entries(name).tolist())}
     mirrors = [index.get((-u % rows, -v % columns), k) for k, (u, v) in enumerate(index)]
@@ -85,7 +85,7 @@ def test_a_merged_checkpoint_gives_back_its_bundle(
         found, report = ff.recover_bundle(base, tmp_path / "out", **options)  # type: ignore[arg-type]
         error = error_of(found, bundle)
         assert error < most
-        # The uncertainty that is told is what really came of rounding.
+        # The reported uncertainty is what really came of rounding.
         worst = max(layer.uncertainty for layer in report.layers)
         assert error < 2 * worst and (dtype == "float32" or error > worst / 4)
         assert all(0.5 < layer.residual < 1.2 for layer in report.layers) or dtype == "float32"
@@ -283,7 +283,7 @@ def test_options_that_do_not_make_sense(
     ):  # fmt: skip
         with pytest.raises(UsageError, match=f"both: {next(iter(option))}"):
             ff.recover_bundle(base, out, like=like, **option)  # type: ignore[arg-type]
-    # An unbound bundle does not tell the rule.
+    # An unbound bundle does not have the rule.
     unbound = make_bundle(base, LAYERS, n_frequency=64, scaling=150.0, seed=11, bound=False)
     found, _ = ff.recover_bundle(base, out, like=unbound, entry_rule="small")
     assert [layer.entry_rule for layer in found.layers] == ["small", "small"]
