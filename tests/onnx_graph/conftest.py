@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,85 @@ def quiet_options() -> Any:
 @pytest.fixture(scope="session")
 def run() -> Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]:
     return run_onnx
+
+
+def quantise(plain: Path, form: str, feeds: list[dict[str, np.ndarray]] | None = None) -> Path:
+    """What onnxruntime's own quantisers make of a file, as a file beside it.
+
+    Args:
+        plain: the float model.
+        form: "dynamic int8", "QDQ" or "QOperator" (measured on `feeds`), "4 bit" or "8 bit";
+            with "per channel", "asymmetric" or "4 bit QDQ".
+        feeds: rows for the ranges of activations.
+    """
+    from onnxruntime import quantization as tools
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    class Rows(tools.CalibrationDataReader):
+        rows = iter(feeds or [])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rows, None)
+
+    out = plain.with_name(f"{form}.onnx")
+    logging.disable(logging.WARNING)
+    if form.startswith("dynamic"):
+        kind = tools.QuantType.QInt8
+        tools.quantize_dynamic(plain, out, weight_type=kind, per_channel="channel" in form)
+    elif form in ("QDQ", "QOperator"):
+        layout = tools.QuantFormat[form]
+        tools.quantize_static(plain, out, Rows(), quant_format=layout, per_channel=form == "QDQ")
+    else:
+        quantiser = MatMulNBitsQuantizer(
+            onnx.load(plain),
+            bits=int(form[0]),
+            block_size=16,
+            is_symmetric="asymmetric" not in form,
+            quant_format=tools.QuantFormat["QDQ" if "QDQ" in form else "QOperator"],
+        )
+        quantiser.process()
+        quantiser.model.save_model_to_file(str(out))
+    logging.disable(logging.NOTSET)
+    return out
+
+
+def torchscript(model: Any, x: np.ndarray, path: Path) -> Path:
+    """`model` through torch's older exporter: x [batch, ...] to y [batch, ...]."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.from_numpy(x),),
+            path,
+            input_names=["x"],
+            output_names=["y"],
+            dynamo=False,
+            verbose=False,
+            opset_version=18,
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+        )
+    return path
+
+
+def without_names(path: Path, out: Path) -> Path:
+    """The model without a name that says anything of a module."""
+    model = onnx.load(path)
+    new = {tensor.name: f"c{i}" for i, tensor in enumerate(model.graph.initializer)}
+    for tensor in model.graph.initializer:
+        tensor.name = new[tensor.name]
+    for number, node in enumerate(model.graph.node):
+        node.name = f"n{number}"
+        node.input[:] = [new.get(name, name) for name in node.input]
+    onnx.save(model, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tools() -> Any:
+    """`tools.quantise`, `tools.torchscript`, `tools.without_names`."""
+    return SimpleNamespace(quantise=quantise, torchscript=torchscript, without_names=without_names)
 
 
 @pytest.fixture(scope="session")

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.reference
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError
-from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.proof.graphs import Graph
 
 FORMS = ("dynamic int8", "dynamic int8 per channel", "QDQ", "4 bit", "8 bit", "4 bit asymmetric")
-Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 LAYERS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+X = np.random.default_rng(0).standard_normal((4, 6, 32)).astype(np.float32)
 
 
 class Block(nn.Module):
@@ -36,7 +32,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
         super().__init__()
         self.blocks = nn.ModuleList([Block(), Block()])
 
@@ -46,279 +43,174 @@ class Model(nn.Module):
         return x
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return Model().eval()
+class Quantised:
+    """The model, its export, and the same quantised in every form.
+
+    Attributes:
+        files: "float" or form -> file.
+    """
+
+    def __init__(self, folder: Path, tools: Any, make_bundle: Any, exact_delta: Any) -> None:
+        self.model, self.make_bundle, self.exact_delta = Model().eval(), make_bundle, exact_delta
+        plain = tools.torchscript(self.model, X, folder / "float.onnx")
+        # With room for what an adapter adds: static ranges clip what goes beyond them.
+        feeds = [{"x": X}, {"x": 1.5 * X}]
+        self.files = {form: tools.quantise(plain, form, feeds) for form in FORMS}
+        self.files["float"] = plain
+
+    def bundle(self, layers: list[str] = LAYERS, model: Any = None, **options: Any) -> ff.Bundle:
+        model = model or self.model
+        weights = {name: model.get_submodule(name).weight.detach().numpy() for name in layers}
+        bundle = self.make_bundle(layers, weights, **({"n": 40, "scaling": 150.0} | options))
+        assert isinstance(bundle, ff.Bundle)
+        return bundle
+
+    def exact(self, bundle: ff.Bundle | None = None) -> np.ndarray:
+        """The float model's output with W + delta_W, in float64."""
+        new = copy.deepcopy(self.model).double()
+        for name in bundle.spectra if bundle else ():
+            weight = new.get_submodule(name).weight
+            weight.data += torch.from_numpy(self.exact_delta(bundle, name, tuple(weight.shape)))
+        return np.asarray(new(torch.from_numpy(X).double()).detach().numpy())
 
 
 @pytest.fixture(scope="module")
-def x() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((4, 6, 32)).astype(np.float32)
+def q(
+    tmp_path_factory: pytest.TempPathFactory, tools: Any, make_bundle: Any, exact_delta: Any
+) -> Quantised:
+    return Quantised(tmp_path_factory.mktemp("quantised"), tools, make_bundle, exact_delta)
 
 
-@pytest.fixture(scope="module")
-def files(
-    model: nn.Module, x: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """The float export, and what onnxruntime's quantisers make of it."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    folder = tmp_path_factory.mktemp("quantised")
-    plain = folder / "float.onnx"
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            # With room for what an adapter adds: static ranges clip what goes beyond them.
-            self.rows: Iterator[dict[str, np.ndarray]] = iter([{"x": x}, {"x": 1.5 * x}])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.rows, None)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        torch.onnx.export(
-            model,
-            (torch.from_numpy(x),),
-            plain,
-            input_names=["x"],
-            output_names=["y"],
-            dynamo=False,
-            verbose=False,
-            opset_version=18,
-            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
-        )
-        out = {form: folder / f"{form}.onnx" for form in FORMS}
-        quantize_dynamic(plain, out["dynamic int8"], weight_type=QuantType.QInt8)
-        quantize_dynamic(
-            plain, out["dynamic int8 per channel"], weight_type=QuantType.QInt8, per_channel=True
-        )
-        quantize_static(plain, out["QDQ"], Rows(), quant_format=QuantFormat.QDQ, per_channel=True)
-        for form in ("4 bit", "8 bit", "4 bit asymmetric"):
-            quantiser = MatMulNBitsQuantizer(
-                onnx.load(plain),
-                bits=int(form[0]),
-                block_size=16,
-                is_symmetric="asymmetric" not in form,
-            )
-            quantiser.process()
-            quantiser.model.save_model_to_file(str(out[form]))
-        logging.disable(logging.NOTSET)
-    return {"float": plain, **out}
-
-
-def changed(model: nn.Module, bundle: Any, delta: Any) -> nn.Module:
-    """The model with W + delta_W, in float64."""
-    new = copy.deepcopy(model).double()
-    for name in bundle.spectra:
-        weight = new.get_submodule(name).weight
-        weight.data += torch.from_numpy(delta(bundle, name, tuple(weight.shape)))
-    return new
-
-
-def bound(model: nn.Module, make_bundle: Any, layers: list[str] = LAYERS, **options: Any) -> Any:
-    weights = {name: model.get_submodule(name).weight.detach().numpy() for name in layers}
-    return make_bundle(layers, weights, **({"n": 40, "scaling": 150.0} | options))
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((one - other) ** 2)))
 
 
 @pytest.mark.parametrize("mode", ["unmerged", "swappable"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_adapter_is_a_float_branch(
-    form: str,
-    mode: str,
-    files: dict[str, Path],
-    model: nn.Module,
-    make_bundle: Any,
-    exact_delta: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
+    form: str, mode: str, q: Quantised, tmp_path: Path, run: Any
 ) -> None:
     """About as far from W + delta_W as the quantised base is from W, and its weights untouched."""
-    bundle = bound(model, make_bundle, scaling=25.0)
-    out = tmp_path / "out.onnx"
-    report = apply_onnx(files[form], bundle, out, mode=mode)
+    bundle, out = q.bundle(scaling=25.0), tmp_path / "out.onnx"
+    report = ff.apply_onnx(q.files[form], bundle, out, mode=mode)
     assert set(report.layers) == set(LAYERS)
     assert any("4 layers are quantised" in note for note in report.notes)
     assert not any("no check" in note for note in report.notes)
-    base, got = (run(path, {"x": x})["y"] for path in (files[form], out))
-    exact_base = model.double()(torch.from_numpy(x).double()).detach().numpy()
-    model.float()
-    want = changed(model, bundle, exact_delta)(torch.from_numpy(x).double()).detach().numpy()
-    noise = np.sqrt(np.mean((base - exact_base) ** 2))
-    effect = np.sqrt(np.mean((want - exact_base) ** 2))
-    assert np.sqrt(np.mean((got - want) ** 2)) < 2 * noise
-    assert effect > 5 * noise
+    base, got = (run(path, {"x": X})["y"] for path in (q.files[form], out))
+    exact, want = q.exact(), q.exact(bundle)
+    noise = distance(base, exact)
+    assert distance(got, want) < 2 * noise
+    assert distance(want, exact) > 5 * noise
     before, after = (
         {t.name: t.SerializeToString() for t in onnx.load(path).graph.initializer}
-        for path in (files[form], out)
+        for path in (q.files[form], out)
     )
     assert before.items() <= after.items()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_exactly_the_dequantised_base_plus_the_adapter(
-    form: str,
-    files: dict[str, Path],
-    model: nn.Module,
-    make_bundle: Any,
-    exact_delta: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
+    form: str, q: Quantised, tmp_path: Path, run: Any
 ) -> None:
     """The last layer's input does not change with its own adapter: y + x delta_W^T to float32."""
-    bundle = bound(model, make_bundle, ["blocks.1.down"])
-    quantised = onnx.load(files[form])
+    bundle = q.bundle(["blocks.1.down"])
+    quantised = onnx.load(q.files[form])
     # Its input, the tanh of the block before it, as one more output of the base.
     (tanh,) = (n for n in quantised.graph.node if n.op_type == "Tanh" and "blocks.1" in n.name)
     quantised.graph.output.append(
         onnx.helper.make_tensor_value_info(tanh.output[0], onnx.TensorProto.FLOAT, None)
     )
     onnx.save(quantised, tmp_path / "base.onnx")
-    base = run(tmp_path / "base.onnx", {"x": x})
+    base = run(tmp_path / "base.onnx", {"x": X})
     inner = base[tanh.output[0]].astype(np.float64)
+    share = inner @ q.exact_delta(bundle, "blocks.1.down", (32, 64)).T
+    assert np.abs(share).max() > 0.5
     for mode in ("unmerged", "swappable"):
         out = tmp_path / f"{mode}.onnx"
-        apply_onnx(files[form], bundle, out, mode=mode)
-        got = run(out, {"x": x})["y"]
-        share = inner @ exact_delta(bundle, "blocks.1.down", (32, 64)).T
-        assert np.abs(share).max() > 0.5
+        ff.apply_onnx(q.files[form], bundle, out, mode=mode)
+        got = run(out, {"x": X})["y"]
         if form != "QDQ":  # there the sum behind it is quantised again
             np.testing.assert_allclose(got, base["y"] + share, rtol=0, atol=2e-5)
         else:
-            error = np.abs(got - base["y"] - share)
-            assert np.median(error) < 0.05
+            assert np.median(np.abs(got - base["y"] - share)) < 0.05
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merging_is_refused(
-    form: str, files: dict[str, Path], model: nn.Module, make_bundle: Any, tmp_path: Path
-) -> None:
+def test_what_is_refused(form: str, q: Quantised, tmp_path: Path) -> None:
+    """Merging into integers; and the adapter of another base, seen through the quantisation."""
+    out, path = tmp_path / "out.onnx", q.files[form]
     with pytest.raises(BaseMismatchError, match="--mode unmerged") as caught:
-        apply_onnx(files[form], bound(model, make_bundle), tmp_path / "out.onnx")
+        ff.apply_onnx(path, q.bundle(), out)
+    assert len(caught.value.offenders) == 4
+    other = q.bundle(model=Model(seed=1))
+    with pytest.raises(BaseMismatchError, match="allow-base-mismatch") as caught:
+        ff.apply_onnx(path, other, out, mode="unmerged")
     assert len(caught.value.offenders) == 4
     assert list(tmp_path.iterdir()) == []
+    ff.apply_onnx(path, other, out, mode="unmerged", allow_base_mismatch=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_another_base_is_told_through_the_quantisation(
-    form: str, files: dict[str, Path], make_bundle: Any, tmp_path: Path
-) -> None:
-    torch.manual_seed(1)
-    other = bound(Model().eval(), make_bundle)
-    with pytest.raises(BaseMismatchError, match="allow-base-mismatch") as caught:
-        apply_onnx(files[form], other, tmp_path / "out.onnx", mode="unmerged")
-    assert len(caught.value.offenders) == 4
-    apply_onnx(files[form], other, tmp_path / "out.onnx", mode="unmerged", allow_base_mismatch=True)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_anonymous_quantised_weights_are_found_by_content(
-    form: str,
-    files: dict[str, Path],
-    model: nn.Module,
-    make_bundle: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
-) -> None:
-    """The same output when neither nodes nor biases have names."""
-    named, path = tmp_path / "named.onnx", tmp_path / "in.onnx"
-    bundle = bound(model, make_bundle)
-    apply_onnx(files[form], bundle, named, mode="unmerged")
-    anonymous = onnx.load(files[form])
-    new = {tensor.name: f"c{i}" for i, tensor in enumerate(anonymous.graph.initializer)}
-    for tensor in anonymous.graph.initializer:
-        tensor.name = new[tensor.name]
-    for number, node in enumerate(anonymous.graph.node):
-        node.name = f"n{number}"
-        node.input[:] = [new.get(name, name) for name in node.input]
-    onnx.save(anonymous, path)
-    apply_onnx(path, bundle, tmp_path / "out.onnx", mode="unmerged")
-    got, want = (run(p, {"x": x})["y"] for p in (tmp_path / "out.onnx", named))
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-
-
-def test_several_adapters_and_old_opsets_are_refused(
-    files: dict[str, Path], model: nn.Module, make_bundle: Any, tmp_path: Path
-) -> None:
-    bundle, out = bound(model, make_bundle), tmp_path / "out.onnx"
+def test_several_adapters_and_old_opsets_are_refused(q: Quantised, tmp_path: Path) -> None:
+    bundle, out = q.bundle(), tmp_path / "out.onnx"
     with pytest.raises(UsageError, match="--mode bank"):
-        apply_onnx(files["4 bit"], [bundle, bundle], out, mode="unmerged")
-    old = onnx.load(files["4 bit"])
+        ff.apply_onnx(q.files["4 bit"], [bundle, bundle], out, mode="unmerged")
+    old = onnx.load(q.files["4 bit"])
     next(o for o in old.opset_import if o.domain in ("", "ai.onnx")).version = 17
     onnx.save(old, tmp_path / "old.onnx")
     with pytest.raises(UsageError, match="opset 18 or newer"):
-        apply_onnx(tmp_path / "old.onnx", bundle, out, mode="unmerged")
+        ff.apply_onnx(tmp_path / "old.onnx", bundle, out, mode="unmerged")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_anonymous_weights_are_found_by_content(
+    form: str, q: Quantised, tools: Any, tmp_path: Path, run: Any
+) -> None:
+    """The same output when neither nodes nor biases have names."""
+    bundle, named, out = q.bundle(), tmp_path / "named.onnx", tmp_path / "out.onnx"
+    ff.apply_onnx(q.files[form], bundle, named, mode="unmerged")
+    anonymous = tools.without_names(q.files[form], tmp_path / "in.onnx")
+    ff.apply_onnx(anonymous, bundle, out, mode="unmerged")
+    got, want = (run(path, {"x": X})["y"] for path in (out, named))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["float", "4 bit", "dynamic int8"])
-def test_a_bank(
-    form: str,
-    files: dict[str, Path],
-    model: nn.Module,
-    make_bundle: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_bank(form: str, q: Quantised, tmp_path: Path, run: Any) -> None:
     """Each row has its own adapter, 0 is the base; as if each had been applied alone."""
-    bundles = [bound(model, make_bundle, seed=seed) for seed in (7, 8)]
-    alone = [run(files[form], {"x": x})["y"]]
-    for i, bundle in enumerate(bundles):
-        apply_onnx(files[form], bundle, tmp_path / f"{i}.onnx", mode="unmerged")
-        alone.append(run(tmp_path / f"{i}.onnx", {"x": x})["y"])
-    out = tmp_path / "bank.onnx"
-    report = apply_onnx(files[form], dict(zip("ab", bundles, strict=True)), out, mode="bank")
+    bundles = {name: q.bundle(seed=seed) for name, seed in (("a", 7), ("b", 8))}
+    alone = [run(q.files[form], {"x": X})["y"]]
+    for name, bundle in bundles.items():
+        ff.apply_onnx(q.files[form], bundle, tmp_path / f"{name}.onnx", mode="unmerged")
+        alone.append(run(tmp_path / f"{name}.onnx", {"x": X})["y"])
+    out, ids = tmp_path / "bank.onnx", np.array([2, 0, 1, 2])
+    report = ff.apply_onnx(q.files[form], bundles, out, mode="bank")
     assert "adapter_id" in report.inputs
-    ids = np.array([2, 0, 1, 2])
-    got = run(out, {"x": x, "adapter_id": ids})["y"]
+    got = run(out, {"x": X, "adapter_id": ids})["y"]
     want = np.stack([alone[i][row] for row, i in enumerate(ids)])
     # Dynamic quantisation takes one range for the whole batch, other rows' adapters in it.
-    tolerance = 0.1 if form == "dynamic int8" else 1e-4
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.1 if "int8" in form else 1e-4)
     assert np.abs(alone[1] - alone[2]).max() > 0.5
 
 
 @pytest.mark.parametrize("form", ["dynamic int8", "QDQ"])
-def test_sessions_compute_int8_products_without_saturation(
-    form: str,
-    files: dict[str, Path],
-    model: nn.Module,
-    make_bundle: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-) -> None:
+def test_int8_products_do_not_saturate(form: str, q: Quantised, tmp_path: Path) -> None:
     """AdapterSession and validate's graphs agree with onnx's reference evaluator on every CPU."""
+    from fourierft_export.proof.graphs import Graph
+
     out = tmp_path / "out.onnx"
-    bundle = bound(model, make_bundle, scaling=0.0)
-    apply_onnx(files[form], bundle, out, mode="swappable")
-    base = onnx.load(files[form])
+    ff.apply_onnx(q.files[form], q.bundle(scaling=0.0), out, mode="swappable")
+    base = onnx.load(q.files[form])
     base.opset_import[0].version = 19  # the first whose DequantizeLinear the evaluator has
-    (want,) = onnx.reference.ReferenceEvaluator(base).run(None, {"x": x})
-    tolerance = 0.02 * np.abs(want).max()
-    for got in (ff.AdapterSession(out).run({"x": x})["y"], Graph(out).run({"x": x})["y"]):
-        assert np.sqrt(np.mean((got - want) ** 2)) < 0.005 * np.abs(want).max()
-        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+    (want,) = onnx.reference.ReferenceEvaluator(base).run(None, {"x": X})
+    for got in (ff.AdapterSession(out).run({"x": X})["y"], Graph(out).run({"x": X})["y"]):
+        assert distance(got, want) < 0.005 * np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * np.abs(want).max())
 
 
-def test_a_users_own_precision_mode_stays(
-    files: dict[str, Path], model: nn.Module, make_bundle: Any, tmp_path: Path
-) -> None:
+def test_a_users_own_precision_mode_stays(q: Quantised, tmp_path: Path) -> None:
     """The session option that avoids saturation is added only where the user gave none."""
-    import onnxruntime as ort
-
     out, entry = tmp_path / "out.onnx", "session.x64quantprecision"
-    apply_onnx(files["dynamic int8"], bound(model, make_bundle), out, mode="swappable")
+    ff.apply_onnx(q.files["dynamic int8"], q.bundle(), out, mode="swappable")
     for given, want in (("0", "0"), ("1", "1"), (None, "1")):
         options = ort.SessionOptions()
         if given is not None:

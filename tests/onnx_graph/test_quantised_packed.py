@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError
-from fourierft_export.onnx_graph.apply import apply_onnx
-from fourierft_export.onnx_graph.runtime.session import AdapterSession
-from fourierft_export.recover.from_onnx import recover_onnx
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 FORMS = ("4 bit", "4 bit asymmetric", "8 bit", "4 bit QDQ", "QDQ", "dynamic int8")
@@ -52,44 +49,12 @@ def write_float(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> dict[str, Path]:
     """The float model, and what onnxruntime's quantisers make of it."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    folder = tmp_path_factory.mktemp("packed")
-    plain = write_float(folder / "float.onnx")
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rows: Iterator[dict[str, np.ndarray]] = iter([{"x": X}, {"x": 1.5 * X}])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.rows, None)
-
-    out = {form: folder / f"{form}.onnx" for form in (*FORMS, "QOperator")}
-    logging.disable(logging.WARNING)
-    quantize_dynamic(plain, out["dynamic int8"], weight_type=QuantType.QInt8)
-    quantize_static(plain, out["QDQ"], Rows(), quant_format=QuantFormat.QDQ, per_channel=True)
-    quantize_static(plain, out["QOperator"], Rows(), quant_format=QuantFormat.QOperator)
-    for form in WEIGHT_ONLY:
-        quantiser = MatMulNBitsQuantizer(
-            onnx.load(plain),
-            bits=int(form[0]),
-            block_size=16,
-            is_symmetric="asymmetric" not in form,
-            quant_format=QuantFormat.QDQ if "QDQ" in form else QuantFormat.QOperator,
-        )
-        quantiser.process()
-        quantiser.model.save_model_to_file(str(out[form]))
-    logging.disable(logging.NOTSET)
-    return {"float": plain, **out}
+    plain = write_float(tmp_path_factory.mktemp("packed") / "float.onnx")
+    feeds = [{"x": X}, {"x": 1.5 * X}]
+    forms = (*FORMS, "QOperator")
+    return {"float": plain} | {form: tools.quantise(plain, form, feeds) for form in forms}
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +78,6 @@ def check(form: str, got: np.ndarray, base: np.ndarray, share: np.ndarray) -> No
         np.testing.assert_allclose(got, base + share, rtol=0, atol=2e-5)
 
 
-def renamed(path: Path, out: Path) -> Path:
-    """The model without a name that tells anything."""
-    model = onnx.load(path)
-    new = {tensor.name: f"c{i}" for i, tensor in enumerate(model.graph.initializer)}
-    for tensor in model.graph.initializer:
-        tensor.name = new[tensor.name]
-    for number, node in enumerate(model.graph.node):
-        node.name = f"n{number}"
-        node.input[:] = [new.get(name, name) for name in node.input]
-    onnx.save(model, out)
-    return out
-
-
 def integers(path: Path) -> str:
     """The name of the packed weight."""
     graph = onnx.load(path).graph
@@ -147,7 +99,7 @@ def test_each_part_gets_its_own_branch(
 ) -> None:
     """By name; the weight stays as it is, and the bundle comes back out of the file."""
     out = tmp_path / "out.onnx"
-    report = apply_onnx(files[form], bundle, out, mode=mode)
+    report = ff.apply_onnx(files[form], bundle, out, mode=mode)
     assert set(report.layers) == set(PARTS)
     assert any("3 layers are quantised" in note for note in report.notes)
     assert not any("no check" in note for note in report.notes)
@@ -158,7 +110,7 @@ def test_each_part_gets_its_own_branch(
         for path in (files[form], out)
     )
     assert before.items() <= after.items()
-    assert recover_onnx(out)["default"].to_bytes() == bundle.to_bytes()
+    assert ff.recover_onnx(out)["default"].to_bytes() == bundle.to_bytes()
 
 
 @pytest.mark.parametrize("form", WEIGHT_ONLY)
@@ -179,7 +131,7 @@ def test_the_dequantised_base_plus_the_adapter(
     assert 0.001 < np.abs(base - PACKED).max() < 0.2
     for name, (start, stop) in RANGES.items():
         base[start:stop] += exact_delta(bundle, name, PARTS[name].shape)
-    apply_onnx(files[form], bundle, tmp_path / "out.onnx", mode="unmerged")
+    ff.apply_onnx(files[form], bundle, tmp_path / "out.onnx", mode="unmerged")
     got = run(tmp_path / "out.onnx", {"x": X})["y"]
     np.testing.assert_allclose(got, X.astype(np.float64) @ base.T + BIAS, rtol=0, atol=2e-5)
 
@@ -200,7 +152,7 @@ def test_a_bank_of_packed_layers(
         "b": make_bundle(names[1:], PARTS, n=30, seed=3, scaling=60.0),
     }
     out = tmp_path / "bank.onnx"
-    apply_onnx(files[form], bundles, out, mode="bank")
+    ff.apply_onnx(files[form], bundles, out, mode="bank")
     base = run(files[form], {"x": X})["y"]
     want = np.zeros((3, 4, 80))
     for row, name in ((0, "b"), (2, "a")):
@@ -213,11 +165,13 @@ def test_a_bank_of_packed_layers(
 
 @pytest.mark.parametrize("form", ["4 bit asymmetric", "4 bit QDQ", "QDQ", "dynamic int8"])
 def test_parts_without_names_are_found_by_content(
-    form: str, files: dict[str, Path], bundle: Any, tmp_path: Path, run: Run
+    form: str, files: dict[str, Path], bundle: Any, tools: Any, tmp_path: Path, run: Run
 ) -> None:
     named, out = tmp_path / "named.onnx", tmp_path / "out.onnx"
-    apply_onnx(files[form], bundle, named, mode="swappable")
-    apply_onnx(renamed(files[form], tmp_path / "in.onnx"), bundle, out, mode="swappable")
+    ff.apply_onnx(files[form], bundle, named, mode="swappable")
+    ff.apply_onnx(
+        tools.without_names(files[form], tmp_path / "in.onnx"), bundle, out, mode="swappable"
+    )
     got, want = (run(path, {"x": X})["y"] for path in (out, named))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
@@ -230,7 +184,7 @@ def test_parts_in_another_order_are_found_by_content(
     weights = {name: PACKED[start:stop] for name, (start, stop) in swapped.items()}
     bundle, out = make_bundle([*weights], weights, n=40, scaling=40.0), tmp_path / "out.onnx"
     for form in ("float", "4 bit"):
-        apply_onnx(files[form], bundle, out, mode="swappable", force=True)
+        ff.apply_onnx(files[form], bundle, out, mode="swappable", force=True)
         want = np.zeros((3, 4, 80))
         for name, (start, stop) in swapped.items():
             delta = exact_delta(bundle, name, weights[name].shape)
@@ -246,20 +200,20 @@ def test_parts_by_map(
     unbound, out = make_bundle([*PARTS], n=40, scaling=40.0), tmp_path / "out.onnx"
     name = integers(files[form])
     with pytest.raises(BaseMismatchError) as caught:
-        apply_onnx(files[form], unbound, out, mode="swappable")
+        ff.apply_onnx(files[form], unbound, out, mode="swappable")
     assert len(caught.value.offenders) == 3
     told = "".join(caught.value.offenders)
     assert f"{ATTN}.q_proj: packed in {name}" in told
     assert f"--map {ATTN}.q_proj={name}[START:STOP]" in told
     mapping = {layer: f"{name}[{start}:{stop}]" for layer, (start, stop) in RANGES.items()}
-    apply_onnx(files[form], unbound, out, mode="swappable", mapping=mapping)
+    ff.apply_onnx(files[form], unbound, out, mode="swappable", mapping=mapping)
     deltas = [exact_delta(unbound, layer, weight.shape) for layer, weight in PARTS.items()]
     want = X.astype(np.float64) @ np.concatenate(deltas).T
     check(form, run(out, {"x": X})["y"], run(files[form], {"x": X})["y"], want)
 
 
 def test_maps_that_cannot_be(
-    files: dict[str, Path], bundle: Any, make_bundle: Any, tmp_path: Path
+    files: dict[str, Path], bundle: Any, make_bundle: Any, tools: Any, tmp_path: Path
 ) -> None:
     path, out = files["4 bit"], tmp_path / "out.onnx"
     name, q = integers(path), f"{ATTN}.q_proj"
@@ -273,15 +227,17 @@ def test_maps_that_cannot_be(
     }
     for text, why in cases.items():
         with pytest.raises(BaseMismatchError) as caught:
-            apply_onnx(path, bundle, out, mode="unmerged", mapping={q: text})
+            ff.apply_onnx(path, bundle, out, mode="unmerged", mapping={q: text})
         assert any(why in one for one in caught.value.offenders), (text, caught.value.offenders)
     assert not out.exists()
     other = make_bundle(["elsewhere"], {"elsewhere": PARTS[q]})
     with pytest.raises(BaseMismatchError) as caught:
-        apply_onnx(renamed(path, tmp_path / "in.onnx"), make_bundle(["elsewhere"]), out)
+        ff.apply_onnx(
+            tools.without_names(path, tmp_path / "in.onnx"), make_bundle(["elsewhere"]), out
+        )
     hint = f"candidates: {integers(tmp_path / 'in.onnx')} [80, 32] (MatMulNBits)"
     assert hint in caught.value.offenders[0]
-    apply_onnx(path, other, out, mode="unmerged")
+    ff.apply_onnx(path, other, out, mode="unmerged")
 
 
 def test_another_base_is_told_and_may_be_allowed(
@@ -291,28 +247,15 @@ def test_another_base_is_told_and_may_be_allowed(
     others = {name: weight[::-1].copy() for name, weight in PARTS.items()}
     bundle, out = make_bundle([*PARTS], others, n=40, scaling=40.0), tmp_path / "out.onnx"
     with pytest.raises(BaseMismatchError, match="allow-base-mismatch") as caught:
-        apply_onnx(files["4 bit"], bundle, out, mode="unmerged")
+        ff.apply_onnx(files["4 bit"], bundle, out, mode="unmerged")
     assert len(caught.value.offenders) == 3
     assert f"{integers(files['4 bit'])}[48:64] [16, 32] (MatMulNBits)" in "".join(
         caught.value.offenders
     )
-    apply_onnx(files["4 bit"], bundle, out, mode="unmerged", allow_base_mismatch=True)
+    ff.apply_onnx(files["4 bit"], bundle, out, mode="unmerged", allow_base_mismatch=True)
     deltas = [exact_delta(bundle, name, weight.shape) for name, weight in PARTS.items()]
     want = X.astype(np.float64) @ np.concatenate(deltas).T
     check("4 bit", run(out, {"x": X})["y"], run(files["4 bit"], {"x": X})["y"], want)
-
-
-def test_a_session_swaps_adapters_of_packed_layers(
-    files: dict[str, Path], bundle: Any, share: np.ndarray, tmp_path: Path, run: Run
-) -> None:
-    out = tmp_path / "out.onnx"
-    apply_onnx(files["4 bit"], bundle, out, mode="swappable")
-    session = AdapterSession(out)
-    session.load("mine", bundle)
-    base = run(files["4 bit"], {"x": X})["y"]
-    for adapter, want in (("mine", base + share), (None, base)):
-        got = session.run({"x": X}, adapter=adapter)["y"]
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
 def test_scales_per_block_in_external_data(
@@ -327,10 +270,10 @@ def test_scales_per_block_in_external_data(
         location="weights",
         size_threshold=0,
     )
-    apply_onnx(path, bundle, out, mode="unmerged")
+    ff.apply_onnx(path, bundle, out, mode="unmerged")
     check("4 bit QDQ", run(out, {"x": X})["y"], run(path, {"x": X})["y"], share)
     with pytest.raises(BaseMismatchError, match="lose most of the adapter"):
-        apply_onnx(path, bundle, out, force=True)
+        ff.apply_onnx(path, bundle, out, force=True)
 
 
 @pytest.mark.parametrize("kind", ["subgraph", "QOperator"])
@@ -354,10 +297,10 @@ def test_quantised_products_that_take_no_adapter_are_told(
         why = "QLinearMatMul, whose quantised form is not understood"
     onnx.save(model, path)
     with pytest.raises(BaseMismatchError) as caught:
-        apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable")
+        ff.apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable")
     assert len(caught.value.offenders) == 3
     assert all(f"; or in {why}" in one for one in caught.value.offenders)
     mapping = {f"{ATTN}.q_proj": f"{integers(path)}[0:48]"}
     with pytest.raises(BaseMismatchError) as caught:
-        apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable", mapping=mapping)
+        ff.apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable", mapping=mapping)
     assert any("of the main graph" in one for one in caught.value.offenders)

@@ -4,100 +4,102 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
+from onnx import helper, numpy_helper
 
-from fourierft_export.errors import FileAccessError, UsageError
+import fourierft_export as ff
+from fourierft_export.errors import BadInputError, FileAccessError, UsageError
 from fourierft_export.onnx_graph.graph import write
 
 
-def model(fill: float = 1.0, valid: bool = True) -> ir.Model:
-    x = ir.val("x", ir.DataType.FLOAT, ["n", 40])
-    tensor = ir.tensor(np.full((40, 30), fill, np.float32), name="w")
-    w = ir.Value(
-        name="w", shape=ir.Shape([40, 30]), type=ir.TensorType(tensor.dtype), const_value=tensor
+def save(path: Path, fill: float, external: bool) -> Path:
+    """`y = x w`, with 30 outputs, of which the adapter's layer is all."""
+    values = [helper.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 40), ("y", 30))]
+    weight = numpy_helper.from_array(np.full((40, 30), fill, np.float32), "w.weight")
+    nodes = [helper.make_node("MatMul", ["x", "w.weight"], ["y"], "/w/MatMul")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save_model(
+        model, path, save_as_external_data=external, location=f"{path.name}.bin", size_threshold=0
     )
-    node = ir.node("MatMul" if valid else "NoSuchOperator", [x, w])
-    node.outputs[0].name = "y"
-    node.outputs[0].shape = ir.Shape(["n", 30])
-    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [x], [node.outputs[0]], nodes=[node], initializers=[w], opset_imports={"": 20}, name="g"
-    )
-    return ir.Model(graph, ir_version=10)
+    return path
+
+
+@pytest.fixture
+def apply(make_bundle: Any, tmp_path: Path) -> Any:
+    """`apply(out, fill=1.0, external=True, **options)`: a merged file whose weights are `fill`."""
+    (tmp_path / "base").mkdir()
+
+    def make(out: Path, fill: float = 1.0, external: bool = True, **options: Any) -> ff.Bundle:
+        source = save(tmp_path / "base" / f"{fill}-{external}.onnx", fill, external)
+        bundle = make_bundle(["w"], scaling=0.0)
+        return ff.apply_onnx(source, bundle, out, **options)
+
+    return make
 
 
 def weight(path: Path) -> float:
-    return float(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])[0, 0])
+    (tensor,) = onnx.load(path).graph.initializer
+    assert numpy_helper.to_array(tensor).shape == (40, 30)
+    return float(numpy_helper.to_array(tensor)[39, 29])
 
 
-def test_embedded_by_default_and_with_the_mode_that_the_umask_asks_for(tmp_path: Path) -> None:
+def test_data_stays_where_it_was_with_the_mode_that_the_umask_asks_for(
+    apply: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
     before = os.umask(0o027)
     try:
-        files = write.write_model(model(), tmp_path / "m.onnx")
-        more = write.write_model(model(), tmp_path / "e.onnx", external_data=True)
+        reports = [apply(out / "m.onnx", external=False), apply(out / "e.onnx")]
     finally:
         os.umask(before)
-    assert files == (tmp_path / "m.onnx",)
-    assert {f.stat().st_mode & 0o777 for f in (*files, *more)} == {0o640}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.onnx", "e.onnx.data", "m.onnx"]
+    assert [report.data for report in reports] == [None, str(out / "e.onnx.data")]
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o640}
+    assert sorted(p.name for p in out.iterdir()) == ["e.onnx", "e.onnx.data", "m.onnx"]
 
 
 def test_external_data_where_it_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch
+
+    net, x = torch.nn.Sequential(torch.nn.Linear(40, 30)), torch.zeros(2, 40)
+    ff.inject(net, ff.FourierFTConfig(n_frequency=5, target_modules=["0"]))
     monkeypatch.setattr(write, "MAX_EMBEDDED_BYTES", 40 * 30 * 4 - 1)
-    out = tmp_path / "m.onnx"
-    assert write.write_model(model(2.5), out) == (out, tmp_path / "m.onnx.data")
-    (tensor,) = onnx.load(out, load_external_data=False).graph.initializer
+    ff.export_onnx(net, {"input": x}, tmp_path / "m.onnx", mode="merged")
+    held = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer
+    (tensor,) = (t for t in held if list(t.dims) == [30, 40])
     assert {e.key: e.value for e in tensor.external_data}["location"] == "m.onnx.data"
-    assert weight(out) == 2.5
 
 
-def test_existing_outputs_are_refused_without_force(tmp_path: Path) -> None:
+def test_existing_outputs_are_refused_without_force(apply: Any, tmp_path: Path) -> None:
     out, data = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
     data.write_text("mine")
     with pytest.raises(UsageError, match=r"m\.onnx\.data"):
-        write.write_model(model(), out, external_data=True)
-    write.write_model(model(), out)
+        apply(out)
+    apply(out, external=False)
     assert data.read_text() == "mine"
     with pytest.raises(UsageError, match="pass --force"):
-        write.write_model(model(9.0), out)
+        apply(out, 9.0)
     assert weight(out) == 1.0
-
-
-def test_force_replaces_model_and_data(tmp_path: Path) -> None:
-    out, data = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
-    write.write_model(model(1.0), out, external_data=True)
-    write.write_model(model(2.0), out, external_data=True, force=True)
-    assert (weight(out), data.exists()) == (2.0, True)
-    write.write_model(model(3.0), out, force=True)
-    assert (weight(out), data.exists()) == (3.0, False)
-
-
-@pytest.mark.parametrize("external", [False, True])
-def test_an_invalid_model_leaves_nothing_and_the_old_one_in_place(
-    tmp_path: Path, external: bool
-) -> None:
-    out = tmp_path / "m.onnx"
-    with pytest.raises(onnx.checker.ValidationError):
-        write.write_model(model(valid=False), out, external_data=external)
-    assert list(tmp_path.iterdir()) == []
-    write.write_model(model(), out, external_data=external)
-    with pytest.raises(onnx.checker.ValidationError):
-        write.write_model(model(valid=False), out, external_data=external, force=True)
-    assert weight(out) == 1.0
+    for fill, external in ((2.0, True), (3.0, True), (4.0, False)):
+        apply(out, fill, external, force=True)
+        assert (weight(out), data.exists()) == (fill, external)
+    with pytest.raises(FileAccessError, match="absent"):
+        apply(tmp_path / "absent" / "m.onnx")
 
 
 def test_stopped_between_the_two_renames_there_is_no_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apply: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new model must never stand beside old data, nor an old model beside new data."""
     out = tmp_path / "m.onnx"
-    write.write_model(model(), out, external_data=True)
+    apply(out)
     replace = os.replace
 
     def stop_at_model(source: Path, target: Path) -> None:
@@ -107,11 +109,20 @@ def test_stopped_between_the_two_renames_there_is_no_model(
 
     monkeypatch.setattr(os, "replace", stop_at_model)
     with pytest.raises(KeyboardInterrupt):
-        write.write_model(model(2.0), out, external_data=True, force=True)
+        apply(out, 2.0, force=True)
     assert not out.exists()
     assert not list(tmp_path.glob("*partial*"))
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileAccessError, match="absent"):
-        write.write_model(model(), tmp_path / "absent" / "m.onnx")
+def test_data_that_shrinks_while_it_is_copied(make_bundle: Any, tmp_path: Path) -> None:
+    """An error that names the file, neither a crash nor a file with a hole."""
+    source, out = save(tmp_path / "in.onnx", 1.0, True), tmp_path / "m.onnx"
+
+    def shrink(what: str, done: int, total: int) -> None:
+        if what == "copy":
+            os.truncate(tmp_path / "in.onnx.bin", 40)
+
+    nothing = make_bundle(["w"], scaling=0.0)
+    with pytest.raises(BadInputError, match=r"in\.onnx\.bin"):
+        ff.apply_onnx(source, nothing, out, mode="unmerged", progress=shrink)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "in.onnx.bin"]
