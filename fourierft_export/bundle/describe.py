@@ -68,11 +68,8 @@ def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if weights.exists():
         described = describe_bundle(read_adapter(folder))
         facts = {key: described[key] for key in facts} | {"bytes": weights.stat().st_size}
-    return describe_adapter_config(folder / CONFIG_FILE) | {
-        "kind": "adapter",
-        "path": os.fspath(folder),
-        **facts,
-    }
+    about = describe_adapter_config(folder / CONFIG_FILE)
+    return about | {"kind": "adapter", "path": os.fspath(folder)} | facts
 
 
 def describe_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:

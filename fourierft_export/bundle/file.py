@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import BadInputError
-from ..files.container import header_length, open_regular, parse_header, read_exactly
+from ..files.container import Header, header_length, open_regular, parse_header, read_exactly
 from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
@@ -109,7 +109,7 @@ class Bundle:
             KeyError: no such layer.
             BadInputError: the layer is unbound, or its entries do not have the stated hash.
         """
-        layer = self._layer_of[name]
+        layer = self.layer(name)
         if layer.shape is None:
             raise BadInputError(
                 f"layer {name}",
@@ -162,9 +162,7 @@ class Bundle:
     @cached_property
     def sha256(self) -> str:
         """The hash of the content that the file states, as hex."""
-        data = self.to_bytes()
-        length = int.from_bytes(data[:8], "little")
-        return parse_header(data[8 : 8 + length], len(data), "bundle").metadata[HASH_KEY]
+        return _split(self.to_bytes(), "bundle")[0].metadata[HASH_KEY]
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "bundle") -> Bundle:
@@ -173,9 +171,7 @@ class Bundle:
         Raises:
             BadInputError: they are not a bundle, or a damaged one.
         """
-        length = header_length(data[:8], len(data), where)
-        header = parse_header(data[8 : 8 + length], len(data), where)
-        return cls.build(*decode(header, data[8 + length :], where), where=where)
+        return cls.build(*decode(*_split(data, where), where), where=where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -211,6 +207,12 @@ class Bundle:
         with staged_file(path, force=force) as partial:
             partial.write_bytes(self.to_bytes())
         return Path(path)
+
+
+def _split(data: bytes, where: str) -> tuple[Header, bytes]:
+    """The header and the payload of a file in memory."""
+    end = 8 + header_length(data[:8], len(data), where)
+    return parse_header(data[8:end], len(data), where), data[end:]
 
 
 def _frozen(arrays: Mapping[str, Array]) -> Mapping[str, Array]:

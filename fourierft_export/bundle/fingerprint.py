@@ -8,12 +8,13 @@ normal). How the weight was cut into shards does not matter.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
 from ..files import dtypes
+from ..types import Array
 from .spec import Fingerprint
 
 DIGEST_BYTES = 16
@@ -27,12 +28,13 @@ SAMPLE_ATOL = 1e-7
 Verdict = Literal["same", "precision", "different"]
 
 
-def sample_positions(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def sample_positions(count: int) -> Array:
     """Eight flat positions spread over `count` elements: (2 i + 1) * count // 16."""
-    return (2 * np.arange(SAMPLES, dtype=np.int64) + 1) * count // (2 * SAMPLES)
+    positions: Array = (2 * np.arange(SAMPLES, dtype=np.int64) + 1) * count // (2 * SAMPLES)
+    return positions
 
 
-def fingerprint(weight: np.ndarray[Any, Any], sha256: bytes | None = None) -> Fingerprint:
+def fingerprint(weight: Array, sha256: bytes | None = None) -> Fingerprint:
     """The fingerprint of a weight as its checkpoint stores it.
 
     Args:
@@ -44,7 +46,7 @@ def fingerprint(weight: np.ndarray[Any, Any], sha256: bytes | None = None) -> Fi
     return Fingerprint(dtypes.to_name(stored.dtype), digest[:DIGEST_BYTES], _samples(stored))
 
 
-def fingerprint_of_samples(expected: Fingerprint, values: np.ndarray[Any, Any]) -> Fingerprint:
+def fingerprint_of_samples(expected: Fingerprint, values: Array) -> Fingerprint:
     """What the fingerprint of a weight is for all that its samples tell.
 
     Args:
@@ -56,14 +58,14 @@ def fingerprint_of_samples(expected: Fingerprint, values: np.ndarray[Any, Any]) 
     return Fingerprint(dtypes.to_name(values.dtype), digest, samples)
 
 
-def _samples(weight: np.ndarray[Any, Any]) -> bytes:
+def _samples(weight: Array) -> bytes:
     values = weight.reshape(-1)[sample_positions(weight.size)]
     with np.errstate(over="ignore"):
         bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
-    return bytes(bits.astype("<u2").tobytes())
+    return bits.astype("<u2").tobytes()
 
 
-def compare(expected: Fingerprint, weight: np.ndarray[Any, Any]) -> Verdict:
+def compare(expected: Fingerprint, weight: Array) -> Verdict:
     """Whether `weight` is the one that was fingerprinted; see `judge`."""
     return judge(expected, fingerprint(weight))
 

@@ -156,8 +156,7 @@ def fit_adapter(
         problem = there if isinstance(there, str) else _tensor_problem((saved or {})[tensor], there)
         if problem is not None:
             misfits.append(f"{tensor}: {problem}")
-    known = ((layer, found) for layer, found in layers.items() if isinstance(found, FoundLayer))
-    places = {layer: found.name for layer, found in known}
+    places = {layer: f.name for layer, f in layers.items() if isinstance(f, FoundLayer)}
     return Fit(name, replace(spec, layers=tuple(bound)), verdicts, tuple(misfits), places)
 
 
@@ -186,10 +185,8 @@ def check_fits(
         prefix = f"{fit.name}: " if len(fits) > 1 else ""
         misfits += [prefix + line for line in fit.misfits]
         for layer in () if allow_base_mismatch else fit.layers_with("different"):
-            there = f" ({fit.places[layer]})" if fit.places[layer] else ""
-            different.append(
-                f"{prefix}{layer}: another weight than the adapter was trained on{there}"
-            )
+            line = f"{prefix}{layer}: another weight than the adapter was trained on"
+            different.append(line + (f" ({fit.places[layer]})" if fit.places[layer] else ""))
     if not misfits and allow_base_mismatch is not None:
         remedy += ", or --allow-base-mismatch (allow_base_mismatch=True) if you know better"
     if misfits or different:
@@ -240,8 +237,7 @@ def _layer_problem(layer: LayerSpec, found: FoundLayer) -> str | None:
     """Why a layer cannot belong to what is in its place."""
     if layer.shape is not None and layer.shape != found.shape:
         return f"shape {list(layer.shape)} expected, found {list(found.shape)}"
-    turned = found.transposed not in (None, layer.fan_in_fan_out)
-    if layer.shape is not None and turned:
+    if layer.shape is not None and found.transposed not in (None, layer.fan_in_fan_out):
         return "its weight is stored transposed to what the adapter says"
     if layer.n_frequency > prod(found.shape):
         return f"n_frequency {layer.n_frequency} above the size of {list(found.shape)}"
@@ -263,15 +259,10 @@ def _bound_layer(
 ) -> LayerSpec:
     """The layer with what it lacks taken from what is there."""
     if layer.shape is None:
-        rule = entry_rule or current_rule(found.shape)
+        rule, turned = entry_rule or current_rule(found.shape), bool(found.transposed)
         entries = spectral_entries(seed, found.shape, layer.n_frequency, rule)
-        layer = replace(
-            layer,
-            shape=found.shape,
-            fan_in_fan_out=bool(found.transposed),
-            entry_rule=rule,
-            entries_sha256=entries_sha256(entries),
-        )
+        digest = entries_sha256(entries)
+        layer = LayerSpec(layer.name, layer.n_frequency, found.shape, turned, rule, digest)
     if layer.fingerprint is None and found.fingerprint is not None:
         layer = replace(layer, fingerprint=found.fingerprint())
     return layer

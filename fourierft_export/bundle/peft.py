@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
+from safetensors.numpy import save
 
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
-from ..files import dtypes, strict_json
+from ..files import strict_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import encode_header
 from ..files.staging import staged_directory
 from ..models.base import Base
 from ..types import Array
@@ -56,14 +55,9 @@ def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) 
     named = [name for name in inside if adapter in (None, name)]
     if len(named) != 1:
         one = "one adapter" if adapter is None else f"an adapter in the subfolder {adapter!r}"
-        listed = ", ".join(inside)
-        several = f"several: {listed}" if adapter is None else listed
-        raise UsageError(
-            root,
-            expected=one,
-            found=several or "no adapters in subfolders",
-            remedy="name one with --adapter",
-        )
+        found = ("several: " if adapter is None else "") + ", ".join(inside)
+        found = found or "no adapters in subfolders"
+        raise UsageError(root, expected=one, found=found, remedy="name one with --adapter")
     return root / named[0]
 
 
@@ -179,14 +173,8 @@ def to_peft(bundle: Bundle, directory: str | os.PathLike[str], *, force: bool = 
         # PEFT keeps a targeted layer's own parameters one level down.
         stored = f"{module}{BASE_LAYER}.{leaf}" if module in bundle.spectra else name
         tensors[f"{PREFIX}{stored}"] = tensor
-    # By falling element size, so that every tensor is aligned: torch refuses others.
-    names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
-    table = [(n, dtypes.to_name(tensors[n].dtype), tensors[n].shape) for n in names]
+    config = strict_json.pretty(dict(config_of(bundle.spec, bundle.saved)))
     with staged_directory(directory, force=force) as folder:
-        config = strict_json.pretty(dict(config_of(bundle.spec, bundle.saved)))
         (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
-        with open(folder / WEIGHTS_FILE, "wb") as file:
-            file.write(encode_header(table, {"format": "pt"}))
-            for name in names:
-                file.write(np.ascontiguousarray(tensors[name]).tobytes())
+        (folder / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
     return Path(directory)

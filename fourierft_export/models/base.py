@@ -60,19 +60,19 @@ class BaseLayer:
     own_tensor: str
 
 
+@dataclass(eq=False)
 class Base:
     """An open base checkpoint.
 
     Attributes:
+        checkpoint: its tensors.
         directory: what was opened (a directory, or one safetensors file).
         config: its config.json, {} when there is none.
-        checkpoint: its tensors.
     """
 
-    def __init__(self, checkpoint: Checkpoint, directory: Path, config: Mapping[str, Any]) -> None:
-        self.checkpoint = checkpoint
-        self.directory = directory
-        self.config = config
+    checkpoint: Checkpoint
+    directory: Path
+    config: Mapping[str, Any]
 
     @property
     def model_type(self) -> str | None:

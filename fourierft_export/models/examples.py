@@ -89,12 +89,8 @@ def _images(config: Any, batch: int) -> torch.Tensor:
 
     size = getattr(config, "image_size", None)
     if not size:
-        raise UsageError(
-            f"images for {type(config).__name__}",
-            expected="image_size in config.json",
-            found="none",
-            remedy="add it, or export the model with export_onnx and images of your own",
-        )
+        where, remedy = f"images for {type(config).__name__}", "add it, or use export_onnx"
+        raise UsageError(where, expected="image_size in config.json", found="none", remedy=remedy)
     height, width = (size, size) if isinstance(size, int) else size
     shape = batch, getattr(config, "num_channels", 3), height, width
     count = torch.arange(batch * shape[1] * height * width, dtype=torch.float32)
