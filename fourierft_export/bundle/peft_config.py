@@ -20,6 +20,8 @@ from ..files.strict_json import canonical
 from .spec import AdapterSpec, number_offenders
 
 PEFT_TYPE = "FOURIERFT"
+_NULL_FIELDS = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform")
+_NULL_FIELDS += ("modules_to_save", "revision", "target_modules")
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -59,24 +61,17 @@ def template(spec: AdapterSpec) -> dict[str, Any]:
     counts = Counter(layer.n_frequency for layer in spec.layers)
     # The commonest is what the config says for all layers; of several, the smallest.
     commonest = min(counts, key=lambda n: (-counts[n], n)) if counts else 1000
-    return {
-        "auto_mapping": None,
+    return dict.fromkeys(_NULL_FIELDS) | {
         "base_model_name_or_path": spec.base_model,
         "bias": "none",
-        "exclude_modules": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": False,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
         "n_frequency": commonest,
         "n_frequency_pattern": {},
         "peft_type": PEFT_TYPE,
         "random_loc_seed": spec.seed,
-        "revision": None,
         "scaling": spec.scaling,
-        "target_modules": None,
         "task_type": spec.task_type,
     }
 

@@ -252,12 +252,6 @@ def test_build_lists_every_offender() -> None:
     ]  # fmt: skip
 
 
-def test_the_largest_layer_is_taken_without_allocating_it() -> None:
-    layer = replace(BOUND, shape=(2**17, 2**16))
-    bundle = Bundle.build(AdapterSpec(0, 1.0, (layer,)), {"a": PAIR})
-    assert Bundle.from_bytes(bundle.to_bytes()).layers[0].shape == (2**17, 2**16)
-
-
 # --- immutability --------------------------------------------------------------------------------
 
 

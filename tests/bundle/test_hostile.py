@@ -242,20 +242,12 @@ def stack(shape: list[int], data: bytes, dtype: str = "F32", i: int = 0) -> tupl
 EIGHT = stack([2, 4], floats([1.0] * 8))
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     # the metadata as text
+    "text not canonical": ({"text": '{"version": 1}'}, "canonical JSON"),
     "text is no object": ({"text": "[]"}, "bundle metadata: expected a JSON object"),
-    "text not canonical": (
-        {"text": '{"version": 1, "seed": 1, "scaling": 1, "groups": []}'},
-        "canonical JSON",
-    ),
-    "not ASCII": ({"text": '{"base_model":"é"}'}, "canonical JSON"),
     "key twice": ({"text": '{"seed":1,"seed":2}'}, "the key 'seed' twice"),
     "wrong hash": ({"digest": HEX}, "found another hash"),
     "tensors in another order": (
         {"tensors": [("x", "F32", [1], bytes(4)), EIGHT], "as_given": True},
-        "another form of the file",
-    ),
-    "small elements first": (
-        {"tensors": [("a", "F16", [4], bytes(8)), EIGHT], "as_given": True},
         "another form of the file",
     ),
     # plain fields
@@ -281,10 +273,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "layers of numbers": (group(layers=[1]), "templates as text"),
     "no layers": (group(layers=[]), "2 layers, one for each spectrum, found 0"),
     "a layer name twice": (group(layers=["a", "a"]), "a layer name twice"),
-    "a bad template": (group(layers=["a.{0-"]), "well-formed layer templates"),
     "a million layers": (group(layers=["a.{0-999999}"]), "well-formed layer templates"),
     "100,000 layers": (group(layers=["a.{0-99999}"]), "100000 layer names, where 2 are the most"),
-    "three layers for two rows": (group(layers=["a.{0-2}"]), "3 layer names, where 2 are the most"),
     "a layer in two groups": (
         {"groups": [GROUP, GROUP], "tensors": [EIGHT, stack([2, 4], floats([1.0] * 8), i=1)]},
         "layer block.0.lin: expected one spectrum, found two",
@@ -342,26 +332,6 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "entries of dtype U32",
     ),
-    "entries outside": (
-        {
-            **group(entry_rule="explicit"),
-            "tensors": [
-                EIGHT,
-                ("fourierft.entries.0", "U32", [4, 2], np.array([4] * 8, "<u4").tobytes()),
-            ],
-        },
-        "outside \\[4, 4\\], and 1 more",
-    ),
-    "an entry twice": (
-        {
-            **group(entry_rule="explicit", layers=["a"]),
-            "tensors": [
-                stack([1, 4], floats([1.0] * 4)),
-                ("fourierft.entries.0", "U32", [4, 2], bytes(32)),
-            ],
-        },
-        "layer a: an entry twice",
-    ),
     # tensors
     "no spectrum": ({"tensors": [("x", "F32", [1], bytes(4))]}, "found none"),
     "spectrum of integers": ({"tensors": [stack([2, 4], bytes(32), "I32")]}, "which is no float"),
@@ -377,10 +347,6 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "infinity in float16": (
         {"tensors": [stack([2, 4], floats([float("inf")] + [1.0] * 7, "<f2"), "F16")]},
-        "block.0.lin: NaN or infinity",
-    ),
-    "NaN in bfloat16": (
-        {"tensors": [stack([2, 4], b"\xc0\x7f" + bytes(14), "BF16")]},
         "block.0.lin: NaN or infinity",
     ),
 }
