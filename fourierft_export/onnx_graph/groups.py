@@ -109,19 +109,15 @@ class Interface:
                     "spectrum": g.spectrum,
                     "entries": g.entries,
                     "scaling": g.scaling,
-                    "shape": list(g.shape),
-                    "layers": list(g.layers),
+                    "shape": g.shape,
+                    "layers": g.layers,
                     "dtype": g.dtype,
                 }
                 for g in self.groups
             ],
             "saved": [
-                {
-                    "name": s.name,
-                    "shape": list(s.shape),
-                    "dtype": s.dtype,
-                    **({"absent": True} if s.absent else {}),
-                }
+                {"name": s.name, "shape": s.shape, "dtype": s.dtype}
+                | ({"absent": True} if s.absent else {})
                 for s in self.saved
             ],
             "fingerprints": {
@@ -188,7 +184,18 @@ def spectral_feeds(groups: Iterable[Group], bundle: Bundle) -> dict[str, Array]:
     """
     feeds: dict[str, Array] = {}
     for group in groups:
-        feeds |= _group_feeds(group, bundle)
+        spectra = {name: bundle.spectra[name] for name in group.layers if name in bundle.spectra}
+        if not spectra:
+            feeds |= base_feeds([group])
+            continue
+        entries, columns = _joined({name: bundle.entries(name) for name in spectra})
+        spectrum = np.zeros((len(group.layers), len(entries)), group.dtype)
+        scaling = np.zeros(len(group.layers), np.float32)
+        for row, name in enumerate(group.layers):
+            if name in spectra:
+                spectrum[row, columns[name]] = spectra[name]
+                scaling[row] = bundle.spec.scaling
+        feeds |= {group.spectrum: spectrum, group.entries: entries, group.scaling: scaling}
     return feeds
 
 
@@ -203,20 +210,6 @@ def base_feeds(groups: Iterable[Group]) -> dict[str, Array]:
             (group.scaling, np.zeros(len(group.layers), np.float32)),
         )
     }
-
-
-def _group_feeds(group: Group, bundle: Bundle) -> dict[str, Array]:
-    spectra = {name: bundle.spectra[name] for name in group.layers if name in bundle.spectra}
-    if not spectra:
-        return base_feeds([group])
-    entries, columns = _joined({name: bundle.entries(name) for name in spectra})
-    spectrum = np.zeros((len(group.layers), len(entries)), group.dtype)
-    scaling = np.zeros(len(group.layers), np.float32)
-    for row, name in enumerate(group.layers):
-        if name in spectra:
-            spectrum[row, columns[name]] = spectra[name]
-            scaling[row] = bundle.spec.scaling
-    return {group.spectrum: spectrum, group.entries: entries, group.scaling: scaling}
 
 
 def _joined(entries: Mapping[str, Array]) -> tuple[Array, dict[str, slice]]:
@@ -250,11 +243,9 @@ def table(groups: Iterable[Group], adapters: Sequence[Mapping[str, Array]]) -> d
         if name in names:
             axis = 1 if name.startswith(f"{PREFIX}spectrum.") else 0
             longest = max(array.shape[axis] for array in arrays)
-            arrays = [_filled(array, axis, longest) for array in arrays]
+            arrays = [
+                np.pad(a, [(0, (longest - a.shape[i]) * (i == axis)) for i in range(a.ndim)])
+                for a in arrays
+            ]
         stacked[name] = np.stack(arrays)
     return stacked
-
-
-def _filled(array: Array, axis: int, size: int) -> Array:
-    widths = [(0, size - array.shape[axis]) if i == axis else (0, 0) for i in range(array.ndim)]
-    return np.pad(array, widths)

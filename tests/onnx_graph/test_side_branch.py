@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fourierft_export.onnx_graph.graph.ops import Ops
 from fourierft_export.onnx_graph.modes import side_branch
-from fourierft_export.onnx_graph.modes.tables import is_dense
+from fourierft_export.onnx_graph.modes.transforms import is_dense
 from fourierft_export.spectral.delta import reference_delta
 
 ROWS, TOKENS, LAYERS = 3, 4, 2
@@ -60,7 +60,7 @@ def model(
     group = branches.group(spectrum, entries, scaling, shape, name="g", batch=batch)
     for row, y in enumerate(outputs):
         branches.add(group, row, x, y, name=f"layer{row}")
-    branches.finish()
+    ops.finish()
     proto = ir.to_proto(ir.Model(graph, ir_version=10))
     onnx.checker.check_model(proto)
     assert [o.name for o in proto.graph.output] == ["y0", "y1"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...bundle.file import Bundle
-from ...bundle.fingerprint import fingerprint, judge
-from ...bundle.spec import Fingerprint, LayerSpec
+from ...bundle.fingerprint import fingerprint
+from ...bundle.spec import Fingerprint
 from ...types import Array
 from ..fit import full_feeds
 from ..graph.edits import Edits
@@ -93,34 +93,24 @@ def _fingerprints(
     graph's weight: an adapter let in in spite of its base must not vouch for others. None for
     quantised weights that no adapter was trained on.
     """
-    specs: dict[str, list[LayerSpec]] = {}
+    wanted: dict[str, dict[Wanted, None]] = {}
     for bundle in adapters.values():
-        for layer in bundle.layers:
-            specs.setdefault(layer.name, []).append(layer)
+        for one in bundle.layers:
+            want = Wanted(one.name, one.shape, one.fan_in_fan_out, one.fingerprint)
+            wanted.setdefault(one.name, {})[want] = None
     prints: dict[str, Fingerprint] = {}
     for name, several in sites.items():
-        own = [one for one in specs.get(name, ()) if one.fingerprint is not None]
-        there, tensor = None, constant_of(several[0].value)
-        if not several[0].quantised and tensor is not None:
-            site, weight = several[0], edits.source.read(tensor)
+        for want in wanted.get(name, ()):
+            verdicts = {verdict(edits.source, site, want) for site in several}
+            if want.fingerprint is not None and "different" not in verdicts:
+                prints.setdefault(name, want.fingerprint)
+        site, tensor = several[0], constant_of(several[0].value)
+        if name not in prints and not site.quantised and tensor is not None:
+            weight = edits.source.read(tensor)
             weight = part_of(weight, site.transposed, site.start, site.shape[0])
-            stored_so = any(one.fan_in_fan_out for one in specs.get(name, ()))
-            there = fingerprint(weight if site.transposed == stored_so else weight.T)
-        candidates = [one.fingerprint for one in own if _trained_on(edits, several, there, one)]
-        found = next(iter((*candidates, there)), None)
-        if found is not None:
-            prints[name] = found
+            stored_so = any(want.transposed for want in wanted.get(name, ()))
+            prints[name] = fingerprint(weight if site.transposed == stored_so else weight.T)
     return prints
-
-
-def _trained_on(
-    edits: Edits, sites: Sequence[Site], there: Fingerprint | None, layer: LayerSpec
-) -> bool:
-    """Whether a layer's own fingerprint is that of the graph's weight."""
-    if there is not None and layer.fingerprint is not None:
-        return judge(layer.fingerprint, there) != "different"
-    want = Wanted(layer.name, layer.shape, layer.fan_in_fan_out, layer.fingerprint)
-    return all(verdict(edits.source, site, want) != "different" for site in sites)
 
 
 def group_inputs(

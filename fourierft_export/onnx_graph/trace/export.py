@@ -6,16 +6,12 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...adapt.attach import capture
 from ...adapt.linear import check_mergeable, stored_weight, to_tensor
-from ...adapt.modules import (
-    active_adapters,
-    adapter_names,
-    fourier_layers,
-    without_adapters,
-)
+from ...adapt.modules import active_adapters, adapter_names, without_adapters
 from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...files.staging import check_output
@@ -29,9 +25,9 @@ from ..report import ExportReport, report_on
 from ..runtime_paths import expander_path
 from .base import replaced_tensors, tensor_of, trace_base
 from .trace import Inputs
-from .versions import check_ir_version, check_opset, set_ir_version
+from .versions import check_versions, set_ir_version
 
-_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def export_onnx(
@@ -100,12 +96,8 @@ def export_onnx(
     check_mode(mode, defaults)
     names = adapter_names(model) if mode == BANK else active_adapters(model)
     check_adapter_count(mode, names)
-    found = fourier_layers(model)
-    adapted = {
-        p: one.linear for p, one in found.items() if not one.adapters.keys().isdisjoint(names)
-    }
-    check_layers(model, adapted)
-    check_export(path, mode, opset=opset, ir_version=ir_version, inline=inline, force=force)
+    check_versions(opset, ir_version, functions=mode != MERGED and not inline)
+    check_output(path, force=force)
     adapters = {name: capture(model, name) for name in names}
     with without_adapters(model):
         return export_adapters(
@@ -126,54 +118,6 @@ def export_onnx(
             output_names=output_names,
             dynamic_shapes=dynamic_shapes,
             opset=opset,
-        )
-
-
-def check_export(
-    path: str | os.PathLike[str],
-    mode: str,
-    *,
-    opset: int | None,
-    ir_version: int | None,
-    inline: bool,
-    force: bool,
-) -> None:
-    """Refuse what no model can be exported to.
-
-    Raises:
-        UsageError: an unsuitable opset or IR version, or an output that exists.
-    """
-    check_opset(opset)
-    check_ir_version(ir_version, opset, functions=mode != MERGED and not inline)
-    check_output(path, force=force)
-    if mode == PAIRED:
-        check_output(expander_path(path), force=force)
-
-
-def check_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse a model without adapted layers, or with weights that a graph cannot change.
-
-    Raises:
-        UsageError: all such layers listed.
-    """
-    where = f"export of {type(model).__name__}"
-    if not layers:
-        raise UsageError(
-            where,
-            expected="a model with an active adapter",
-            found="none",
-            remedy="attach a bundle first, or export the base with torch.onnx.export",
-        )
-    check_mergeable(where, layers)
-    dtypes = {p: str(stored_weight(one).dtype).removeprefix("torch.") for p, one in layers.items()}
-    wrong = [f"{path}: torch.{dtype}" for path, dtype in dtypes.items() if dtype not in _DTYPES]
-    if wrong:
-        raise UsageError(
-            where,
-            expected=f"adapted weights of dtype {', '.join(_DTYPES)}",
-            found=f"{len(wrong)} of another",
-            remedy="convert the model first, with model.float()",
-            offenders=wrong,
         )
 
 
@@ -208,6 +152,9 @@ def export_adapters(
     report("trace", 0, 3)
     adapted = {name for one in adapters.values() for name in one.spectra}
     layers = tuple(path for path, _ in model.named_modules() if path in adapted)
+    _check_layers(model, layers)
+    if mode == PAIRED:
+        check_output(expander_path(path), force=force)
     values, saved = {}, []
     if mode in RUNTIME_MODES:
         names = sorted({name for one in adapters.values() for name in one.saved})
@@ -243,3 +190,31 @@ def export_adapters(
     if mode != MERGED and "bfloat16" in dtypes:
         notes = ("bfloat16 spectra are stored as float32, which holds every such value exactly",)
     return report_on(files, graph, mode, layers, tuple(adapters), notes)
+
+
+def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
+    """Refuse a model without adapted layers, or with weights that a graph cannot change.
+
+    Raises:
+        UsageError: all such layers listed.
+    """
+    where = f"export of {type(model).__name__}"
+    if not layers:
+        raise UsageError(
+            where,
+            expected="a model with an active adapter",
+            found="none",
+            remedy="attach a bundle first, or export the base with torch.onnx.export",
+        )
+    modules = {path: model.get_submodule(path) for path in layers}
+    check_mergeable(where, modules)
+    dtypes = {path: stored_weight(module).dtype for path, module in modules.items()}
+    wrong = [f"{path}: {dtype}" for path, dtype in dtypes.items() if dtype not in _DTYPES]
+    if wrong:
+        raise UsageError(
+            where,
+            expected="adapted weights of dtype float32, float16 or bfloat16",
+            found=f"{len(wrong)} of another",
+            remedy="convert the model first, with model.float()",
+            offenders=wrong,
+        )

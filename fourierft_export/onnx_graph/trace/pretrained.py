@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from ..adapters import Bundles, named_bundles, weighted
 from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
 from ..modes.write import check_adapter_count, check_mode
 from ..report import ExportReport
-from .export import check_export, check_layers, export_adapters
+from .export import export_adapters
+from .versions import check_versions
 from .views import CachedModel, EncoderView
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def export_pretrained(
     check_adapter_count(mode, named)
     opened = open_base(base)
     check_output(path, force=force, inputs=(opened.directory,))
-    check_export(path, mode, opset=opset, ir_version=ir_version, inline=inline, force=force)
+    check_versions(opset, ir_version, functions=mode != MERGED and not inline)
     if progress:
         progress("check the base", 0, 1)
     # Against the files: a loaded model may be in another precision than they are.
@@ -111,15 +112,19 @@ def export_pretrained(
     model = load_model(base, task, num_labels=head_labels(saved), dtype=dtype, provided=set(saved))
     if progress:
         progress("load", 1, 1)
-    adapters = {name: _on_model(model, one) for name, one in weighted(given, factors).items()}
+    traced: nn.Module = EncoderView(model) if get_task(task).encoder_only else model
+    there = {path for path, _ in traced.named_modules()}
+    adapters = {n: _on_model(model, one, there) for n, one in weighted(given, factors).items()}
     layers = {name for one in adapters.values() for name in one.spectra}
+    outside = len({name for one in named.values() for name in one.spectra}) - len(layers)
+    if outside:
+        notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
     absent = _absent(opened, adapters) if mode in RUNTIME_MODES else ()
     if absent:
         notes.append(
             f"the base has no {', '.join(absent)}: every adapter must bring its own; without an "
             "adapter (None, or row 0 of a bank) they are zeros, and so is what they give"
         )
-    traced: nn.Module = model
     options: dict[str, Any] = {}
     if cache:
         traced = cached = CachedModel(model)
@@ -130,14 +135,6 @@ def export_pretrained(
         inputs = example_inputs(model)
         options["dynamic_shapes"] = dynamic_axes(inputs)
         options["output_names"] = output_names(model, task)
-    if get_task(task).encoder_only:
-        traced = EncoderView(model)
-        there = {path for path, _ in traced.named_modules()}
-        adapters = {name: _within(one, there) for name, one in adapters.items()}
-        outside = len(layers - there)
-        if outside:
-            notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
-    check_layers(model, {name: model.get_submodule(name) for name in layers})
     report = export_adapters(
         traced,
         inputs,
@@ -158,8 +155,8 @@ def export_pretrained(
     return replace(report, notes=(*notes, *report.notes))
 
 
-def _on_model(model: nn.Module, bundle: Bundle) -> Bundle:
-    """A bundle with the layer and tensor names of a loaded model.
+def _on_model(model: nn.Module, bundle: Bundle, there: Container[str]) -> Bundle:
+    """A bundle with the layer and tensor names of a loaded model, of these modules alone.
 
     Tensors of the task model around a bare base, such as its head, are left out.
 
@@ -179,9 +176,9 @@ def _on_model(model: nn.Module, bundle: Bundle) -> Bundle:
             layers[name] = FoundLayer(layer_shape(module))
     tensors: dict[str, FoundTensor | str] = {}
     for name in bundle.saved:
-        there = state.get(bridge.to_base(name))
-        if there is not None:
-            tensors[name] = FoundTensor(tuple(there.shape), not there.is_floating_point())
+        own = state.get(bridge.to_base(name))
+        if own is not None:
+            tensors[name] = FoundTensor(tuple(own.shape), not own.is_floating_point())
         elif bridge.strip and not name.startswith(f"{bridge.strip}."):
             log.warning("%s: this bare model has no place for it; left out", name)
         else:
@@ -192,23 +189,15 @@ def _on_model(model: nn.Module, bundle: Bundle) -> Bundle:
     for layer in fit.spec.layers:
         path = bridge.to_base(layer.name)
         specs.append(replace(layer, name=path, fan_in_fan_out=is_conv1d(modules[path])))
-    return Bundle(
-        replace(fit.spec, layers=tuple(specs)),
-        {bridge.to_base(name): spectrum for name, spectrum in bundle.spectra.items()},
-        {bridge.to_base(name): bundle.saved[name] for name in tensors},
-        {bridge.to_base(name): entries for name, entries in bundle.explicit_entries.items()},
+    specs = [layer for layer in specs if layer.name in there]
+    inside = {layer.name for layer in specs}
+    spectra, entries = (
+        {bridge.to_base(n): array for n, array in held.items() if bridge.to_base(n) in inside}
+        for held in (bundle.spectra, bundle.explicit_entries)
     )
-
-
-def _within(bundle: Bundle, modules: set[str]) -> Bundle:
-    """A bundle without what is outside these modules."""
-    spec = bundle.spec
-    return Bundle(
-        replace(spec, layers=tuple(one for one in spec.layers if one.name in modules)),
-        {name: spectrum for name, spectrum in bundle.spectra.items() if name in modules},
-        {n: array for n, array in bundle.saved.items() if n.rpartition(".")[0] in modules},
-        {name: entries for name, entries in bundle.explicit_entries.items() if name in modules},
-    )
+    names = {name: bridge.to_base(name) for name in tensors}
+    saved = {to: bundle.saved[n] for n, to in names.items() if to.rpartition(".")[0] in there}
+    return Bundle(replace(fit.spec, layers=tuple(specs)), spectra, saved, entries)
 
 
 def _absent(base: Base, adapters: Mapping[str, Bundle]) -> tuple[str, ...]:

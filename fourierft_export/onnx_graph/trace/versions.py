@@ -5,70 +5,53 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
+from ..modes.functions import IR_VERSION as FUNCTIONS_IR_VERSION
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MIN_OPSET = 18
-"""torch.onnx writes no older one, and the functions of the adapters need it."""
-
-MAX_OPSET = 25
-"""The newest that onnxscript's converter writes."""
-
-FUNCTIONS_IR_VERSION = 8
-"""The first with model-local functions."""
+# torch.onnx writes no older opset, and the adapters' functions need it; onnxscript's converter
+# writes no newer one.
+MIN_OPSET, MAX_OPSET = 18, 25
 
 
-def check_opset(opset: int | None) -> None:
-    """Refuse an opset that cannot be written.
+def check_versions(opset: int | None, ir_version: int | None, *, functions: bool) -> None:
+    """Refuse an opset that cannot be written, or a format version that cannot hold the model.
 
     Args:
         opset: of the standard operators; None for the exporter's choice.
-
-    Raises:
-        UsageError: older than 18 or newer than 25.
-    """
-    if opset is not None and not MIN_OPSET <= opset <= MAX_OPSET:
-        raise UsageError("opset", expected=f"{MIN_OPSET} to {MAX_OPSET}", found=str(opset))
-
-
-def check_ir_version(version: int | None, opset: int | None = None, *, functions: bool) -> None:
-    """Refuse a format version that cannot hold the model.
-
-    Args:
-        version: the one asked for; None for no wish.
-        opset: of the standard operators, if known.
+        ir_version: of the file format; None for the least that the opset allows.
         functions: the model has model-local functions.
 
     Raises:
-        UsageError: too old for the opset or for functions, or newer than the installed onnx knows.
+        UsageError: for either.
     """
     from onnx import IR_VERSION
 
-    if version is None:
-        return
-    lowest = max(_for_opset(opset or MIN_OPSET), FUNCTIONS_IR_VERSION if functions else 0)
-    if not lowest <= version <= IR_VERSION:
+    if opset is not None and not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError("opset", expected=f"{MIN_OPSET} to {MAX_OPSET}", found=str(opset))
+    lowest = max(_ir_version_of(opset or MIN_OPSET), FUNCTIONS_IR_VERSION if functions else 0)
+    if ir_version is not None and not lowest <= ir_version <= IR_VERSION:
         raise UsageError(
             "ir_version",
             expected=f"{lowest} to {IR_VERSION}",
-            found=str(version),
-            remedy="choose an older opset for an older IR version" if version < lowest else "",
+            found=str(ir_version),
+            remedy="choose an older opset for an older IR version" if ir_version < lowest else "",
         )
 
 
-def set_ir_version(model: ir.Model, version: int | None = None) -> None:
+def set_ir_version(model: ir.Model, version: int | None) -> None:
     """Make `version` the model's format version, by default the least its opset allows.
 
     Raises:
-        UsageError: see `check_ir_version`.
+        UsageError: see `check_versions`.
     """
     opset = model.opset_imports[""]
-    check_ir_version(version, opset, functions=bool(model.functions))
-    model.ir_version = max(model.ir_version, _for_opset(opset)) if version is None else version
+    check_versions(opset, version, functions=bool(model.functions))
+    model.ir_version = version or max(model.ir_version, _ir_version_of(opset))
 
 
-def _for_opset(opset: int) -> int:
+def _ir_version_of(opset: int) -> int:
     """The format version that came with an opset."""
     from onnx.helper import find_min_ir_version_for, make_opsetid
 
