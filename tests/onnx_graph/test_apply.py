@@ -308,6 +308,46 @@ def linear_file(path: Path, weight: np.ndarray) -> None:
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
 
 
+OTHER_USES: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "Einsum": ([("Einsum", ["x", "lin.weight"], ["y"])], {"equation": "bi,oi->bo"}),
+    "Gemm": ([("Gemm", ["x", "lin.weight"], ["y"])], {"alpha": 2.0, "transB": 1}),
+    "Mul": ([("Mul", ["lin.weight", "two"], ["w"]), ("MatMul", ["x", "w"], ["y"])], {}),
+    "Gather": ([("Gather", ["lin.weight", "rows"], ["y"])], {}),
+    "nothing that reaches an output": (
+        [("Gemm", ["x", "lin.weight"], ["z"]), ("Identity", ["x"], ["y"])],
+        {"transB": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable", "paired", "bank"])
+@pytest.mark.parametrize("use", OTHER_USES)
+def test_a_weight_that_no_product_takes_as_it_is(
+    use: str, mode: str, make_bundle: Any, tmp_path: Path
+) -> None:
+    """The adapter would be dropped without a word, or change something else than its layer."""
+    weight = np.random.default_rng(0).standard_normal((6, 10)).astype(np.float32)
+    (first, *others), attributes = OTHER_USES[use]
+    nodes = [helper.make_node(*first, **attributes), *(helper.make_node(*one) for one in others)]
+    path, bundle = tmp_path / "in.onnx", make_bundle(["lin"], {"lin": weight})
+    constants = {"lin.weight": weight, "two": np.float32(2), "rows": np.array([0, 3])}
+    kind = TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", kind, [2, 10])],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(np.asarray(a), name) for name, a in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
+    with pytest.raises(BaseMismatchError) as caught:
+        apply_onnx(path, bundle, tmp_path / "out.onnx", mode=mode)
+    (why,) = caught.value.offenders
+    dead = "no output depends on lin.weight"
+    assert why == f"lin: {dead if 'output' in use else f'lin.weight is used by {use}'}"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("out", ["weights", "out.onnx", "in.onnx"])
 def test_the_inputs_data_is_not_replaced(
     exports: dict[str, Path], make_bundle: Any, tmp_path: Path, out: str

@@ -25,7 +25,7 @@ from .module_names import (
 )
 from .quantised import QuantisedLinear, other_quantised, quantised_linears
 from .site import Site, Wanted
-from .uses import Use, linear_uses, use_of
+from .uses import Use, linear_uses, use_of, users_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -286,8 +286,10 @@ class Finder:
         layouts = {use.transposed for use in uses} if transposed is None else {transposed}
         if not layouts and want.shape and want.shape[0] != want.shape[1]:
             layouts = {one.shape != want.shape}  # its name is known: only the layout is open
+        if not layouts:
+            return f"{one.describe()} is used by {users_of(one.value)}, not as a layer's weight"
         if len(layouts) != 1:
-            return f"{one.describe()} is used in both orientations, or in none that is known"
+            return f"{one.describe()} is used in both orientations"
         transposed = layouts.pop()
         total, inputs = reversed(one.shape) if transposed else one.shape
         start, stop = part or (0, total)

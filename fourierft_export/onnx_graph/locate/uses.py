@@ -91,6 +91,12 @@ def _follow(
             yield from _follow(model, user, at, turned, depth + 1)
 
 
+def users_of(value: ir.Value) -> str:
+    """The nodes that use a value, for a message: their operators and names."""
+    users = {f"{node.op_type} {node.name or ''}".strip() for node, _ in value.uses()}
+    return ", ".join(sorted(users)) or "nothing"
+
+
 def source_of(value: ir.Value | None) -> ir.Value | None:
     """Where a value comes from, through what only turns or casts it."""
     node = value.producer() if value is not None else None

@@ -12,6 +12,7 @@ from ..bundle_record import record_bundles
 from ..graph.edits import Edits
 from ..locate.saved import Place
 from ..locate.site import Site
+from ..locate.uses import users_of
 from ..metadata import Written, describe
 from ..mode_names import BANK, DEFAULTS, MERGED, MODES, PAIRED, REQUIRED, SWAPPABLE, UNMERGED
 from . import bank, merged, paired, swappable, unmerged
@@ -103,19 +104,15 @@ def check_adapter_count(
 
 def _check_used(where: str | os.PathLike[str], sites: Mapping[str, Sequence[Site]]) -> None:
     """Refuse weights that no product multiplies with: changing them would change something else."""
-    offenders = []
-    for layer, several in sites.items():
-        for site in several:
-            if not site.quantised and not site.uses:
-                users = sorted({f"{node.op_type} {node.name}" for node, _ in site.value.uses()})
-                offenders.append(f"{layer}: {site.name} is used by {', '.join(users) or 'nothing'}")
-    if offenders:
+    every = [site for several in sites.values() for site in several]
+    unused = [site for site in every if not site.quantised and not site.uses]
+    if unused:
         raise BaseMismatchError(
             where,
             expected="weights that a MatMul or Gemm multiplies its input with",
-            found=f"{len(offenders)} that are used in another way",
+            found=f"{len(unused)} that are used in another way",
             remedy="leave these layers out of the adapter, or export the base another way",
-            offenders=offenders,
+            offenders=[f"{s.layer}: {s.name} is used by {users_of(s.value)}" for s in unused],
         )
 
 
