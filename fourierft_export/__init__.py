@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from fourierft_export.proof.validate import validate
     from fourierft_export.recover.from_checkpoint import recover_bundle
     from fourierft_export.recover.from_onnx import recover_onnx
-    from fourierft_export.train.hf.accelerate_state import save_bundles
-    from fourierft_export.train.hf.callback import BundleCallback
-    from fourierft_export.train.optimizer import parameter_groups
+    from fourierft_export.train.accelerate_state import save_bundles
+    from fourierft_export.train.callback import BundleCallback
+    from fourierft_export.train.parameter_groups import parameter_groups
     from fourierft_export.train.settings import TrainSettings
-    from fourierft_export.train.task import StepResult, TrainingTask
+    from fourierft_export.train.task import TrainingTask
     from fourierft_export.train.train import train_adapter
 
 __version__ = "0.1.0"
@@ -47,7 +47,6 @@ __all__ = [
     "BundleCallback",
     "FourierFTConfig",
     "FourierLinear",
-    "StepResult",
     "TrainSettings",
     "TrainingTask",
     "activate",
@@ -84,10 +83,9 @@ __all__ = [
 _HOMES = {
     "AdapterSession": "onnx_graph.runtime.session",
     "Bundle": "bundle.file",
-    "BundleCallback": "train.hf.callback",
+    "BundleCallback": "train.callback",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
-    "StepResult": "train.task",
     "TrainSettings": "train.settings",
     "TrainingTask": "train.task",
     "activate": "adapt.active",
@@ -105,13 +103,13 @@ _HOMES = {
     "fuse": "adapt.fuse",
     "inject": "adapt.inject",
     "merge_checkpoint": "merge.merge",
-    "parameter_groups": "train.optimizer",
+    "parameter_groups": "train.parameter_groups",
     "recover_bundle": "recover.from_checkpoint",
     "recover_onnx": "recover.from_onnx",
     "replace": "adapt.attach",
     "restore": "adapt.fuse",
     "route": "adapt.routing.route",
-    "save_bundles": "train.hf.accelerate_state",
+    "save_bundles": "train.accelerate_state",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",
     "trainable_parameters": "adapt.active",

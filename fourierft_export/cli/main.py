@@ -16,12 +16,12 @@ import click
 
 from .. import __version__
 from ..errors import FourierFTError, extra_of
-from ..train.voice import one_voice
 from .apply import apply
 from .completion import COMPLETE_VARIABLE, completion
 from .console import emit_error
 from .demo import demo
 from .export import export
+from .first_error import report_once
 from .inspect import inspect
 from .merge import merge
 from .pack import pack
@@ -118,7 +118,7 @@ def run(words: Sequence[str]) -> int:
             traceback.print_exc()
         fields, text = _describe(error, " ".join([NAME, *words[:1]]))
         # Of processes that train together, one says what went wrong.
-        with one_voice() if words[:1] == ["train"] else nullcontext(True) as mine:
+        with report_once() if words[:1] == ["train"] else nullcontext(True) as mine:
             if mine:
                 emit_error(fields, text, as_json=as_json)
         return int(fields["code"])
@@ -155,6 +155,7 @@ def _quiet_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "critical"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
     ):
         os.environ.setdefault(name, value)
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is

@@ -1,21 +1,32 @@
-"""The adapter that learns: put on the model by the settings, read and written by name."""
+"""The adapter that learns: put on the model by the settings, read, written and compared by name."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapt.adapter import LayerAdapter
 from ..adapt.attach import attach, capture
 from ..adapt.config import ALL_LINEAR, FourierFTConfig
 from ..adapt.inject import inject
 from ..adapt.linear import layer_shape, to_array, to_tensor
-from ..adapt.modules import base_modules, fourier_layers, original, saved_tensors
+from ..adapt.modules import (
+    active_adapters,
+    adapters_of,
+    base_modules,
+    check_known,
+    original,
+    saved_tensors,
+)
+from ..adapt.saved_modules import Version
 from ..adapt.targets import USUAL_TARGETS, select
 from ..bundle.file import Bundle
-from ..errors import UsageError
+from ..errors import BaseMismatchError, UsageError
 from . import defaults
 from .defaults import LayerSize
 from .settings import TrainSettings
@@ -34,61 +45,51 @@ _OF_A_BUNDLE = (
     "entry_seed",
     "init_weights",
 )
+Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """The adapter on a model that is being trained.
+    """An adapter on a model that is being trained.
 
     Attributes:
-        model: carries it under `NAME`, active, everything else frozen.
-        first: the adapter as it started; says what never changes: layers, seed, scaling, and the
-            fingerprints of the base.
+        model: carries it, active, with everything else frozen.
+        name: of the adapter.
+        first: the adapter as it started. It says what never changes: layers, seed, scaling and
+            the base's fingerprints, so that the base's weights are hashed only once.
     """
 
     model: nn.Module
+    name: str
     first: Bundle
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str = NAME) -> LiveAdapter:
+        """The adapter `name` that is on `model`.
+
+        Raises:
+            UsageError: no adapter of that name.
+        """
+        return cls(model, name, capture(model, name))
 
     @property
     def spectra(self) -> dict[str, nn.Parameter]:
-        """Layer -> what it learns, (n,) float32 or better."""
-        return {
-            path: layer.adapter(NAME).spectrum
-            for path, layer in fourier_layers(self.model).items()
-            if NAME in layer.adapters
-        }
+        """Layer -> its spectrum, (n,) float32 or better."""
+        found = adapters_of(self.model, self.name)
+        return {path: adapter.spectrum for path, adapter in found.items()}
 
     @property
     def saved(self) -> dict[str, Tensor]:
         """Name -> tensor of heads and biases: parameters, and buffers that go with them."""
-        return saved_tensors(self.model, NAME)
+        return saved_tensors(self.model, self.name)
 
-    def learning(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, of all that learns, in one order everywhere."""
-        found = {f"spectrum:{name}": value for name, value in self.spectra.items()}
-        for name, value in self.saved.items():
-            if isinstance(value, nn.Parameter) and value.requires_grad:
-                found[f"saved:{name}"] = value
-        return found
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Name -> live tensor, of all that a bundle holds."""
-        found: dict[str, Tensor] = {f"spectrum:{n}": value for n, value in self.spectra.items()}
-        return found | {f"saved:{name}": value for name, value in self.saved.items()}
-
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Set all of `tensors()`; names and shapes must be the same."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(values[name])
-
-    def load_bundle(self, bundle: Bundle) -> None:
-        """Set all of `tensors()` to what a bundle of this adapter holds."""
-        values = {f"spectrum:{n}": to_tensor(array) for n, array in bundle.spectra.items()}
-        self.load(values | {f"saved:{n}": to_tensor(array) for n, array in bundle.saved.items()})
+    def learning(self) -> list[nn.Parameter]:
+        """All that learns."""
+        saved = [t for t in self.saved.values() if isinstance(t, nn.Parameter)]
+        return [p for p in (*self.spectra.values(), *saved) if p.requires_grad]
 
     def bundle(self) -> Bundle:
-        """The adapter as it is now; the base's weights are not read again."""
+        """The adapter as it is now. Sharded tensors are gathered: every process must call it."""
         return Bundle.build(
             self.first.spec,
             {name: to_array(value) for name, value in self.spectra.items()},
@@ -96,6 +97,32 @@ class LiveAdapter:
             self.first.explicit_entries,
             where="the adapter",
         )
+
+    @torch.no_grad()
+    def load(self, bundle: Bundle) -> None:
+        """Copy the numbers of a bundle of this adapter into the live parameters.
+
+        The parameters stay the same objects, so that an optimizer goes on with them.
+
+        Raises:
+            BaseMismatchError: the bundle is of another adapter or base; the model is unchanged.
+        """
+        check_same_adapter(identity(bundle), identity(self.first), f"adapter {self.name!r}")
+        sides = ((self.spectra, bundle.spectra), (self.saved, bundle.saved))
+        for live, stored in sides:
+            for key, tensor in live.items():
+                _copy(tensor, to_tensor(stored[key]))
+
+
+def _copy(target: Tensor, values: Tensor) -> None:
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is None:
+        target.copy_(values)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    placed: DTensor = target  # type: ignore[assignment]
+    target.copy_(distribute_tensor(values.to(target.device), mesh, placed.placements))
 
 
 def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
@@ -107,7 +134,7 @@ def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
         UsageError: the settings do not fit the model.
     """
     inject(task.model, adapter_config(task, settings), NAME)
-    return LiveAdapter(task.model, capture(task.model, NAME))
+    return LiveAdapter.of(task.model)
 
 
 def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConfig:
@@ -118,7 +145,7 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
     """
     model = task.model
     targets = settings.target_modules or task.target_modules
-    if targets is None and _model_type(model) not in USUAL_TARGETS:
+    if targets is None and getattr(_config(model), "model_type", None) not in USUAL_TARGETS:
         targets = ALL_LINEAR
 
     def config(n_frequency: int, scaling: float, pattern: Mapping[str, int]) -> FourierFTConfig:
@@ -146,6 +173,10 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
     return config(n_frequency, scaling, settings.n_frequency_pattern)
 
 
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
 def continued_adapter(
     task: TrainingTask, bundle: Bundle, *, allow_base_mismatch: bool = False
 ) -> LiveAdapter:
@@ -155,10 +186,10 @@ def continued_adapter(
         BaseMismatchError: the bundle does not belong to the model.
     """
     attach(task.model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
-    return LiveAdapter(task.model, capture(task.model, NAME))
+    return LiveAdapter.of(task.model)
 
 
-def check_of_training_alone(settings: TrainSettings) -> None:
+def check_settings_of_training(settings: TrainSettings) -> None:
     """Refuse settings of a new adapter, where a bundle says what the adapter is.
 
     Raises:
@@ -175,5 +206,81 @@ def check_of_training_alone(settings: TrainSettings) -> None:
         )
 
 
-def _model_type(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", None))
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name in `model.state_dict()` -> tensor, of all adapters on it: spectra, heads, biases."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LayerAdapter):
+            found[f"{path}.spectrum"] = module.spectrum
+        elif isinstance(module, Version):
+            for leaf, tensor in module.own_tensors().items():
+                found[f"{path}.module.{leaf}"] = tensor
+    return found
+
+
+def check_only_learns(adapter: LiveAdapter) -> None:
+    """Raise unless the adapter learns and nothing else does: its bundle would not hold that.
+
+    Raises:
+        UsageError: an idle or frozen adapter, or other parameters that learn (all listed).
+    """
+    name, model = adapter.name, adapter.model
+    check_known(model, [name])
+    own = {id(p) for p in adapter.spectra.values()}
+    learns = any(id(p) in own and p.requires_grad for p in model.parameters())
+    if not learns or name not in active_adapters(model):
+        raise UsageError(
+            f"adapter {name!r}",
+            expected="an active adapter that learns",
+            found="one that does not",
+            remedy="activate it; attach it with trainable=True; call restore if it is fused",
+        )
+    own |= {id(tensor) for tensor in adapter.saved.values()}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        raise UsageError(
+            f"adapter {name!r}",
+            expected="nothing besides it that learns, for its bundle holds nothing else",
+            found=f"{len(others)} more parameters that ask for gradients",
+            remedy="name their modules in modules_to_save, or freeze them",
+            offenders=others,
+        )
+
+
+def identity(bundle: Bundle) -> Identity:
+    """What must be the same for a run to go on: everything in a bundle but the numbers learnt."""
+    hashed = hashlib.sha256()
+    for layer in bundle.layers:
+        print_ = layer.fingerprint
+        known = (layer.name, layer.shape, layer.entries_sha256)
+        hashed.update(repr((known, print_ and (print_.dtype, print_.digest.hex()))).encode())
+    return {
+        "seed": bundle.spec.seed,
+        "scaling": bundle.spec.scaling,
+        "layers": len(bundle.layers),
+        "saved": {name: list(bundle.saved[name].shape) for name in sorted(bundle.saved)},
+        "base": hashed.hexdigest(),
+    }
+
+
+def check_same_adapter(before: Identity, now: Identity, where: str) -> None:
+    """Refuse to go on with another adapter, or on another base, than the checkpoint's.
+
+    Raises:
+        BaseMismatchError: with what differs.
+    """
+    differs = [
+        f"{key}: {before.get(key)!r} in the checkpoint, {value!r} now"
+        if key != "base"
+        else "base: other weights, layers or entries than the checkpoint's"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if differs:
+        raise BaseMismatchError(
+            where,
+            expected="one of the same adapter on the same base",
+            found=f"{len(differs)} differences",
+            remedy="resume with the model and the FourierFTConfig that the run began with",
+            offenders=differs,
+        )

@@ -1,1 +1,1 @@
-"""From files of rows to a `TrainingTask`: `prepare` is the way in."""
+"""Rows of data and a model -> a `TrainingTask`."""

@@ -1,8 +1,12 @@
-"""image-classification: folders of images, arrays, or lists of files."""
+"""image-classification: folders of images, or rows that name or hold image files."""
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,41 +19,33 @@ from torch import Tensor, nn
 from ...errors import BadInputError, UsageError, missing_extra
 from ...models.load import quiet_transformers
 from ..task import TrainingTask
-from .labels import label_ids, make_labels, read_labels
-from .loading import known_classes, load_classifier, trained_heads, usual_targets
-from .losses import classify, score_classes
-from .pictures import Source, check_file, check_pixels, load_image
-from .rows import read_table
-from .split import SplitSettings, split
-from .table import Complaints, Table, brief, first_present, not_empty
-from .text import TextSettings, head_notes, label_column
+from . import models, scores
+from .rows import BadRows, Rows, regular_file_problem
+from .split import split
+from .text import LABELS, SINGLE, Source, head_notes, read_targets
 
-KIND = "image-classification"
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 1 << 26
 IMAGES = (("image",), ("images",), ("path",), ("file_name",))
-Images = Sequence[Source] | np.ndarray[Any, Any]
-Row = tuple[Source, int]
+# What Pillow's decoders raise for damaged files.
+_DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+Image = str | bytes  # a file's path or its content
 
 
-def image_classification(
-    directory: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    eval_data: str | os.PathLike[str] | None,
-    *,
-    settings: TextSettings,
-    rows: SplitSettings,
-    dtype: str | None = "float32",
-) -> TrainingTask:
-    """A model of one label per image.
-
-    Args:
-        directory: the model's directory; its image processor is used, if it has one.
-        data, eval_data: a folder LABEL/IMAGE, an npz file of `images` (uint8) and `labels`, or a
-            file of rows whose column `image` names files, from its own folder on, or in parquet
-            holds them.
-        settings: columns; text_columns names the one of the images.
-        rows: which rows are used and held out.
-        dtype: name of a torch dtype to load in; None keeps the checkpoint's.
+def image_classification(source: Source) -> TrainingTask:
+    """A model of one label per image; the directory's image processor is used, if it has one.
 
     Raises:
         BadInputError: bad rows or images, all listed; a directory that cannot be loaded.
@@ -57,86 +53,111 @@ def image_classification(
         UsageError: columns that are not there; a model that does not tell the size of its images.
         MissingExtraError: pillow is not installed.
     """
-    table, images = read_images(data, settings)
-    found = _labels(table, settings)
-    labels = make_labels(table, found, known_classes(directory, KIND))
-    scored: list[Row] | None = None
-    if eval_data is not None:
-        other, other_images = read_images(eval_data, settings)
-        ids = label_ids(other, _labels(other, settings), other.places, labels)
-        scored = list(zip(other_images, ids, strict=True))
-    ids = label_ids(table, found, table.places, labels)
-    learnt, scored, notes = split(list(zip(images, ids, strict=True)), scored, rows)
-    model, new = load_classifier(directory, KIND, labels.names, dtype=dtype, seed=rows.seed)
-    transform, how = _transform(directory, model)
+    data, settings = source.data, source.settings
+    wanted = ((data.label_column,),) if data.label_column else LABELS
+    (label,) = source.train.pick(wanted, "a column of labels", "--label-column")
+    known = source.train.class_names(label) or models.known_classes(
+        source.directory, "image-classification"
+    )
+    images = [_read_images(rows, data.text_column) for rows in source.both()]
+    targets, labels = read_targets(source, label, SINGLE, known)
+    parts = [list(zip(x, y, strict=True)) for x, y in zip(images, targets, strict=True)]
+    learnt, scored, notes = split(parts, settings)
+    model, new = models.load_classifier(
+        source.directory,
+        "image-classification",
+        labels.names,
+        dtype=source.dtype,
+        seed=settings.seed,
+    )
+    transform, how = _transform(source.directory, model)
     return TrainingTask(
         model=model,
-        train=learnt,
-        eval=scored,
-        collate=Collate(transform, next(model.parameters()).dtype),
-        step=classify,
-        metrics=score_classes,
-        metric="accuracy",
-        higher_is_better=True,
-        modules_to_save=new or trained_heads(model),
-        target_modules=usual_targets(model),
-        notes=(*notes, *head_notes(new, labels), how),
+        train_dataset=learnt,
+        eval_dataset=scored,
+        data_collator=Collate(transform, next(model.parameters()).dtype),
+        compute_loss_func=scores.class_loss,
+        compute_metrics=scores.score_classes,
+        preprocess_logits_for_metrics=scores.keep_logits,
+        metric_for_best_model="accuracy",
+        modules_to_save=new or models.trained_heads(model),
+        target_modules=models.usual_targets(model),
+        notes=(*notes, *head_notes(new, labels.names), how),
         labels=labels.names,
     )
 
 
-def read_images(path: str | os.PathLike[str], settings: TextSettings) -> tuple[Table, Images]:
-    """A table of labelled images, and the images themselves.
+def _read_images(rows: Rows, asked: Any) -> list[Image]:
+    """The image of every row.
 
     Raises:
-        BadInputError: files that are not images, arrays that are not pixels; all are listed.
+        BadInputError: files that are not images, or too large; all are listed.
     """
-    if os.path.isdir(path):
-        table = _read_folder(Path(path))
-        name = "image"
-    else:
-        table = read_table(path)
-        asked = settings.text_columns
-        name = first_present(table, [asked] if asked else IMAGES, "images", "--text-column")[0]
-    column: Any = table.columns[name]
-    if isinstance(column, np.ndarray):
-        return table, check_pixels(f"{table.path}, array {name}", column)
-    complaints = Complaints(table.path, "an image file in every row")
-    root = Path(table.path) if os.path.isdir(path) else Path(table.path).parent
-    sources: list[Source] = []
-    for place, value in zip(table.places, column, strict=True):
-        # Parquet files of data sets hold images as {"bytes": ..., "path": ...}.
-        told = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-        if not isinstance(told, bytes | str) or not told:
-            complaints.add(place, f"image {brief(value)}")
+    (name,) = rows.pick([tuple(asked)] if asked else IMAGES, "images", "--text-column")
+    bad = BadRows(rows.where, "an image file in every row")
+    root = Path(rows.where) if os.path.isdir(rows.where) else Path(rows.where).parent
+    found: list[Image] = []
+    for i, value in enumerate(rows.undecoded(name)):
+        # Data sets hold images as {"bytes": ..., "path": ...}.
+        image = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+        if not isinstance(image, bytes | str) or not image:
+            bad.add(rows.place(i), f"image {value!r:.60}")
             continue
-        source = told if isinstance(told, bytes) else os.fspath(root / told)
-        sources.append(source)
-        wrong = check_file(source)
+        image = image if isinstance(image, bytes) else os.fspath(root / image)
+        found.append(image)
+        wrong = _image_problem(image)
         if wrong:
-            # In a folder, the place is the file.
-            complaints.add(place, wrong if told in (place, source) else f"{told!s}: {wrong}")
-    complaints.check()
-    return table, sources
+            bad.add(image if isinstance(image, str) else rows.place(i), wrong)
+    bad.check()
+    return found
 
 
-def _labels(table: Table, settings: TextSettings) -> list[str | int]:
-    name = label_column(table, settings.label_column)
-    return read_labels(table, table.column(name, "--label-column"))
+def _image_problem(image: Image) -> str | None:
+    """Why a file is no image that can be learnt from, if so; pixels are not decoded yet."""
+    pillow = _pillow()
+    wrong = regular_file_problem(image) if isinstance(image, str) else None
+    if wrong:
+        return wrong
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    return f"{width} x {height} pixels, more than {MAX_PIXELS}"
+                opened.verify()
+    except (*_DAMAGED, pillow.DecompressionBombError) as error:
+        return f"not an image: {type(error).__name__}"
+    return None
 
 
-def _read_folder(root: Path) -> Table:
-    """The images in the folders of a folder, whose names are the labels."""
-    paths = sorted(
-        path
-        for folder in root.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".")
-        for path in folder.rglob("*")
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".")
-    )
-    places = [path.relative_to(root).as_posix() for path in paths]
-    labels = [place.split("/")[0] for place in places]
-    return not_empty(Table(os.fspath(root), {"image": places, "label": labels}, places))
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise missing_extra(str(error.name), "hf", "reading images") from None
+    return PIL.Image
+
+
+def load_image(image: Image, mode: str) -> Any:
+    """One image in Pillow's `mode` ("RGB", "L").
+
+    Raises:
+        BadInputError: its pixels cannot be decoded.
+    """
+    pillow = _pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, which no model sees
+            with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return opened.convert(mode)
+    except (*_DAMAGED, pillow.DecompressionBombError) as error:
+        raise BadInputError(
+            image if isinstance(image, str) else "an image in the data",
+            expected="an image",
+            found=str(error).splitlines()[0] if str(error) else "",
+            remedy="remove or repair it",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -148,27 +169,25 @@ class Collate:
         dtype: of the model's pixels.
     """
 
-    transform: Callable[[Sequence[Source]], Tensor]
+    transform: Callable[[Sequence[Image]], Tensor]
     dtype: torch.dtype
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[tuple[Image, int]]) -> dict[str, Tensor]:
         """Tensors "pixel_values" (rows, channels, height, width) and "labels" (rows,) int64."""
-        pixels = self.transform([source for source, _ in rows]).to(self.dtype)
+        pixels = self.transform([image for image, _ in rows]).to(self.dtype)
         return {"pixel_values": pixels, "labels": torch.tensor([label for _, label in rows])}
 
 
-def _transform(
-    directory: str | os.PathLike[str], model: nn.Module
-) -> tuple[Callable[[Sequence[Source]], Tensor], str]:
+def _transform(directory: str, model: nn.Module) -> tuple[Callable[[Sequence[Image]], Tensor], str]:
     """How a model's images are made, and a line that says so."""
     config: Any = model.config
     channels = getattr(config, "num_channels", 3)
     if (Path(directory) / "preprocessor_config.json").is_file() and channels == 3:
         processor = _load_processor(directory)
 
-        def processed(sources: Sequence[Source]) -> Tensor:
-            images = [load_image(source, "RGB") for source in sources]
-            pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+        def processed(images: Sequence[Image]) -> Tensor:
+            loaded = [load_image(image, "RGB") for image in images]
+            pixels: Tensor = processor(images=loaded, return_tensors="pt")["pixel_values"]
             return pixels
 
         return processed, f"images go through the directory's {type(processor).__name__}"
@@ -182,13 +201,11 @@ def _transform(
         )
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
-    def scaled(sources: Sequence[Source]) -> Tensor:
+    def scaled(images: Sequence[Image]) -> Tensor:
         mode = "RGB" if channels == 3 else "L"
-        images = [
-            load_image(source, mode).resize((width, height), resample=2) for source in sources
-        ]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        pixels = pixels.reshape(len(sources), height, width, channels).permute(0, 3, 1, 2)
+        resized = [load_image(one, mode).resize((width, height), resample=2) for one in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(one) for one in resized]))
+        pixels = pixels.reshape(len(images), height, width, channels).permute(0, 3, 1, 2)
         return (pixels.float() / 255 - 0.5) / 0.5
 
     return scaled, (
@@ -197,7 +214,7 @@ def _transform(
     )
 
 
-def _load_processor(directory: str | os.PathLike[str]) -> Any:
+def _load_processor(directory: str) -> Any:
     try:
         from transformers import AutoImageProcessor
     except ImportError as error:
@@ -205,7 +222,7 @@ def _load_processor(directory: str | os.PathLike[str]) -> Any:
     with quiet_transformers():
         try:
             return AutoImageProcessor.from_pretrained(
-                os.fspath(directory), local_files_only=True, trust_remote_code=False
+                directory, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             text = str(error).strip() or repr(error)

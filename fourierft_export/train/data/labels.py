@@ -1,20 +1,18 @@
-"""Labels of data files -> class ids, and the names that they stand for.
-
-Integers from 0 up are ids themselves, as long as they fill at least half of the range that they
-span; other integers, and strings, become ids in sorted order.
-"""
+"""Labels of data files -> class ids and the names that they stand for, or numbers."""
 
 from __future__ import annotations
 
+import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import BadInputError
-from .table import Complaints, Table, brief
+from .rows import BadRows
 
+Label = str | int
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
 
 
@@ -28,92 +26,99 @@ class Labels:
     """
 
     names: tuple[str, ...]
-    ids: Mapping[str | int, int]
+    ids: Mapping[Label, int]
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-def read_labels(table: Table, values: Sequence[Any]) -> list[str | int]:
-    """Every row's label as an integer or as text, all of one kind.
-
-    Args:
-        table: where the values come from.
-        values: integers, integral text, or other text.
+def read_labels(where: str, values: Iterable[Any], places: Sequence[str]) -> list[Label]:
+    """Labels as integers or as text, all of one kind.
 
     Raises:
-        BadInputError: empty, fractional or other values; integers mixed with text.
+        BadInputError: empty, fractional or other values; integers mixed with text; all listed.
     """
-    complaints = Complaints(table.path, "labels that are integers or text")
-    found: list[str | int] = []
-    for place, value in zip(table.places, values, strict=True):
-        label = as_label(value)
+    bad = BadRows(where, "labels that are integers or text")
+    found: list[Label] = []
+    for place, value in zip(places, values, strict=True):
+        label = _label(value)
         if label is None:
-            complaints.add(place, "no label" if value in (None, "") else f"label {brief(value)}")
+            bad.add(place, "no label" if value in (None, "") else f"label {value!r:.60}")
         else:
             found.append(label)
-    complaints.check()
-    return same_kind(table, found, table.places)
+    bad.check()
+    texts = sum(isinstance(label, str) for label in found)
+    if 0 < texts < len(found):
+        rarer = str if texts * 2 <= len(found) else int
+        bad = BadRows(where, "labels that are all integers or all text", "write all in one way")
+        for place, label in zip(places, found, strict=True):
+            if isinstance(label, rarer):
+                bad.add(place, f"label {label!r:.60}")
+        bad.check()
+    return found
 
 
-def as_label(value: Any) -> str | int | None:
-    """A label as it stands in a file, or None if it cannot be one."""
-    if isinstance(value, bool) or value is None:
-        return None
+def _label(value: Any) -> Label | None:
     if isinstance(value, str):
         text = value.strip()
         return int(text) if _INTEGER.match(text) else text or None
+    if value is None or isinstance(value, bool):
+        return None
     try:
         return operator.index(value)  # numpy's integers too
     except TypeError:
         return None
 
 
-def same_kind(table: Table, found: list[str | int], places: Sequence[str]) -> list[str | int]:
-    """The labels, all integers or all text.
+def read_numbers(where: str, values: Iterable[Any], places: Sequence[str]) -> list[float]:
+    """What a regression learns.
 
     Raises:
-        BadInputError: both occur; those of the rarer kind are listed.
+        BadInputError: values that are not finite numbers; all listed.
     """
-    texts = sum(isinstance(label, str) for label in found)
-    if 0 < texts < len(found):
-        rarer = str if texts * 2 <= len(found) else int
-        complaints = Complaints(
-            table.path, "labels that are all integers or all text", "write all in one way"
-        )
-        for place, label in zip(places, found, strict=True):
-            if isinstance(label, rarer):
-                complaints.add(place, f"label {brief(label)}")
-        complaints.check()
+    bad = BadRows(where, "a finite number in every row")
+    found = []
+    for place, value in zip(places, values, strict=True):
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            bad.add(place, f"{value!r:.60}")
+        found.append(number)
+    bad.check()
     return found
 
 
 def make_labels(
-    table: Table, found: Sequence[str | int], known: Mapping[str, int] | None = None
+    where: str, found: Iterable[Label], known: Sequence[str] = (), *, least: int = 2
 ) -> Labels:
     """The classes of the training rows.
 
+    Integers from 0 up are ids themselves, as long as they fill at least half of the range that
+    they span; other integers, and texts, become ids in sorted order.
+
     Args:
-        table: the training file.
+        where: the training file.
         found: its labels.
-        known: name -> id of a model whose head is trained already; its classes are kept if every
-            label is one of them.
+        known: names by id of a model whose head is trained already, or of the data set's
+            `ClassLabel`; its classes are kept if every label is one of them.
+        least: fewer classes than this are an error.
 
     Raises:
-        BadInputError: fewer than two classes.
+        BadInputError: too few classes.
     """
     distinct = sorted(set(found), key=lambda label: (isinstance(label, str), label))
-    if known:
-        names = tuple(sorted(known, key=lambda name: known[name]))
-        if all(isinstance(label, str) and label in known for label in distinct):
-            return Labels(names, {label: known[str(label)] for label in distinct})
-        if all(isinstance(label, int) and 0 <= label < len(names) for label in distinct):
-            return Labels(names, {label: int(label) for label in distinct})
-    if len(distinct) < 2:
+    ids = {name: i for i, name in enumerate(known)}
+    if known and all(label in ids for label in distinct):
+        return Labels(tuple(known), {label: ids[str(label)] for label in distinct})
+    if known and all(isinstance(n, int) and 0 <= n < len(known) for n in distinct):
+        return Labels(tuple(known), {label: int(label) for label in distinct})
+    if len(distinct) < least:
         raise BadInputError(
-            table.path,
+            where,
             expected="at least two different labels",
-            found=f"only {brief(distinct[0])}" if distinct else "none",
+            found=f"only {distinct[0]!r:.60}" if distinct else "none",
             remedy="check the label column",
         )
     numbers = [label for label in distinct if isinstance(label, int)]
@@ -123,20 +128,22 @@ def make_labels(
 
 
 def label_ids(
-    table: Table, found: Sequence[str | int], places: Sequence[str], labels: Labels
+    where: str, found: Iterable[Label], places: Sequence[str], labels: Labels
 ) -> list[int]:
     """The labels as ids.
 
     Raises:
         BadInputError: labels that no training row has.
     """
-    complaints = Complaints(
-        table.path,
-        f"labels of the training rows ({', '.join(map(brief, list(labels.ids)[:20]))})",
+    bad = BadRows(
+        where,
+        f"labels of the training rows ({', '.join(map(repr, list(labels.ids)[:20]))})",
         "correct these rows, or train on rows that have these labels",
     )
+    ids = []
     for place, label in zip(places, found, strict=True):
         if label not in labels.ids:
-            complaints.add(place, f"label {brief(label)}, which no training row has")
-    complaints.check()
-    return [labels.ids[label] for label in found]
+            bad.add(place, f"label {label!r:.60}, which no training row has")
+        ids.append(labels.ids.get(label, 0))
+    bad.check()
+    return ids

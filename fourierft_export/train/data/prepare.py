@@ -1,57 +1,35 @@
-"""From data files to a `TrainingTask`: one entry for every task."""
+"""From settings to a `TrainingTask`: one entry for every task and for factories of modules."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from ...errors import FileAccessError, UsageError
+from torch import nn
+
+from ...errors import FourierFTError, UsageError
+from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
-from .causal import causal_lm
 from .images import image_classification
-from .module import call_factory, plain_classification
-from .split import SplitSettings
-from .text import TextSettings, text_classification
-from .words import token_classification
+from .models import find_model
+from .rows import Rows, load_rows
+from .text import Source, text_classification, text_generation, token_classification
 
-TASKS = ("text-classification", "token-classification", "image-classification", "causal-lm")
+TASKS = {
+    "text-classification": text_classification,
+    "token-classification": token_classification,
+    "image-classification": image_classification,
+    "text-generation": text_generation,
+}
+ALIASES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
 
-Path = str | os.PathLike[str]
 
-
-def prepare(
-    task: str | None,
-    *,
-    model: Path | None = None,
-    module: str | None = None,
-    data: Path | None = None,
-    eval_data: Path | None = None,
-    text_columns: tuple[str, ...] = (),
-    label_column: str | None = None,
-    max_length: int | None = None,
-    pack: bool = False,
-    max_rows: int | None = None,
-    eval_share: float = 0.1,
-    seed: int = 0,
-    dtype: str | None = "float32",
-) -> TrainingTask:
-    """What to train, from a model and data files.
-
-    Args:
-        task: one of `TASKS`.
-        model: a Hugging Face model directory.
-        module: "package.module:factory", which makes the model or the whole task; a model of text
-            needs `model` too, for its tokenizer, and keeps the dtype that it was made in.
-        data: rows to learn from.
-        eval_data: rows to score; None holds out a share of `data`.
-        text_columns: one or two columns of text; () for the usual names.
-        label_column: column of labels; None for the usual names.
-        max_length: tokens per row; None for a usual number that the model can take.
-        pack: causal-lm: fill rows with several texts.
-        max_rows: use at most so many training rows, drawn by `seed`.
-        eval_share: what share of the training rows to hold out (at most 1,000 rows); 0 for none.
-        seed: of new heads and of what is drawn.
-        dtype: name of a torch dtype to load the model in; None keeps the checkpoint's.
+def prepare(data: DataSettings, settings: TrainSettings) -> TrainingTask:
+    """The model to train and its rows.
 
     Raises:
         UsageError: options that are missing, clash or are out of range.
@@ -60,46 +38,90 @@ def prepare(
         FileAccessError: files that are missing or unreadable.
         MissingExtraError: a package that the task needs is not installed.
     """
-    rows = SplitSettings(max_rows, eval_share, seed)
-    text = TextSettings(text_columns, label_column, max_length, pack)
-    if task is not None and task not in TASKS:
-        raise UsageError("task", expected=" or ".join(TASKS), found=repr(task))
-    own = None if module is None else call_factory(module)
-    if isinstance(own, TrainingTask):
-        given = {
-            "--model": model,
-            "--task": task,
-            "--data": data,
-            "--eval": eval_data,
-            "--text-column": text_columns,
-            "--label-column": label_column,
-            "--max-length": max_length,
-            "--max-train-rows": max_rows,
-            "--pack": pack,
-        }
-        unused = ", ".join(name for name, value in given.items() if value)
-        told = f"not used, since the module brings a whole task: {unused}"
-        return replace(own, notes=(*own.notes, told)) if unused else own
-    most = 2 if task == "text-classification" else 1
-    if len(text_columns) > most:
+    if data.module is not None:
+        return _of_factory(data, settings)
+    name = ALIASES.get(data.task or "", data.task)
+    if name not in TASKS:
+        found = "none" if name is None else repr(name)
+        raise UsageError("task", expected=" or ".join(TASKS), found=found, remedy="give --task")
+    if data.model is None or data.data is None:
+        option, what = ("model", "a model to train") if data.model is None else (
+            "data", "rows to learn from"
+        )  # fmt: skip
+        raise UsageError(option, expected=what, found="none", remedy=f"give --{option}")
+    columns = tuple(data.text_column or ())
+    most = 2 if name == "text-classification" else 1
+    if len(columns) > most:
+        found = ", ".join(map(repr, columns))
+        raise UsageError("text_column", expected=f"at most {most}", found=found)
+    directory = find_model(data.model)
+
+    def load(source: str, split: str) -> Rows:
+        images = name == "image-classification" and os.path.isdir(source)
+        return load_rows(source, split=split, builder="imagefolder" if images else "")
+
+    train = load(data.data, "train")
+    scored = None if data.eval is None else load(data.eval, "eval")
+    return TASKS[name](Source(train, scored, directory, data, settings))
+
+
+def _of_factory(data: DataSettings, settings: TrainSettings) -> TrainingTask:
+    """What "package.module:factory" makes, with a note on options that have no use with it."""
+    task = call_factory(data.module or "")
+    plain = DataSettings(module=data.module)
+    clash = [
+        f"--{name.replace('_', '-')}"
+        for name in ("model", "task", "data", "eval", "text_column", "label_column", "pack")
+        if getattr(data, name) != getattr(plain, name)
+    ]
+    clash += ["--max-length"] if settings.max_length else []
+    clash += ["--max-train-rows"] if settings.max_train_rows else []
+    if clash:
+        note = f"not used, since the module brings a whole task: {', '.join(clash)}"
+        task = replace(task, notes=(*task.notes, note))
+    return task
+
+
+def call_factory(spec: str) -> TrainingTask:
+    """Import "package.module:factory" and call the factory without arguments.
+
+    It returns a `TrainingTask`, or a mapping with the same names: `model`, `train_dataset`, and
+    whatever else of the Trainer's arguments the task needs. Modules of the working directory are
+    found, as with `python -m`.
+
+    Raises:
+        UsageError: it cannot be imported, is not there, raises, or returns something else.
+    """
+    path, colon, name = spec.partition(":")
+    if not (path and colon and name):
         raise UsageError(
-            "text_column", expected=f"at most {most}", found=", ".join(map(repr, text_columns))
+            "module", expected="package.module:factory", found=repr(spec), remedy="name both"
         )
-    if data is None:
-        raise UsageError("data", expected="rows to learn from", found="none", remedy="give --data")
-    if model is not None and not os.path.isdir(model):
-        found = "a file" if os.path.exists(model) else "nothing there"
-        raise FileAccessError(model, expected="a model's directory", found=found)
-    if own is not None and task in (None, "image-classification"):
-        return plain_classification(own, data, eval_data, settings=text, rows=rows)
-    if task is None:
-        raise UsageError("task", expected=" or ".join(TASKS), found="none", remedy="give --task")
-    if task == "causal-lm" and (model is not None or own is not None):
-        return causal_lm(model, data, eval_data, settings=text, rows=rows, dtype=dtype, model=own)
-    if model is None:
-        what = "a directory with the module's tokenizer" if module else "a model to train"
-        raise UsageError("model", expected=what, found="none", remedy="give --model")
-    if task == "image-classification":
-        return image_classification(model, data, eval_data, settings=text, rows=rows, dtype=dtype)
-    make = text_classification if task == "text-classification" else token_classification
-    return make(model, data, eval_data, settings=text, rows=rows, dtype=dtype, model=own)
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    # What a user's own code raises may be anything; its traceback stays with the cause.
+    try:
+        importlib.invalidate_caches()
+        factory: Any = importlib.import_module(path)
+        for part in name.split("."):
+            factory = getattr(factory, part)
+        made = factory() if callable(factory) else factory
+        task = TrainingTask(**made) if isinstance(made, Mapping) else made
+    except FourierFTError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"module {spec}",
+            expected="a factory that can be imported and called without arguments",
+            found=f"{type(error).__name__}: {error}",
+            remedy="correct it (--debug shows where it failed)",
+        ) from error
+    if not isinstance(task, TrainingTask) or not isinstance(task.model, nn.Module):
+        raise UsageError(
+            f"module {spec}",
+            expected="a factory that returns a TrainingTask, or a mapping with model and "
+            "train_dataset",
+            found=type(task).__name__,
+            remedy="see samples/digits_task.py",
+        )
+    return task

@@ -1,242 +1,353 @@
-"""Data files -> tables: tsv, csv, jsonl, parquet and npz.
-
-TSV is plain here, as the public data sets write it: a tab separates, a line ends a row, a quote is
-a quote. CSV follows RFC 4180. All text is strict UTF-8; a byte order mark is let go.
-"""
+"""Data files, folders and Hub ids -> columns of rows, through `datasets.load_dataset`."""
 
 from __future__ import annotations
 
 import csv
 import os
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-
-from ...errors import BadInputError, UsageError, missing_extra
+from ...errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ...files import strict_json
 from ...files.container import open_regular
-from .table import Complaints, Table, brief, not_empty
 
-MAX_LINE_BYTES = 4 << 20
-MAX_NPZ_BYTES = 16 << 30
-# What zipfile, its decompressors and numpy raise for damaged archives; the runtime errors are about
-# features of zip files that numpy never writes.
-_DAMAGED_NPZ = (
-    zipfile.BadZipFile,
-    zlib.error,
-    RuntimeError,
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    struct.error,
-)
-_BOM = b"\xef\xbb\xbf"
+BUILDERS = {
+    ".tsv": "csv",
+    ".csv": "csv",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+MAX_ROWS = 100_000_000
+MAX_PARQUET_BYTES = 64 << 30  # of its columns, uncompressed
 
 
-def read_table(path: str | os.PathLike[str]) -> Table:
-    """The rows of a data file; its name's ending says which format it is.
+class BadRows:
+    """What is wrong with the rows of a file, collected, to be raised once."""
+
+    def __init__(self, where: str, expected: str, remedy: str = "correct or remove them") -> None:
+        self.where, self.expected, self.remedy = where, expected, remedy
+        self.lines: list[str] = []
+
+    def add(self, place: str, found: str) -> None:
+        """Note that `found` stands at `place`."""
+        self.lines.append(f"{place}: {found}")
+
+    def check(self) -> None:
+        """Raise BadInputError with all bad rows, if there are any."""
+        if self.lines:
+            many = len(self.lines) > 1
+            first = f"{len(self.lines)} bad rows, first " if many else ""
+            raise BadInputError(
+                self.where,
+                expected=self.expected,
+                found=first + self.lines[0],
+                remedy=self.remedy,
+                offenders=self.lines if many else (),
+            )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set.
+
+    Attributes:
+        where: the file, folder or Hub id.
+        dataset: `datasets.Dataset`.
+        suffix: of the file; "" where it is no file.
+    """
+
+    where: str
+    dataset: Any
+    suffix: str = ""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns' names."""
+        return list(self.dataset.column_names)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column, one per row; None where a row lacks it."""
+        return list(self.dataset[name])
+
+    def undecoded(self, name: str) -> list[Any]:
+        """The values of a column of images, as files or bytes rather than pixels."""
+        if type(self.dataset.features[name]).__name__ != "Image":
+            return self.column(name)
+        from datasets import Image
+
+        return list(self.dataset.cast_column(name, Image(decode=False))[name])
+
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """The names of the classes, where the data set tells them (`ClassLabel`); else ()."""
+        feature = self.dataset.features[column]
+        inner = getattr(feature, "feature", feature)  # of a list
+        return tuple(getattr(inner, "names", None) or ())
+
+    def pick(self, wanted: Sequence[Sequence[str]], what: str, option: str) -> tuple[str, ...]:
+        """The first of `wanted` whose columns are all there.
+
+        Raises:
+            UsageError: none is.
+        """
+        for names in wanted:
+            if all(name in self.columns for name in names):
+                return tuple(names)
+        raise UsageError(
+            self.where,
+            expected=f"{what}: " + " or ".join("+".join(names) for names in wanted),
+            found=f"columns {', '.join(self.columns)}",
+            remedy=f"name the column with {option}",
+        )
+
+    def place(self, row: int) -> str:
+        """Where a person finds a row: "line 7" of a text file."""
+        lines = self._lines
+        return f"line {lines[row]}" if row < len(lines) else f"row {row + 1}"
+
+    @cached_property
+    def _lines(self) -> list[int]:
+        reader = _LINES.get(self.suffix)
+        return [] if reader is None else [number for number, _ in reader(self.where, None)]
+
+
+def load_rows(source: str, *, split: str = "train", builder: str = "") -> Rows:
+    """Load rows with `datasets.load_dataset`; nothing of a local file stays in its cache.
 
     Args:
-        path: .tsv, .csv, .jsonl (or .ndjson), .parquet or .npz.
-
-    Returns:
-        At least one row. Values are text in tsv and csv, what JSON or Arrow say in jsonl and
-        parquet, and slices of the arrays in npz.
+        source: a file (its ending says which format), a folder, or a Hub id with an optional
+            ":config".
+        split: which one of a data set that has several; "eval" takes validation, else test.
+        builder: "imagefolder" for a folder of images.
 
     Raises:
-        FileAccessError: missing or unreadable.
+        FileAccessError: missing or unreadable, or not on the Hub.
         UsageError: an ending that is not known.
-        BadInputError: not a file of this format; all bad rows are listed.
-        MissingExtraError: parquet needs pyarrow.
+        BadInputError: not data of this format; all bad rows are listed. No rows.
+        MissingExtraError: datasets is not installed.
     """
-    os.close(open_regular(path))
-    suffix = Path(path).suffix.lower()
-    if suffix not in _READERS:
-        raise UsageError(
-            path,
-            expected=f"a file that ends in {', '.join(_READERS)}",
-            found=repr(suffix) if suffix else "no ending",
-            remedy="rename it to what it is",
-        )
-    return not_empty(_READERS[suffix](os.fspath(path)))
+    path, suffix = Path(source), ""
+    options: dict[str, Any]
+    if path.is_dir():
+        options = {"path": builder or source} | ({"data_dir": source} if builder else {})
+    elif not path.exists() and HUB_ID.fullmatch(source) and path.suffix not in BUILDERS:
+        name, _, config = source.partition(":")
+        options = {"path": name, "name": config or None}
+    else:
+        os.close(open_regular(source))
+        suffix = path.suffix.lower()
+        if suffix not in BUILDERS:
+            raise UsageError(
+                source,
+                expected=f"a file that ends in {', '.join(BUILDERS)}",
+                found=repr(suffix) if suffix else "no ending",
+                remedy="rename it to what it is",
+            )
+        options = {"path": BUILDERS[suffix], "data_files": source} | _check(source, suffix)
+    rows = Rows(source, _load(source, suffix, options, split), suffix)
+    if not len(rows):
+        raise _no_rows(source)
+    return rows
 
 
-def text_lines(path: str, complaints: Complaints) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its line ending) of every line that is sound UTF-8 text."""
-    with open(open_regular(path), "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            place = f"line {number}"
-            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                complaints.add(place, f"more than {MAX_LINE_BYTES} bytes")
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES)
-                continue
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if b"\0" in line:
-                complaints.add(place, "a NUL byte")
-                continue
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                complaints.add(place, f"bytes that are not UTF-8 at offset {error.start}")
-                continue
-            yield number, text.removesuffix("\n").removesuffix("\r")
+def _no_rows(source: str) -> BadInputError:
+    return BadInputError(source, expected="rows", found="none", remedy="give another file")
 
 
-def _read_tsv(path: str) -> Table:
-    complaints = Complaints(path, "rows of UTF-8 text with the header's columns")
-    rows = ((number, text.split("\t")) for number, text in text_lines(path, complaints) if text)
-    return _with_header(path, rows, complaints)
-
-
-def _read_csv(path: str) -> Table:
-    complaints = Complaints(path, "rows of UTF-8 text with the header's columns")
-    # The reader wants the line endings that quoted cells may hold.
-    lines = (text + "\n" for _, text in text_lines(path, complaints))
-    reader = csv.reader(lines, strict=True)
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        try:
-            for cells in reader:
-                if cells:
-                    yield reader.line_num, cells
-        except csv.Error as error:
-            complaints.add(f"line {reader.line_num}", f"not CSV: {error}")
-
-    return _with_header(path, rows(), complaints)
-
-
-def _with_header(path: str, rows: Iterator[tuple[int, list[str]]], complaints: Complaints) -> Table:
-    """A table of rows of cells, the first of which names the columns."""
-    names: list[str] | None = None
-    kept: list[list[str]] = []
-    places: list[str] = []
-    for number, cells in rows:
-        if names is None:
-            names = [name.strip() for name in cells]
-            if len(set(names)) != len(names) or not all(names):
-                complaints.add(f"line {number}", f"column names {brief(names)}")
-        elif len(cells) != len(names):
-            complaints.add(f"line {number}", f"{len(cells)} columns, the header has {len(names)}")
-        else:
-            kept.append(cells)
-            places.append(f"line {number}")
-    complaints.check()
-    if names is None:
-        raise BadInputError(path, expected="a header line", found="an empty file")
-    return Table(path, {name: [row[i] for row in kept] for i, name in enumerate(names)}, places)
-
-
-def _read_jsonl(path: str) -> Table:
-    complaints = Complaints(path, "one JSON object per line")
-    records: list[dict[str, Any]] = []
-    places: list[str] = []
-    for number, text in text_lines(path, complaints):
-        if not text.strip():
-            continue
-        try:
-            record = strict_json.loads(text, path)
-        except BadInputError as error:
-            complaints.add(f"line {number}", error.found)
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-            places.append(f"line {number}")
-        else:
-            complaints.add(f"line {number}", f"{type(record).__name__}, not an object")
-    complaints.check()
-    return _of_records(path, records, places)
-
-
-def _of_records(path: str, records: list[dict[str, Any]], places: list[str]) -> Table:
-    names = dict.fromkeys(name for record in records for name in record)
-    return Table(path, {name: [r.get(name) for r in records] for name in names}, places)
-
-
-def _read_parquet(path: str) -> Table:
+def _load(source: str, suffix: str, options: dict[str, Any], split: str) -> Any:
     try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise missing_extra(str(error.name), "hf", "reading rows") from None
+    local = os.path.exists(source)
+    with tempfile.TemporaryDirectory() as folder, _quiet(datasets):
+        if local:
+            options |= {"cache_dir": folder, "keep_in_memory": True}
+        try:
+            found = datasets.load_dataset(**options)
+            names = (split,) if split != "eval" else ("validation", "test", "train")
+            return found[next((name for name in names if name in found), next(iter(found)))]
+        # Errors of many kinds come from pandas, pyarrow, the Hub and the builders.
+        except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            if suffix in _LINES:
+                _list_bad_lines(source, suffix)
+            cause: BaseException = error
+            while cause.__cause__ is not None or cause.__context__ is not None:
+                cause = cause.__cause__ or cause.__context__ or cause
+            lines = str(error if not local else cause).strip().splitlines()
+            if "corresponds to no data" in str(error):
+                raise _no_rows(source) from error
+            raise (BadInputError if local else FileAccessError)(
+                source,
+                expected=f"a {suffix[1:]} file" if suffix else "a data set",
+                found=lines[0] if lines else type(cause).__name__,
+                remedy="check the file"
+                if local
+                else "no such file is here; for a data set of the "
+                "Hub check the id and the network (HF_HUB_OFFLINE uses what was loaded before)",
+            ) from error
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Keeps progress bars and log lines of `datasets` out of stderr."""
+    level, shown = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _check(source: str, suffix: str) -> dict[str, Any]:
+    """What a file claims, before anything is allocated for it; options of its builder."""
+    if suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", f"reading {path}") from None
-    try:
-        table = pq.read_table(path, memory_map=False)
-        # Text that is not UTF-8 shows only here.
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        _unreadable(path, "a parquet file", error)
-    return Table(path, columns, [f"row {i + 1}" for i in range(table.num_rows)])
 
-
-def _read_npz(path: str) -> Table:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(info.file_size for info in archive.infolist())
-            if claimed > MAX_NPZ_BYTES:
-                raise BadInputError(
-                    path, expected=f"at most {MAX_NPZ_BYTES} bytes of arrays", found=f"{claimed}"
-                )
-            _check_headers(path, archive)
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in file.files}
-    except _DAMAGED_NPZ as error:
-        _unreadable(path, "an npz file of plain arrays", error)
-    lengths = {name: len(a) if a.ndim else -1 for name, a in columns.items()}
-    if len(set(lengths.values())) > 1 or -1 in lengths.values():
-        shapes = [f"{name}: shape {list(a.shape)}" for name, a in columns.items()]
-        raise BadInputError(
-            path,
-            expected="arrays with one entry per row",
-            found="arrays of different lengths",
-            offenders=shapes,
-        )
-    count = next(iter(lengths.values()), 0)
-    return Table(path, columns, [f"row {i + 1}" for i in range(count)])
-
-
-def _check_headers(path: str, archive: zipfile.ZipFile) -> None:
-    """Refuse arrays that claim more bytes than the archive holds for them."""
-    for info in archive.infolist():
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(file)
-        claimed = int(np.prod([int(size) for size in shape], dtype=object)) * dtype.itemsize
-        if not dtype.hasobject and claimed > info.file_size:
+        try:
+            claims = pq.read_metadata(source)
+            size = sum(claims.row_group(i).total_byte_size for i in range(claims.num_row_groups))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            found = (str(error).splitlines() or [""])[0]
+            raise BadInputError(source, expected="a parquet file", found=found) from error
+        if not 0 <= claims.num_rows <= MAX_ROWS or size > MAX_PARQUET_BYTES:
             raise BadInputError(
-                f"{path}, array {info.filename}",
-                expected=f"at most {info.file_size} bytes",
-                found=f"a claim of {claimed}",
-                remedy="get the file again",
+                source,
+                expected=f"at most {MAX_ROWS} rows and {MAX_PARQUET_BYTES} bytes",
+                found=f"a claim of {claims.num_rows} rows and {size} bytes",
             )
+    if BUILDERS[suffix] != "csv":
+        return {}
+    from datasets import Features, Value
+
+    header = next((cells for _, cells in _LINES[suffix](source, None, header=True)), None)
+    if header is None:
+        raise BadInputError(source, expected="a header line", found="an empty file")
+    if len(set(header)) != len(header) or not all(header):
+        raise BadInputError(source, expected="columns with names", found=f"line 1: {header}")
+    tabs: dict[str, Any] = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    )
+    return {
+        **tabs,
+        "features": Features({name: Value("string") for name in header}),
+        "keep_default_na": False,
+        "encoding": "utf-8-sig",
+        "engine": "c",
+        "header": 0,
+        "names": header,
+        "on_bad_lines": "error",
+    }
 
 
-def _unreadable(path: str, expected: str, error: BaseException) -> NoReturn:
-    text = str(error).strip()
-    found = text.splitlines()[0] if text else type(error).__name__
-    raise BadInputError(path, expected=expected, found=found, remedy="check the file") from error
+def _list_bad_lines(source: str, suffix: str) -> None:
+    """Raise with every line that is not one of its format."""
+    expected = (
+        "one JSON object per line" if suffix not in (".csv", ".tsv") else "the header's columns"
+    )
+    bad = BadRows(source, f"rows of UTF-8 text with {expected}")
+    for _ in _LINES[suffix](source, bad):
+        pass
+    bad.check()
 
 
-_READERS: dict[str, Callable[[str], Table]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".npz": _read_npz,
+def _text_lines(source: str, bad: BadRows | None) -> Iterator[tuple[int, str]]:
+    with open(open_regular(source), "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                text = line.decode("utf-8", "replace")
+                if bad is not None:
+                    bad.add(f"line {number}", f"bytes that are not UTF-8 at offset {error.start}")
+                    continue
+            yield number, text
+
+
+def _cells(
+    source: str, bad: BadRows | None, *, header: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of every row of a tsv or csv file, or of the header alone."""
+    tabs = Path(source).suffix.lower() == ".tsv"
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    numbers = [0]
+
+    def lines() -> Iterator[str]:
+        for number, text in _text_lines(source, bad):
+            numbers[0] = number
+            yield text
+
+    names: list[str] | None = None
+    csv.field_size_limit(1 << 30)
+    try:
+        for cells in csv.reader(lines(), strict=True, **style):
+            if not cells:
+                continue
+            if names is None:
+                names = [name.strip() for name in cells]
+                if header:
+                    yield numbers[0], names
+                    return
+                continue
+            if bad is not None and len(cells) != len(names):
+                found = f"{len(cells)} columns, the header has {len(names)}"
+                bad.add(f"line {numbers[0]}", found)
+            yield numbers[0], cells
+    except csv.Error as error:
+        if bad is None:
+            raise BadInputError(source, expected="a csv file", found=str(error)) from error
+        bad.add(f"line {numbers[0]}", f"not CSV: {error}")
+
+
+def _json_lines(source: str, bad: BadRows | None) -> Iterator[tuple[int, list[str]]]:
+    texts: dict[str, bool] = {}  # column -> whether its first value is text
+    for number, line in _text_lines(source, bad):
+        if not line.strip():
+            continue
+        yield number, []
+        if bad is None:
+            continue
+        try:
+            record = strict_json.loads(line, source)
+        except BadInputError as error:
+            bad.add(f"line {number}", error.found)
+            continue
+        if not isinstance(record, dict):
+            bad.add(f"line {number}", f"{type(record).__name__}, not an object")
+            continue
+        for name, value in record.items():
+            is_text = isinstance(value, str)
+            if value is not None and texts.setdefault(name, is_text) != is_text:
+                bad.add(f"line {number}", f"{name} {value!r:.60}, of another type than before")
+
+
+_LINES: dict[str, Callable[..., Iterator[tuple[int, list[str]]]]] = {
+    ".tsv": _cells,
+    ".csv": _cells,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
 }
+
+
+def regular_file_problem(path: str) -> str | None:
+    """Why a path is no regular file, if so."""
+    try:
+        return None if stat.S_ISREG(os.stat(path).st_mode) else "not a regular file"
+    except OSError as error:
+        return "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)

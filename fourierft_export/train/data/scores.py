@@ -1,106 +1,188 @@
-"""Scores from sums that add up over batches and processes; each formula is the textbook's."""
+"""Losses and scores of the tasks, as transformers' Trainer calls them.
+
+A loss is the sum over a part of a batch, divided by the number of items of the whole batch: parts
+and processes then add up to the mean. What is kept of the logits for the scores is small.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ...types import Array
 
 IGNORED = -100  # torch's and transformers' label for positions that do not count
 
 
-def class_counts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """How often each class was right, true and predicted.
+def logits_of(outputs: Any) -> Tensor:
+    """The logits of what a model returns: a tensor, a tuple's first, or `.logits`."""
+    if isinstance(outputs, tuple):
+        outputs = outputs[0]
+    found: Tensor = outputs if isinstance(outputs, Tensor) else outputs["logits"]
+    return found
 
-    Args:
-        logits: (..., classes).
-        labels: (...) int64; `IGNORED` where there is none.
 
-    Returns:
-        "correct", "true", "predicted": each (classes,) int64. Accuracy, F1 and Matthews'
-        correlation follow from these, without a matrix of classes by classes.
-    """
-    classes = logits.shape[-1]
-    counted = labels != IGNORED
-    labels, predicted = labels[counted], logits.detach().argmax(-1)[counted]
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy in float32 at every label, 0 where labels do not count; shape of `labels`."""
+    flat = logits.flatten(0, -2).float()
+    losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(labels.shape)
 
-    def count(ids: Tensor) -> Tensor:
-        return torch.bincount(ids, minlength=classes)
+
+def class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Cross entropy of (..., classes) where labels (...) count."""
+    items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return _losses(logits_of(outputs), labels).sum() / items
+
+
+def number_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Squared error of (rows, 1) against (rows,)."""
+    items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    return F.mse_loss(logits_of(outputs).float().flatten(), labels, reduction="sum") / items
+
+
+def several_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Binary cross entropy of (rows, classes) against 0 and 1."""
+    items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    logits = logits_of(outputs).float()
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
+
+
+def next_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Cross entropy of each token from those before it; the first label never counts."""
+    shifted = labels[:, 1:]
+    items = (shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return _losses(logits_of(outputs)[:, :-1], shifted).sum() / items
+
+
+def keep_logits(logits: Any, _labels: Tensor) -> Tensor:
+    """All of a row's logits, float32."""
+    return logits_of(logits).float()
+
+
+def keep_tags(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every position the likeliest tag, and its loss."""
+    found = logits_of(logits)
+    return found.argmax(-1), _losses(found, labels)
+
+
+def keep_sums(logits: Any, labels: Tensor) -> Tensor:
+    """Of every row the loss, the tokens that count, and those of them that were right."""
+    found, shifted = logits_of(logits)[:, :-1], labels[:, 1:]
+    right = (found.argmax(-1) == shifted) & (shifted != IGNORED)
+    loss = _losses(found, shifted).sum(-1)
+    return torch.stack([loss, (shifted != IGNORED).sum(-1), right.sum(-1)], -1)
+
+
+def score_classes(prediction: Any) -> dict[str, float]:
+    """Mean loss, accuracy, macro F1 and Matthews' correlation of one class per row."""
+    logits, labels = prediction.predictions, prediction.label_ids
+    loss = class_loss(torch.from_numpy(logits), torch.from_numpy(labels))
+    return {"loss": float(loss)} | _class_scores(labels, logits.argmax(-1))
+
+
+def _class_scores(labels: Array, predicted: Array) -> dict[str, float]:
+    from sklearn import metrics
 
     return {
-        "correct": count(labels[predicted == labels]),
-        "true": count(labels),
-        "predicted": count(predicted),
+        "accuracy": float(metrics.accuracy_score(labels, predicted)),
+        "f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
+        "matthews": float(metrics.matthews_corrcoef(labels, predicted)),
     }
 
 
-def class_scores(correct: Tensor, true: Tensor, predicted: Tensor) -> dict[str, float]:
-    """Accuracy, macro F1 and Matthews' correlation.
+def score_numbers(prediction: Any) -> dict[str, float]:
+    """Mean squared and absolute error, R squared and Pearson's correlation of a regression."""
+    from sklearn import metrics
 
-    F1 is averaged over the classes that are true or predicted somewhere. Matthews' correlation is
-    the one for many classes (Gorodkin 2004), 0 where its denominator is.
-
-    Args:
-        correct, true, predicted: (classes,) as `class_counts` gives them, summed.
-    """
-    c, t, p = correct.cpu().double(), true.cpu().double(), predicted.cpu().double()
-    rows, right = float(t.sum()), float(c.sum())
-    occurs = (t + p) > 0
-    f1 = (2 * c[occurs] / (t + p)[occurs]).mean() if bool(occurs.any()) else torch.zeros(())
-    spread = (rows**2 - float(p @ p)) * (rows**2 - float(t @ t))
-    matthews = (right * rows - float(t @ p)) / math.sqrt(spread) if spread > 0 else 0.0
+    found, truth = prediction.predictions.reshape(-1), prediction.label_ids
+    mse = float(metrics.mean_squared_error(truth, found))
+    spread = found.std() * truth.std()
+    pearson = (
+        float(((found - found.mean()) * (truth - truth.mean())).mean() / spread) if spread else 0.0
+    )
     return {
-        "accuracy": right / rows if rows else 0.0,
-        "f1": float(f1),
-        "matthews": matthews,
+        "loss": mse,
+        "mse": mse,
+        "mae": float(metrics.mean_absolute_error(truth, found)),
+        "r2": float(metrics.r2_score(truth, found)) if len(truth) > 1 else 0.0,
+        "pearson": pearson,
     }
 
 
-def entity_counts(true: Tensor, predicted: Tensor, kinds: Tensor, begins: Tensor) -> Tensor:
-    """Entities of BIO tags that were found, wrongly found, and missed.
+def score_several(prediction: Any) -> dict[str, float]:
+    """Mean loss, F1 over all labels of all rows, and the share of rows with every label right."""
+    from sklearn import metrics
 
-    An entity begins at B-x, or at I-x that does not follow x (as CoNLL's own script has it); it
-    counts as found when its begin, its end and its kind are right.
+    logits, truth = prediction.predictions, prediction.label_ids
+    loss = several_loss(torch.from_numpy(logits), torch.from_numpy(truth))
+    found = logits > 0
+    return {
+        "loss": float(loss),
+        "f1": float(metrics.f1_score(truth > 0, found, average="micro", zero_division=0)),
+        "accuracy": float(metrics.accuracy_score(truth > 0, found)),
+    }
+
+
+class ScoreTags:
+    """Mean loss and accuracy of words; of BIO tags also precision, recall and F1 of entities.
 
     Args:
-        true: (rows, length) int64 tags; `IGNORED` at positions that are no word's first part.
-        predicted: the same shape.
-        kinds: (tags,) int64: 0 for O, else the kind of entity.
-        begins: (tags,) bool: whether a tag is a B-x.
-
-    Returns:
-        (3,) int64: true positives, false positives, false negatives.
+        names: of the tags by id.
     """
-    counted = true != IGNORED
-    row = torch.arange(len(true), device=true.device)[:, None].expand_as(true)[counted]
-    spans = [_spans(tags[counted], row, kinds, begins) for tags in (true, predicted)]
-    (start_t, end_t, kind_t), (start_p, end_p, kind_p) = spans
-    hit = (start_t & start_p & (end_t == end_p) & (kind_t == kind_p)).sum()
-    return torch.stack([hit, start_p.sum() - hit, start_t.sum() - hit])
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        bio = all(name == "O" or name[:2] in ("B-", "I-") for name in names)
+        self.is_bio = bio and set(names) > {"O"}
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        """The scores of all rows."""
+        (predicted, losses), labels = prediction.predictions, prediction.label_ids
+        counted = labels != IGNORED
+        found = {
+            "loss": float(losses[counted].astype(np.float64).mean()),
+            "accuracy": float((predicted == labels)[counted].mean()),
+        }
+        if not self.is_bio:
+            return found
+        hit = wrong = missed = 0
+        for row, tags, inside in zip(labels, predicted, counted, strict=True):
+            true, seen = (self.entities(ids[inside]) for ids in (row, tags))
+            hit += len(true & seen)
+            wrong += len(seen - true)
+            missed += len(true - seen)
+        return found | {
+            "precision": hit / (hit + wrong) if hit else 0.0,
+            "recall": hit / (hit + missed) if hit else 0.0,
+            "f1": 2 * hit / (2 * hit + wrong + missed) if hit else 0.0,
+        }
+
+    def entities(self, tags: Array) -> set[tuple[int, int, str]]:
+        """(begin, end, kind) of the entities in a row of tags.
+
+        An entity begins at B-x, or at I-x that does not follow x, as CoNLL's own script has it.
+        """
+        found: set[tuple[int, int, str]] = set()
+        begin, kind = 0, ""
+        for place, name in enumerate([*(self.names[tag] for tag in tags), "O"]):
+            if kind and (name == "O" or name[0] == "B" or name[2:] != kind):
+                found.add((begin, place, kind))
+                kind = ""
+            if name != "O" and not kind:
+                begin, kind = place, name[2:]
+        return found
 
 
-def _spans(
-    tags: Tensor, row: Tensor, kinds: Tensor, begins: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of words in a line: whether an entity starts there, where one from there ends, its kind."""
-    kind = kinds[tags]
-    if not len(tags):
-        return kind.bool(), kind, kind
-    goes_on = (kind[1:] == kind[:-1]) & (row[1:] == row[:-1]) & (kind[1:] > 0) & ~begins[tags[1:]]
-    edge = torch.zeros(1, dtype=torch.bool, device=tags.device)
-    start = (kind > 0) & ~torch.cat([edge, goes_on])
-    is_last = ~torch.cat([goes_on, edge])
-    place = torch.arange(len(tags), device=tags.device)
-    ends = torch.where(is_last, place, len(tags))
-    return start, ends.flip(0).cummin(0).values.flip(0), kind
-
-
-def entity_scores(counts: Tensor) -> dict[str, float]:
-    """Precision, recall and F1 of entities from their counts; 0 where nothing was there."""
-    hit, wrong, missed = (float(n) for n in counts.cpu())
-    return {
-        "precision": hit / (hit + wrong) if hit else 0.0,
-        "recall": hit / (hit + missed) if hit else 0.0,
-        "f1": 2 * hit / (2 * hit + wrong + missed) if hit else 0.0,
-    }
+def score_text(prediction: Any) -> dict[str, float]:
+    """Mean loss of a token, perplexity, and how often the likeliest token is right."""
+    loss, tokens, right = prediction.predictions.astype(np.float64).sum(0)
+    mean = loss / max(tokens, 1.0)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"loss": mean, "perplexity": perplexity, "accuracy": right / max(tokens, 1.0)}

@@ -1,26 +1,22 @@
-"""text-classification: one or two texts per row, one label."""
+"""text-classification, token-classification and text-generation: rows of text -> a task."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from ...errors import BadInputError
+from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
-from .labels import Labels, label_ids, make_labels, read_labels
-from .loading import known_classes, load_classifier, usual_targets
-from .losses import classify, score_classes
-from .probe import count_classes
-from .rows import read_table
-from .split import SplitSettings, split
-from .table import Complaints, Table, brief, first_present
-from .tokens import Row, TextEncoder
+from . import models, scores
+from .labels import Labels, label_ids, make_labels, read_labels, read_numbers
+from .models import Row, TextEncoder
+from .rows import BadRows, Rows
+from .scores import IGNORED
+from .split import split
 
-KIND = "text-classification"
-USUAL_LENGTH = 256
+LENGTH, GENERATED_LENGTH = 256, 512
 LABELS = (("label",), ("labels",))
 PAIRS = (
     ("text_a", "text_b"),
@@ -30,150 +26,389 @@ PAIRS = (
     ("question", "sentence"),
 )
 TEXTS = (("text",), ("sentence",))
+WORDS = (("tokens",), ("words",))
+TAGS = (("labels",), ("tags",), ("ner_tags",))
+IDS = "input_ids"
+SINGLE, SEVERAL, NUMBER = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+LOSSES: dict[str, tuple[Callable[..., Any], Callable[[Any], dict[str, float]], str]] = {
+    SINGLE: (scores.class_loss, scores.score_classes, "accuracy"),
+    SEVERAL: (scores.several_loss, scores.score_several, "f1"),
+    NUMBER: (scores.number_loss, scores.score_numbers, "mse"),
+}
 
 
 @dataclass(frozen=True)
-class TextSettings:
-    """How rows of text are read.
+class Source:
+    """Where a task comes from: rows to learn from and to score, and the model's directory."""
 
-    Attributes:
-        text_columns: one or two names; () for the usual ones.
-        label_column: its name; None for the usual ones.
-        max_length: tokens per row; None for the usual number, as far as the model can take it.
-        pack: causal-lm: fill rows up to max_length with several texts.
-    """
+    train: Rows
+    eval: Rows | None
+    directory: str
+    data: DataSettings
+    settings: TrainSettings
 
-    text_columns: tuple[str, ...] = ()
-    label_column: str | None = None
-    max_length: int | None = None
-    pack: bool = False
+    @property
+    def dtype(self) -> str | None:
+        """What to load the model in: autocast works on any dtype, and is better not widened."""
+        return "float32" if self.settings.dtype == "float32" else None
+
+    def both(self) -> list[Rows]:
+        """The rows to learn from, and those to score if there are any."""
+        return [self.train] if self.eval is None else [self.train, self.eval]
 
 
-def text_classification(
-    directory: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    eval_data: str | os.PathLike[str] | None,
-    *,
-    settings: TextSettings,
-    rows: SplitSettings,
-    dtype: str | None = "float32",
-    model: nn.Module | None = None,
-) -> TrainingTask:
-    """A model of one label per row of text.
-
-    Args:
-        directory: the model's directory, with its tokenizer.
-        data, eval_data: files of rows (`read_table`).
-        settings: columns and lengths.
-        rows: which rows are used and held out.
-        dtype: name of a torch dtype to load in; None keeps the checkpoint's.
-        model: taken instead of the directory's.
+def text_classification(source: Source) -> TrainingTask:
+    """A model of one label per row of text, of several, or of a number.
 
     Raises:
         BadInputError: bad rows, all listed; a directory that cannot be loaded.
         BaseMismatchError: the model lacks more than a head.
         UsageError: columns that are not there, lengths out of range.
     """
-    table = read_table(data)
-    columns = text_columns(table, settings.text_columns)
-    label = label_column(table, settings.label_column)
-    texts = read_texts(table, columns)
-    found = read_labels(table, table.column(label, "--label-column"))
-    known = known_classes(directory, KIND) if model is None else None
-    labels = make_labels(table, found, known)
-    scored = None
-    if eval_data is not None:
-        other = read_table(eval_data)
-        other_found = read_labels(other, other.column(label, "--label-column"))
-        ids = label_ids(other, other_found, other.places, labels)
-        scored = list(zip(read_texts(other, columns), ids, strict=True))
-    ids = label_ids(table, found, table.places, labels)
-    learnt, scored, notes = split(list(zip(texts, ids, strict=True)), scored, rows)
-    new: tuple[str, ...] = ()
-    own = model
-    if model is None:
-        model, new = load_classifier(directory, KIND, labels.names, dtype=dtype, seed=rows.seed)
-        notes += head_notes(new, labels)
-    encoder = TextEncoder(directory, model)
-    config: Any = getattr(model, "config", None)
+    data, train = source.data, source.train
+    columns = pick_texts(train, data)
+    (label,) = train.pick(((data.label_column,),) if data.label_column else LABELS,
+                          "a column of labels", "--label-column")  # fmt: skip
+    lists = isinstance(train.column(label)[0], list)
+    problem = data.problem_type or (SEVERAL if lists else SINGLE)
+    known = models.known_classes(source.directory, "text-classification")
+    targets, labels = read_targets(source, label, problem, train.class_names(label) or known)
+    texts = [read_texts(rows, columns) for rows in source.both()]
+    names = labels.names if problem != NUMBER else ("value",)
+    parts = [list(zip(t, y, strict=True)) for t, y in zip(texts, targets, strict=True)]
+    learnt, scored, notes = split(parts, source.settings)
+    model, new = models.load_classifier(
+        source.directory,
+        "text-classification",
+        names,
+        dtype=source.dtype,
+        seed=source.settings.seed,
+    )
+    config: Any = model.config
+    config.problem_type = problem
+    notes += head_notes(new, names)
+    encoder = TextEncoder(source.directory, model)
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = encoder.pad_id  # a decoder's head reads the last token before it
-    length = encoder.length(settings.max_length, USUAL_LENGTH)
-    train = _encode(encoder, learnt, length)
-    full = sum(len(row["input_ids"]) == length for row in train)
+    length = models.row_length(source.settings.max_length, LENGTH, encoder.limit)
+
+    def encode(rows: Sequence[tuple[tuple[str, ...], Any]]) -> list[Row]:
+        encoded, _ = encoder.encode([texts for texts, _ in rows], length)
+        return [row | {"labels": y} for row, (_, y) in zip(encoded, rows, strict=True)]
+
+    train_rows = encode(learnt)
+    full = sum(len(row[IDS]) == length for row in train_rows)
     if full:
         notes += (f"{full} training rows fill all {length} tokens; what is longer is cut",)
-    if own is not None:
-        check_own(own, encoder, train[0], len(labels), axes=2)
+    loss, metrics, metric = LOSSES[problem]
     return TrainingTask(
         model=model,
-        train=train,
-        eval=None if scored is None else _encode(encoder, scored, length),
-        collate=encoder.pad(),
-        step=classify,
-        metrics=score_classes,
-        metric="accuracy",
-        higher_is_better=True,
+        train_dataset=train_rows,
+        eval_dataset=None if scored is None else encode(scored),
+        data_collator=encoder.pad(),
+        compute_loss_func=loss,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=scores.keep_logits,
+        metric_for_best_model=metric,
         task_type="SEQ_CLS",
         modules_to_save=new,
-        target_modules=usual_targets(model),
-        lengths=[len(row["input_ids"]) for row in train],
+        target_modules=models.usual_targets(model),
+        lengths=[len(row[IDS]) for row in train_rows],
         notes=notes,
+        labels=() if problem == NUMBER else names,
+    )
+
+
+def read_targets(
+    source: Source, column: str, problem: str, known: Sequence[str]
+) -> tuple[list[list[Any]], Labels]:
+    """What the rows' labels are as numbers, and the classes.
+
+    Raises:
+        BadInputError: labels that do not fit the problem; all are listed.
+    """
+    found: list[list[Any]] = []
+    labels = Labels((), {})
+    for rows in source.both():
+        values, places = rows.column(column), [rows.place(i) for i in range(len(rows))]
+        if problem == NUMBER:
+            found.append(read_numbers(rows.where, values, places))
+            continue
+        lists = [_as_list(value) if problem == SEVERAL else [value] for value in values]
+        spread = [p for p, some in zip(places, lists, strict=True) for _ in some]
+        flat = read_labels(rows.where, (label for some in lists for label in some), spread)
+        if rows is source.train:
+            labels = make_labels(rows.where, flat, known, least=1 if problem == SEVERAL else 2)
+        ids = iter(label_ids(rows.where, flat, spread, labels))
+        if problem == SINGLE:
+            found.append(list(ids))
+        else:
+            hits = [{next(ids) for _ in some} for some in lists]
+            found.append([[float(i in own) for i in range(len(labels))] for own in hits])
+    return found, labels
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The labels of a row: a list, or in text files a text with commas."""
+    if isinstance(value, str):
+        return [part for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def pick_texts(rows: Rows, data: DataSettings) -> tuple[str, ...]:
+    """The one or two columns of text: those asked for, else the usual ones, pairs first."""
+    wanted = [tuple(data.text_column)] if data.text_column else [*PAIRS, *TEXTS]
+    return rows.pick(wanted, "columns of text", "--text-column")
+
+
+def read_texts(rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The texts of every row.
+
+    Raises:
+        BadInputError: empty texts and other values; all are listed.
+        UsageError: columns that are not there.
+    """
+    bad = BadRows(rows.where, "text in every row")
+    columns = rows.pick([columns], "columns of text", "--text-column")
+    found = list(zip(*(rows.column(name) for name in columns), strict=True))
+    for i, texts in enumerate(found):
+        for name, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                kind = f"{type(text).__name__} {text!r:.60} as"
+                bad.add(rows.place(i), f"{'no' if text is None else kind} {name}")
+            elif not text.strip():
+                bad.add(rows.place(i), f"an empty {name}")
+    bad.check()
+    return found
+
+
+def head_notes(new: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
+    """What to say of a head that the checkpoint did not have."""
+    many = f"{len(names)} labels" if len(names) > 1 else "a number"
+    return (f"new for {many}, and trained whole: {', '.join(new)}",) if new else ()
+
+
+def token_classification(source: Source) -> TrainingTask:
+    """A model of one label per word; the word's first token carries it.
+
+    Raises:
+        BadInputError: bad rows, all listed; a directory that cannot be loaded.
+        BaseMismatchError: the model lacks more than a head.
+        UsageError: columns that are not there, lengths out of range.
+    """
+    train = source.train
+    (tags,) = train.pick(
+        ((source.data.label_column,),) if source.data.label_column else TAGS,
+        "labels",
+        "--label-column",
+    )
+    known = train.class_names(tags) or models.known_classes(
+        source.directory, "token-classification"
+    )
+    parts: list[list[tuple[list[str], list[int]]]] = []
+    labels = Labels((), {})
+    for rows in source.both():
+        sentences, flat, places = _read_words(rows, source.data, tags)
+        if rows is train:
+            labels = make_labels(rows.where, flat, known)
+        ids = iter(label_ids(rows.where, flat, places, labels))
+        parts.append([(words, [next(ids) for _ in words]) for words in sentences])
+    learnt, scored, notes = split(parts, source.settings)
+    model, new = models.load_classifier(
+        source.directory,
+        "token-classification",
+        labels.names,
+        dtype=source.dtype,
+        seed=source.settings.seed,
+    )
+    encoder = TextEncoder(source.directory, model, words=True)
+    length = models.row_length(source.settings.max_length, LENGTH, encoder.limit)
+
+    def encode(rows: Sequence[tuple[list[str], list[int]]]) -> tuple[list[Row], int]:
+        encoded, owners = encoder.encode([(words,) for words, _ in rows], length, words=True)
+        for row, own, (_, ids) in zip(encoded, owners, rows, strict=True):
+            row["labels"] = [
+                ids[word] if word is not None and word != last else IGNORED
+                for word, last in zip(own, [None, *own[:-1]], strict=True)
+            ]
+        kept = sum(label != IGNORED for row in encoded for label in row["labels"])
+        return encoded, sum(len(words) for words, _ in rows) - kept
+
+    train_rows, lost = encode(learnt)
+    eval_rows, lost_too = (None, 0) if scored is None else encode(scored)
+    if lost + lost_too:
+        notes += (f"{lost + lost_too} words lie beyond {length} tokens and do not count",)
+    score = scores.ScoreTags(labels.names)
+    return TrainingTask(
+        model=model,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=encoder.pad(),
+        compute_loss_func=scores.class_loss,
+        compute_metrics=score,
+        preprocess_logits_for_metrics=scores.keep_tags,
+        metric_for_best_model="f1" if score.is_bio else "accuracy",
+        task_type="TOKEN_CLS",
+        modules_to_save=new,
+        target_modules=models.usual_targets(model),
+        lengths=[len(row[IDS]) for row in train_rows],
+        notes=(*notes, *head_notes(new, labels.names)),
         labels=labels.names,
     )
 
 
-def check_own(model: nn.Module, encoder: TextEncoder, row: Row, labels: int, *, axes: int) -> None:
-    """Refuse a model that does not take the row, or has fewer classes than there are labels.
+def _read_words(
+    rows: Rows, data: DataSettings, tags: str
+) -> tuple[list[list[str]], list[Any], list[str]]:
+    """Every row's words, and all words' labels and places in one list each.
 
     Raises:
-        UsageError: with what it made of the row.
+        BadInputError: rows that are not two lists of one length; all are listed.
     """
-    batch = encoder.pad()([row])
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    count_classes(model, labels, " and ".join(inputs), axes=axes, **inputs)
+    wanted = [tuple(data.text_column)] if data.text_column else WORDS
+    (words,) = rows.pick(wanted, "words", "--text-column")
+    bad = BadRows(rows.where, "a list of words, and as many labels, in every row")
+    sentences: list[list[str]] = []
+    found: list[Any] = []
+    places: list[str] = []
+    columns = (rows.column(words), rows.column(tags))
+    for i, (row, labels) in enumerate(zip(*columns, strict=True)):
+        # In text files a row's words and labels are separated by spaces.
+        row, labels = (v.split() if isinstance(v, str) else v for v in (row, labels))
+        wrong = _wrong_words(row, labels)
+        if wrong:
+            bad.add(rows.place(i), wrong)
+            continue
+        sentences.append(list(row))
+        found += labels
+        places += [f"{rows.place(i)}, word {n + 1}" for n in range(len(row))]
+    bad.check()
+    return sentences, read_labels(rows.where, found, places), places
 
 
-def text_columns(table: Table, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The one or two columns of text: those asked for, else the usual ones, pairs first."""
-    wanted = [asked] if asked else [*PAIRS, *TEXTS]
-    return first_present(table, wanted, "columns of text", "--text-column")
+def _wrong_words(words: Any, labels: Any) -> str | None:
+    """Why a row cannot be used, if so."""
+    if not isinstance(words, list) or not words:
+        return f"words {words!r:.60}"
+    odd = next((w for w in words if not isinstance(w, str) or not w.strip()), None)
+    if odd is not None:
+        return f"the word {odd!r:.60}"
+    if not isinstance(labels, list):
+        return f"labels {labels!r:.60}"
+    return None if len(labels) == len(words) else f"{len(words)} words and {len(labels)} labels"
 
 
-def label_column(table: Table, asked: str | None) -> str:
-    """The column of labels: the one asked for, else the usual one."""
-    wanted = [(asked,)] if asked else LABELS
-    return first_present(table, wanted, "a column of labels", "--label-column")[0]
+def text_generation(source: Source) -> TrainingTask:
+    """A causal language model and rows to continue: text, or a column of ready `input_ids`.
 
-
-def read_texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The texts of every row.
+    A column `labels` beside `input_ids` says which tokens count (-100: not this one). Text ends in
+    the tokenizer's end-of-text token where it has one. Every row is a sequence of its own, or with
+    `pack` they follow one another in rows of max_length.
 
     Raises:
-        BadInputError: columns that are not there; empty texts and other values, all listed.
+        BadInputError: bad rows, all listed; a directory that cannot be loaded.
+        BaseMismatchError: the checkpoint lacks weights.
+        UsageError: columns that are not there, lengths out of range.
     """
-    complaints = Complaints(table.path, "text in every row")
-    values = [table.column(name, "--text-column") for name in columns]
-    for name, column in zip(columns, values, strict=True):
-        for place, text in zip(table.places, column, strict=True):
-            if not isinstance(text, str):
-                found = "no" if text is None else f"{type(text).__name__} {brief(text)} as"
-                complaints.add(place, f"{found} {name}")
-            elif not text.strip():
-                complaints.add(place, f"an empty {name}")
-    complaints.check()
-    return list(zip(*values, strict=True))
+    model = models.load_generator(source.directory, dtype=source.dtype)
+    asked = source.settings.max_length
+    if IDS in source.train.columns and not source.data.text_column:
+        pad = models.Pad(0, mask="attention_mask" in models.text_inputs(model))
+        length = models.row_length(asked, GENERATED_LENGTH, models.positions(model))
+        parts = [_ready_ids(rows, models.vocabulary(model)) for rows in source.both()]
+    else:
+        encoder = TextEncoder(source.directory, model)
+        pad = encoder.pad()
+        length = models.row_length(asked, GENERATED_LENGTH, encoder.limit)
+        wanted = [tuple(source.data.text_column)] if source.data.text_column else TEXTS
+        columns = source.train.pick(wanted, "a column of text", "--text-column")
+        parts = [_encode_texts(rows, columns, encoder) for rows in source.both()]
+    learnt, scored, notes = split(parts, source.settings)
+    train_rows, long = _fit_rows(learnt, length, source.data.pack)
+    eval_rows, too_long = (None, 0) if scored is None else _fit_rows(
+        scored, length, source.data.pack
+    )  # fmt: skip
+    if long + too_long:
+        notes += (f"{long + too_long} rows are longer than {length} tokens and were cut",)
+    if not train_rows:
+        raise BadInputError(
+            source.train.where,
+            expected=f"tokens to learn among the first {length} of a row",
+            found="none",
+            remedy="give a longer --max-length",
+        )
+    if source.data.pack:
+        notes += (f"{len(learnt)} texts are packed into {len(train_rows)} rows of {length} tokens",)
+    return TrainingTask(
+        model=model,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows or None,
+        data_collator=pad,
+        compute_loss_func=scores.next_token_loss,
+        compute_metrics=scores.score_text,
+        preprocess_logits_for_metrics=scores.keep_sums,
+        task_type="CAUSAL_LM",
+        target_modules=models.usual_targets(model),
+        lengths=[len(row[IDS]) for row in train_rows],
+        notes=notes,
+    )
 
 
-def head_notes(new: tuple[str, ...], labels: Labels) -> tuple[str, ...]:
-    """What to tell of a head that the checkpoint did not have."""
-    if not new:
-        return ()
-    return (f"new for {len(labels)} labels, and trained whole: {', '.join(new)}",)
+def _encode_texts(rows: Rows, columns: Sequence[str], encoder: TextEncoder) -> list[Row]:
+    encoded, _ = encoder.encode(read_texts(rows, columns), None)
+    end = encoder.tokenizer.eos_token_id
+    found = []
+    for row in encoded:
+        ids = list(row[IDS])
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        found.append({IDS: ids, "labels": ids})
+    return _check_rows(rows, found)
 
 
-def _encode(
-    encoder: TextEncoder, rows: Sequence[tuple[tuple[str, ...], int]], length: int
-) -> list[Row]:
-    encoded = encoder.encode([texts for texts, _ in rows], length)
-    return [row | {"labels": label} for row, (_, label) in zip(encoded, rows, strict=True)]
+def _ready_ids(rows: Rows, size: int | None) -> list[Row]:
+    bad = BadRows(rows.where, f"lists of token ids below {size}, and as many labels")
+    found: list[Row] = []
+    targets = rows.column("labels") if "labels" in rows.columns else [None] * len(rows)
+    for i, (ids, labels) in enumerate(zip(rows.column(IDS), targets, strict=True)):
+        if not _are_ids(ids, 0, size):
+            bad.add(rows.place(i), f"input_ids {ids!r:.60}")
+        elif labels is not None and not (
+            _are_ids(labels, IGNORED, size) and len(labels) == len(ids)
+        ):
+            bad.add(rows.place(i), f"labels {labels!r:.60}")
+        else:
+            found.append({IDS: ids, "labels": ids if labels is None else labels})
+    bad.check()
+    return _check_rows(rows, found)
+
+
+def _are_ids(value: Any, least: int, size: int | None) -> bool:
+    allowed = range(least, size or 1 << 31)
+    return isinstance(value, list) and all(type(i) is int and i in allowed for i in value)
+
+
+def _check_rows(rows: Rows, found: list[Row]) -> list[Row]:
+    """Raise BadInputError with all rows that have no token to predict."""
+    bad = BadRows(rows.where, "two tokens or more in every row, one to be learnt")
+    for i, row in enumerate(found):
+        if all(label == IGNORED for label in row["labels"][1:]):
+            bad.add(rows.place(i), f"{len(row[IDS])} tokens, none to be learnt")
+    bad.check()
+    return found
+
+
+def _fit_rows(rows: Sequence[Row], length: int, pack: bool) -> tuple[list[Row], int]:
+    """Rows of at most `length` tokens that have some to learn, and how many were cut."""
+    lost = 0 if pack else sum(len(row[IDS]) > length for row in rows)
+    if pack:
+        joined = {name: [i for row in rows for i in row[name]] for name in (IDS, "labels")}
+        starts = range(0, len(joined[IDS]), length)
+        rows = [{name: ids[at : at + length] for name, ids in joined.items()} for at in starts]
+    # The first label never counts: nothing stands before it.
+    cut = [{IDS: row[IDS][:length], "labels": [IGNORED, *row["labels"][1:length]]} for row in rows]
+    return [row for row in cut if any(label != IGNORED for label in row["labels"])], lost

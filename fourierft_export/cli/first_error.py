@@ -1,4 +1,4 @@
-"""An error that many processes meet is told once.
+"""Of many processes that train together, one prints the error.
 
 Imports torch only where there is an error and more than one process.
 """
@@ -15,11 +15,11 @@ _PATIENCE = timedelta(seconds=5)
 
 
 @contextmanager
-def one_voice() -> Iterator[bool]:
-    """For whoever is about to tell of an error: whether this process is to do so.
+def report_once() -> Iterator[bool]:
+    """Yields whether this process is the one that prints the error it has met.
 
     Of many processes the first that fails says why. Most of the others fail because of it; they
-    wait until it is told, for torchrun ends all as soon as one has ended.
+    wait until it is printed, for torchrun ends all as soon as one has ended.
     """
     store = _store() if os.environ.get("WORLD_SIZE", "1") != "1" else None
     if store is None:
@@ -28,16 +28,16 @@ def one_voice() -> Iterator[bool]:
     from torch.distributed import DistError
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    asked, told = (f"fourierft_export/{attempt}/{what}" for what in ("asked", "told"))
+    failed, printed = (f"fourierft_export/{attempt}/{what}" for what in ("failed", "printed"))
     first = True
     with suppress(DistError):
-        first = store.add(asked, 1) == 1
+        first = store.add(failed, 1) == 1
         if not first:
-            store.wait([told], _PATIENCE)
+            store.wait([printed], _PATIENCE)
     yield first
     if first:
         with suppress(DistError):
-            store.set(told, "")
+            store.set(printed, "")
 
 
 def _store() -> Any | None:

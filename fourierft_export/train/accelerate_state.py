@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ...adapt.modules import adapter_names
-from ...bundle.file import SUFFIX, Bundle
-from ...errors import UsageError
-from ..live import adapter_tensors, check_only_learns, refill
-from .saving import write_adapter
+from ..adapt.modules import adapter_names
+from ..bundle.file import SUFFIX, Bundle
+from ..errors import UsageError
+from .adapter import LiveAdapter, adapter_tensors, check_only_learns
+from .callback import write_adapter
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         for _, model in _adapted(models):
-            check_only_learns(model, name)
+            adapter = LiveAdapter.of(model, name)
+            check_only_learns(adapter)
             # By its names: hooks of other adapters may have taken their models' weights already.
             own = adapter_tensors(model)
             place = next((i for i, found in enumerate(weights) if _holds(found, own)), None)
@@ -61,11 +62,11 @@ def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
                 )
             del weights[place]
             if accelerator.is_main_process:
-                write_adapter(model, name, folder, file)
+                write_adapter(adapter, folder, file)
 
     def load(models: list[nn.Module], folder: str) -> None:
         for index, model in _adapted(models):
-            refill(model, Bundle.load(Path(folder) / file), name)
+            LiveAdapter.of(model, name).load(Bundle.load(Path(folder) / file))
             del models[index]
 
     def _adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module]]:

@@ -1,0 +1,246 @@
+"""Training with transformers' own Trainer: one callback, and checkpoints of kilobytes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+from transformers.trainer_callback import ExportableState, TrainerCallback
+
+from ..adapt.modules import adapter_names
+from ..bundle.file import SUFFIX, Bundle
+from ..errors import BaseMismatchError, UsageError
+from ..files.staging import staged_file
+from .adapter import (
+    NAME,
+    Identity,
+    LiveAdapter,
+    adapter_tensors,
+    check_only_learns,
+    check_same_adapter,
+    identity,
+)
+
+ADAPTER_FILE = f"adapter{SUFFIX}"
+WEIGHTS_FILE = "model.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_DIVERTED = "_fourierft_diverted"
+
+
+class BundleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Lets a stock `Trainer` save an adapter instead of the whole model.
+
+        model = ff.inject(model, config)
+        trainer = Trainer(model, args, ..., callbacks=[ff.BundleCallback()])
+        trainer.train()
+
+    Every `checkpoint-N` then holds the bundle, `adapter.fourierft.safetensors`; the same numbers
+    under the live model's names, `model.safetensors`, from which the Trainer resumes and takes the
+    best; the optimizer's state, of the adapter alone; and what the Trainer writes besides. After
+    training `trainer.save_model(folder)` writes the bundle alone. Resuming, the best model,
+    save_total_limit, early stopping, logging and progress stay the Trainer's own.
+
+    From the Trainer's start on, `save_pretrained` of this model object writes the adapter; it is
+    the class's own again after `release(model)`, and once the adapter is detached. A model that is
+    not transformers' is saved whole by the Trainer; each checkpoint is made small once it is
+    written, and `trainer.save_model` stays whole.
+
+    Args:
+        name: the adapter that is trained. Only it may learn: parameters outside it would be lost.
+
+    Raises:
+        UsageError: at the start of training: no such adapter, one that does not learn, other
+            parameters that learn, or FSDP or DeepSpeed, which break tensors into pieces.
+        BaseMismatchError: at the start of training: the checkpoint resumed from is of another
+            adapter or base.
+    """
+
+    def __init__(self, name: str = NAME) -> None:
+        self.name = name
+        self.identity: Identity | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's trainer_state.json keeps of this callback."""
+        return {"args": {"name": self.name}, "attributes": {"identity": self.identity}}
+
+    def on_init_end(
+        self, _args: Any, _state: Any, _control: Any, model: nn.Module | None = None, **_others: Any
+    ) -> None:
+        """Divert `save_pretrained` before a checkpoint is loaded, which training does first."""
+        if model is not None and self.name in adapter_names(model):
+            divert(model, self.name)
+
+    def on_train_begin(
+        self, args: Any, state: Any, _control: Any, model: nn.Module, **_others: Any
+    ) -> None:
+        """Check that a bundle will hold all that is learnt, and what a resumed run began with."""
+        self.check_sharding(args)
+        adapter = LiveAdapter.of(model, self.name)
+        check_only_learns(adapter)
+        divert(model, self.name, adapter)
+        self.identity = identity(adapter.first)
+        if state.global_step > 0:
+            _check_resumed(state, self.name, self.identity)
+        _require_input_gradients(model, args)
+
+    def on_save(
+        self, args: Any, state: Any, _control: Any, model: nn.Module, **_others: Any
+    ) -> None:
+        """Make small what the Trainer saves whole: checkpoints of a model not of transformers."""
+        if isinstance(model, PreTrainedModel) or not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            write_adapter(_adapter_of(model, self.name), folder)
+            (folder / "pytorch_model.bin").unlink(missing_ok=True)
+
+    def check_sharding(self, args: Any) -> None:
+        """Refuse FSDP and DeepSpeed."""
+        pieces = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+        if pieces:
+            raise UsageError(
+                "BundleCallback",
+                expected="one process, or several with the whole model each",
+                found=" and ".join(pieces),
+                remedy="train with the verb `train` under `accelerate launch` with FSDP",
+            )
+
+    def release(self, model: nn.Module) -> None:
+        """Give `model` its class's `save_pretrained` back."""
+        release(model)
+
+
+def write_adapter(
+    adapter: LiveAdapter, folder: str | os.PathLike[str], file: str = ADAPTER_FILE
+) -> Bundle:
+    """Write an adapter as `file`, and to a checkpoint of the Trainer one file more.
+
+    That is `WEIGHTS_FILE`, which the Trainer itself loads to resume and to take the best: the
+    tensors of all adapters, by their names in the model's state dict.
+
+    Returns:
+        The bundle written.
+
+    Raises:
+        BadInputError: its values are not finite.
+        FileAccessError: the files cannot be written.
+    """
+    bundle = adapter.bundle()
+    os.makedirs(folder, exist_ok=True)
+    bundle.save(Path(folder) / file, force=True)
+    if _CHECKPOINT.fullmatch(Path(folder).name):
+        own = adapter_tensors(adapter.model)
+        tensors = {k: t.detach().cpu().clone() for k, t in own.items()}
+        with staged_file(Path(folder) / WEIGHTS_FILE, force=True) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+    return bundle
+
+
+def divert(model: nn.Module, name: str, adapter: LiveAdapter | None = None) -> None:
+    """Let `model.save_pretrained` write adapter `name` only, until `release` or `detach`.
+
+    It is what the Trainer calls for every checkpoint; what the class would write instead, a copy of
+    the base with wrappers in its names, no `from_pretrained` could read. Nothing happens to a model
+    that has no `save_pretrained`. The state dict stays as it was; loading one that holds all
+    adapters and none of the base counts as complete.
+    """
+    release(model)
+    if hasattr(model, "save_pretrained"):
+        # A bound method, so that a deep copy of the model saves itself and not this one.
+        vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
+    handle = model.register_load_state_dict_post_hook(_accept_adapters_alone)
+    setattr(model, _DIVERTED, (name, handle, adapter))
+
+
+def release(model: nn.Module) -> None:
+    """Undo `divert`."""
+    diverted = model.__dict__.pop(_DIVERTED, None)
+    if diverted is not None:
+        diverted[1].remove()
+        model.__dict__.pop("save_pretrained", None)
+
+
+def save_pretrained(
+    self: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    **settings: Any,
+) -> None:
+    """Write the adapter of a diverted model; a model without it is saved as its class does.
+
+    Args:
+        self: the model.
+        save_directory: made if it is not there.
+        is_main_process: other processes write nothing.
+        settings: those of transformers' method, for which kilobytes have no use.
+
+    Raises:
+        UsageError: `push_to_hub` is asked for.
+    """
+    diverted = self.__dict__.get(_DIVERTED)
+    if diverted is None or diverted[0] not in adapter_names(self):
+        whole: Any = type(self)
+        whole.save_pretrained(self, save_directory, is_main_process=is_main_process, **settings)
+        return
+    if settings.get("push_to_hub"):
+        raise UsageError(
+            "save_pretrained",
+            found="push_to_hub=True",
+            remedy="call the model's own push_to_hub, or upload the folder",
+        )
+    if is_main_process:
+        write_adapter(_adapter_of(self, diverted[0]), save_directory)
+
+
+def _adapter_of(model: nn.Module, name: str) -> LiveAdapter:
+    """The adapter; the base is hashed only where training has not done it yet."""
+    known = model.__dict__.get(_DIVERTED, (None, None, None))[2]
+    return known if known is not None and known.name == name else LiveAdapter.of(model, name)
+
+
+def _accept_adapters_alone(model: nn.Module, found: _IncompatibleKeys) -> None:
+    """Keep the Trainer from warning, for every tensor of the base, that it is not in the file."""
+    if found.unexpected_keys or not found.missing_keys:
+        return
+    if set(found.missing_keys) == set(model.state_dict()) - set(adapter_tensors(model)):
+        found.missing_keys.clear()
+
+
+def _check_resumed(state: Any, name: str, now: Identity) -> None:
+    """Compare with what trainer_state.json says, if a run with this callback wrote it."""
+    found = (state.stateful_callbacks or {}).get(BundleCallback.__name__, ())
+    states = found if isinstance(found, list) else [found]
+    recorded: dict[str, Identity] = {
+        one["args"]["name"]: one["attributes"]["identity"]
+        for one in states
+        if one and one["attributes"].get("identity")
+    }
+    if name in recorded:
+        check_same_adapter(recorded[name], now, "checkpoint to resume from")
+    elif recorded:
+        raise BaseMismatchError(
+            "checkpoint to resume from",
+            expected=f"an adapter {name!r}",
+            found=", ".join(map(repr, recorded)),
+            remedy="inject the adapter under that name",
+        )
+
+
+def _require_input_gradients(model: nn.Module, args: Any) -> None:
+    """Reentrant checkpointing gives blocks no gradient whose inputs do not ask for one."""
+    # transformers 5 has them by new names; the old ones are aliases there.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    if not any(getattr(args, name, False) for name in names):
+        return
+    given = [getattr(args, f"{name}_kwargs", None) or {} for name in names]
+    reentrant = all(settings.get("use_reentrant", True) for settings in given)
+    enable: Any = getattr(model, "enable_input_require_grads", None)
+    if reentrant and enable is not None and getattr(model, "_require_grads_hook", None) is None:
+        enable()

@@ -1,1 +1,0 @@
-"""Adapters in transformers' Trainer and in accelerate: what they save and resume from."""

@@ -1,0 +1,265 @@
+"""transformers' Trainer with what an adapter needs: its own rates, batches and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..adapt.modules import base_modules, original
+from ..bundle.file import Bundle
+from ..errors import UsageError
+from . import defaults
+from .adapter import LiveAdapter
+from .batches import EpochBatches, rate_factor
+from .callback import ADAPTER_FILE, BundleCallback, write_adapter
+from .parameter_groups import parameter_groups
+from .settings import TrainSettings
+from .task import TrainingTask
+
+OPTIMIZER_FILE = "adapter_optimizer.pt"  # with FSDP: gathered, of the adapter alone
+# Outputs of transformers' models that no score needs.
+OTHER_OUTPUTS = [
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "aux_loss",
+    "router_logits",
+    "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "encoder_attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+]
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer of one adapter.
+
+    Args:
+        task: the model, with the adapter on it, and its rows.
+        settings: with every default worked out (`train.resolved`).
+        adapter: what learns.
+        batches: this process's share of the rows.
+        arguments: the Trainer's.
+        callbacks: besides `BundleCallback`.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        settings: TrainSettings,
+        adapter: LiveAdapter,
+        batches: EpochBatches,
+        arguments: TrainingArguments,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        self.settings, self.adapter, self.batches = settings, adapter, batches
+        super().__init__(
+            task.model,
+            arguments,
+            train_dataset=task.train_dataset,
+            eval_dataset=task.eval_dataset,
+            data_collator=task.data_collator,
+            compute_loss_func=task.compute_loss_func,
+            compute_metrics=task.compute_metrics,
+            preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
+            callbacks=[_SmallCheckpoints(adapter.name), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        if task.compute_loss_func is not None:
+            self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches by seed and epoch, shared out already."""
+        loader = DataLoader(
+            self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator
+        )
+        # The Trainer calls it before each epoch, or on the batch sampler when it resumes.
+        vars(loader)["set_epoch"] = self.batches.set_epoch
+        return loader
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the rates of `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=self.settings.learning_rate,
+                head_learning_rate=self.settings.head_learning_rate,
+                weight_decay=self.settings.weight_decay,
+                spectrum_weight_decay=self.settings.spectrum_weight_decay,
+                same_rate=self.settings.layer_rates == "same",
+                steps=self.args.max_steps,
+            )
+            devices = {p.device.type for group in groups for p in group["params"]}
+            # One kernel per group instead of a dozen per tensor, where there is such a kernel.
+            self.optimizer = torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """`rate_factor` on every group's rate."""
+
+        def factor(step: int) -> float:
+            return rate_factor(
+                step,
+                num_training_steps,
+                warmup=self.settings.warmup or 0.0,
+                schedule=self.settings.schedule or defaults.SCHEDULE,
+            )
+
+        if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's, with dropout off where it learns."""
+        if model.training:
+            set_training(self.accelerator.unwrap_model(model), dropout=self.settings.dropout)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """The Trainer's; a loss that is not finite ends the run before anything is updated."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise _diverged(self.state.global_step, f"a loss of {float(loss)}")
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # float16's scale is found by trial: an infinite gradient there only skips this update.
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise _diverged(self.state.global_step, f"a gradient of length {float(norm)}")
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; with FSDP every process takes part."""
+        if self.is_fsdp_enabled:
+            bundle = self.adapter.bundle()
+            if self.args.should_save:
+                folder = Path(output_dir or self.args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                bundle.save(folder / ADAPTER_FILE, force=True)
+        elif self.args.should_save:
+            write_adapter(self.adapter, output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_optimizer_state_dict,
+        )
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if self.args.should_save:
+            both = {"optimizer": state, "scheduler": self.lr_scheduler.state_dict()}
+            torch.save(both, Path(output_dir) / OPTIMIZER_FILE)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.is_fsdp_enabled:
+            self.adapter.load(Bundle.load(Path(resume_from_checkpoint) / ADAPTER_FILE))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
+
+        both = torch.load(Path(checkpoint) / OPTIMIZER_FILE, weights_only=True)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        set_optimizer_state_dict(
+            self.model, self.optimizer.optimizer, both["optimizer"], options=options
+        )
+        self.lr_scheduler.load_state_dict(both["scheduler"])
+
+
+class _SmallCheckpoints(BundleCallback):
+    """`BundleCallback` for a Trainer that writes the adapter itself."""
+
+    def check_sharding(self, args: Any) -> None:
+        """FSDP is handled by `AdapterTrainer`."""
+
+    def on_save(self, *_args: Any, **_others: Any) -> None:
+        """Nothing was saved whole."""
+
+
+def set_training(model: nn.Module, *, dropout: bool) -> None:
+    """Put a model into the mode to learn in.
+
+    Without dropout this is the mode of inference, but for blocks that compute activations twice
+    and for recurrent layers, whose backward pass some devices only know in training mode. The
+    statistics of normalisation layers stay as they are either way: the bundle does not hold them,
+    so that what moved here would be missing where the adapter is used.
+    """
+    model.train(dropout)
+    for _, module in base_modules(model):
+        inner = original(module)
+        if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+            inner.eval()
+        elif isinstance(inner, nn.RNNBase) or getattr(inner, "gradient_checkpointing", False):
+            inner.training = True
+
+
+def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> int:
+    """Cast float32 weights of frozen linear layers once, as autocast would on every call.
+
+    Results are the same; memory and time are saved. Weights that other modules use as well stay.
+
+    Returns:
+        How many layers were cast.
+    """
+    modules = [original(module) for _, module in base_modules(model)]
+    holders: dict[int, int] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    cast = 0
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if type(module) is not nn.Linear or weight is None or holders[id(weight)] > 1:
+            continue
+        if weight.requires_grad or weight.dtype != torch.float32:
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        cast += 1
+    return cast
+
+
+def _diverged(step: int, found: str) -> UsageError:
+    return UsageError(
+        f"step {step + 1}",
+        expected="a finite loss and gradient",
+        found=found,
+        remedy="the bundle and the checkpoint are those before; try lower --learning-rate and "
+        "--head-learning-rate, a longer --warmup, or --dtype float32, and look at the rows for "
+        "values that are not finite",
+    )
