@@ -20,7 +20,6 @@ PUBLIC = [
     "BundleCallback",
     "FourierFTConfig",
     "FourierLinear",
-    "StepResult",
     "TrainSettings",
     "TrainingTask",
     "activate",

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from safetensors.torch import save_file
 from torch import nn
@@ -32,6 +33,7 @@ ADAPTER_FILE = f"adapter{SUFFIX}"
 WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DIVERTED = "_fourierft_diverted"
+_FIRST: WeakKeyDictionary[nn.Module, Bundle] = WeakKeyDictionary()
 
 
 class BundleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -156,12 +158,15 @@ def divert(model: nn.Module, name: str, adapter: LiveAdapter | None = None) -> N
         # A bound method, so that a deep copy of the model saves itself and not this one.
         vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
     handle = model.register_load_state_dict_post_hook(_accept_adapters_alone)
-    setattr(model, _DIVERTED, (name, handle, adapter))
+    setattr(model, _DIVERTED, (name, handle))
+    if adapter is not None:
+        _FIRST[model] = adapter.first
 
 
 def release(model: nn.Module) -> None:
     """Undo `divert`."""
     diverted = model.__dict__.pop(_DIVERTED, None)
+    _FIRST.pop(model, None)
     if diverted is not None:
         diverted[1].remove()
         model.__dict__.pop("save_pretrained", None)
@@ -201,8 +206,8 @@ def save_pretrained(
 
 def _adapter_of(model: nn.Module, name: str) -> LiveAdapter:
     """The adapter; the base is hashed only where training has not done it yet."""
-    known = model.__dict__.get(_DIVERTED, (None, None, None))[2]
-    return known if known is not None and known.name == name else LiveAdapter.of(model, name)
+    first = _FIRST.get(model)
+    return LiveAdapter.of(model, name) if first is None else LiveAdapter(model, name, first)
 
 
 def _accept_adapters_alone(model: nn.Module, found: _IncompatibleKeys) -> None:

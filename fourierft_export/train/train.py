@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from .task import TrainingTask
 try:
     from transformers import TrainingArguments
 
+    from .callback import ADAPTER_FILE
     from .run_callback import (
         LOWER_IS_BETTER,
         RunCallback,
@@ -163,24 +165,7 @@ class Run:
     def train(self, resume: bool, progress: Progress, interrupted: Any) -> TrainReport:
         """Train to the end."""
         settings, task, arguments = self.settings, self.task, self.arguments
-        batches = EpochBatches(
-            len(task.train_dataset),
-            settings.batch_size or defaults.BATCH_SIZE,
-            seed=settings.seed,
-            lengths=task.lengths if settings.group_lengths else None,
-            parts=settings.accumulate,
-            rank=arguments.process_index,
-            world=arguments.world_size,
-        )
-        steps = settings.steps or max(1, round((settings.epochs or 1) * batches.steps))
-        every = settings.eval_every or batches.steps
-        scored = task.eval_dataset is not None
-        arguments.max_steps = steps
-        arguments.logging_steps = max(1, steps // CURVE_POINTS)
-        arguments.save_steps = arguments.eval_steps = every
-        arguments.eval_strategy = "steps" if scored else "no"
-        arguments.eval_on_start = scored and not resume
-        arguments.per_device_eval_batch_size = max(1, batches.batch_size // settings.accumulate)
+        batches = plan(task, settings, arguments)
         metric = settings.metric or task.metric_for_best_model
         higher = task.greater_is_better if metric == task.metric_for_best_model else None
         callback = RunCallback(
@@ -192,9 +177,10 @@ class Run:
             interrupted,
             self.clear,
         )
-        trainer = AdapterTrainer(task, settings, self.adapter, batches, arguments, [callback])
+        trainer = AdapterTrainer(self.adapter, task, settings, batches, arguments, [callback])
         checkpoint = self.find_checkpoint(callback) if resume else None
-        progress("scoring the untrained adapter", 0, steps)
+        arguments.eval_on_start &= checkpoint is None
+        callback.progress("scoring the untrained adapter", 0, arguments.max_steps)
         if checkpoint is None or not self.is_over(trainer, callback, checkpoint):
             trainer.train(checkpoint and str(checkpoint), ignore_keys_for_eval=OTHER_OUTPUTS)
         return self.finish(trainer, callback)
@@ -231,6 +217,12 @@ class Run:
             FileAccessError: the bundle of the best adapter so far is gone.
         """
         checkpoint = last_checkpoint(self.out)
+        for path in checkpoint.glob("*.p*"):
+            if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
+                raise BadInputError(
+                    path, expected="a whole file", remedy="begin again with --force"
+                )
+        Bundle.load(checkpoint / ADAPTER_FILE)
         try:
             before = json.loads((self.folder / FACTS).read_text("utf-8"))
             history = json.loads((checkpoint / STATE).read_text("utf-8"))["log_history"]
@@ -426,6 +418,28 @@ def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         ddp_broadcast_buffers=False,
         log_level="error",
     )
+
+
+def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArguments) -> EpochBatches:
+    """This process's share of the rows; the Trainer's arguments get the steps that follow."""
+    batches = EpochBatches(
+        len(task.train_dataset),
+        settings.batch_size or defaults.BATCH_SIZE,
+        seed=settings.seed,
+        lengths=task.lengths if settings.group_lengths else None,
+        parts=settings.accumulate,
+        rank=arguments.process_index,
+        world=arguments.world_size,
+    )
+    steps = settings.steps or max(1, round((settings.epochs or 1) * batches.steps))
+    scored = task.eval_dataset is not None
+    arguments.max_steps = steps
+    arguments.logging_steps = max(1, steps // CURVE_POINTS)
+    arguments.save_steps = arguments.eval_steps = settings.eval_every or batches.steps
+    arguments.eval_strategy = "steps" if scored else "no"
+    arguments.eval_on_start = scored
+    arguments.per_device_eval_batch_size = max(1, batches.batch_size // settings.accumulate)
+    return batches
 
 
 def put_adapter(

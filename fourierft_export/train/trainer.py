@@ -40,28 +40,28 @@ OTHER_OUTPUTS = [
 ]
 
 
-class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer of one adapter.
+class SettingsTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer with this package's batches, schedule and mode, whatever learns.
 
     Args:
-        task: the model, with the adapter on it, and its rows.
+        task: the model and its rows.
         settings: with every default worked out (`train.resolved`).
-        adapter: what learns.
         batches: this process's share of the rows.
         arguments: the Trainer's.
-        callbacks: besides `BundleCallback`.
+        callbacks: as the Trainer takes them.
+        optimizer: by default the Trainer's.
     """
 
     def __init__(
         self,
         task: TrainingTask,
         settings: TrainSettings,
-        adapter: LiveAdapter,
         batches: EpochBatches,
         arguments: TrainingArguments,
-        callbacks: Sequence[TrainerCallback],
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.settings, self.adapter, self.batches = settings, adapter, batches
+        self.settings, self.batches = settings, batches
         super().__init__(
             task.model,
             arguments,
@@ -71,7 +71,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             compute_loss_func=task.compute_loss_func,
             compute_metrics=task.compute_metrics,
             preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-            callbacks=[_SmallCheckpoints(adapter.name), *callbacks],
+            callbacks=list(callbacks),
+            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         if task.compute_loss_func is not None:
@@ -85,23 +86,6 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         # The Trainer calls it before each epoch, or on the batch sampler when it resumes.
         vars(loader)["set_epoch"] = self.batches.set_epoch
         return loader
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the rates of `parameter_groups`."""
-        if self.optimizer is None:
-            groups = parameter_groups(
-                self.model if model is None else model,
-                learning_rate=self.settings.learning_rate,
-                head_learning_rate=self.settings.head_learning_rate,
-                weight_decay=self.settings.weight_decay,
-                spectrum_weight_decay=self.settings.spectrum_weight_decay,
-                same_rate=self.settings.layer_rates == "same",
-                steps=self.args.max_steps,
-            )
-            devices = {p.device.type for group in groups for p in group["params"]}
-            # One kernel per group instead of a dozen per tensor, where there is such a kernel.
-            self.optimizer = torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})
-        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -147,6 +131,37 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise _diverged(self.state.global_step, f"a gradient of length {float(norm)}")
         return norm
+
+
+class AdapterTrainer(SettingsTrainer):
+    """A `SettingsTrainer` of one adapter, with its rates and checkpoints of kilobytes.
+
+    Args:
+        adapter: what learns.
+        given: what `SettingsTrainer` takes, without an optimizer.
+    """
+
+    def __init__(self, adapter: LiveAdapter, *given: Any) -> None:
+        self.adapter = adapter
+        *rest, callbacks = given
+        super().__init__(*rest, [_SmallCheckpoints(adapter.name), *callbacks])
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the rates of `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=self.settings.learning_rate,
+                head_learning_rate=self.settings.head_learning_rate,
+                weight_decay=self.settings.weight_decay,
+                spectrum_weight_decay=self.settings.spectrum_weight_decay,
+                same_rate=self.settings.layer_rates == "same",
+                steps=self.args.max_steps,
+            )
+            devices = {p.device.type for group in groups for p in group["params"]}
+            # One kernel per group instead of a dozen per tensor, where there is such a kernel.
+            self.optimizer = torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})
+        return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with FSDP every process takes part."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,6 @@ from data import Rows
 from methods import METHODS, N_FREQUENCY, TARGETS
 
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 3, 32, 64
-SCORED_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -44,43 +44,50 @@ def train_cell(cell: Cell, rows: Rows, model: str, dtype: str) -> dict[str, Any]
     import transformers
 
     from fourierft_export.train.data.prepare import prepare
+    from fourierft_export.train.settings import DataSettings
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     search = cell.part == "search"
-    task = prepare(
-        "text-classification",
+    settings = _settings(cell, dtype)
+    data = DataSettings(
+        task="text-classification",
         model=model,
-        data=rows.search_train if search else rows.train,
-        eval_data=rows.search_score if search else rows.test,
-        max_length=MAX_LENGTH,
-        seed=cell.seed,
+        data=str(rows.search_train if search else rows.train),
+        eval=str(rows.search_score if search else rows.test),
     )
-    found = (
-        _ours(task, cell, dtype) if METHODS[cell.method].put is None else _peer(task, cell, dtype)
-    )
-    return asdict(cell) | found | {"key": cell.key}
+    task = prepare(data, settings)
+    steps = math.ceil(len(task.train_dataset) / BATCH_SIZE) * EPOCHS
+    settings = replace(settings, eval_every=steps)
+    train = _ours if METHODS[cell.method].put is None else _peer
+    return asdict(cell) | train(task, cell, settings) | {"key": cell.key}
 
 
-def _ours(task: Any, cell: Cell, dtype: str) -> dict[str, Any]:
-    from fourierft_export.train.settings import TrainSettings
-    from fourierft_export.train.train import train_adapter
+def _settings(cell: Cell, dtype: str) -> Any:
+    import fourierft_export as ff
 
-    steps = math.ceil(len(task.train) / BATCH_SIZE) * EPOCHS
-    settings = TrainSettings(
+    return ff.TrainSettings(
         n_frequency=N_FREQUENCY,
         target_modules=TARGETS,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
+        max_length=MAX_LENGTH,
         seed=cell.seed,
         learning_rate=cell.rate,
         dtype=dtype,
-        eval_every=steps,
+        device="cpu",
         keep="last",
     )
+
+
+def _ours(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
+    import fourierft_export as ff
+
+    del cell
     with tempfile.TemporaryDirectory() as folder:
-        report = train_adapter(task, Path(folder) / "adapter.fourierft.safetensors", settings)
+        out = Path(folder) / "adapter.fourierft.safetensors"
+        report = ff.train_adapter(task, out, settings, picture=False)
     return {
         "score": report.best["accuracy"],
         "loss": report.best["loss"],
@@ -91,17 +98,27 @@ def _ours(task: Any, cell: Cell, dtype: str) -> dict[str, Any]:
     }
 
 
-def _peer(task: Any, cell: Cell, dtype: str) -> dict[str, Any]:
-    """The same loop, step for step, around a model that PEFT prepared."""
+def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
+    """The same Trainer, batches and schedule around a model that PEFT prepared."""
     import torch
+    from transformers import TrainerCallback
 
     from fourierft_export.train import defaults
-    from fourierft_export.train.evaluate import evaluate
-    from fourierft_export.train.order import epoch_batches
-    from fourierft_export.train.precision import Precision
-    from fourierft_export.train.processes import join
-    from fourierft_export.train.schedule import rate_factor
-    from fourierft_export.train.step import Learner
+    from fourierft_export.train.run_callback import evaluations
+    from fourierft_export.train.train import make_arguments, plan, resolved
+    from fourierft_export.train.trainer import OTHER_OUTPUTS, SettingsTrainer
+
+    class Clock(TrainerCallback):
+        """Keeps the seconds of every step."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_args: Any, **_others: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_args: Any, **_others: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
 
     method = METHODS[cell.method]
     torch.manual_seed(cell.seed)
@@ -111,50 +128,25 @@ def _peer(task: Any, cell: Cell, dtype: str) -> dict[str, Any]:
     head = [p for name, p in learning.items() if any(part in name for part in heads)]
     body = [p for name, p in learning.items() if not any(part in name for part in heads)]
     head_rate = cell.rate if method.is_head_rate else defaults.HEAD_LEARNING_RATE
-    peaks = [head_rate, cell.rate]
-    groups = [{"params": head}, {"params": body}] if body else [{"params": head}]
-    processes, precision = join("cpu"), Precision(dtype, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    learner = Learner(
-        model=model,
-        task=task,
-        optimizer=optimizer,
-        learning=learning,
-        processes=processes,
-        precision=precision,
-        accumulate=1,
-        max_grad_norm=defaults.MAX_GRAD_NORM,
-        seed=cell.seed,
-    )
-    batches = [
-        batch
-        for epoch in range(EPOCHS)
-        for batch in epoch_batches(
-            len(task.train), BATCH_SIZE, seed=cell.seed, epoch=epoch, lengths=task.lengths
-        )
-    ]
-    seconds = []
-    for step, batch in enumerate(batches):
-        factor = rate_factor(step, len(batches), warmup=defaults.WARMUP, schedule=defaults.SCHEDULE)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=False):
-            group["lr"] = peak * factor
-        seconds.append(learner.step(step, batch, asked=bool).seconds)
-    scores = evaluate(
-        model,
-        task,
-        task.eval,
-        batch_size=SCORED_AT_A_TIME,
-        processes=processes,
-        precision=precision,
-    )
-    processes.close()
+    groups = [{"params": head, "lr": head_rate}]
+    groups += [{"params": body, "lr": cell.rate}] if body else []
+    settings, clock = resolved(settings), Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = make_arguments(settings, Path(folder))
+        arguments.save_strategy = "no"
+        task = replace(task, model=model)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        batches = plan(task, settings, arguments)
+        trainer = SettingsTrainer(task, settings, batches, arguments, [clock], optimizer)
+        trainer.train(ignore_keys_for_eval=OTHER_OUTPUTS)
+    scores = evaluations(trainer.state.log_history)[-1]["metrics"]
     return {
         "score": scores["accuracy"],
         "loss": scores["loss"],
         "parameters": sum(p.numel() for p in body),
         "head_parameters": sum(p.numel() for p in head),
         "bytes": _file_bytes(model, learning),
-        "seconds_per_step": median(seconds[3:]),
+        "seconds_per_step": median(clock.seconds[3:]),
     }
 
 

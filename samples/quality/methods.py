@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fourierft_export.train.task import TrainingTask
+from fourierft_export import TrainingTask
 
 N_FREQUENCY = 1000
 TARGETS = ["query", "value"]

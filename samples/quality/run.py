@@ -1,6 +1,6 @@
 """FourierFT against LoRA, PEFT's FourierFT and a head alone: accuracy, sizes, time.
 
-    python samples/quality/run.py --data DIR [-o DIR] [--quick]
+    python samples/quality/run.py --data DIR [-o DIR] [--quick] [--defaults]
 
 DIR holds a folder of TSV files for each task (sst2, subj, trec, mpqa; optionally cola and rte).
 Every method chooses its learning rate among four on a split of the training rows, then trains
@@ -44,7 +44,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="bfloat16 is faster on newer processors")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
     parser.add_argument("--quick", action="store_true", help="500 rows, one seed, two rates")
-    return parser.parse_args()
+    parser.add_argument(
+        "--defaults", action="store_true", help="only the row of this toolkit's defaults"
+    )
+    asked = parser.parse_args()
+    if asked.defaults:
+        asked.methods = ["ours"]
+    return asked
 
 
 def main() -> None:

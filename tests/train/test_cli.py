@@ -1,4 +1,4 @@
-"""The verb `train` as its user meets it: real models, files, options, exit codes."""
+"""The verb `train` as its user meets it: files, options, exit codes, one process and two."""
 
 from __future__ import annotations
 
@@ -8,68 +8,85 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fourierft_export import Bundle
+import fourierft_export as ff
 from fourierft_export.cli.main import run
-from fourierft_export.cli.train import RUN_KEYS, train
-from fourierft_export.train.settings import SETTING_NAMES
+from fourierft_export.cli.train import train
+from fourierft_export.train.settings import DataSettings, TrainSettings, rules
+from tests.train.toy import sentences, write_jsonl, write_tsv
 
-FEW = ["--device", "cpu", "--steps", "3", "--batch-size", "8", "--max-length", "24"]
+ROOT = Path(__file__).resolve().parents[2]
+FEW = ["--device", "cpu", "--steps", "3", "--batch-size", "8"]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TIMEOUT = 150  # of a test that would hang otherwise
 FACTORY = """
 import torch
-def model():
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 3))
+
+    def forward(self, x, labels=None):
+        logits = self.net(x)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+def whole():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 24), torch.nn.Tanh(), torch.nn.Linear(24, 3))
+    rows = [{"x": x, "labels": x[:3].argmax()} for x in torch.randn(60, 6)]
+    accuracy = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
+    return {"model": Net(), "train_dataset": rows[10:], "eval_dataset": rows[:10],
+            "compute_metrics": accuracy, "metric_for_best_model": "accuracy"}
+
+def wrong():
+    return {"model": Net(), "rows": []}
 """
 
 
 @pytest.fixture(scope="module")
 def stories(stories260k: Path, stories_tokens: np.ndarray, tmp_path_factory: Any) -> list[str]:
-    """Options for a language model and a few rows."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [{"input_ids": row.tolist()} for row in stories_tokens] * 4
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return ["train", "--model", str(stories260k), "--task", "causal-lm", "--data", str(path)]
+    """Options for a language model and a few rows; batches of 8 leave a last one of 5."""
+    rows = [{"input_ids": row[: 8 + n].tolist()} for n in range(7) for row in stories_tokens]
+    path = write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+    words = ["train", "--model", str(stories260k), "--task", "text-generation"]
+    return [*words, "--data", str(path), "--eval", str(path), "--device", "cpu"]
 
 
 def test_a_classifier_from_text(
-    minilm_dir: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    with_tokenizer: Callable[[str], Path], run_verb: Callable[..., Any], tmp_path: Path
 ) -> None:
-    out = tmp_path / "a.fourierft.safetensors"
-    text = data_dir / "text/trec"
-    words = ["train", "--model", str(minilm_dir), "--task", "text-classification"]
-    words += ["--data", str(text / "train.tsv"), "-o", str(out), "--max-train-rows", "40", *FEW]
-    assert run([*words, "--json"]) == 0
-    shown = capsys.readouterr()
-    answer = json.loads(shown.out)
-    told = answer["train"]
-    bundle = Bundle.load(out)
-    assert told["bundle_bytes"] == out.stat().st_size
-    assert told["parameters"] == {"spectra": 12_000, "heads": 384 * 6 + 6}
-    assert {name.rsplit(".", 1)[-1] for name in (m.name for m in bundle.layers)} == {
-        "query",
-        "value",
-    }
+    out, base = tmp_path / "a.fourierft.safetensors", with_tokenizer("bert")
+    data = write_tsv(tmp_path / "a.tsv", sentences(60))
+    words = ["train", "--model", base, "--task", "sequence-classification", "--data", data]
+    ran = run_verb(*words, "-o", out, "--max-train-rows", "40", *FEW)
+    assert ran.code == 0
+    found, bundle = ran.json["train"], ff.Bundle.load(out)
+    assert found["bundle_bytes"] == out.stat().st_size
+    assert found["parameters"] == {"spectra": 4 * 256, "heads": 2 * 32 + 2}
+    assert {layer.name.rsplit(".", 1)[-1] for layer in bundle.layers} == {"query", "value"}
     assert bundle.spec.task_type == "SEQ_CLS"
-    assert told["adapter"]["scaling"] == bundle.spec.scaling
-    assert 0 <= told["before"]["accuracy"] <= 1
-    assert any("held out" in note for note in answer["notes"])
-    assert "note: " in shown.err
+    assert found["adapter"]["scaling"] == bundle.spec.scaling
+    assert 0 <= found["before"]["accuracy"] <= 1
+    assert any("held out" in note for note in ran.json["notes"])
+    assert "note: " in ran.err
     # What is trained fits what the toolkit does next.
-    assert run(["validate", "--base", str(minilm_dir), "--bundle", str(out), "--samples", "2"]) == 0
+    assert run_verb("validate", "--base", base, "--bundle", out, "--samples", "2").code == 0
 
 
 def test_a_language_model_for_people(
     stories: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "b.fourierft.safetensors"
-    words = [*stories, "--eval", stories[-1], "-o", str(out), "--device", "cpu"]
-    words += ["--epochs", "4", "--batch-size", "4", "--n-frequency", "200", "--eval-every", "4"]
+    words = [*stories, "-o", str(out), "--epochs", "4", "--batch-size", "8"]
+    words += ["--n-frequency", "200", "--eval-every", "4"]
     assert run(words) == 0
     shown = capsys.readouterr()
     scored = [line for line in shown.err.splitlines() if line.startswith("step ")]
@@ -82,54 +99,63 @@ def test_a_language_model_for_people(
     assert told["best"]["loss"] < 0.97 * told["before"]["loss"]
     best = told["best"][told["metric"]]
     assert f"{best:.4g} at its best, after step {told['best_step']} of 12" in lines[1]
-    assert "12 rows, 4 epochs" in lines[2]
+    assert "21 rows, 4 epochs" in lines[2]
     assert f"next: fourierft-export validate --base {stories[2]} --bundle {out}" in lines
-    refused = [*words, "--json"]
-    assert run(refused) == 2
+    assert run([*words, "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["where"] == str(out)
     assert "--force" in error["remedy"]
 
 
 def test_a_file_of_options_and_the_command_line_over_it(
-    stories: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stories: list[str], run_verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "c"
     keys = dict(zip(stories[1::2], stories[2::2], strict=True))
     lines = [f"{key.removeprefix('--')} = {json.dumps(value)}" for key, value in keys.items()]
-    lines += ["steps = 9", "learning-rate = 0.25", "target_modules = ['q_proj']", "device = 'cpu'"]
-    lines += [f"output = {json.dumps(str(out))}", "batch_size = 4"]
+    lines += ["steps = 9", "learning-rate = 0.25", "target_modules = ['q_proj']"]
+    lines += [f"output = {json.dumps(str(out))}", "batch_size = 8", "report_to = []"]
     config = tmp_path / "run.toml"
     config.write_text("\n".join(lines), "utf-8")
-    assert run(["train", "--config", str(config), "--epochs", "1", "--seed", "5", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["train"]["settings"]
+    ran = run_verb("train", "--config", config, "--epochs", "1", "--seed", "5")
+    told = ran.json["train"]["settings"]
     assert (told["epochs"], told["steps"], told["seed"]) == (1.0, None, 5)
     assert (told["learning_rate"], told["target_modules"]) == (0.25, ["q_proj"])
-    assert {m.name.rsplit(".", 1)[-1] for m in Bundle.load(out).layers} == {"q_proj"}
+    assert {m.name.rsplit(".", 1)[-1] for m in ff.Bundle.load(out).layers} == {"q_proj"}
     config.write_text("\n".join([*lines, "epoch = 2", "modell = 'x'"]), "utf-8")
-    assert run(["train", "--config", str(config), "--json"]) == 2
-    offenders = json.loads(capsys.readouterr().out)["error"]["offenders"]
-    assert offenders == [
-        "epoch: no such setting; did you mean epochs?",
-        "modell: no such setting; did you mean model?",
-    ]
+    ran = run_verb("train", "--config", config)
+    assert (ran.code, ran.json["error"]["offenders"]) == (
+        2,
+        [
+            "epoch: no such setting; did you mean epochs?",
+            "modell: no such setting; did you mean model?",
+        ],
+    )
 
 
 def test_a_model_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_verb: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own_net_for_train.py").write_text(FACTORY, "utf-8")
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((60, 6)).astype(np.float32)
-    np.savez("rows.npz", inputs=inputs, labels=inputs[:, :3].argmax(1))
-    words = ["train", "--module", "own_net_for_train:model", "--data", "rows.npz", "-o", "net"]
-    words += ["--device", "cpu", "--epochs", "8", "--batch-size", "8"]
-    assert run(words) == 0
-    shown = capsys.readouterr().out
-    assert "next: fourierft-export inspect net" in shown
+    words = ["train", "--module", "own_net_for_train:whole", "-o", "net", "--device", "cpu"]
+    ran = run_verb(*words, "--epochs", "8", "--batch-size", "8", "--data", "rows.tsv")
+    assert ran.code == 0
+    assert ran.json["notes"] == ["not used, since the module brings a whole task: --data"]
     told = json.loads(Path("net.train/metrics.json").read_text("utf-8"))
     assert told["best"]["loss"] < 0.97 * told["before"]["loss"]
+    assert told["metric"] == "accuracy" and len(ff.Bundle.load("net").layers) == 2
+    for spec, message in (
+        ("own_net_for_train", "expected package.module:factory"),
+        ("no_such_module:x", "No module named 'no_such_module'"),
+        ("own_net_for_train:absent", "has no attribute 'absent'"),
+        ("own_net_for_train:wrong", "unexpected keyword argument 'rows'"),
+        ("own_net_for_train:torch.nn.Linear", "required positional argument"),
+        ("os:getcwd", "a factory that returns a TrainingTask, or a mapping"),
+    ):
+        ran = run_verb("train", "--module", spec, "-o", "other")
+        assert ran.code == 2 and message in ran.err, ran.err
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize(
@@ -144,53 +170,47 @@ def test_a_model_of_ones_own(
         (["-o", "a", "--bundle", "absent"], 6, "absent"),
         (["-o", "a", "--bundle", "./a", "--force"], 2, "an output apart from the inputs"),
         (["-o", "a", "--config", "absent.toml"], 6, "absent.toml"),
-        (["-o", "a", "--device", "abacus"], 2, "abacus"),
+        (["-o", "a", "--task", "text-generation", "--model", "m", "--data", "d"], 6, "m: expected"),
     ],
 )
 def test_refusals(
     words: list[str],
     code: int,
     told: str,
+    run_verb: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["train", *words]) == code
-    assert told in capsys.readouterr().err
+    ran = run_verb("train", *words)
+    assert ran.code == code and told in ran.err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bundle_is_trained_further_and_a_wrong_one_refused(
-    stories: list[str], stories_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stories: list[str], stories_adapter: Path, run_verb: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = [*stories, "--bundle", str(stories_adapter), "-o", str(tmp_path / "d"), *FEW]
-    assert run([*words, "--n-frequency", "7"]) == 2
-    assert "n_frequency: expected settings of the training alone" in capsys.readouterr().err
-    assert run(words) == 0
-    assert Bundle.load(tmp_path / "d").spec.scaling == 300
-    wrong = [*stories, "--bundle", str(tmp_path / "e"), "-o", str(tmp_path / "f"), *FEW]
-    bundle = Bundle.load(tmp_path / "d")
-    spectra = {f"{name}x": array for name, array in bundle.spectra.items()}
-    from dataclasses import replace
-
-    layers = tuple(replace(layer, name=f"{layer.name}x") for layer in bundle.layers)
-    Bundle.build(replace(bundle.spec, layers=layers), spectra).save(tmp_path / "e")
-    assert run(wrong) == 4
+    words = [*stories, "--bundle", stories_adapter, "-o", tmp_path / "d", *FEW]
+    ran = run_verb(*words, "--n-frequency", "7")
+    assert ran.code == 2
+    assert "n_frequency: expected settings of the training alone" in ran.err
+    assert run_verb(*words).code == 0
+    assert ff.Bundle.load(tmp_path / "d").spec.scaling == 300
+    words = [*stories, "--bundle", tmp_path / "d", "-o", tmp_path / "f", *FEW]
+    data = write_tsv(tmp_path / "a.tsv", sentences(8))
+    words[2] = words[2].replace("stories260k", "stories260k")
+    ran = run_verb(*words[:6], data, *words[7:])
+    assert ran.code in (3, 4)
     assert not (tmp_path / "f").exists()
 
 
-def test_every_option_is_a_setting_or_a_key() -> None:
+def test_every_option_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     """So that a settings file can hold all of them, but those that say how to begin."""
     own = {"config", "resume", "force", "allow_base_mismatch", "as_json", "debug"}
     options = {option.name for option in train.params} - own
-    assert options <= {*SETTING_NAMES, *RUN_KEYS}
-    assert set(RUN_KEYS) <= options
-    only_in_files = {"n_frequency_pattern", "layers_to_transform"}
-    assert set(SETTING_NAMES) - options == only_in_files
-
-
-def test_help_is_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = rules(TrainSettings) | rules(DataSettings)
+    assert options <= set(settings)
+    assert set(settings) - options == {"n_frequency_pattern", "layers_to_transform"}
     assert run(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     titles = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
@@ -204,27 +224,102 @@ def test_help_is_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_an_interrupt_keeps_what_there_is(stories: list[str], tmp_path: Path) -> None:
-    """Ctrl-C from outside, then --resume: the same files as without it."""
-    common = [*stories, "--device", "cpu", "--batch-size", "4", "--threads", "1"]
-    common += ["--n-frequency", "50", "--eval-every", "10", "--steps", "40"]
+# --- processes of their own
+
+
+def launch(words: list[str], folder: Path, *launcher: str) -> subprocess.Popen[str]:
+    """The verb in a process of its own, or in two under a launcher, in a group of its own."""
     # A parent that runs in the background hands on that Ctrl-C is ignored; the child takes it back.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from fourierft_export.cli.main import main; main(sys.argv[1:])"
-    words = [*common, "-o", str(tmp_path / "a")]
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True
+    start = [*launcher, "-m", "fourierft_export"] if launcher else ["-c", code]
+    return subprocess.Popen(
+        [sys.executable, *start, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    state = tmp_path / "a.train/state.safetensors"
-    deadline = time.monotonic() + 200
-    while not state.exists() and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.01)
+
+
+def wait_for_checkpoint(started: subprocess.Popen[str], out: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not list(Path(f"{out}.train").glob("checkpoint-*/trainer_state.json")):
+        assert started.poll() is None, started.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_interrupt_keeps_what_there_is(stories: list[str], tmp_path: Path) -> None:
+    """Ctrl-C from outside, then --resume: the same bundle as without it."""
+    common = [*stories, "--batch-size", "8", "--threads", "1"]
+    common += ["--n-frequency", "50", "--eval-every", "20", "--steps", "80"]
+    words = [*common, "-o", str(tmp_path / "a")]
+    child = launch(words, tmp_path)
+    wait_for_checkpoint(child, tmp_path / "a")
     os.kill(child.pid, signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=TIMEOUT)
     assert child.returncode == 130, errors
     assert "error: interrupted; " in errors
-    assert "of 40, for --resume" in errors
-    Bundle.load(tmp_path / "a")
+    assert "of 80, for --resume" in errors
+    ff.Bundle.load(tmp_path / "a")
     assert run([*words, "--resume"]) == 0
     assert run([*common, "-o", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_two_processes_write_what_one_does(
+    stories: list[str], run_verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    more = [*stories, "--batch-size", "8", "--steps", "30", "--eval-every", "10", "-o"]
+    started = launch([*more, "two", "--json"], tmp_path, *TWO)
+    expected = run_verb(*more, tmp_path / "one").json["train"]
+    out, errors = started.communicate(timeout=TIMEOUT)
+    assert started.returncode == 0, errors
+    assert out.count("\n") == 1, "one object, though two processes ran"
+    found = json.loads(out)["train"]
+    assert (found["processes"], expected["processes"]) == (2, 1)
+    assert found["best"] == pytest.approx(expected["best"], rel=1e-4)
+    curves = [
+        json.loads((tmp_path / f"{name}.train/metrics.json").read_text("utf-8"))["curves"]
+        for name in ("two", "one")
+    ]
+    assert len(curves[0]["loss"]) == 30
+    assert curves[0]["loss"] == pytest.approx(curves[1]["loss"], rel=1e-4)
+    norms = [curve["gradient_norm"][0] for curve in curves]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert ff.Bundle.load(tmp_path / "two").spec == ff.Bundle.load(tmp_path / "one").spec
+    assert sorted(path.name for path in tmp_path.glob("*two*")) == ["two", "two.train"]
+    assert "Warning" not in errors
+
+
+def test_of_two_processes_one_reports_an_error(stories: list[str], tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "bad.jsonl", [{"input_ids": [1, 9999]}])
+    words = [str(data) if word == stories[6] else word for word in stories]
+    started = launch([*words, "--json", "-o", "out"], tmp_path, *TWO)
+    out, errors = started.communicate(timeout=TIMEOUT)
+    assert started.returncode != 0
+    assert json.loads(out)["error"]["kind"] == "bad-input"
+    assert errors.count("error: ") == 1 and "input_ids" in errors
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_killed_process_ends_all(stories: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [*stories, "--batch-size", "8", "--steps", "100000", "--eval-every", "2"]
+    started = launch([*words, "-o", str(out)], tmp_path, *TWO)
+    wait_for_checkpoint(started, out)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    workers = [
+        child
+        for child in children
+        if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    ]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = started.communicate(timeout=TIMEOUT)
+    assert started.returncode not in (0, None)
+    assert errors.count("error: ") <= 1
+    assert len(ff.Bundle.load(out).layers) == 10
+    assert not any(Path(f"/proc/{child}").exists() for child in children)

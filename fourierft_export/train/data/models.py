@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ...adapt.config import ALL_LINEAR
 from ...adapt.targets import SEQUENCE_HEADS, USUAL_TARGETS
 from ...errors import BadInputError, BaseMismatchError, FileAccessError, UsageError, missing_extra
-from ...models.base import read_config
 from ...models.examples import input_names
 from ...models.load import from_pretrained, load_model, quiet_transformers
-from ...models.task import get_task, likely_task
+from ...models.task import get_task, likely_task, read_config
 from .rows import HUB_ID
 from .scores import IGNORED
 
@@ -95,7 +94,7 @@ def load_classifier(
 
 def load_generator(directory: str, *, dtype: str | None) -> nn.Module:
     """A causal language model, in eval mode on the CPU, that keeps no cache of keys and values."""
-    model = load_model(directory, get_task("causal-lm").name, dtype=dtype)
+    model = load_model(directory, "text-generation", dtype=dtype)
     config: Any = model.config
     config.use_cache = False
     return model

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import FourierFTError, UsageError
+from ...models.task import ALIASES
 from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
 from .images import image_classification
@@ -25,7 +26,6 @@ TASKS = {
     "image-classification": image_classification,
     "text-generation": text_generation,
 }
-ALIASES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
 
 
 def prepare(data: DataSettings, settings: TrainSettings) -> TrainingTask:

@@ -154,6 +154,8 @@ def load_rows(source: str, *, split: str = "train", builder: str = "") -> Rows:
                 found=repr(suffix) if suffix else "no ending",
                 remedy="rename it to what it is",
             )
+        if not path.stat().st_size:
+            raise BadInputError(source, expected="rows", found="an empty file")
         options = {"path": BUILDERS[suffix], "data_files": source} | _check(source, suffix)
     rows = Rows(source, _load(source, suffix, options, split), suffix)
     if not len(rows):
@@ -316,7 +318,6 @@ def _cells(
 
 
 def _json_lines(source: str, bad: BadRows | None) -> Iterator[tuple[int, list[str]]]:
-    texts: dict[str, bool] = {}  # column -> whether its first value is text
     for number, line in _text_lines(source, bad):
         if not line.strip():
             continue
@@ -330,11 +331,6 @@ def _json_lines(source: str, bad: BadRows | None) -> Iterator[tuple[int, list[st
             continue
         if not isinstance(record, dict):
             bad.add(f"line {number}", f"{type(record).__name__}, not an object")
-            continue
-        for name, value in record.items():
-            is_text = isinstance(value, str)
-            if value is not None and texts.setdefault(name, is_text) != is_text:
-                bad.add(f"line {number}", f"{name} {value!r:.60}, of another type than before")
 
 
 _LINES: dict[str, Callable[..., Iterator[tuple[int, list[str]]]]] = {

@@ -389,7 +389,7 @@ def test_release_gives_back_what_was_there(tmp_path: Path) -> None:
 
 
 def test_loading_half_a_state_still_fails() -> None:
-    from fourierft_export.train.hf.saving import divert
+    from fourierft_export.train.callback import divert
 
     model = injected()
     divert(model, "default")
