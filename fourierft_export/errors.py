@@ -140,10 +140,9 @@ def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
 _PACKAGES = {
     "torch": ("torch", "onnxscript"),
     "ort": ("onnxruntime",),
-    "hf": ("transformers", "accelerate", "datasets", "pyarrow", "PIL"),
+    "hf": ("transformers", "accelerate", "datasets", "pyarrow", "PIL", "sklearn"),
     "report": ("matplotlib", "jinja2"),
     "dask": ("dask", "distributed"),
-    "demo": ("sklearn",),
     "peft": ("peft",),
 }
 _EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package in packages}

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from ..train.settings import SECTIONS, DataSettings, Setting, TrainSettings, rea
 from ..types import Progress
 from .console import Outcome, size_text, verb
 from .options import PATH, allow_mismatch_option, force_option, read_bundle
-from .sections import Sectioned, section
+from .sections import section
 
 if TYPE_CHECKING:
     from ..train.report import TrainReport
@@ -56,9 +55,9 @@ def _kind(rule: Setting) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar, "multiple": rule.kind is list}
 
 
-@partial(verb, cls=Sectioned)
+@verb
 @_with_settings
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@section(SECTIONS[-1])("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @force_option
 @allow_mismatch_option
 def train(

@@ -183,7 +183,9 @@ class TrainSettings(_Checked):
     layers_to_transform: tuple[int, ...] | list[int] | None = _setting(
         "", tuple, "Numbers of the blocks to adapt; all by default."
     )
-    modules_to_save: Names | None = _setting(ADAPTER, list, "Trained whole: heads.")
+    modules_to_save: tuple[str, ...] | list[str] | None = _setting(
+        ADAPTER, list, "Trained whole: heads."
+    )
     bias: str = _setting(
         ADAPTER, str, "Biases that learn.", "none", choices=("none", "all", "fourier_only")
     )

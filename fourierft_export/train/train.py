@@ -22,6 +22,7 @@ from ..adapt.attach import detach
 from ..adapt.modules import adapter_names, check_new_name
 from ..bundle.file import Bundle
 from ..errors import BadInputError, FileAccessError, FourierFTError, UsageError, missing_extra
+from ..files.container import read_header
 from ..files.staging import check_output, staged_file
 from ..types import Progress
 from . import defaults
@@ -41,7 +42,7 @@ from .task import TrainingTask
 try:
     from transformers import TrainingArguments
 
-    from .callback import ADAPTER_FILE
+    from .callback import ADAPTER_FILE, WEIGHTS_FILE
     from .run_callback import (
         LOWER_IS_BETTER,
         RunCallback,
@@ -222,6 +223,7 @@ class Run:
                 raise BadInputError(
                     path, expected="a whole file", remedy="begin again with --force"
                 )
+        read_header(checkpoint / WEIGHTS_FILE)
         Bundle.load(checkpoint / ADAPTER_FILE)
         try:
             before = json.loads((self.folder / FACTS).read_text("utf-8"))
@@ -481,16 +483,18 @@ def with_rows_to_score(
     task: TrainingTask, settings: TrainSettings
 ) -> tuple[TrainingTask, tuple[str, ...]]:
     """The task; of its training rows some are held out if it has none to score."""
-    count = len(task.train_dataset)
+    rows: Any = task.train_dataset
+    count = len(rows)
     if task.eval_dataset is not None or not settings.eval_share or count < 2:
         return (task if task.eval_dataset else replace(task, eval_dataset=None)), ()
     order = np.random.default_rng(settings.seed).permutation(count)
     held = min(max(1, round(count * settings.eval_share)), count - 1)
     scored, learnt = np.sort(order[:held]).tolist(), np.sort(order[held:]).tolist()
+    subset: Any = torch.utils.data.Subset
     task = replace(
         task,
-        train_dataset=torch.utils.data.Subset(task.train_dataset, learnt),
-        eval_dataset=torch.utils.data.Subset(task.train_dataset, scored),
+        train_dataset=subset(rows, learnt),
+        eval_dataset=subset(rows, scored),
         lengths=None if task.lengths is None else [task.lengths[i] for i in learnt],
     )
     return task, (f"no rows to score were given: {held} of {count} training rows are held out",)

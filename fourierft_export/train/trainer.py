@@ -52,6 +52,9 @@ class SettingsTrainer(Trainer):  # type: ignore[misc]
         optimizer: by default the Trainer's.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         task: TrainingTask,
@@ -143,10 +146,11 @@ class AdapterTrainer(SettingsTrainer):
 
     def __init__(self, adapter: LiveAdapter, *given: Any) -> None:
         self.adapter = adapter
-        *rest, callbacks = given
-        super().__init__(*rest, [_SmallCheckpoints(adapter.name), *callbacks])
+        task, settings, batches, arguments, callbacks = given
+        callbacks = [_SmallCheckpoints(adapter.name), *callbacks]
+        super().__init__(task, settings, batches, arguments, callbacks)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW with the rates of `parameter_groups`."""
         if self.optimizer is None:
             groups = parameter_groups(
