@@ -179,7 +179,7 @@ def test_keep_last_other_metrics_and_patience(tmp_path: Path) -> None:
     losses = {e["step"]: e["metrics"]["loss"] for e in lowest.evaluations if e["step"]}
     assert lowest.best["loss"] == min(losses.values()) == losses[lowest.best_step]
     assert lowest.higher_is_better is False
-    with pytest.raises(UsageError, match="one of accuracy, loss, found acuracy"):
+    with pytest.raises(UsageError, match="one of loss, accuracy, found acuracy"):
         train(make_task(), tmp_path / "c", settings(metric="acuracy"))
     assert not (tmp_path / "c").exists()
     # A rate of zero never gets better than at the first evaluation, whatever is kept.
