@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fourierft_export.adapt.modules import base_modules, fourier_layers, original
 from torch import Tensor, nn
 
 import fourierft_export as ff
+from fourierft_export.adapt.modules import base_modules, fourier_layers, original
 from fourierft_export.errors import (
     BadInputError,
     BaseMismatchError,
