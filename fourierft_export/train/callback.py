@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from ..adapt.freeze import refuse_saving
 from ..adapt.modules import adapter_names
 from ..bundle.file import SUFFIX, Bundle
 from ..errors import BaseMismatchError, UsageError
@@ -170,6 +171,8 @@ def release(model: nn.Module) -> None:
     if diverted is not None:
         diverted[1].remove()
         model.__dict__.pop("save_pretrained", None)
+        if adapter_names(model):
+            refuse_saving(model)
 
 
 def save_pretrained(

@@ -382,7 +382,8 @@ def test_release_gives_back_what_was_there(tmp_path: Path) -> None:
     assert set(model.state_dict()) == keys
     assert "save_pretrained" in vars(model)
     callback.release(model)
-    assert "save_pretrained" not in vars(model)
+    with pytest.raises(UsageError, match="a model without adapters"):
+        model.save_pretrained(tmp_path / "whole")
     assert "_fourierft_diverted" not in vars(model)
     assert before <= set(vars(model))
     assert not model._load_state_dict_post_hooks
