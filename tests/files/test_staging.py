@@ -138,18 +138,6 @@ def test_a_plan_is_taken_over_and_kept_apart(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
-def test_work_that_a_killed_run_left_is_there_when_it_shall_be_kept(tmp_path: Path) -> None:
-    script = (
-        "import os, sys; from fourierft_export.files.staging import work_folder\n"
-        "with work_folder(sys.argv[1], plan='p') as f:\n"
-        "    (f / 'done').touch(); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=False)
-    with work_folder(tmp_path / "x", plan="p", keep=True) as folder:
-        assert (folder / "done").exists()
-    assert listing(tmp_path) == []
-
-
 @pytest.mark.parametrize("stage", [staged_file, staged_directory])
 def test_an_output_that_appears_meanwhile_is_not_touched(
     tmp_path: Path, stage: Callable[..., object]
@@ -226,12 +214,6 @@ def test_an_output_that_holds_what_an_input_links_to_is_refused(tmp_path: Path) 
         with pytest.raises(UsageError, match="apart from the inputs"):
             check_output(out, force=True, inputs=(snapshot,))
     assert check_output(blobs / "2", force=True, inputs=(snapshot,)) == blobs / "2"
-
-
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileAccessError) as caught:
-        check_output(tmp_path / "absent" / "x", force=False)
-    assert caught.value.where == str(tmp_path / "absent")
 
 
 def test_a_device_is_never_replaced(tmp_path: Path) -> None:

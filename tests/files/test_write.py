@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from pathlib import Path
 
 import ml_dtypes
@@ -16,16 +15,13 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 from fourierft_export.errors import FileAccessError
-from fourierft_export.files import write
 from fourierft_export.files.write import (
     IN_FLIGHT,
     PIECE,
     FileWriter,
     Slot,
     TensorWriter,
-    copy_file,
     in_file_order,
-    write_all,
 )
 
 SLOTS = (Slot("d", "F64", (2,)), Slot("a", "F32", (2, 3)), Slot("h", "BF16", (3,)),
@@ -66,17 +62,6 @@ def test_payloads_may_come_in_pieces_and_strides(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_file(tmp_path / "x")["a"], value)
 
 
-def test_mode_follows_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        written(tmp_path / "x")
-        copy_file(tmp_path / "y", [b"abc"], 3)
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
-    assert stat.S_IMODE((tmp_path / "y").stat().st_mode) == 0o640
-
-
 def test_misuse_is_an_error(tmp_path: Path) -> None:
     with TensorWriter(tmp_path / "x", SLOTS) as writer:
         with pytest.raises(ValueError, match="not the next tensor"):
@@ -92,24 +77,6 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="exists"):
         written(tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == b"mine"
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_full_disk_is_told_with_what_was_needed() -> None:
-    fd = os.open("/dev/full", os.O_WRONLY)
-    try:
-        with pytest.raises(FileAccessError, match="no space left") as caught:
-            write_all(fd, memoryview(b"x" * 10), Path("out.safetensors"), 12_345)
-    finally:
-        os.close(fd)
-    assert "12,345 bytes" in caught.value.expected
-    assert caught.value.exit_code == 6
-
-
-def test_space_is_checked_before_the_work(tmp_path: Path) -> None:
-    write.check_space(tmp_path, 1)
-    with pytest.raises(FileAccessError, match="4,611,686,018,427,387,904 bytes of free space"):
-        write.check_space(tmp_path, 2**62)
 
 
 def test_order_keeps_every_payload_aligned() -> None:

@@ -47,6 +47,7 @@ def test_every_kind_of_damage_is_listed(merged: Path) -> None:
     first, second = sorted(Checkpoint.open(merged).shards)
     info = Checkpoint.open(merged).tensors["layers.0.q.weight"]
     change_byte(first, info.start + 5)
+    change_byte(first, Checkpoint.open(merged).tensors["layers.0.k.weight"].start)  # not adapted
     with open(second, "ab") as file:
         file.write(b"x")
     (merged / "sub" / "pool.json").unlink()
@@ -68,15 +69,6 @@ def test_every_kind_of_damage_is_listed(merged: Path) -> None:
         report.raise_for_failure()
     assert caught.value.exit_code == 5
     assert caught.value.offenders == report.problems
-
-
-def test_damage_beside_the_merged_tensors_names_none_of_them(merged: Path) -> None:
-    info = Checkpoint.open(merged).tensors["layers.0.k.weight"]
-    assert info.path is not None
-    change_byte(info.path, info.start)
-    assert ff.verify_merged(merged).problems == (
-        f"{info.path.name}: other bytes than were written",
-    )
 
 
 @pytest.mark.parametrize(
