@@ -70,7 +70,7 @@ def test_external_data_where_it_would_not_fit(
 
     net, x = torch.nn.Sequential(torch.nn.Linear(40, 30)), torch.zeros(2, 40)
     ff.inject(net, ff.FourierFTConfig(n_frequency=5, target_modules=["0"]))
-    monkeypatch.setattr(write, "MAX_EMBEDDED_BYTES", 40 * 30 * 4 - 1)
+    monkeypatch.setattr(write, "_MAX_EMBEDDED", 40 * 30 * 4 - 1)
     ff.export_onnx(net, {"input": x}, tmp_path / "m.onnx", mode="merged")
     held = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer
     (tensor,) = (t for t in held if list(t.dims) == [30, 40])

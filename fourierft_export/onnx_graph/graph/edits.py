@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +12,12 @@ import numpy as np
 from ...types import Array, Progress
 from .ops import free_name, register_constant, used_names
 from .source import Source, constant_of, constant_shape
-from .write import write_source
+from .write import write_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 Make = Callable[[], Array]
-
-_REPLACED = "\0replaced."  # no file can have this name
 
 
 class Edits:
@@ -76,17 +73,14 @@ class Edits:
     def write(
         self, out: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
     ) -> tuple[Path, ...]:
-        """Write the graph: see `write_source`."""
-        return write_source(self.source, out, force=force, progress=progress)
+        """Write the graph: see `write_model`."""
+        return write_model(self.source, out, force=force, progress=progress)
 
     def _tensor(
         self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Make
     ) -> ir.TensorProtocol:
         import onnx_ir as ir
 
-        if not isinstance(like, ir.ExternalTensor):
-            return ir.tensor(np.ascontiguousarray(make()), name=name)
-        location = f"{_REPLACED}{len(self.source.replaced)}"
-        self.source.replaced[location] = make
-        size = math.prod(shape) * int(like.dtype.itemsize)
-        return ir.ExternalTensor(location, 0, size, like.dtype, shape=ir.Shape(shape), name=name)
+        if isinstance(like, ir.ExternalTensor):
+            return self.source.replacement(name, like, shape, make)
+        return ir.tensor(np.ascontiguousarray(make()), name=name)

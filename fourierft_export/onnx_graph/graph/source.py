@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_MODEL_BYTES = 2**31
 STANDARD = ("", "ai.onnx")
+_REPLACED = "\0replaced."  # no file can have this name
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,17 @@ class Source:
             both = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)
             return both[: math.prod(shape)].view(tensor.dtype.numpy()).reshape(shape)
         return np.frombuffer(data, tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
+
+    def replacement(
+        self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Callable[[], Array]
+    ) -> ir.ExternalTensor:
+        """An external tensor with the dtype of `like`, whose content is made when it is written."""
+        import onnx_ir as ir
+
+        location = f"{_REPLACED}{len(self.replaced)}"
+        self.replaced[location] = make
+        size = -(-math.prod(shape) * like.dtype.bitwidth // 8)
+        return ir.ExternalTensor(location, 0, size, like.dtype, shape=ir.Shape(shape), name=name)
 
     def picker(self, tensor: ir.TensorProtocol) -> Callable[[Array, Array], Array]:
         """A function that gives a few values of a matrix, without reading all of an external one.

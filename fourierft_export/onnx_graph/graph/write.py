@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # A protobuf message ends at 2 GiB; the graph itself needs some room.
-MAX_EMBEDDED_BYTES = 2**31 - 2**26
+_MAX_EMBEDDED = 2**31 - 2**26
 DATA_SUFFIX = ".data"
 # Bytes. Two tensors are made and written at a time, larger ones one by one: 2 GiB of weights of
 # 64 MiB, half of them merged, take 360 MiB of memory (one thread: 231 MiB, 1.2 times the time).
@@ -34,86 +35,68 @@ def data_path(path: Path) -> Path:
 
 
 def write_model(
-    model: ir.Model,
+    graph: ir.Model | Source,
     path: str | os.PathLike[str],
     *,
     external_data: bool | None = None,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Path, ...]:
-    """Write `model`, checked by onnx.checker; it is absent or complete at any moment.
+    """Write a graph, checked by onnx.checker; it is absent or complete at any moment.
+
+    External data of a `Source` stays external: onnx-ir's writer makes it piece by piece, or copies
+    it from file to file.
 
     Args:
+        graph: of a `Source`, constants may be replaced (`Edits`).
         path: the file to make; external data goes to `path` + ".data".
-        external_data: True puts the weights beside the model, False never does; by default they
+        external_data: True puts the other weights there, too, False never does; by default they
             go there when the model would pass protobuf's 2 GiB.
         force: replace existing files.
+        progress: called with ("copy", bytes done, bytes in all) of external data.
 
     Returns:
         The files written: the model, and its data if it has any.
-    """
-    import onnx
-    import onnx_ir as ir
-
-    if external_data is None:
-        constants = (value.const_value for value in model.graph.initializers.values())
-        external_data = sum(one.nbytes for one in constants if one) > MAX_EMBEDDED_BYTES
-    data = external_data
-
-    def save(staged: Path) -> None:
-        ir.save(model, staged, external_data=data_path(staged).name if data else None)
-        onnx.checker.check_model(str(staged))
-
-    return _write(path, save, has_data=data, force=force)
-
-
-def write_source(
-    source: Source,
-    path: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> tuple[Path, ...]:
-    """Write an open graph; it is absent or complete at any moment.
-
-    What was external data in the input is so in the output. onnx-ir's writer makes it piece by
-    piece, or copies it from file to file.
-
-    Args and Returns: as in `write_model`; `progress` is called with ("copy", bytes done, in all).
 
     Raises:
         UsageError: the output exists, without `force`, or the graph is too large.
-        BadInputError: the input's data ends early.
+        BadInputError: the input's data ends early, or the model is not valid ONNX.
         FileAccessError: the output cannot be written.
     """
     import onnx_ir as ir
 
-    proto = ir.serde.serialize_model(source.model)
+    source = graph if isinstance(graph, Source) else Source(Path(path), graph)
+    values = [v for v in source.model.graph.initializers.values() if v.const_value is not None]
+    inside = [v for v in values if not isinstance(v.const_value, ir.ExternalTensor)]
+    if external_data is None:
+        external_data = sum(v.const_value.nbytes for v in inside if v.const_value) > _MAX_EMBEDDED
+    kept = {v: v.const_value for v in inside}
+    try:
+        for value, tensor in kept.items() if external_data else ():
+            if tensor and tensor.nbytes > _SMALL and tensor.dtype != ir.DataType.STRING:
+                value.const_value = source.replacement(
+                    str(value.name), tensor, tensor.shape.numpy(), tensor.numpy
+                )
+        proto = ir.serde.serialize_model(source.model)
+    finally:
+        for value, tensor in kept.items():
+            value.const_value = tensor
     external = [one for one in tensors(proto) if one.data_location == EXTERNAL]
     if proto.ByteSize() >= 2**31:
         raise UsageError(
             path, expected="a model below protobuf's 2 GiB", found=f"{proto.ByteSize():,} bytes"
         )
-
-    def save(staged: Path) -> None:
+    out = check_output(path, force=force)
+    if external:
+        # Data that a run left which was killed before its model came is no obstacle.
+        check_output(data_path(out), force=force or _is_left_over(out))
+    with work_folder(out) as folder, os_errors_named(out, folder):
+        staged = folder / out.name
         if external:
             _write_data(source, external, data_path(staged), progress)
         staged.write_bytes(proto.SerializeToString())
         _check(staged, source.path)
-
-    return _write(path, save, has_data=bool(external), force=force)
-
-
-def _write(
-    path: str | os.PathLike[str], save: Callable[[Path], None], *, has_data: bool, force: bool
-) -> tuple[Path, ...]:
-    """Let `save` write a model into a work folder, and move it to its place."""
-    out = check_output(path, force=force)
-    if has_data:
-        # Data that a run left which was killed before its model came is no obstacle.
-        check_output(data_path(out), force=force or _is_left_over(out))
-    with work_folder(out) as folder, os_errors_named(out, folder):
-        save(folder / out.name)
-        return _publish(folder / out.name, out)
+        return _publish(staged, out)
 
 
 def _write_data(
@@ -194,13 +177,12 @@ def _check(staged: Path, source: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(staged))
     except onnx.checker.ValidationError as error:
-        try:
-            onnx.checker.check_model(os.fspath(source))
-        except onnx.checker.ValidationError:
-            return
-        raise BadInputError(
-            source, expected="a graph that can be edited", found=str(error).splitlines()[0]
-        ) from None
+        with contextlib.suppress(onnx.checker.ValidationError):
+            if source.exists():
+                onnx.checker.check_model(os.fspath(source))
+            raise BadInputError(
+                source, expected="a graph that can be edited", found=str(error).splitlines()[0]
+            ) from None
 
 
 def refuse_inputs(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
