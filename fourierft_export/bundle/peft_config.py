@@ -20,8 +20,10 @@ from ..files.strict_json import canonical
 from .spec import AdapterSpec, number_offenders
 
 PEFT_TYPE = "FOURIERFT"
-_NULL_FIELDS = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform")
-_NULL_FIELDS += ("modules_to_save", "revision", "target_modules")
+_NULL_FIELDS = (
+    "auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save",
+    "revision", "target_modules",
+)  # fmt: skip
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

@@ -1,8 +1,7 @@
 """A base model on disk: which stored tensor is the weight of which module.
 
-Module paths are an adapter's language, tensor names a checkpoint's. They differ by a prefix when
-the adapter was trained on a task model (`bert.encoder...`) and the checkpoint is the bare encoder
-(`encoder...`), or the other way round; a tied output embedding has no tensor of its own.
+Module paths are an adapter's language, tensor names a checkpoint's (`names` says how they differ);
+a tied output embedding has no tensor of its own.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ class Base:
     def bridge(self, modules: Iterable[str]) -> Bridge:
         """The prefix difference under which most of `modules` have a weight here.
 
-        Names that transformers changes while loading are looked up only where others are not
-        found.
+        Names that transformers changes are looked up only where others are not found.
         """
         paths = list(modules)
         roots = {tensor.split(".")[0] for tensor in self.tensors}
@@ -209,9 +207,7 @@ def describe_base(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileAccessError, BadInputError: it cannot be opened.
     """
     base = open_base(path)
-    tensors = base.tensors.values()
-    dtypes = Counter(tensor.dtype for tensor in tensors)
-    architectures = base.config.get("architectures")
+    tensors, architectures = base.tensors.values(), base.config.get("architectures")
     return {
         "kind": "checkpoint",
         "path": os.fspath(path),
@@ -219,7 +215,7 @@ def describe_base(path: str | os.PathLike[str]) -> dict[str, Any]:
         "shards": len(base.checkpoint.shards),
         "tensors": len(tensors),
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
-        "dtypes": dict(dtypes.most_common()),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors).most_common()),
         "model_type": base.model_type,
         "architectures": architectures if isinstance(architectures, list) else [],
     }

@@ -19,8 +19,7 @@ IMAGES = "pixel_values"
 def input_names(model: torch.nn.Module) -> list[str]:
     """The inputs of a model: pixel_values of one for images, else those of a text model.
 
-    Those are input_ids, attention_mask, and token_type_ids where they count: a model with one
-    token type (RoBERTa) takes token_type_ids without using them.
+    Of those, token_type_ids only where they count: RoBERTa takes them without using them.
     """
     if getattr(model, "main_input_name", None) == IMAGES:
         return [IMAGES]

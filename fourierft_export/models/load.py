@@ -78,15 +78,14 @@ def from_pretrained(
     except ImportError as error:
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-    # Said by name below; transformers would print a report and raise without saying which.
-    options["ignore_mismatched_sizes"] = True
+    options["ignore_mismatched_sizes"] = True  # transformers would not say which
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
     auto = getattr(transformers, auto_class_for(read_config(directory), get_task(task)))
     # Errors of many kinds come from config and model code of many families.
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
-                os.fspath(directory),
+                directory,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

@@ -89,10 +89,9 @@ def renamed_modules(
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:
         return {}
-    family = getattr(transformers, architecture_of(config) or "", None)
-    if not (isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)):
-        return {}
-    if _most_parts(config) > len(tensors):
+    family: Any = getattr(transformers, architecture_of(config) or "", None)
+    is_model = isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)
+    if not is_model or _most_parts(config) > len(tensors):
         return {}
     # A config that transformers cannot read has no modules to speak of; errors are of many kinds.
     try:
@@ -119,8 +118,7 @@ def renamed_modules(
 def _most_parts(config: Mapping[str, Any]) -> int:
     """The largest number of layers, blocks or experts in a config, nested ones included.
 
-    A model is built of the config, if without weights: one that names more of them than there are
-    tensors is not this checkpoint's, and might take for ever.
+    A config that names more of them than there are tensors might take for ever to build.
     """
     numbers = [0]
     for key, value in config.items():

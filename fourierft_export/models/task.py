@@ -57,8 +57,8 @@ _TASKS = (
 )
 TASKS = tuple(task.name for task in _TASKS)
 """The names of all tasks."""
+# Names of earlier versions -> today's.
 ALIASES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
-"""Names of earlier versions -> today's."""
 _BY_NAME = {task.name: task for task in _TASKS}
 _BY_PEFT_TYPE = {task.peft_type: task for task in _TASKS if task.peft_type is not None}
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -141,7 +141,7 @@ def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None
 def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
     """The transformers class that loads a model of this config for `task`.
 
-    It is the task's own, but for a sequence-to-sequence model of which only the encoder was saved.
+    The task's own, but for a sequence-to-sequence model of which only the encoder was saved.
     """
     if task.encoder_only and (architecture_of(config) or "").endswith("EncoderModel"):
         return "AutoModelForTextEncoding"
