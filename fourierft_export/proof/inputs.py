@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from ..errors import BadInputError, FileAccessError, UsageError
+from ..errors import BadInputError, UsageError
+from ..files.container import open_regular
 from ..types import Array
 from .report import first_line
 
@@ -20,6 +24,7 @@ SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text("utf-8").s
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 MAX_TOKENS = 48
 ID_SEED = 20240503
+MAX_BYTES = 2**33
 
 
 @dataclass(frozen=True)
@@ -69,21 +74,40 @@ def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise BadInputError(path, expected="an .npz file", found="a single array")
-        with file:
-            return {name: file[name] for name in file.files}
-    except (EOFError, ValueError, zipfile.BadZipFile, IsADirectoryError) as error:
-        # numpy takes a file that is neither .npy nor .npz for pickled data (ValueError).
-        raise BadInputError(
-            path, expected="an .npz file of plain arrays", found=first_line(error)
-        ) from error
-    except OSError as error:
-        raise FileAccessError(
-            path, found=error.strerror or str(error), remedy="give a readable .npz file"
-        ) from error
+    """Reads an .npz file of plain arrays; no array is allocated that the file cannot hold."""
+    with open(open_regular(path), "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                claimed = sum(info.file_size for info in archive.infolist())
+                if claimed > MAX_BYTES:
+                    raise ValueError(f"arrays of {claimed} bytes, above {MAX_BYTES}")
+                for info in archive.infolist():
+                    with archive.open(info) as member:
+                        _check_array(member, info)
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInputError(
+                path, expected="an .npz file of plain arrays", found=first_line(error)
+            ) from error
+
+
+def _check_array(member: IO[bytes], info: zipfile.ZipInfo) -> None:
+    """Raises a ValueError unless an .npy file's shape and dtype give the bytes that it has."""
+    version = np.lib.format.read_magic(member)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read:
+        raise ValueError(f"{info.filename}: version {version} of the format")
+    shape, _, dtype = read[version](member)
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename}: pickled objects")
+    size = prod(shape) * dtype.itemsize + member.tell()
+    if size != info.file_size:
+        raise ValueError(f"{info.filename}: {info.file_size} bytes where {size} belong")
 
 
 def default_inputs(

@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 
 from fourierft_export import errors
 from fourierft_export.cli import console, main
-from fourierft_export.cli.console import Outcome, Progress, size_text, verb
+from fourierft_export.cli.console import Outcome, size_text, verb
 from fourierft_export.cli.main import run, verbs
+from fourierft_export.types import Progress
 
 ESC = "\x1b[31m"
 Add = Callable[[click.Command], None]

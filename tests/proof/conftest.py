@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fourierft_export.bundle.peft import from_peft
+import fourierft_export as ff
 
 HIDDEN, LABELS, SCALING, SEED, N = 32, 3, 4.0, 777, 60
 
@@ -51,7 +51,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     fields = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
     fourier = FourierFTConfig(**fields, n_frequency=N, scaling=SCALING, random_loc_seed=SEED)
     get_peft_model(model, fourier).save_pretrained(out / "adapter")
-    return Adapted(out / "base", out / "adapter", from_peft(out / "adapter", base=out / "base"))
+    return Adapted(out / "base", out / "adapter", ff.from_peft(out / "adapter", base=out / "base"))
 
 
 def adapted_model(adapted: Adapted, fault: str = "", scaling: float = SCALING) -> Any:

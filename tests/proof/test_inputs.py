@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +53,7 @@ def test_without_a_tokenizer_ids_are_fixed_and_within_the_vocabulary() -> None:
 
 
 def test_given_arrays_are_taken_as_they_are(tmp_path: Path) -> None:
-    arrays = {"pixels": np.ones((3, 4), np.float32), "flag": np.zeros(3, bool)}
+    arrays: dict[str, Any] = {"pixels": np.ones((3, 4), np.float32), "flag": np.zeros(3, bool)}
     np.savez(tmp_path / "in.npz", **arrays)
     for source in (arrays, tmp_path / "in.npz", str(tmp_path / "in.npz")):
         inputs = given_inputs(source)
@@ -74,6 +77,13 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 and nothing more")
     np.save(tmp_path / "single.npy", np.ones(3))
     np.savez(tmp_path / "pickled.npz", x=np.array([{"a": 1}], dtype=object))
+    os.mkfifo(tmp_path / "fifo.npz")
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,), }\n"
+    with zipfile.ZipFile(tmp_path / "petabytes.npz", "w") as archive:
+        size = len(header).to_bytes(2, "little")
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + size + header)
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", bytes(10**7))
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(BadInputError) as caught:
             given_inputs(path)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import fourierft_export as ff
 from fourierft_export.errors import ValidationError
-from fourierft_export.proof.validate import validate
 
 FAULTS = ("adapter zeroed", "head dropped", "delta transposed", "seed + 1", "scaling * 1.01")
 
@@ -19,7 +19,7 @@ Plant = Callable[..., Path]
 
 def test_a_clean_set_passes(classifier: Any, plant: Plant, clean_onnx: Path) -> None:
     base, adapter, bundle = classifier
-    report = validate(base=base, bundle=bundle, peft=adapter, merged=plant(), onnx=clean_onnx)
+    report = ff.validate(base=base, bundle=bundle, peft=adapter, merged=plant(), onnx=clean_onnx)
     report.raise_for_failure()
     assert report.ok
     assert [side.name for side in report.sides] == [
@@ -38,7 +38,7 @@ def test_a_clean_set_passes(classifier: Any, plant: Plant, clean_onnx: Path) -> 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_merged_directory_is_found(classifier: Any, plant: Plant, fault: str) -> None:
-    report = validate(base=classifier.base, bundle=classifier.bundle, merged=plant(fault))
+    report = ff.validate(base=classifier.base, bundle=classifier.bundle, merged=plant(fault))
     assert not report.ok
     with pytest.raises(ValidationError) as caught:
         report.raise_for_failure()
@@ -51,7 +51,9 @@ def test_a_fault_in_an_onnx_file_is_found(
     classifier: Any, plant: Plant, plant_onnx: Callable[[str], Path], fault: str
 ) -> None:
     file = plant_onnx(fault)
-    report = validate(base=classifier.base, bundle=classifier.bundle, merged=plant(), onnx=[file])
+    report = ff.validate(
+        base=classifier.base, bundle=classifier.bundle, merged=plant(), onnx=[file]
+    )
     with pytest.raises(ValidationError) as caught:
         report.raise_for_failure()
     assert caught.value.exit_code == 5
@@ -65,7 +67,7 @@ def test_a_fault_is_found_without_the_bundle(
     classifier: Any, plant: Plant, clean_onnx: Path, fault: str
 ) -> None:
     """PEFT and the graph are enough to convict a merged directory."""
-    report = validate(
+    report = ff.validate(
         base=classifier.base, peft=classifier.adapter, merged=plant(fault), onnx=clean_onnx
     )
     with pytest.raises(ValidationError):
@@ -74,7 +76,7 @@ def test_a_fault_is_found_without_the_bundle(
 
 
 def test_a_zeroed_adapter_is_said_to_change_nothing(classifier: Any, plant: Plant) -> None:
-    report = validate(
+    report = ff.validate(
         base=classifier.base, bundle=classifier.bundle, merged=plant("adapter zeroed")
     )
     failing = {(p.left, p.right, p.expect) for p in report.comparisons if not p.ok}
@@ -87,7 +89,7 @@ def test_a_merge_in_half_precision_passes(
     classifier: Any, plant: Plant, clean_onnx: Path, dtype: torch.dtype
 ) -> None:
     merged = plant(dtype=dtype)
-    report = validate(
+    report = ff.validate(
         base=classifier.base, bundle=classifier.bundle, merged=merged, onnx=clean_onnx
     )
     report.raise_for_failure()
@@ -103,7 +105,7 @@ def test_a_fault_in_a_half_precision_merge_is_found(
     classifier: Any, plant: Plant, fault: str, dtype: torch.dtype
 ) -> None:
     """A hundredth of the delta is far below bfloat16's rounding: like is compared with like."""
-    report = validate(base=classifier.base, bundle=classifier.bundle, merged=plant(fault, dtype))
+    report = ff.validate(base=classifier.base, bundle=classifier.bundle, merged=plant(fault, dtype))
     with pytest.raises(ValidationError):
         report.raise_for_failure()
     precision = str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fourierft_export.bundle.file import Bundle
+import fourierft_export as ff
 from fourierft_export.errors import (
     BadInputError,
     BaseMismatchError,
@@ -21,17 +21,16 @@ from fourierft_export.errors import (
     UsageError,
     ValidationError,
 )
-from fourierft_export.proof.validate import validate
 
 
 def test_what_does_not_fit_the_base_is_a_mismatch(classifier: Any, tiny_gpt2: Path) -> None:
     bundle = classifier.bundle
     with pytest.raises(BaseMismatchError) as caught:
-        validate(base=tiny_gpt2, bundle=bundle, merged=tiny_gpt2, task="causal-lm")
+        ff.validate(base=tiny_gpt2, bundle=bundle, merged=tiny_gpt2, task="causal-lm")
     assert len(caught.value.offenders) == len(bundle.layers)
-    headless = Bundle.build(bundle.spec, bundle.spectra)
+    headless = ff.Bundle.build(bundle.spec, bundle.spectra)
     with pytest.raises(UsageError, match=r"neither has classifier\.bias, classifier\.weight"):
-        validate(base=classifier.base, bundle=headless, merged=classifier.base)
+        ff.validate(base=classifier.base, bundle=headless, merged=classifier.base)
 
 
 def test_calls_that_prove_nothing_are_refused(classifier: Any, clean_onnx: Path) -> None:
@@ -45,7 +44,7 @@ def test_calls_that_prove_nothing_are_refused(classifier: Any, clean_onnx: Path)
         {"base": classifier.base, "bundle": classifier.bundle, "task": "poetry"},
     ):
         with pytest.raises(UsageError):
-            validate(**call)
+            ff.validate(**call)
 
 
 def test_paths_are_checked_before_anything_runs(
@@ -75,7 +74,7 @@ def test_paths_are_checked_before_anything_runs(
         ({"base": base, "merged": tmp_path / "escaping"}, BadInputError),
     ):
         with pytest.raises(error):
-            validate(**call)
+            ff.validate(**call)
 
 
 def test_without_peft_the_error_names_the_extra(
@@ -83,7 +82,7 @@ def test_without_peft_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"fourierft-export\[peft\]"):
-        validate(base=classifier.base, bundle=classifier.bundle, peft=classifier.adapter)
+        ff.validate(base=classifier.base, bundle=classifier.bundle, peft=classifier.adapter)
 
 
 def test_a_peft_adapter_that_lacks_a_spectrum_is_a_problem(classifier: Any, tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_a_peft_adapter_that_lacks_a_spectrum_is_a_problem(classifier: Any, tmp_
     tensors = load_file(adapter / "adapter_model.safetensors")
     del tensors["base_model.model.bert.encoder.layer.1.attention.self.query.fourierft_spectrum"]
     save_file(tensors, adapter / "adapter_model.safetensors")
-    report = validate(base=classifier.base, bundle=classifier.bundle, peft=adapter)
+    report = ff.validate(base=classifier.base, bundle=classifier.bundle, peft=adapter)
     with pytest.raises(ValidationError, match=r"missing adapter keys.*layer\.1"):
         report.raise_for_failure()
     assert [(p.left, p.right) for p in report.comparisons if not p.ok] == [("torch", "peft")]
@@ -107,11 +106,11 @@ def test_other_adapters_of_peft_are_refused_by_type(classifier: Any, tmp_path: P
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
     with pytest.raises(BadInputError, match="found type LORA"):
-        validate(base=classifier.base, peft=adapter, bundle=classifier.bundle)
+        ff.validate(base=classifier.base, peft=adapter, bundle=classifier.bundle)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(BadInputError, match=r"adapter_model\.safetensors, found no such file"):
-        validate(base=classifier.base, peft=adapter, bundle=classifier.bundle)
+        ff.validate(base=classifier.base, peft=adapter, bundle=classifier.bundle)
 
 
 def test_another_base_of_the_same_shape_is_a_mismatch(
@@ -123,7 +122,7 @@ def test_another_base_of_the_same_shape_is_a_mismatch(
     other.encoder.layer[1].attention.self.value.weight.data *= 1.5
     other.save_pretrained(tmp_path)
     with pytest.raises(BaseMismatchError) as caught:
-        validate(base=tmp_path, bundle=classifier.bundle, merged=plant())
+        ff.validate(base=tmp_path, bundle=classifier.bundle, merged=plant())
     assert [line.split(":")[0] for line in caught.value.offenders] == [
         "bert.encoder.layer.1.attention.self.value"
     ]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import fourierft_export as ff
 from fourierft_export.errors import UsageError, ValidationError
 from fourierft_export.proof.render import render_html, render_text
 from fourierft_export.proof.report import Report
 from fourierft_export.proof.tolerances import Tolerance, resolve_tolerances
-from fourierft_export.proof.validate import validate
 
 X = {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)}
 
@@ -21,7 +21,7 @@ X = {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)}
 def report_of(**factors: float) -> Report:
     """Sides that multiply their input; the base by 1."""
     sides = {name: lambda inputs, f=f: {"y": inputs["x"] * f} for name, f in factors.items()}
-    return validate(sides={"base": lambda inputs: {"y": inputs["x"]}, **sides}, inputs=X)
+    return ff.validate(sides={"base": lambda inputs: {"y": inputs["x"]}, **sides}, inputs=X)
 
 
 def test_the_first_pair_that_differs_is_named_with_its_place() -> None:
@@ -67,21 +67,23 @@ def test_what_could_not_be_seen_is_noted() -> None:
     report = report_of(torch=1 + 1e-4, other=1 + 1e-4)
     assert report.ok
     assert any("would not be seen" in note for note in report.notes)
-    alone = validate(sides={"a": lambda x: {"y": x["x"]}, "b": lambda x: {"y": x["x"]}}, inputs=X)
+    alone = ff.validate(
+        sides={"a": lambda x: {"y": x["x"]}, "b": lambda x: {"y": x["x"]}}, inputs=X
+    )
     assert alone.ok
     assert any("was not checked" in note for note in alone.notes)
 
 
 def test_tolerances_can_be_set() -> None:
     sides = {"a": lambda x: {"y": x["x"]}, "b": lambda x: {"y": x["x"] * 1.01}}
-    assert not validate(sides=sides, inputs=X).ok
-    assert validate(sides=sides, inputs=X, tolerances={"float32": 0.02}).ok
-    assert validate(sides=sides, inputs=X, tolerances={"float32": Tolerance(0.02)}).ok
-    assert not validate(sides=sides, inputs=X, tolerances={"bfloat16": 0.02}).ok
+    assert not ff.validate(sides=sides, inputs=X).ok
+    assert ff.validate(sides=sides, inputs=X, tolerances={"float32": 0.02}).ok
+    assert ff.validate(sides=sides, inputs=X, tolerances={"float32": Tolerance(0.02)}).ok
+    assert not ff.validate(sides=sides, inputs=X, tolerances={"bfloat16": 0.02}).ok
     assert resolve_tolerances({"float32": 0.02})["float32"] == Tolerance(0.02)
     for wrong in ({"float8": 0.1}, {"float32": -1.0}, {"float32": float("nan")}):
         with pytest.raises(UsageError):
-            validate(sides=sides, inputs=X, tolerances=wrong)
+            ff.validate(sides=sides, inputs=X, tolerances=wrong)
     with pytest.raises(UsageError):
         Tolerance(0.1, argmax=1.5)
 

@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from fourierft_export.bundle.file import Bundle
-from fourierft_export.bundle.peft import from_peft
+import fourierft_export as ff
 from fourierft_export.errors import ValidationError
-from fourierft_export.merge.merge import merge_checkpoint
-from fourierft_export.proof.validate import validate
 
 
-def rescaled(bundle: Bundle, scaling: float) -> Bundle:
-    return Bundle.build(replace(bundle.spec, scaling=scaling), bundle.spectra, bundle.saved)
+def rescaled(bundle: ff.Bundle, scaling: float) -> ff.Bundle:
+    return ff.Bundle.build(replace(bundle.spec, scaling=scaling), bundle.spectra, bundle.saved)
 
 
 def make_peft(base: Path, auto: str, out: Path, **fields: Any) -> Path:
@@ -41,7 +38,7 @@ def test_a_small_effect_is_measured_with_a_fine_rule(
     for fault in ("", "scaling * 1.01"):
         merged = tmp_path / f"merged{fault}"
         make_adapted(fault, scaling=scaling).save_pretrained(merged)
-        report = validate(base=classifier.base, bundle=bundle, merged=merged)
+        report = ff.validate(base=classifier.base, bundle=bundle, merged=merged)
         pair = next(p for p in report.comparisons if p.expect == "equal")
         (output,) = pair.outputs
         assert output.difference is not None and output.allowed_abs is not None
@@ -58,7 +55,7 @@ def test_a_small_effect_is_told_from_rounding(
     for fault in ("", "seed + 1"):
         merged = tmp_path / f"merged{fault}"
         make_adapted(fault, scaling=0.3).to(torch.bfloat16).save_pretrained(merged)
-        report = validate(base=classifier.base, bundle=bundle, merged=merged)
+        report = ff.validate(base=classifier.base, bundle=bundle, merged=merged)
         assert report.ok is (fault == "")
         rms = {
             (p.left, p.right): output.difference.rms
@@ -72,7 +69,7 @@ def test_a_small_effect_is_told_from_rounding(
 
 def test_an_adapter_without_effect_fails(classifier: Any, plant: Callable[..., Path]) -> None:
     nothing = rescaled(classifier.bundle, 0)
-    report = validate(base=classifier.base, bundle=nothing, merged=plant("adapter zeroed"))
+    report = ff.validate(base=classifier.base, bundle=nothing, merged=plant("adapter zeroed"))
     assert all(pair.ok for pair in report.comparisons if pair.expect == "equal")
     with pytest.raises(ValidationError, match="the adapter changes nothing in logits"):
         report.raise_for_failure()
@@ -82,7 +79,7 @@ def test_a_head_that_is_not_there_at_all_is_a_problem_by_name(
     classifier: Any, make_adapted: Callable[..., Any], tmp_path: Path
 ) -> None:
     make_adapted().bert.save_pretrained(tmp_path)
-    report = validate(base=classifier.base, bundle=classifier.bundle, merged=tmp_path)
+    report = ff.validate(base=classifier.base, bundle=classifier.bundle, merged=tmp_path)
     assert not report.ok
     assert len(report.problems) == 1
     assert "classifier.bias, classifier.weight" in report.problems[0]
@@ -100,10 +97,10 @@ def test_a_base_with_a_head_of_its_own_is_told_from_the_deltas(
     base = tmp_path / "with_head"
     model = AutoModelForSequenceClassification.from_pretrained(classifier.base, num_labels=3)
     model.save_pretrained(base)
-    report = validate(base=base, bundle=classifier.bundle, merged=plant())
+    report = ff.validate(base=base, bundle=classifier.bundle, merged=plant())
     report.raise_for_failure()
     assert [side.name for side in report.sides] == ["base", "plain", "torch", "merged"]
-    zeroed = validate(base=base, bundle=classifier.bundle, merged=plant("adapter zeroed"))
+    zeroed = ff.validate(base=base, bundle=classifier.bundle, merged=plant("adapter zeroed"))
     failing = {(p.left, p.right) for p in zeroed.comparisons if not p.ok}
     assert ("plain", "merged") in failing and ("base", "merged") not in failing
 
@@ -113,7 +110,7 @@ def test_given_inputs_reach_every_side(
 ) -> None:
     np.savez(tmp_path / "in.npz", **padded_ids)
     seen = []
-    report = validate(
+    report = ff.validate(
         base=classifier.base,
         bundle=classifier.bundle,
         merged=plant(),
@@ -140,13 +137,13 @@ def test_a_causal_model_with_a_tied_head(stories260k: Path, tmp_path: Path) -> N
         scaling=20.0,
         **fields,
     )
-    bundle = from_peft(adapter, base=stories260k)
-    report = validate(base=stories260k, bundle=bundle, peft=adapter, samples=8)
+    bundle = ff.from_peft(adapter, base=stories260k)
+    report = ff.validate(base=stories260k, bundle=bundle, peft=adapter, samples=8)
     report.raise_for_failure()
     assert report.task == "text-generation"
     assert "pseudo-random" in report.inputs
     wrong = rescaled(bundle, 20.2)
-    assert not validate(base=stories260k, bundle=wrong, peft=adapter, samples=8).ok
+    assert not ff.validate(base=stories260k, bundle=wrong, peft=adapter, samples=8).ok
 
 
 def test_a_gpt2_with_conv1d_layers(tiny_gpt2: Path, tmp_path: Path) -> None:
@@ -160,15 +157,15 @@ def test_a_gpt2_with_conv1d_layers(tiny_gpt2: Path, tmp_path: Path) -> None:
         scaling=30.0,
         fan_in_fan_out=True,
     )
-    unbound = from_peft(adapter)
-    report = validate(base=tiny_gpt2, bundle=unbound, peft=adapter, samples=8)
+    unbound = ff.from_peft(adapter)
+    report = ff.validate(base=tiny_gpt2, bundle=unbound, peft=adapter, samples=8)
     report.raise_for_failure()
 
 
 def test_feature_extraction_with_a_prefix_in_the_adapter(classifier: Any) -> None:
     """A classifier's adapter says `bert.encoder...`; the bare encoder has no such prefix."""
-    bundle = Bundle.build(classifier.bundle.spec, classifier.bundle.spectra)
-    report = validate(
+    bundle = ff.Bundle.build(classifier.bundle.spec, classifier.bundle.spectra)
+    report = ff.validate(
         base=classifier.base,
         bundle=bundle,
         sides={"again": lambda x: {}},
@@ -185,7 +182,9 @@ def test_feature_extraction_with_a_prefix_in_the_adapter(classifier: Any) -> Non
 def test_a_base_against_its_own_export_changes_nothing(
     classifier: Any, make_adapted: Callable[..., Any], plant: Callable[..., Path], padded_ids: Any
 ) -> None:
-    report = validate(base=plant(), merged=plant(), inputs=padded_ids, task="text-classification")
+    report = ff.validate(
+        base=plant(), merged=plant(), inputs=padded_ids, task="text-classification"
+    )
     assert not report.ok
     assert report.first_failure is not None
     assert report.first_failure[0].expect == "different"
@@ -196,9 +195,9 @@ def test_padded_positions_do_not_count(classifier: Any, padded_ids: Any) -> None
     hidden = np.random.default_rng(0).normal(size=(12, 20, 4)).astype(np.float32)
     dirty = np.where(mask[..., None], hidden, np.nan).astype(np.float32)
     sides = {"a": lambda x: {"h": hidden}, "b": lambda x: {"h": dirty}}
-    assert validate(sides=sides, inputs=padded_ids).ok
+    assert ff.validate(sides=sides, inputs=padded_ids).ok
     unmasked = {"input_ids": padded_ids["input_ids"]}
-    assert not validate(sides=sides, inputs=unmasked).ok
+    assert not ff.validate(sides=sides, inputs=unmasked).ok
 
 
 def test_outputs_that_rest_on_random_parameters_are_left_out(
@@ -209,11 +208,11 @@ def test_outputs_that_rest_on_random_parameters_are_left_out(
 
     base = tmp_path / "poolerless"
     BertModel.from_pretrained(classifier.base, add_pooling_layer=False).save_pretrained(base)
-    bundle = Bundle.build(classifier.bundle.spec, classifier.bundle.spectra)
+    bundle = ff.Bundle.build(classifier.bundle.spec, classifier.bundle.spectra)
     merged = tmp_path / "merged"
-    merge_checkpoint(base, bundle, merged)
+    ff.merge_checkpoint(base, bundle, merged)
     pooled = {"pooler_output": np.ones((64, 3))}
-    report = validate(
+    report = ff.validate(
         base=base,
         bundle=bundle,
         merged=merged,
@@ -241,9 +240,11 @@ def test_a_base_and_merge_in_bfloat16(classifier: Any, tmp_path: Path) -> None:
 
     base = tmp_path / "base"
     BertModel.from_pretrained(classifier.base).to(torch.bfloat16).save_pretrained(base)
-    bundle = from_peft(classifier.adapter, base=base)
-    merge_checkpoint(base, bundle, tmp_path / "merged")
-    report = validate(base=base, bundle=bundle, peft=classifier.adapter, merged=tmp_path / "merged")
+    bundle = ff.from_peft(classifier.adapter, base=base)
+    ff.merge_checkpoint(base, bundle, tmp_path / "merged")
+    report = ff.validate(
+        base=base, bundle=bundle, peft=classifier.adapter, merged=tmp_path / "merged"
+    )
     report.raise_for_failure()
     assert {side.name: side.precision for side in report.sides} == {
         "base": "float32",
@@ -253,24 +254,8 @@ def test_a_base_and_merge_in_bfloat16(classifier: Any, tmp_path: Path) -> None:
         "peft": "float32",
         "merged": "bfloat16",
     }
-    merge_checkpoint(base, rescaled(bundle, 4.04), tmp_path / "wrong")
-    wrong = validate(base=base, bundle=bundle, merged=tmp_path / "wrong")
+    ff.merge_checkpoint(base, rescaled(bundle, 4.04), tmp_path / "wrong")
+    wrong = ff.validate(base=base, bundle=bundle, merged=tmp_path / "wrong")
     assert [(p.left, p.right) for p in wrong.comparisons if not p.ok] == [
         ("torch:bfloat16", "merged")
     ]
-
-
-def test_minilm_with_an_adapter_of_peft(
-    minilm_dir: Path, peft_minilm_adapter: Callable[..., Path]
-) -> None:
-    adapter = peft_minilm_adapter(scaling=100.0)
-    bundle = from_peft(adapter, base=minilm_dir)
-    report = validate(base=minilm_dir, bundle=bundle, peft=adapter)
-    report.raise_for_failure()
-    assert dict(report.sides[0].outputs)["logits"] == (64, 2)
-    assert f"64 sentences, with the tokenizer in {minilm_dir}" == report.inputs
-    for wrong in (
-        rescaled(bundle, 101.0),
-        Bundle.build(bundle.spec, bundle.spectra, {n: a * 1.01 for n, a in bundle.saved.items()}),
-    ):
-        assert not validate(base=minilm_dir, bundle=wrong, peft=adapter, samples=16).ok
