@@ -44,6 +44,8 @@ def check_output(
         FileAccessError: the folder it should lie in is missing.
     """
     path = Path(out)
+    for named in (f"{os.fspath(out)}{_PARTIAL}{'x' * 16}" if os.fspath(out) else out, *inputs):
+        _refuse_impossible(os.fspath(named))
     real = Path(os.path.realpath(path))
     for source in inputs:
         data = external_files(source) if os.path.lexists(path) else ()
@@ -77,6 +79,21 @@ def check_output(
             path.parent, expected="a folder to write to", found="none", remedy="make it first"
         )
     return path
+
+
+def _refuse_impossible(path: str) -> None:
+    """Raise if no file can have this path: it is empty, too long, or has a NUL in it."""
+    found = "" if path else "an empty path"
+    try:
+        os.lstat(path)
+    except ValueError:
+        found = "a NUL in the path"
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            found = f"a path of {len(path)} characters, too long for the system"
+    if found:
+        shown = path if len(path) < 80 else f"{path[:80]}..."
+        raise UsageError(shown or "path", expected="the path of a file or folder", found=found)
 
 
 @contextmanager
