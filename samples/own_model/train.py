@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
     served = Reader()
     served.load_state_dict(base)
     for name in seen_by:
-        ff.attach(served, ff.Bundle.load(folder / f"{name}.fourierft.safetensors"), name)
+        ff.attach(served, folder / f"{name}.fourierft.safetensors", name)
     rows = test[:3]
     batch = torch.stack(
         [seen_by["inverted"][rows[0]], seen_by["rotated"][rows[1]], images[rows[2]]]
