@@ -223,7 +223,7 @@ def test_maps_that_cannot_be(
         name: f"say which: {name}[START:STOP]",
         f"{name}[20:68]": f"is found for {q}, too",
         "nothing": "no constant of the graph",
-        "bias": "which is FLOAT [80], used by Add: neither a matrix of floats",
+        "bias": "which is FLOAT [80], used by Add add: neither a matrix of floats",
     }
     for text, why in cases.items():
         with pytest.raises(BaseMismatchError) as caught:

@@ -6,7 +6,7 @@ samples) says yes; of a quantised one the samples do, within a quantisation step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -32,10 +32,10 @@ def verdict(source: Source, site: Site, want: Wanted) -> str | None:
     if want.fingerprint is None or tensor is None:
         return None
     if site.quantised is not None:
-        sample = sampler(source, site)
+        sample = _sampler(source, site)
         if sample is None:
             return None
-        fits = want.shape in (None, site.shape) and samples_fit(
+        fits = want.shape in (None, site.shape) and _samples_fit(
             sample, False, site.rows.start, site.shape, want
         )
         return "precision" if fits else "different"
@@ -51,20 +51,43 @@ def part_of(weight: Array, transposed: bool, start: int | None, outputs: int) ->
     return weight[:, where] if transposed else weight[where]
 
 
-def possible_starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
-    """Where a part of `size` outputs may begin in a packed weight of `total`.
+def matches(
+    source: Source, one: Site, wanted: Sequence[Wanted], sizes: Sequence[int]
+) -> Iterator[tuple[Wanted, bool, tuple[int, int]]]:
+    """Where a constant has the sampled values of layers; it is read or dequantised once.
 
     Args:
+        one: the constant, its shape as the graph holds it.
+        wanted: with shapes and fingerprints.
         sizes: numbers of outputs of the adapter's layers, of which packed weights are made.
+
+    Yields:
+        The layer, whether the constant holds it as (in, out), and its first output and the one
+        behind its last.
     """
+    sample = _sampler(source, one) if wanted else None
+    if sample is None:
+        return
+    for want in wanted:
+        for transposed in (False,) if one.quantised else (False, True):
+            outputs, inputs = reversed(one.shape) if transposed else one.shape
+            if want.shape is None or inputs != want.shape[1]:
+                continue
+            for start in _possible_starts(outputs, want.shape[0], sizes):
+                if _samples_fit(sample, transposed, start, want.shape, want):
+                    yield want, transposed, (start, start + want.shape[0])
+
+
+def _possible_starts(total: int, size: int, sizes: Sequence[int]) -> list[int]:
+    """Where a part of `size` outputs may begin in a packed weight of `total`."""
     if total == size:
         return [0]
     found = {0, *range(0, min(total, size * _MAX_PARTS), size), total - size, total - 2 * size}
-    found |= {first + second for first in sizes for second in (0, *sizes)}
+    found |= {first + second for first in set(sizes) for second in {0, *sizes}}
     return sorted(start for start in found if 0 <= start <= total - size)
 
 
-def sampler(source: Source, site: Site) -> Sampler | None:
+def _sampler(source: Source, site: Site) -> Sampler | None:
     """A function that gives single values of a whole constant, read or dequantised once."""
     tensor = constant_of(site.value)
     if site.quantised is not None:
@@ -81,18 +104,10 @@ def sampler(source: Source, site: Site) -> Sampler | None:
     )
 
 
-def samples_fit(
+def _samples_fit(
     sample: Sampler, transposed: bool, start: int, shape: tuple[int, int], want: Wanted
 ) -> bool:
-    """Whether the sampled values of a weight are those of the fingerprint.
-
-    Args:
-        sample: of the constant.
-        transposed: take it as (in, out).
-        start: the weight's first output in it.
-        shape: (out, in) of the weight.
-        want: has a fingerprint.
-    """
+    """Whether the values of the weight of this shape from output `start` on are those sampled."""
     if want.fingerprint is None:
         return False
     outputs, inputs = shape

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...models.names import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constant_shape, constants
-from .content import possible_starts, sampler, samples_fit, verdict
+from .content import matches, verdict
 from .module_names import (
     module_of_weight,
     packed_in,
@@ -32,36 +32,6 @@ if TYPE_CHECKING:
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
 _SHOWN = 6
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A constant matrix, float or quantised, that may hold layers.
-
-    Attributes:
-        value: an initializer, or the output of a Constant node.
-        shape: as the graph holds it; (out, in) of a quantised layer.
-        uses: those as the weight of a linear layer.
-        quantised: the layer with these integers, of a quantised weight.
-    """
-
-    value: ir.Value
-    shape: tuple[int, int]
-    uses: tuple[Use, ...]
-    quantised: QuantisedLinear | None = None
-
-    @property
-    def name(self) -> str:
-        """The constant's name."""
-        return str(self.value.name)
-
-    def describe(self) -> str:
-        """The candidate for a list that a person chooses from."""
-        return self.site("", self.shape, False).describe()
-
-    def site(self, layer: str, shape: tuple[int, int], transposed: bool) -> Site:
-        """A layer that is all of this constant, nothing of it judged yet."""
-        return Site(layer, self.value, shape, transposed, self.uses, quantised=self.quantised)
 
 
 @dataclass
@@ -101,24 +71,22 @@ class Finder:
         self.source = source
         self.linears = quantised_linears(source)
         self._candidates = list(_candidates(source, self.linears))
-        # Kind of evidence, strongest first -> module path -> (constant, the uses that it is about).
-        self._lookups: dict[str, dict[str, list[tuple[Candidate, tuple[Use, ...]]]]] = {
-            kind: {} for kind in ("name", "scope", "bias")
-        }
+        # By names, scopes and biases: module path -> (constant, the uses that it is about).
+        self._lookups: list[dict[str, list[tuple[Site, tuple[Use, ...]]]]] = [{}, {}, {}]
         for one in self._candidates:
             path = module_of_weight(one.name)
             if path:
                 own = tuple(u for u in one.uses if u.path is None or same_module(u.path, path))
-                self._note("name", path, one, own or one.uses)
-            for kind in ("scope", "bias"):
+                self._note(0, path, one, own or one.uses)
+            for number, kind in enumerate(("scope", "bias"), 1):
                 for path in {getattr(use, kind) for use in one.uses} - {None}:
                     uses = tuple(use for use in one.uses if getattr(use, kind) == path)
-                    self._note(kind, path, one, uses)
-        self._paths = {path for lookup in self._lookups.values() for path in lookup}
+                    self._note(number, path, one, uses)
+        self._paths = {path for lookup in self._lookups for path in lookup}
         self._paths |= {part for path in tuple(self._paths) for part in packed_modules(path)}
 
-    def _note(self, kind: str, path: str, one: Candidate, uses: tuple[Use, ...]) -> None:
-        self._lookups[kind].setdefault(same_path(path), []).append((one, uses))
+    def _note(self, number: int, path: str, one: Site, uses: tuple[Use, ...]) -> None:
+        self._lookups[number].setdefault(same_path(path), []).append((one, uses))
 
     def find(self, wanted: Sequence[Wanted], mapping: Mapping[str, str]) -> Found:
         """The sites of every layer; what is not found, or not beyond doubt, is in `missing`.
@@ -167,9 +135,9 @@ class Finder:
     def by_path(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
         """The layer's sites by name, scope or bias; none; or why those do not fit."""
         path = same_path(bridge.to_base(want.name))
-        for kind, lookup in self._lookups.items():
+        for lookup in self._lookups:
             hits = lookup.get(path, [])
-            results = [self._site(want, one, uses, kind) for one, uses in hits]
+            results = [self._site(want, one, uses) for one, uses in hits]
             good = [site for site in results if not isinstance(site, str)]
             fits = [site for site in good if site.verdict != "different"]
             several = len({site.name for site in fits or good}) > 1
@@ -179,15 +147,15 @@ class Finder:
                 return fits or good or str(results[0])
         return []
 
-    def _hits(self, path: str) -> list[tuple[Candidate, tuple[Use, ...]]]:
-        return [hit for lookup in self._lookups.values() for hit in lookup.get(path, [])]
+    def _hits(self, path: str) -> list[tuple[Site, tuple[Use, ...]]]:
+        return [hit for lookup in self._lookups for hit in lookup.get(path, [])]
 
     def _mapped(self, want: Wanted, text: str) -> list[Site] | str:
         """The sites that the caller says."""
         name, part = parse_mapped(text)
         sites = []
         for one in (one for one in self._candidates if one.name == name):
-            site = self._site(want, one, one.uses, "map", part=part)
+            site = self._site(want, one, one.uses, part=part)
             if isinstance(site, str):
                 return site
             sites.append(site)
@@ -199,10 +167,10 @@ class Finder:
         tensor = constant_of(value)
         if value is None or tensor is None:
             return "which is no constant of the graph"
-        users = ", ".join(sorted({node.op_type for node, _ in value.uses()})) or "nothing"
         return (
-            f"which is {tensor.dtype.name} {list(constant_shape(value))}, used by {users}: neither "
-            "a matrix of floats, nor the integers of a quantised layer of the main graph"
+            f"which is {tensor.dtype.name} {list(constant_shape(value))}, used by "
+            f"{users_of(value)}: neither a matrix of floats, nor the integers of a quantised layer "
+            "of the main graph"
         )
 
     def _packed(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
@@ -223,7 +191,7 @@ class Finder:
             start = total - from_end * want.shape[0] if from_end else 0
             if start >= 0:
                 part = start, start + want.shape[0]
-                site = self._site(want, one, uses, "name", part=part)
+                site = self._site(want, one, uses, part=part)
                 sites += [] if isinstance(site, str) else [site]
         return sites
 
@@ -235,23 +203,12 @@ class Finder:
         Each constant is read or dequantised once for all layers.
         """
         hits: dict[str, list[Site]] = {want.name: [] for want in wanted}
-        sizes = sorted(set(sizes))
         for one in self._candidates:
             fit = [w for w in wanted if w.fingerprint and w.shape and may_hold(one.shape, w)]
-            sample = sampler(self.source, one.site("", one.shape, False)) if fit else None
-            for want in fit if sample else ():
-                for transposed in (False,) if one.quantised else (False, True):
-                    outputs, inputs = reversed(one.shape) if transposed else one.shape
-                    if want.shape is None or sample is None or inputs != want.shape[1]:
-                        continue
-                    for start in possible_starts(outputs, want.shape[0], sizes):
-                        if samples_fit(sample, transposed, start, want.shape, want):
-                            part = start, start + want.shape[0]
-                            site = self._site(
-                                want, one, one.uses, "content", part=part, transposed=transposed
-                            )
-                            if not isinstance(site, str) and site.verdict != "different":
-                                hits[want.name].append(site)
+            for want, transposed, part in matches(self.source, one, fit, sizes):
+                site = self._site(want, one, one.uses, part=part, transposed=transposed)
+                if not isinstance(site, str) and site.verdict != "different":
+                    hits[want.name].append(site)
         return [(want, _unambiguous(hits[want.name])) for want in wanted]
 
     def _hint(self, want: Wanted) -> str:
@@ -271,9 +228,8 @@ class Finder:
     def _site(
         self,
         want: Wanted,
-        one: Candidate,
+        one: Site,
         uses: tuple[Use, ...],
-        how: str,
         *,
         part: tuple[int, int] | None = None,
         transposed: bool | None = None,
@@ -304,26 +260,30 @@ class Finder:
                 + (f"; say which: {one.name}[START:STOP]" if larger else "")
             )
         site = replace(
-            one.site(want.name, shape, transposed),
+            one,
+            layer=want.name,
+            shape=shape,
+            transposed=transposed,
             uses=uses,
             start=None if shape[0] == total else start,
             shared=len(uses) < len(one.value.uses()) or one.value.is_graph_output(),
-            how=how,
         )
         return replace(site, verdict=verdict(self.source, site, want))
 
 
-def _candidates(source: Source, linears: Sequence[QuantisedLinear]) -> Iterator[Candidate]:
+def _candidates(source: Source, linears: Sequence[QuantisedLinear]) -> Iterator[Site]:
+    """Constants that may hold layers: sites of none yet, with the shape that the graph holds."""
     for value in constants(source.model):
         tensor, shape = constant_of(value), constant_shape(value)
         if tensor is not None and tensor.dtype.name in FLOATS and len(shape) == 2 and value.uses():
             uses = tuple(linear_uses(source.model, value))
-            yield Candidate(value, (shape[0], shape[1]), uses)
+            yield Site("", value, (shape[0], shape[1]), False, uses)
     for one in linears:
-        yield Candidate(one.value, one.shape, (use_of(*one.integers, one.node, False),), one)
+        uses = (use_of(*one.integers, one.node, False),)
+        yield Site("", one.value, one.shape, False, uses, quantised=one)
 
 
-def _listed(some: Sequence[Candidate] | Sequence[Site]) -> str:
+def _listed(some: Sequence[Site]) -> str:
     more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
     return ", ".join(one.describe() for one in some[:_SHOWN]) + more
 

@@ -46,7 +46,6 @@ class Site:
         start: the layer's first output, where its weight is a part of a packed one; else None.
         shared: others use the constant, too, and keep the base's weight.
         quantised: the quantised linear layer that this is; None for a float weight.
-        how: it was found: "map", "name", "scope", "bias", "content", or "mark" by the trace.
         verdict: of the fingerprint: "same", "precision", "different", or None without one.
     """
 
@@ -58,7 +57,6 @@ class Site:
     start: int | None = None
     shared: bool = False
     quantised: QuantisedLinear | None = None
-    how: str = "mark"
     verdict: str | None = None
 
     @property
