@@ -63,6 +63,8 @@ class Bundle:
             BadInputError: listing every field that does not fit.
         """
         saved, explicit = saved or {}, explicit_entries or {}
+        layers = tuple(sorted(spec.layers, key=lambda layer: natural_key(layer.name)))
+        spec = replace(spec, layers=layers)
         offenders = list(spec_offenders(spec, spectra, saved, explicit))
         if offenders:
             more = len(offenders) - 1
@@ -72,9 +74,8 @@ class Bundle:
                 found=offenders[0] + (f", and {more} more" if more else ""),
                 offenders=offenders if more else (),
             )
-        layers = tuple(sorted(spec.layers, key=lambda layer: natural_key(layer.name)))
         return cls(
-            replace(spec, layers=layers, peft_config=MappingProxyType(dict(spec.peft_config))),
+            replace(spec, peft_config=MappingProxyType(dict(spec.peft_config))),
             _frozen({m.name: spectra[m.name] for m in layers}),
             _frozen(dict(sorted(saved.items()))),
             _frozen({m.name: explicit[m.name] for m in layers if m.entry_rule == EXPLICIT_RULE}),

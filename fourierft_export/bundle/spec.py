@@ -17,7 +17,7 @@ from ..files import dtypes
 from ..files.container import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
 from ..types import Array
-from .names import MAX_NAMES, natural_key, why_not
+from .names import MAX_NAMES, why_not
 
 EXPLICIT_RULE = "explicit"
 RESERVED = "fourierft."
@@ -129,7 +129,7 @@ def spec_offenders(
             yield f"layer {layer.name[:80]!r}: {problem} in its name"
     if len(spec.layers) > MAX_NAMES:
         yield f"{len(spec.layers)} layers, where {MAX_NAMES} is the most"
-    for layer in sorted(spec.layers, key=lambda layer: natural_key(layer.name)):
+    for layer in spec.layers:
         yield from _layer_offenders(layer, spectra.get(layer.name), explicit_entries)
     for name, tensor in saved.items():
         if name.startswith(RESERVED) or name == "__metadata__":

@@ -17,6 +17,8 @@ _NUMPY: dict[str, Any] = {
     "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }  # fmt: skip
 
+_KNOWN = frozenset(np.dtype(value) for value in _NUMPY.values())
+
 
 @cache
 def to_numpy(name: str) -> np.dtype[Any]:
@@ -27,7 +29,7 @@ def to_numpy(name: str) -> np.dtype[Any]:
 
 def has_name(dtype: np.dtype[Any]) -> bool:
     """Whether safetensors has such a dtype."""
-    return dtype.newbyteorder("=") in {np.dtype(value) for value in _NUMPY.values()}
+    return dtype.newbyteorder("=") in _KNOWN
 
 
 @cache
