@@ -319,7 +319,7 @@ def record_failures() -> dict[str, Any]:
     shutil.copytree("exact_keep", "exact_tampered")
     Path("exact_tampered/config.json").write_text("{}", "utf-8")
     found = {}
-    for command in read_golden("failures"):
+    for command in json.loads((GOLDEN / "failures.json").read_text("utf-8")):
         code, printed = run_verb(command)
         assert not os.path.lexists("absent"), command
         assert (printed["ok"], printed["error"]["code"]) == (False, code)
@@ -329,18 +329,9 @@ def record_failures() -> dict[str, Any]:
 
 
 RECORDERS: dict[str, Callable[[], dict[str, Any]]] = {
-    "bundles": record_bundles,
-    "merges": record_merges,
-    "exports": record_exports,
-    "applies": record_applies,
-    "validation": record_validation,
-    "failures": record_failures,
-}
-
-
-def read_golden(section: str) -> dict[str, Any]:
-    golden: dict[str, Any] = json.loads((GOLDEN / f"{section}.json").read_text("utf-8"))
-    return golden
+    "bundles": record_bundles, "merges": record_merges, "exports": record_exports,
+    "applies": record_applies, "validation": record_validation, "failures": record_failures,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +342,8 @@ def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("section", RECORDERS)
 def test_what_users_see(section: str, work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work_folder)
-    found, golden = RECORDERS[section](), read_golden(section)
+    found = RECORDERS[section]()
+    golden = json.loads((GOLDEN / f"{section}.json").read_text("utf-8"))
     for name, expected in golden.items():
         assert found[name] == expected, name
     assert found.keys() == golden.keys()

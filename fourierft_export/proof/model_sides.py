@@ -73,14 +73,13 @@ class ModelSides:
             merged, rounding = self._run_merged(given.merged)
             if merged.side.precision != "float32":
                 roundings[merged.side.precision] = rounding
-        if given.base is not None and given.bundle is None:
-            self._run_base(given.base)
-        elif given.base is not None and given.bundle is not None:
-            exact = self._run_rebuilt(given.base, given.bundle)
-            for precision, found in roundings.items():
-                self._run_rounded(given.base, given.bundle, precision, found, exact)
-        if given.base is not None and given.peft is not None:
-            self._run_peft(given.base, given.peft)
+        if given.base is not None:
+            exact = self._run_exact(given.base, given.bundle)
+            if given.bundle is not None and exact is not None:
+                for precision, found in roundings.items():
+                    self._run_rounded(given.base, given.bundle, precision, found, exact)
+            if given.peft is not None:
+                self._run_peft(given.base, given.peft)
         if merged is not None:
             self.adapted.append(merged)
 
@@ -102,21 +101,18 @@ class ModelSides:
         side = Side("merged", "adapted", str(directory), precision)
         return self._run(side, model, began, random), rounding
 
-    def _run_base(self, directory: Path) -> None:
-        """Runs the base when there is no bundle to rebuild the adapted model from."""
+    def _run_exact(self, directory: Path, bundle: Bundle | None) -> Run | None:
+        """Runs the base, and with a bundle the adapted model that is rebuilt from both."""
         began = self._begin("base")
         model, unset = load_model(directory, self.task, self.artifacts.num_labels)
-        random = self._ignorable(unset)
-        if set(unset) - set(random):
-            self.notes.append(f"base: left out: neither it nor a bundle has {', '.join(unset)}")
-            return
-        side = Side("base", "base", str(directory), "float32")
-        self.references.append(self._run(side, model, began, random))
-
-    def _run_rebuilt(self, directory: Path, bundle: Bundle) -> Run:
-        """Runs the base, then with the adapter's heads and biases, then with its deltas too."""
-        began = self._begin("base")
-        model, unset = load_model(directory, self.task, self.artifacts.num_labels)
+        if bundle is None:
+            random = self._ignorable(unset)
+            if set(unset) - set(random):
+                self.notes.append(f"base: left out: neither it nor a bundle has {', '.join(unset)}")
+                return None
+            side = Side("base", "base", str(directory), "float32")
+            self.references.append(self._run(side, model, began, random))
+            return None
         targets = rebuild.find_targets(model, bundle)
         filled = rebuild.put_saved(model, bundle, only=frozenset(unset))
         random = self._check_unset(directory, unset, filled)

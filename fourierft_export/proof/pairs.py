@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 
 from ..types import Array
 from .compare import Outputs, compare_change, compare_outputs, rms_difference
@@ -107,7 +107,7 @@ def compare_pairs(
         own_precision = left.side.precision in ("float32", right.side.precision)
         if left.rebuilt and (right.rebuilt or not own_precision):
             continue
-        coarse = coarser(left.precision, right.precision)
+        coarse, names, measured, assumed = _between(left, right, primary, noise)
         precision = "float32" if same_arithmetic(left, right) else coarse
         outputs = compare_outputs(
             left.outputs,
@@ -115,38 +115,41 @@ def compare_pairs(
             mask=mask,
             tolerance=tolerances[precision],
             effect=effect,
-            noise=noise.between(left, right),
-            assumed_noise=ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
-            names=_names(left.outputs, right.outputs, primary),
+            noise=measured,
+            assumed_noise=assumed,
+            names=names,
         )
-        comparisons.append(Comparison(left.side.name, right.side.name, "equal", precision, outputs))
-    for left in references:
-        for right in adapted:
-            if _has_closer(left, right, references):
-                continue
-            coarse = coarser(left.precision, right.precision)
-            outputs = compare_change(
-                left.outputs,
-                right.outputs,
-                mask=mask,
-                noise=noise.between(left, right),
-                assumed_noise=ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
-                names=_names(left.outputs, right.outputs, primary),
-            )
-            comparisons.append(
-                Comparison(left.side.name, right.side.name, "different", coarse, outputs)
-            )
+        pair = (left.side.name, right.side.name)
+        comparisons.append(Comparison(*pair, "equal", precision, outputs))
+    for left, right in product(references, adapted):
+        if _has_closer(left, right, references):
+            continue
+        coarse, names, measured, assumed = _between(left, right, primary, noise)
+        outputs = compare_change(
+            left.outputs, right.outputs, mask=mask, noise=measured, assumed_noise=assumed,
+            names=names,
+        )  # fmt: skip
+        pair = (left.side.name, right.side.name)
+        comparisons.append(Comparison(*pair, "different", coarse, outputs))
     return tuple(comparisons)
+
+
+def _between(
+    left: Run, right: Run, primary: str | None, noise: Noise
+) -> tuple[str, list[str], dict[str, float], float]:
+    """The coarser precision, the outputs to compare, and the noise, measured and assumed.
+
+    The outputs are all of either side, or, with a primary one, it and what both have.
+    """
+    coarse = coarser(left.precision, right.precision)
+    names = [*left.outputs, *right.outputs]
+    if primary is not None:
+        names = [primary, *(name for name in left.outputs if name in right.outputs)]
+    assumed = ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE)
+    return coarse, list(dict.fromkeys(names)), noise.between(left, right), assumed
 
 
 def _has_closer(left: Run, right: Run, references: Sequence[Run]) -> bool:
     """Whether another reference has the side's precision: rounding must not pass for an effect."""
     wanted = right.side.precision
     return left.side.precision != wanted and any(r.side.precision == wanted for r in references)
-
-
-def _names(left: Outputs, right: Outputs, primary: str | None) -> list[str]:
-    """Names to compare: all of either side, or, with a primary output, it and what both have."""
-    if primary is None:
-        return list(dict.fromkeys([*left, *right]))
-    return list(dict.fromkeys([primary, *(name for name in left if name in right)]))
