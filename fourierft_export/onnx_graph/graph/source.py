@@ -63,8 +63,12 @@ class Source:
             return tensor.numpy()
         if tensor.location in self.replaced:
             return self.replaced[str(tensor.location)]()
-        data = _read_ranges(tensor, [0], tensor.nbytes)
-        shape = tensor.shape.numpy()
+        start, shape = tensor.offset or 0, tensor.shape.numpy()
+        fd = open_regular(tensor.path)
+        try:
+            data = read_exactly(fd, start, start + tensor.nbytes, tensor.path)
+        finally:
+            os.close(fd)
         if tensor.dtype.name in ("INT4", "UINT4"):  # two in a byte, the low one first
             packed = np.frombuffer(data, np.uint8)
             both = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)
@@ -81,40 +85,6 @@ class Source:
         self.replaced[location] = make
         size = -(-math.prod(shape) * like.dtype.bitwidth // 8)
         return ir.ExternalTensor(location, 0, size, like.dtype, shape=ir.Shape(shape), name=name)
-
-    def picker(self, tensor: ir.TensorProtocol) -> Callable[[Array, Array], Array]:
-        """A function that gives a few values of a matrix, without reading all of an external one.
-
-        Args:
-            tensor: two-dimensional.
-
-        Returns:
-            From rows and columns, int64 (k,), to their values (k,).
-        """
-        import onnx_ir as ir
-
-        if not isinstance(tensor, ir.ExternalTensor) or tensor.location in self.replaced:
-            matrix = self.read(tensor)  # once: each call copies it out of the message
-            return lambda rows, columns: np.asarray(matrix[rows, columns])
-        dtype = tensor.dtype.numpy().newbyteorder("<")
-        width = int(tensor.shape.numpy()[1])
-
-        def pick(rows: Array, columns: Array) -> Array:
-            at = [int(place) * dtype.itemsize for place in rows * width + columns]
-            return np.frombuffer(_read_ranges(tensor, at, dtype.itemsize), dtype)
-
-        return pick
-
-
-def _read_ranges(tensor: ir.ExternalTensor, starts: list[int], size: int) -> bytes:
-    """Bytes of an external tensor: `size` from each of `starts`, counted from its own beginning."""
-    fd = open_regular(tensor.path)
-    try:
-        first = tensor.offset or 0
-        parts = [read_exactly(fd, first + s, first + s + size, tensor.path) for s in starts]
-    finally:
-        os.close(fd)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Source:

@@ -97,11 +97,8 @@ def _sampler(source: Source, site: Site) -> Sampler | None:
         return lambda out, into, _: (weight[out, into], step[out, into])
     if tensor is None:
         return None
-    pick = source.picker(tensor)
-    return lambda out, into, transposed: (
-        pick(*((into, out) if transposed else (out, into))),
-        None,
-    )
+    held = source.read(tensor)
+    return lambda out, into, transposed: ((held.T if transposed else held)[out, into], None)
 
 
 def _samples_fit(

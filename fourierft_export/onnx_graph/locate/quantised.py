@@ -107,11 +107,10 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
         scale = _read(source, node, 2).astype(np.float32).reshape(rows, blocks)
         zero = _read(source, node, 3, 2 ** (bits - 1))
         if zero.ndim:
-            whole = _unpacked(zero, bits) if zero.dtype == np.uint8 else zero
-            zero = whole.reshape(rows, -1)[:, :blocks]
-        step = np.repeat(np.abs(scale), size, axis=1)[:, :columns]
-        centred = values.reshape(rows, blocks, size) - zero.astype(np.float32)[..., None]
-        return (centred * scale[:, :, None]).reshape(rows, -1)[:, :columns], step
+            zero = _unpacked(zero, bits) if zero.dtype == np.uint8 else zero
+            zero = np.repeat(zero.reshape(rows, -1)[:, :blocks], size, axis=1)
+        weight, step = _scaled(values, np.repeat(scale, size, axis=1), zero)
+        return weight[:, :columns], step[:, :columns]
 
     # Columns in another order (g_idx) are not taken apart here.
     ordered = len(node.inputs) > 4 and node.inputs[4] is not None
@@ -147,11 +146,9 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
     place = (both, scales[0]) if both is not None and len(scales) == 1 else None
 
     def dequantised() -> tuple[Array, Array]:
-        values = source.read(tensor).astype(np.float32)
-        zero = _read(source, node, 3, 0).astype(np.float32)
-        scale = np.abs(_read(source, *place).astype(np.float32)) if place else np.float32(0)
-        weights = (values - zero) * scale
-        return weights.T, np.broadcast_to(scale, weights.shape).T
+        scale = _read(source, *place) if place else np.zeros(())
+        weight, step = _scaled(source.read(tensor), np.abs(scale), _read(source, node, 3, 0))
+        return weight.T, step.T
 
     rows, columns = (int(size) for size in tensor.shape.numpy())
     return QuantisedLinear(
@@ -196,12 +193,11 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
         return values.reshape([-1, 1] if axis % 2 == 0 else [1, -1])
 
     def dequantised() -> tuple[Array, Array]:
-        values = source.read(tensor).astype(np.float32)
-        scale = spread(_read(source, dequantise, 1).astype(np.float32), values.shape)
-        zero = _read(source, dequantise, 2, 0).astype(np.float32)
-        offset = spread(zero, values.shape) if zero.ndim else zero
-        weights, step = (values - offset) * scale, np.broadcast_to(np.abs(scale), values.shape)
-        return (weights.T, step.T) if transposed else (weights, step)
+        values, zero = source.read(tensor), _read(source, dequantise, 2, 0)
+        scale = spread(_read(source, dequantise, 1), values.shape)
+        zero = spread(zero, values.shape) if zero.ndim else zero
+        weight, step = _scaled(values, scale, zero)
+        return (weight.T, step.T) if transposed else (weight, step)
 
     first, second = (int(size) for size in tensor.shape.numpy())
     return QuantisedLinear(
@@ -255,6 +251,13 @@ def _constants_only(node: ir.Node, needed: int, optional: int) -> bool:
     """Whether one input is a constant, and another one too, if it is there."""
     absent = len(node.inputs) <= optional or node.inputs[optional] is None
     return _constant(node, needed) is not None and (absent or _constant(node, optional) is not None)
+
+
+def _scaled(values: Array, scale: Array, zero: Array) -> tuple[Array, Array]:
+    """Dequantised values in float32, and the quantisation step of each."""
+    scale = scale.astype(np.float32)
+    weight = (values.astype(np.float32) - zero.astype(np.float32)) * scale
+    return weight, np.broadcast_to(np.abs(scale), weight.shape)
 
 
 def _unpacked(packed: Array, bits: int) -> Array:
