@@ -125,26 +125,28 @@ def work_folder(
 @contextmanager
 def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """A path to write to; it becomes `out` when the block ends well, and vanishes otherwise."""
-    path = check_output(out, force=force)
-    with work_folder(path) as folder, os_errors_named(path, folder):
-        staged = folder / path.name
+    with _staged(out, force) as staged:
         yield staged
         set_umask_mode(staged)
-        sync(staged)
-        publish(staged, path, force=force)
 
 
 @contextmanager
 def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """An empty folder to fill; it becomes `out` when the block ends well, else it vanishes."""
-    path = check_output(out, force=force)
-    with work_folder(path) as folder, os_errors_named(path, folder):
-        staged = folder / path.name
+    with _staged(out, force) as staged:
         staged.mkdir()
         yield staged
         for file in staged.rglob("*"):
             if not file.is_symlink():
                 sync(file)
+
+
+@contextmanager
+def _staged(out: str | os.PathLike[str], force: bool) -> Iterator[Path]:
+    path = check_output(out, force=force)
+    with work_folder(path) as folder, os_errors_named(path, folder):
+        staged = folder / path.name
+        yield staged
         sync(staged)
         publish(staged, path, force=force)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,12 @@ def recover_bundle(
         FileAccessError, BadInputError: of the checkpoints.
     """
     before, after = (open_base(path, allow_links=allow_links) for path in (base, merged))
-    spec = _wanted(after, like, seed, n_frequency, targets, scaling, entry_rule)
+    if like is None:
+        spec = _spec_of(after, seed, n_frequency, targets, scaling)
+    else:
+        rule = entry_rule if like.is_bound else None
+        options = {"seed": seed, "n_frequency": n_frequency, "targets": targets or None}
+        spec = _spec_like(like, options | {"scaling": scaling, "entry_rule": rule})
     scale = float(spec.scaling)
     if not math.isfinite(scale) or not scale:
         raise UsageError("scaling", expected="a finite number that is not 0", found=f"{scale}")
@@ -146,33 +151,24 @@ def recover_bundle(
     return bundle, RecoverReport(tuple(layers), tuple(saved), _notes(layers))
 
 
-def _wanted(
-    after: Base,
-    like: Bundle | None,
-    seed: int | None,
-    n_frequency: int | None,
-    targets: Sequence[str],
-    scaling: float | None,
-    entry_rule: str | None,
-) -> AdapterSpec:
-    """The adapter that the options of `recover_bundle` describe; errors as there."""
-    if like is not None:
-        options = {
-            "seed": seed,
-            "n_frequency": n_frequency,
-            "targets": targets or None,
-            "scaling": scaling,
-            "entry_rule": entry_rule if like.is_bound else None,
-        }
-        both = [name for name, value in options.items() if value is not None]
-        if not both:
-            return like.spec
+def _spec_like(like: Bundle, options: Mapping[str, Any]) -> AdapterSpec:
+    """The spec of a bundle, unless options say the same again."""
+    both = [name for name, value in options.items() if value is not None]
+    if both:
         raise UsageError(
             "recover",
             expected="a bundle to be like, or seed, n_frequency and targets",
             found=f"both: {', '.join(both)}",
             remedy="leave these out: the bundle has them",
         )
+    return like.spec
+
+
+def _spec_of(
+    after: Base, seed: int | None, n_frequency: int | None, targets: Sequence[str],
+    scaling: float | None,
+) -> AdapterSpec:  # fmt: skip
+    """The spec of an adapter over the layers of `after` that `targets` names."""
     if seed is None or n_frequency is None or not targets:
         raise UsageError(
             "recover",
