@@ -157,17 +157,10 @@ def progress_bar() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda _what, _done, _total: None
         return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class Rate(rich.ProgressColumn):
         """Bytes done, in all, and per second, of work that is counted in bytes."""
 
         def render(self, task: Task) -> Text:
@@ -176,13 +169,13 @@ def progress_bar() -> Iterator[Progress]:
             sizes = [size_text(int(n)) for n in (task.completed, task.total, task.speed)]
             return Text("{} of {}, {}/s".format(*sizes))
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        TextColumn("{task.percentage:>3.0f}%"),
+    bar = rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=16),
+        rich.TextColumn("{task.percentage:>3.0f}%"),
         Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
         console=_console(stderr=True),
         transient=True,
     )

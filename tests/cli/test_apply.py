@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fourierft_export.bundle.file import Bundle
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
-from fourierft_export.cli.main import run
 
 
 @pytest.fixture
@@ -37,58 +37,48 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_there_and_back(
-    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: tuple[Path, Path], tmp_path: Path, run_verb: Callable[..., Any]
 ) -> None:
     path, bundle = files
     out, back = tmp_path / "out.onnx", tmp_path / "back.fourierft.safetensors"
-    words = ["apply", "--onnx", str(path), "--bundle", str(bundle), "--mode", "unmerged"]
-    words += ["-o", str(out)]
-    assert run(words) == 4
-    told = capsys.readouterr().err
-    assert "--map LAYER=INITIALIZER" in told
-    assert "w [8, 8]" in told
+    words = ["apply", "--onnx", path, "--bundle", bundle, "--mode", "unmerged", "-o", out]
+    code, _, err = run_verb(*words)
+    assert code == 4 and "--map LAYER=INITIALIZER" in err and "w [8, 8]" in err
     assert not out.exists()
-    assert run([*words, "--map", "b=w", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["ok"] is True
-    assert report["apply"]["layers"] == ["a", "b"]
-    assert report["apply"]["mode"] == "unmerged"
-    assert run(["recover", "--onnx", str(out), "-o", str(back), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["recover"]["layers"] == 2
+    code, found, _ = run_verb(*words, "--map", "b=w")
+    assert (code, found["apply"]["layers"], found["apply"]["mode"]) == (0, ["a", "b"], "unmerged")
+    assert run_verb("recover", "--onnx", out, "-o", back).json["recover"]["layers"] == 2
     assert back.read_bytes() == bundle.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["--mode", "merged", "--map", "b:w"], 2, "LAYER=INITIALIZER"),
-        (["--mode", "merged", "--map", "c=w"], 2, "layers of the adapter"),
-        (["--mode", "merged", "--weight", "1", "--weight", "2"], 2, "one for each of 1"),
-        (["--mode", "merged", "--weight", "nan"], 2, "finite numbers"),
-        (["--mode", "melted"], 2, "melted"),
-        (["--mode", "merged", "--base", "absent"], 6, "absent"),
+        ("--mode merged --map b:w", 2, "LAYER=INITIALIZER"),
+        ("--mode merged --map c=w", 2, "layers of the adapter"),
+        ("--mode merged --weight 1 --weight 2", 2, "one for each of 1"),
+        ("--mode merged --weight nan", 2, "finite numbers"),
+        ("--mode melted", 2, "melted"),
+        ("--mode merged --base absent", 6, "absent"),
     ],
 )
 def test_mistakes(
-    words: list[str],
+    words: str,
     code: int,
     says: str,
     files: tuple[Path, Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run_verb: Callable[..., Any],
 ) -> None:
     path, bundle = files
-    out = tmp_path / "out.onnx"
-    start = ["apply", "--onnx", str(path), "--bundle", str(bundle), "-o", str(out)]
-    assert run([*start, *words]) == code
-    error = capsys.readouterr().err
-    assert says in error
-    assert "Traceback" not in error
-    assert not out.exists()
+    start = ["apply", "--onnx", path, "--bundle", bundle, "-o", tmp_path / "out.onnx"]
+    found = run_verb(*start, *words.split())
+    assert found.code == code and says in found.err
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_hostile_external_data(
-    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: tuple[Path, Path], tmp_path: Path, run_verb: Callable[..., Any]
 ) -> None:
     path, bundle = files
     model = onnx.load(path)
@@ -98,21 +88,18 @@ def test_hostile_external_data(
     tensor.external_data.add(key="location", value="../../etc/passwd")
     onnx.save(model, path)
     out = tmp_path / "out.onnx"
-    words = ["apply", "--onnx", str(path), "--bundle", str(bundle), "--mode", "merged"]
-    assert run([*words, "-o", str(out)]) == 3
-    error = capsys.readouterr().err
-    assert "a.weight" in error
-    assert "no plain path" in error
+    words = ["apply", "--onnx", path, "--bundle", bundle, "--mode", "merged", "-o", out]
+    code, _, err = run_verb(*words)
+    assert code == 3 and "a.weight" in err and "no plain path" in err
     assert not out.exists()
 
 
 def test_recover_needs_one_source(
-    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: tuple[Path, Path], tmp_path: Path, run_verb: Callable[..., Any]
 ) -> None:
-    path, _ = files
-    out = str(tmp_path / "out")
-    assert run(["recover", "-o", out]) == 2
-    assert run(["recover", "--onnx", str(path), "--base", str(path), "-o", out]) == 2
-    assert run(["recover", "--onnx", str(path), "-o", out]) == 2
-    assert "no adapter in its metadata" in capsys.readouterr().err
-    assert run(["recover", "--onnx", str(tmp_path / "absent"), "-o", out]) == 6
+    path, out = files[0], tmp_path / "out"
+    assert run_verb("recover", "-o", out).code == 2
+    assert run_verb("recover", "--onnx", path, "--base", path, "-o", out).code == 2
+    code, _, err = run_verb("recover", "--onnx", path, "-o", out)
+    assert code == 2 and "no adapter in its metadata" in err
+    assert run_verb("recover", "--onnx", tmp_path / "absent", "-o", out).code == 6
