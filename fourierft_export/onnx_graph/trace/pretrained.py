@@ -92,7 +92,7 @@ def export_pretrained(
     check_output(path, force=force, inputs=(opened.directory,))
     check_versions(opset, ir_version, functions=mode != MERGED and not inline)
     if progress:
-        progress("check the base", 0, 1)
+        progress("checking the base", 0, 1)
     # Against the files: a loaded model may be in another precision than they are.
     fits = [
         fit_adapter(one.spec, layers_of_base(opened, one.spectra), name=f"adapter {name}")
@@ -115,8 +115,7 @@ def export_pretrained(
     traced: nn.Module = EncoderView(model) if get_task(task).encoder_only else model
     there = {path for path, _ in traced.named_modules()}
     adapters = {n: _on_model(model, one, there) for n, one in weighted(given, factors).items()}
-    layers = {name for one in adapters.values() for name in one.spectra}
-    outside = len({name for one in named.values() for name in one.spectra}) - len(layers)
+    outside = max(len(named[n].spectra) - len(one.spectra) for n, one in adapters.items())
     if outside:
         notes.append(f"{outside} adapted layers are outside the encoder, and not in the graph")
     absent = _absent(opened, adapters) if mode in RUNTIME_MODES else ()
