@@ -2,11 +2,12 @@
 
 Data flows one way, and each folder knows only those before it:
 
-1. what all of it shares, no graph in it: the adapter inputs and how an adapter fits them (`groups`,
-   `fit`, `weight_input`, `several`), modes, metadata, reports, file names;
-2. `find`: where an adapter's layers are in a graph;
-3. `edit`: adapters into a graph, and the graph into a file;
-4. `trace`: from torch to a graph (the only folder that needs torch); `runtime`: a graph in ONNX
-   Runtime. Neither knows the other;
-5. the verbs on files: `apply` (with its `search`), `recover`, `describe`.
+1. what all of it shares, no graph in it: the adapter inputs and what an adapter feeds them
+   (`groups`, `fit`, `adapters`), mode names, metadata, reports;
+2. `graph`: ONNX files read and written, nodes and constants changed;
+3. `locate`: where an adapter's layers are in a graph that others made;
+4. `modes`: adapters into a graph, one file per mode (`modes/write.py` is the way in);
+5. `trace`: from torch to a graph whose layers are known (the only folder that needs torch), then
+   the same modes; `runtime`: a graph in ONNX Runtime. Neither knows the other;
+6. the verbs on files: `apply`, `describe`.
 """

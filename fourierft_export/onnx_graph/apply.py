@@ -26,12 +26,11 @@ from .locate.saved import find_saved
 from .locate.search import search
 from .locate.site import Site, Wanted
 from .metadata import KEY
-from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED
+from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
 from .modes.batched import batch_of
 from .modes.heads import float_heads
 from .modes.write import check_mode, write_adapters
 from .report import ExportReport, report_on
-from .runtime_paths import expander_path
 
 _SIDE_OPSET = 18  # of a graph with an adapter beside its layers
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.spec import Fingerprint
+from ..spectral.delta import Term, add_delta_weight
 from ..types import Array
 
 PREFIX = "fourierft."
@@ -149,6 +150,27 @@ class Interface:
                 for layer, f in content["fingerprints"].items()
             },
         )
+
+
+@dataclass(frozen=True, eq=False)
+class WeightInput:
+    """A weight that the graph takes as an input.
+
+    Attributes:
+        name: of the input, and of the expander's output.
+        layer: module path.
+        base: the base weight as the graph has it.
+        transposed: that is (in, out).
+    """
+
+    name: str
+    layer: str
+    base: Array
+    transposed: bool
+
+    def adapted(self, terms: Sequence[Term]) -> Array:
+        """W + delta_W, rounded once, in the graph's layout."""
+        return add_delta_weight(self.base, terms, transposed=self.transposed)
 
 
 def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:

@@ -1,6 +1,9 @@
-"""The export modes, by name."""
+"""The export modes, by name, and where the second file of mode paired lies."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 MERGED = "merged"
 UNMERGED = "unmerged"
@@ -14,3 +17,8 @@ MODES = (MERGED, UNMERGED, *RUNTIME_MODES)
 # fed (some languages' ONNX Runtime cannot feed inputs that have a default).
 REQUIRED = "required"
 DEFAULTS = ("bundle", "base", REQUIRED)
+
+
+def expander_path(path: str | os.PathLike[str]) -> Path:
+    """Where the expander of a paired graph lies: FILE.onnx -> FILE.expand.onnx."""
+    return Path(path).with_suffix(".expand.onnx")

@@ -1,5 +1,5 @@
-"""Adapters into an open graph, in every mode, and the graph into a file.
+"""Adapters written into a graph: one file per mode, used by `export_onnx` and `apply_onnx` alike.
 
-Works on what `find` found; knows neither torch nor ONNX Runtime. From plain operators up: `ops`,
-tables and transforms, side branches and functions, one module per mode, the writing at the end.
+Each mode has `write(edits, adapters, sites, saved)`; `write.write_adapters` calls it, and adds what
+every mode needs: checks before and after, and the metadata.
 """

@@ -17,12 +17,11 @@ from ..adapters import layer_terms
 from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops
 from ..graph.source import constant_of
-from ..groups import Group
+from ..groups import Group, WeightInput
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written
 from ..mode_names import DEFAULTS
-from ..weight_input import WeightInput
 from . import functions
 from .inputs import AdapterInputs, adapter_inputs, group_inputs, saved_inputs, take_out
 from .unpack import unpacked_sites

@@ -14,11 +14,9 @@ from ...errors import BadInputError, UsageError
 from ...types import Array
 from ..fit import fit
 from ..graph.source import Source, open_onnx
-from ..groups import BASE_PREFIX, Interface
+from ..groups import BASE_PREFIX, Interface, WeightInput
 from ..metadata import KEY
-from ..mode_names import BANK, PAIRED
-from ..runtime_paths import expander_path
-from ..weight_input import WeightInput
+from ..mode_names import BANK, PAIRED, expander_path
 
 
 @dataclass(frozen=True, eq=False)

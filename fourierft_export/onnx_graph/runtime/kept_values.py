@@ -8,8 +8,7 @@ from typing import Any
 
 from ...spectral.delta import Term
 from ...types import Array
-from ..groups import Interface
-from ..weight_input import WeightInput
+from ..groups import Interface, WeightInput
 from .ort_session import to_value
 
 

@@ -17,8 +17,7 @@ from ...errors import UsageError
 from ...types import Array
 from ..fit import check_parameters, fit, knows_base
 from ..groups import ADAPTER_ID, Interface, base_feeds, table
-from ..mode_names import BANK, PAIRED
-from ..runtime_paths import expander_path
+from ..mode_names import BANK, PAIRED, expander_path
 from .adapter_file import SUFFIX, read_adapter
 from .exported import open_exported
 from .kept_values import KeptValues

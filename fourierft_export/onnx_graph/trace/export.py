@@ -18,11 +18,10 @@ from ...files.staging import check_output
 from ...types import Progress
 from ..graph.inline import inline_functions
 from ..graph.write import write_model
-from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES
+from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES, expander_path
 from ..modes.merged import saved_values
 from ..modes.write import check_adapter_count, check_mode, write_adapters
 from ..report import ExportReport, report_on
-from ..runtime_paths import expander_path
 from .base import replaced_tensors, tensor_of, trace_base
 from .trace import Inputs
 from .versions import check_versions, set_ir_version
