@@ -85,7 +85,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "fourierft_export").rglob("*")
-        if path.suffix in {".py", ".typed", ".md"} or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == expected
     assert {"fourierft_export/py.typed", "fourierft_export/bundle/FORMAT.md"} <= names

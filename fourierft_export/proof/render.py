@@ -41,7 +41,9 @@ NARROW_FIGURES = ("max_abs", "mean_abs", "cosine", "argmax")
 
 
 def describe_side(side: Side) -> str:
-    """What a side is, in one sentence without a full stop; empty for one that the caller named."""
+    """What a side is, in one sentence without a full stop."""
+    if not side.source:
+        return "a function that the caller gave"
     kind, _, rounded = side.name.partition(":")
     meaning = SIDES.get(kind, "")
     half = rounded in ("float16", "bfloat16")
