@@ -69,6 +69,9 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
     except ImportError:
         return False, {}
     graph = model.graph
+    # sympy may evaluate names as expressions: it gets only such that are harmless.
+    if not all(node.op_type.isidentifier() for node in graph.all_nodes()):
+        return False, {}
     for name, value in tuple(graph.initializers.items()):
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > _LARGE:
@@ -77,7 +80,6 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
             value.const_value = None
             if value not in graph.inputs:
                 graph.inputs.append(value)
-    # sympy would evaluate some names as expressions: it gets only such that are made here.
     symbols: dict[str, str] = {}
     unnamed = itertools.count()
 
