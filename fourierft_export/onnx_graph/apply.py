@@ -55,7 +55,7 @@ def apply_onnx(
     bias beside it, or by its content, which a bound bundle (or `base`) tells; never by shape alone.
     A weight that other nodes use too is changed for the adapter's layers only. Functions that hold
     layers of the adapter are expanded; others stay. Weights in external data stay on disk: memory
-    holds one at a time.
+    holds two at a time.
 
     Args:
         onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; beside
@@ -64,7 +64,9 @@ def apply_onnx(
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
         mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. Beside a
             quantised weight, which stays as it is, the adapter is a float branch (not in modes
-            merged and paired).
+            merged and paired). Run int8 files with the session option
+            `session.x64quantprecision` = "1", as `AdapterSession` does: without it, ONNX Runtime's
+            int8 sums saturate on x86-64 CPUs that lack VNNI.
         weights: one factor per bundle, by which its change counts; 1 by default.
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.

@@ -40,7 +40,7 @@ class AdapterSession:
         session_options: an onnxruntime.SessionOptions; its log level is raised while the file is
             loaded, since ONNX Runtime warns of every overridable input. Where it has no entry
             `session.x64quantprecision`, "1" is added: without it, x86-64 CPUs that lack VNNI
-            compute int8 products with sums that saturate (10 to 30 times the error).
+            compute int8 products with sums that saturate (3 to 27 times the error).
         memory_limit: bytes of weights to keep for the adapters (mode paired), the base's among
             them: what was used longest ago goes first. No limit by default.
         allow_links: follow links of external data that end inside the model's folder.
