@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,22 +106,28 @@ class LayerAdapter(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """delta_W (M, N), float32 (float64 if the spectrum is), whatever autocast says."""
-        with torch.autocast(self.spectrum.device.type, enabled=False):
+        with self._without_autocast():
             return torch_ops.delta_weight(
                 self.spectrum, self.entries, self.shape, self.origin.scaling
             )
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """A frozen weight (M, N) plus delta_W, in float32 (float64 if either is)."""
-        with torch.autocast(self.spectrum.device.type, enabled=False):
+        with self._without_autocast():
             return torch_ops.merged_weight(weight, self.spectrum, self.entries, self.origin.scaling)
 
     def token_delta(self, x: Tensor) -> Tensor:
         """The product x delta_W^T (..., M) without delta_W; float32 or better, then x's dtype."""
-        with torch.autocast(self.spectrum.device.type, enabled=False):
+        with self._without_autocast():
             return torch_ops.token_delta(
                 x, self.spectrum, self.entries, self.shape, self.origin.scaling
             )
+
+    def _without_autocast(self) -> AbstractContextManager[object]:
+        device = self.spectrum.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.autocast(device, enabled=False)
+        return nullcontext()  # entering the other takes 0.1 ms
 
     def extra_repr(self) -> str:
         """n, seed and scaling."""

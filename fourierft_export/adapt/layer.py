@@ -267,7 +267,8 @@ class FourierLinear(nn.Module):
         learns = torch.is_grad_enabled() and any(a.spectrum.requires_grad for a in adapters)
         n_frequency = sum(a.n_frequency for a in adapters)
         rows = x.numel() // self.in_features
-        return choose_form(rows, self.shape, n_frequency, training=learns)
+        remember = not torch.compiler.is_compiling()
+        return choose_form(rows, self.shape, n_frequency, training=learns, remember=remember)
 
     def _is_one_product(self, x: Tensor) -> bool:
         """Whether one product with W + delta_W gives the same: never where the sum is rounded."""

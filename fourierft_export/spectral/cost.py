@@ -1,18 +1,18 @@
 """Which way to take: the cost model of every choice in the spectral core, in one place.
 
-Costs are nanoseconds on the machine the constants were fitted on (two x86-64 cores with AVX-512);
-only their ratios matter. They follow from counts that anyone can check: FFT butterflies, entries
-times rows, multiplications of a matrix product. `samples/bench` runs every path and shows how far
-the choice is from the best.
+Costs are nanoseconds on the machine the constants were fitted on (one x86-64 core with AVX-512);
+only their ratios matter, and they hold for AVX2 as well. They follow from counts that anyone can
+check: FFT butterflies, entries times rows, multiplications of a matrix product. `samples/bench`
+runs every path and shows how far the choice is from the best.
 
     with force(delta="products"): ...   # take this path whatever the model says
-    print(explain((768, 768), 1000, rows=32))
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from math import log2
 
 from ..errors import UsageError
@@ -51,8 +51,7 @@ def delta_costs(
 ) -> dict[str, float]:
     """Estimated cost of `layers` delta_W over the same entries by each of `DELTA_PATHS`.
 
-    Threads share rows or layers, but "columns" transforms a whole layer before its first row, and
-    of "products" only the products themselves are shared, by the library that makes them.
+    Threads share rows or layers, but "columns" transforms a whole layer before its first row.
     """
     rows, columns = shape
     kept = rows // 2 + 1
@@ -67,7 +66,7 @@ def delta_costs(
     return {
         "rows": _CALLS["rows"] + layers * (add + row_ffts + by_rows) / shared,
         "columns": _CALLS["columns"] + layers * (add + row_ffts + by_columns) / min(shared, layers),
-        "products": _CALLS["products"] + layers * (add + products / shared),
+        "products": _CALLS["products"] + layers * (add + products) / shared,
     }
 
 
@@ -105,7 +104,22 @@ def form_costs(
     return {"token": _TOKEN_CALLS + token, "dense": _DENSE_CALLS + dense}
 
 
-def choose_form(rows: int, shape: tuple[int, int], n_frequency: int, training: bool = False) -> str:
+def _cheaper_form(rows: int, shape: tuple[int, int], n_frequency: int, training: bool) -> str:
+    costs = form_costs(rows, shape, n_frequency, training)
+    return "token" if costs["token"] <= costs["dense"] else "dense"
+
+
+_remembered_form = lru_cache(maxsize=4096)(_cheaper_form)
+
+
+def choose_form(
+    rows: int,
+    shape: tuple[int, int],
+    n_frequency: int,
+    training: bool = False,
+    *,
+    remember: bool = True,
+) -> str:
     """How to apply an adapter to `rows` tokens: "token" (never builds delta_W) or "dense".
 
     Args:
@@ -113,11 +127,12 @@ def choose_form(rows: int, shape: tuple[int, int], n_frequency: int, training: b
         shape: (out_features, in_features).
         n_frequency: number of coefficients.
         training: a gradient in the spectrum will be asked for.
+        remember: keep the answer, as the estimate itself takes 30 us; torch.compile cannot.
     """
     if "form" in _forced:
         return _forced["form"]
-    costs = form_costs(rows, shape, n_frequency, training)
-    return "token" if costs["token"] <= costs["dense"] else "dense"
+    cheaper = _remembered_form if remember else _cheaper_form
+    return cheaper(rows, shape, n_frequency, training)
 
 
 def choose_rows_form(
@@ -161,27 +176,3 @@ def force(*, delta: str | None = None, form: str | None = None) -> Iterator[None
     finally:
         _forced.clear()
         _forced.update(before)
-
-
-def explain(
-    shape: tuple[int, int],
-    n_frequency: int,
-    rows: int | None = None,
-    *,
-    training: bool = False,
-    threads: int = 1,
-) -> str:
-    """Text that says which path is taken for such a layer, and what the model thinks of each."""
-    costs = delta_costs(shape, n_frequency, threads=threads)
-    path = choose_delta_path(shape, n_frequency, threads=threads)
-    lines = [_explain_one("delta_W", costs, path)]
-    if rows is not None:
-        costs = form_costs(rows, shape, n_frequency, training)
-        form = choose_form(rows, shape, n_frequency, training)
-        lines.append(_explain_one(f"{rows} rows", costs, form))
-    return "\n".join(lines)
-
-
-def _explain_one(what: str, costs: dict[str, float], chosen: str) -> str:
-    estimates = ", ".join(f"{name} {cost / 1e6:.3g} ms" for name, cost in costs.items())
-    return f"{what}: {chosen} (estimates: {estimates})"

@@ -130,43 +130,6 @@ def add_delta_weight(
     return target
 
 
-def merge_delta_weights(
-    weights: Sequence[AnyFloat],
-    spectra: AnyFloat,
-    entries: Entries,
-    scaling: float,
-    *,
-    transposed: bool = False,
-    threads: int | None = None,
-) -> None:
-    """Add to each weight, in place, the delta_W of its own spectrum over shared entries.
-
-    Args:
-        weights: L arrays of one shape, (out, in), or (in, out) when `transposed`; any float dtype.
-            Sums are in float32 and rounded once.
-        spectra: (L, n), any float dtype.
-        entries: int64 (n, 2), pairs (u, v) with u along out.
-        scaling: multiplies every delta_W.
-        transposed: the weights are stored as (in, out).
-        threads: at most this many; see `delta_weight`.
-
-    Raises:
-        UsageError: sizes that do not fit together.
-    """
-    if not weights:
-        return
-    upright = _upright(entries, transposed)
-    shapes = {weight.shape for weight in weights}
-    if len(weights) != len(spectra) or len(shapes) != 1:
-        raise UsageError(
-            "weights",
-            expected=f"{len(spectra)} of one shape, one for each spectrum",
-            found=f"{len(weights)} of shapes {sorted(shapes)}",
-        )
-    _check_stack(spectra, upright, weights[0].shape)
-    rebuild(weights, weights, spectra, upright, scaling, threads)
-
-
 def check_term(spectrum: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> tuple[int, int]:
     """`shape` as plain integers, once spectrum, entries and shape fit together."""
     if len(shape) != 2:

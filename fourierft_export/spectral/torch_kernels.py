@@ -1,4 +1,4 @@
-"""The computations behind `torch_ops`, without autograd: tensors in, tensors out.
+"""The computations of `torch_ops`, without autograd: tensors in, tensors out.
 
 float32 tensors on the CPU go through the numpy core, whose memory they share: it works in blocks,
 in place, and its threads wait for nobody. Everything else (other devices, float64, meta tensors)
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import delta as numpy_delta
 from .blocks import AnyFloat
-from .token import TokenTables, token_tables
+from .token_tables import TokenTables, token_tables
 
 Shape = tuple[int, int]
 
@@ -33,13 +33,20 @@ def precision(*tensors: Tensor) -> torch.dtype:
 
 
 def delta_weight(
-    spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float, weight: Tensor | None = None
+    spectrum: Tensor,
+    entries: Tensor,
+    rows: int,
+    columns: int,
+    scaling: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """delta_W (M, N), or `weight` + delta_W, in `precision`."""
     wide = precision(spectrum) if weight is None else precision(spectrum, weight)
+    if is_empty(spectrum):
+        return spectrum.new_empty(rows, columns, dtype=wide)
     spectrum = spectrum.detach().to(wide)
     if on_host(spectrum, entries) and wide == torch.float32:
-        target = np.empty(shape, np.float32)
+        target = np.empty((rows, columns), np.float32)
         start = None if weight is None else host_array(weight, read_only=True)
         numpy_delta.rebuild(
             None if start is None else [start],
@@ -50,8 +57,13 @@ def delta_weight(
             torch.get_num_threads(),
         )
         return torch.from_numpy(target)
-    delta = delta_by_fft(spectrum, entries, shape, scaling)
+    delta = delta_by_fft(spectrum, entries, (rows, columns), scaling)
     return delta if weight is None else delta.add_(weight)
+
+
+def delta_of(spectrum: Tensor, entries: Tensor, rows: int, columns: int, scaling: float) -> Tensor:
+    """`delta_weight` without a weight."""
+    return delta_weight(spectrum, entries, rows, columns, scaling)
 
 
 def delta_by_fft(spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
@@ -72,65 +84,77 @@ def delta_by_fft(spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float
     return delta
 
 
-def at_entries(grad: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
+def at_entries(grad: Tensor, entries: Tensor, rows: int, columns: int, scaling: float) -> Tensor:
     """The adjoint of `delta_weight`: Re(fft2(G)) * scaling / (M N) at the entries, (n,)."""
-    u, v = _fold(entries, shape)
-    half = torch.fft.rfft(grad.to(precision(grad)), dim=1)
+    wide = precision(grad)
+    if is_empty(grad):
+        return grad.new_empty(entries.shape[0], dtype=wide)
+    u, v = _fold(entries, (rows, columns))
+    half = torch.fft.rfft(grad.to(wide), dim=1)
     if 2 * len(v) < half.shape[1]:  # then most columns hold no entry
         half, v = half[:, v], torch.arange(len(v), device=v.device)
     picked: Tensor = torch.fft.fft(half, dim=0)[u, v].real
-    return picked * (scaling / (shape[0] * shape[1]))
+    return picked * (scaling / (rows * columns))
 
 
-def token(x: Tensor, spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
+def token(
+    x: Tensor, spectrum: Tensor, entries: Tensor, rows: int, columns: int, scaling: float
+) -> Tensor:
     """The product x delta_W^T (..., M) in x's dtype; shapes as `torch_ops.token_delta`."""
-    if not x.numel():  # FFT libraries refuse an empty batch
-        return x.new_zeros(*x.shape[:-1], shape[0])
+    if is_empty(x):
+        return x.new_empty(*x.shape[:-1], rows)
     wide = precision(x, spectrum)
-    tables = _token_tables(entries, shape, wide)
+    tables = _token_tables(entries, (rows, columns), wide)
     chosen = _choose(torch.fft.rfft(x.detach().to(wide)), tables[0])
-    return _to_values(chosen, spectrum.detach(), tables, shape, scaling).to(x.dtype)
+    return _to_values(chosen, spectrum.detach(), tables, (rows, columns), scaling).to(x.dtype)
 
 
-def token_backward(
+def token_gradients(
     grad: Tensor,
     x: Tensor | None,
     spectrum: Tensor,
     entries: Tensor,
-    shape: Shape,
+    rows: int,
+    columns: int,
     scaling: float,
     wants_x: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients in x (if wanted) and in the spectrum (if `x` is given).
+) -> tuple[Tensor, Tensor]:
+    """Gradients in x (empty unless wanted) and in the spectrum (empty unless `x` is given).
 
     grad delta_W is the token form with u and v exchanged; the gradient of c_k is the sum over
     tokens of Re(FFT(grad)[u_k] FFT(x)[v_k]) * scaling / (M N). Both start from the same transform
     of `grad`.
     """
-    if not grad.numel():
-        empty = grad.new_zeros(*grad.shape[:-1], shape[1]) if wants_x else None
-        return empty, None if x is None else torch.zeros_like(spectrum)
+    if is_empty(grad):
+        grad_x = grad.new_empty(*grad.shape[:-1], columns) if wants_x else grad.new_empty(0)
+        empty = spectrum.new_empty(0) if x is None else torch.zeros_like(spectrum)
+        return grad_x, empty
+    shape = (rows, columns)
     wide = precision(grad, spectrum)
     swapped = _token_tables(entries, shape, wide, swapped=True)
-    chosen = _choose(torch.fft.rfft(grad.to(wide)), swapped[0])
-    grad_spectrum = None
+    chosen = _choose(torch.fft.rfft(grad.detach().to(wide)), swapped[0])
+    grad_x, grad_spectrum = grad.new_empty(0), spectrum.new_empty(0)
     if x is not None:
         read, _, factor = _token_tables(entries, shape, wide)
-        both = torch.view_as_real(_choose(torch.fft.rfft(x.to(wide)), read))
+        both = torch.view_as_real(_choose(torch.fft.rfft(x.detach().to(wide)), read))
         products = both.mul_(torch.view_as_real(chosen))
         if spectrum.ndim > 1:
-            products = _sum_to(products, (*spectrum.shape, 2))
+            products = products.sum_to_size((*spectrum.shape, 2))
         else:
             products = products.reshape(-1, *products.shape[-2:]).sum(0)
         # An imaginary part that the forward drops is zero here by itself.
         signs = torch.stack([torch.ones_like(factor[:, 1]), factor[:, 1].sign()], dim=1)
-        grad_spectrum = (products * signs).sum(-1) * (scaling / (shape[0] * shape[1]))
+        grad_spectrum = (products * signs).sum(-1) * (scaling / (rows * columns))
         grad_spectrum = grad_spectrum.to(spectrum.dtype)
-    grad_x = None
     if wants_x:
-        flipped = (shape[1], shape[0])
-        grad_x = _to_values(chosen, spectrum, swapped, flipped, scaling).to(grad.dtype)
+        values = _to_values(chosen, spectrum.detach(), swapped, (columns, rows), scaling)
+        grad_x = values.to(grad.dtype)
     return grad_x, grad_spectrum
+
+
+def is_empty(tensor: Tensor) -> bool:
+    """Whether a tensor has no values: on the meta device, while torch traces, or of size 0."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.numel()
 
 
 def _choose(half: Tensor, read: Tensor) -> Tensor:
@@ -159,9 +183,6 @@ def _token_tables(
     entries: Tensor, shape: Shape, dtype: torch.dtype, swapped: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`TokenTables` as tensors beside the entries; with `swapped` those of delta_W transposed."""
-    if entries.is_meta or isinstance(entries, FakeTensor):
-        place = entries.new_empty(len(entries))
-        return place, place, entries.new_empty(entries.shape, dtype=dtype)
     kept: dict[Any, Any] | None = _tables.get(entries)
     if kept is None:
         kept = _tables[entries] = {}
@@ -213,8 +234,3 @@ def _fold(entries: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     u, v = entries.unbind(1)
     mirrored = 2 * v > columns
     return torch.where(mirrored, -u % rows, u), torch.where(mirrored, columns - v, v)
-
-
-def _sum_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    summed: Tensor = tensor.sum_to_size(shape)
-    return summed

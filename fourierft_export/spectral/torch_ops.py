@@ -1,28 +1,28 @@
-"""The spectral forms for torch tensors, on any device, differentiable.
+"""delta_W and the token form for torch tensors, on any device, differentiable to any order.
 
-Eagerly these are autograd functions; under `torch.compile` the same kernels are custom operators
-(`torch_compiled`), which eagerly would cost 30 us more a call.
+Eagerly these are autograd functions; under `torch.compile` and `torch.export`, which cannot look
+into FFTs and numpy, the same kernels are custom operators of the namespace `fourierft_export`, so
+that a model stays one graph. Eagerly the operators would cost 30 us more a call.
+
+Both forms are linear in each of their arguments, so their derivatives are made of the same few
+operations. With T(x, c) = x delta_W(c)^T, T' that of the transposed delta_W, and
+B(g, x)_k = dL/dc_k for the gradient g of the output: dT/dx = T'(g, c), dT/dc = B(g, x).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..errors import UsageError
 from . import delta as numpy_delta
-from . import torch_compiled
 from . import torch_kernels as kernels
-from .cost import choose_form
-from .token import check_features
 
-__all__ = ["choose_form", "delta_weight", "merge_delta_weights", "merged_weight", "token_delta"]
-
-Shape = tuple[int, int]
+Function = type[torch.autograd.Function]
 
 
 def delta_weight(
@@ -42,9 +42,10 @@ def delta_weight(
         nothing but the entries is held for it.
     """
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch_compiled.delta_op(spectrum, entries, *shape, float(scaling))
-        return compiled
-    return _apply(_Delta, spectrum, entries, shape, float(scaling), None)
+        result: Tensor = _delta_op(spectrum, entries, *shape, float(scaling))
+    else:
+        result = _apply(_Delta, spectrum, entries, *shape, float(scaling), None)
+    return result
 
 
 def merged_weight(weight: Tensor, spectrum: Tensor, entries: Tensor, scaling: float) -> Tensor:
@@ -61,9 +62,10 @@ def merged_weight(weight: Tensor, spectrum: Tensor, entries: Tensor, scaling: fl
     """
     shape = (weight.shape[0], weight.shape[1])
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch_compiled.delta_op(spectrum, entries, *shape, float(scaling))
-        return compiled + weight.detach()
-    return _apply(_Delta, spectrum, entries, shape, float(scaling), weight.detach())
+        result: Tensor = _delta_op(spectrum, entries, *shape, float(scaling)) + weight.detach()
+    else:
+        result = _apply(_Delta, spectrum, entries, *shape, float(scaling), weight.detach())
+    return result
 
 
 def token_delta(
@@ -86,11 +88,17 @@ def token_delta(
     Raises:
         UsageError: x's last dimension is not N.
     """
-    check_features(x.shape, shape)
+    if not x.ndim or x.shape[-1] != shape[1]:
+        raise UsageError(
+            "input of an adapted layer",
+            expected=f"a last dimension of {shape[1]}",
+            found=f"shape {tuple(x.shape)}",
+        )
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch_compiled.token_op(x, spectrum, entries, *shape, float(scaling))
-        return compiled
-    return _apply(_Token, x, spectrum, entries, shape, float(scaling))
+        result: Tensor = _token_op(x, spectrum, entries, *shape, float(scaling))
+    else:
+        result = _apply(_Token, x, spectrum, entries, *shape, float(scaling))
+    return result
 
 
 @torch.no_grad()
@@ -132,73 +140,157 @@ def merge_delta_weights(
         return targets
     for weight, target, spectrum in zip(weights, targets, spectra, strict=True):
         upright = weight.T if transposed else weight
-        shape = (upright.shape[0], upright.shape[1])
         spectrum = spectrum.to(torch.promote_types(spectrum.dtype, kernels.precision(weight)))
-        delta = kernels.delta_weight(spectrum, entries, shape, float(scaling)).add_(upright)
+        rows, columns = upright.shape
+        delta = kernels.delta_weight(spectrum, entries, rows, columns, float(scaling)).add_(upright)
         target.copy_(delta.T if transposed else delta)
     return targets
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
+def _apply(function: Function, *arguments: object) -> Any:
     """`Function.apply`, which torch leaves untyped."""
-    result: Tensor = function.apply(*arguments)
-    return result
+    return function.apply(*arguments)
+
+
+def _one_by_one(function: Function) -> Callable[..., tuple[Any, Any]]:
+    """The rule of torch.func.vmap: apply the function to each sample, and stack the results."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        results = []
+        for i in range(info.batch_size):
+            own = (
+                arg if dim is None else arg.select(dim, i)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+            results.append(_apply(function, *own))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return vmap
+
+
+def _save_delta(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    values, entries, *ctx.sizes = inputs[:5]
+    ctx.dtype = values.dtype
+    ctx.save_for_backward(entries)
 
 
 class _Delta(torch.autograd.Function):
-    """spectrum -> delta_W (plus a constant weight); its adjoint is `_AtEntries`."""
+    """spectrum -> delta_W (plus a constant weight)."""
+
+    forward = staticmethod(kernels.delta_weight)
+    setup_context = staticmethod(_save_delta)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        spectrum: Tensor,
-        entries: Tensor,
-        shape: Shape,
-        scaling: float,
-        weight: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(entries)
-        ctx.shape, ctx.scaling, ctx.dtype = shape, scaling, spectrum.dtype
-        return kernels.delta_weight(spectrum, entries, shape, scaling, weight)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (entries,) = ctx.saved_tensors
+        grad = _apply(_AtEntries, grads[0], entries, *ctx.sizes)
+        return grad.to(ctx.dtype), None, None, None, None, None
+
+
+class _AtEntries(torch.autograd.Function):
+    """The adjoint of `_Delta`: G (M, N) -> its inner product with each entry's cosine."""
+
+    forward = staticmethod(kernels.at_entries)
+    setup_context = staticmethod(_save_delta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (entries,) = ctx.saved_tensors
-        grad = _apply(_AtEntries, grads[0], entries, ctx.shape, ctx.scaling)
-        return grad.to(ctx.dtype), None, None, None, None
+        delta = _apply(_Delta, grads[0], entries, *ctx.sizes, None)
+        return delta.to(ctx.dtype), None, None, None, None
 
 
-class _AtEntries(torch.autograd.Function):
-    """G (M, N) -> Re(fft2(G)) * scaling / (M N) at the entries; its adjoint is `_Delta`."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
-        ctx.save_for_backward(entries)
-        ctx.shape, ctx.scaling = shape, scaling
-        return kernels.at_entries(grad, entries, shape, scaling)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (entries,) = ctx.saved_tensors
-        return _apply(_Delta, grads[0], entries, ctx.shape, ctx.scaling, None), None, None, None
+def _save_token(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    x, spectrum, entries, *ctx.sizes = inputs
+    ctx.save_for_backward(x if spectrum.requires_grad else None, spectrum, entries)
 
 
 class _Token(torch.autograd.Function):
-    """(x, spectrum) -> x delta_W^T."""
+    """T: (x, spectrum) -> x delta_W^T."""
+
+    forward = staticmethod(kernels.token)
+    setup_context = staticmethod(_save_token)
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float
-    ) -> Tensor:
-        ctx.save_for_backward(x if spectrum.requires_grad else None, spectrum, entries)
-        ctx.shape, ctx.scaling = shape, scaling
-        return kernels.token(x, spectrum, entries, shape, scaling)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, spectrum, entries = ctx.saved_tensors
-        grad_x, grad_spectrum = kernels.token_backward(
-            grads[0], x, spectrum, entries, ctx.shape, ctx.scaling, ctx.needs_input_grad[0]
+        wants_x = bool(ctx.needs_input_grad[0])
+        grad_x, grad_spectrum = _apply(
+            _TokenGradients, grads[0], x, spectrum, entries, *ctx.sizes, wants_x
         )
-        return grad_x, grad_spectrum, None, None, None
+        return (
+            grad_x if wants_x else None,
+            None if x is None else grad_spectrum,
+            *(None,) * 4,
+        )
+
+
+class _TokenGradients(torch.autograd.Function):
+    """(g, x, spectrum) -> T'(g, spectrum), B(g, x); empty tensors where they are not wanted."""
+
+    forward = staticmethod(kernels.token_gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        grad, x, spectrum, entries, *ctx.sizes, ctx.wants_x = inputs
+        ctx.save_for_backward(grad, x, spectrum, entries)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad, x, spectrum, entries = ctx.saved_tensors
+        along_x, along_spectrum = grads
+        grad_grad = grad_x = grad_spectrum = None
+        if ctx.wants_x:
+            grad_grad = _apply(_Token, along_x, spectrum, entries, *ctx.sizes)
+        if x is not None:
+            own = _apply(_Token, x.to(grad.dtype), along_spectrum, entries, *ctx.sizes)
+            grad_grad = own if grad_grad is None else grad_grad + own
+        if ctx.wants_x or x is not None:
+            # One call gives both T'(g, along_spectrum) and B(g, along_x).
+            grad_x, grad_spectrum = _apply(
+                _TokenGradients,
+                *(grad, along_x if ctx.wants_x else None),
+                *(spectrum if x is None else along_spectrum, entries, *ctx.sizes, x is not None),
+            )
+        return (
+            grad_grad,
+            None if x is None else grad_x.to(x.dtype),  # type: ignore[union-attr]
+            grad_spectrum if ctx.wants_x else None,
+            *(None,) * 5,
+        )
+
+
+for _function in (_Delta, _AtEntries, _Token, _TokenGradients):
+    _function.vmap = staticmethod(_one_by_one(_function))  # type: ignore[method-assign]
+
+
+def _operator(name: str, kernel: Callable[..., Any]) -> Any:
+    """A custom operator; its fake version runs the kernel on tensors without values."""
+    operator = torch.library.custom_op(f"fourierft_export::{name}", kernel, mutates_args=())
+    operator.register_fake(kernel)
+    return operator
+
+
+_delta_op = _operator("delta_weight", kernels.delta_of)
+_at_entries_op = _operator("at_entries", kernels.at_entries)
+_token_op = _operator("token_delta", kernels.token)
+_token_gradients_op = _operator("token_gradients", kernels.token_gradients)
+
+
+def _delta_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (entries,) = ctx.saved_tensors
+    return _at_entries_op(grad, entries, *ctx.sizes).to(ctx.dtype), None, None, None, None
+
+
+def _token_op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, spectrum, entries = ctx.saved_tensors
+    wants_x = bool(ctx.needs_input_grad[0])
+    grad_x, grad_spectrum = _token_gradients_op(grad, x, spectrum, entries, *ctx.sizes, wants_x)
+    return grad_x if wants_x else None, None if x is None else grad_spectrum, *(None,) * 4
+
+
+_delta_op.register_autograd(_delta_op_backward, setup_context=_save_delta)
+_token_op.register_autograd(_token_op_backward, setup_context=_save_token)
