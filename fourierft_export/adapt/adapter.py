@@ -13,6 +13,12 @@ from ..spectral import torch_ops
 from ..types import Entries
 
 
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is enabled on the tensor's device."""
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 @dataclass(frozen=True)
 class AdapterOrigin:
     """What all layers of one adapter have in common.
@@ -125,7 +131,7 @@ class LayerAdapter(nn.Module):
 
     def _without_autocast(self) -> AbstractContextManager[object]:
         device = self.spectrum.device.type
-        if torch.is_autocast_enabled(device):
+        if autocast_is_on(self.spectrum):
             return torch.autocast(device, enabled=False)
         return nullcontext()  # entering the other takes 0.1 ms
 

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
 from ..types import Entries
-from .adapter import AdapterOrigin, LayerAdapter
+from .adapter import AdapterOrigin, LayerAdapter, autocast_is_on
 from .linear import (
     check_output,
     float_weight,
@@ -240,7 +240,7 @@ class FourierLinear(nn.Module):
         delta = self.delta_weight()
         if delta is None:
             return result
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_is_on(x):
             x = x.to(delta.dtype)
         return (result + F.linear(x, delta)).to(dtype)
 
@@ -279,7 +279,7 @@ class FourierLinear(nn.Module):
         if self.base_layer is not linear and has_hooks(self.base_layer):
             return False
         exact = weight.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
-        return exact and not torch.is_autocast_enabled(x.device.type)
+        return exact and not autocast_is_on(x)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Write nothing: `kept_weight` is written under the base layer's name by a hook."""

@@ -153,8 +153,11 @@ def without_parametrizations(path: str, linear: nn.Module) -> nn.Module:
             check_weight_is_parameter("export", {path: linear})
         return linear
     plain = copy.deepcopy(linear)
-    for name in list(plain.parametrizations):  # type: ignore[arg-type]
-        parametrize.remove_parametrizations(plain, name, leave_parametrized=True)
+    # torch's remove_parametrizations would change the class, which the copy shares.
+    plain.__class__ = type(linear).__bases__[0]
+    for name in plain._modules.pop("parametrizations")._modules:  # type: ignore[union-attr]
+        value = getattr(linear, name).detach()
+        plain._parameters[name] = nn.Parameter(value, requires_grad=False)
     return plain
 
 

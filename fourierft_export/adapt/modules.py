@@ -108,24 +108,26 @@ def add_saved(
         raise KeyError(path)
     inner = module.base_layer if isinstance(module, FourierLinear) else module
     if not isinstance(inner, AdaptedModule):
-        inner = AdaptedModule(inner)
-        if isinstance(module, FourierLinear):
-            module.base_layer = inner
-        else:
-            put(model, path, inner)
+        wrapper = AdaptedModule(inner)
+        _exchange_everywhere(model, inner, wrapper)
+        inner = wrapper
     add_version(inner, name, tensors, trainable)
+
+
+def _exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` at all places of the model where `old` stands: a base may use a module twice."""
+    for module in list(original(model).modules()):
+        for name, child in module._modules.items():
+            if child is old and module is not new:
+                module._modules[name] = new
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Remove adapter `name`; where it was the last one, the base's own module stands again."""
-    for path, adapted in adapted_modules(model).items():
+    for adapted in adapted_modules(model).values():
         remove_version(adapted, name)
         if not versions_of(adapted):
-            holder = fourier_layers(model).get(path)
-            if holder is not None:
-                holder.base_layer = original_of(adapted)
-            else:
-                put(model, path, original_of(adapted))
+            _exchange_everywhere(model, adapted, original_of(adapted))
     for path, layer in fourier_layers(model).items():
         layer.active = tuple(n for n in layer.active if n != name)
         if name in layer.adapters:

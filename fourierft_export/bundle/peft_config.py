@@ -110,7 +110,14 @@ def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
     likely = template(spec)
     owners = {name: name.rpartition(".")[0] for name in saved}
     modules = {owner for name, owner in owners.items() if not name.endswith(".bias")}
-    biases = set(owners.values()) - modules
+    named = {_saved_whole(module, spec.task_type) for module in modules}
+    # PEFT cannot open a directory that names a module within a saved one.
+    whole = {name for name in named if not any(name.startswith(f"{other}.") for other in named)}
+    biases = {
+        owner
+        for owner in owners.values()
+        if not any(f"{owner}.".startswith(f"{name}.") for name in whole)
+    }
     targets = {layer.name: layer.n_frequency for layer in spec.layers}
     return {
         **likely,
@@ -118,7 +125,7 @@ def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
         # A pattern, since PEFT takes names in a list for endings, too: "0" would be every "x.0".
         "target_modules": "|".join(map(re.escape, targets)),
         "n_frequency_pattern": {k: n for k, n in targets.items() if n != likely["n_frequency"]},
-        "modules_to_save": sorted({_saved_whole(m, spec.task_type) for m in modules}) or None,
+        "modules_to_save": sorted(whole) or None,
         "bias": "none" if not biases else "fourier_only" if biases <= set(targets) else "all",
     }
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...errors import UsageError
 from ...spectral import torch_ops
 from ...spectral.cost import choose_rows_form
-from ..adapter import LayerAdapter
+from ..adapter import LayerAdapter, autocast_is_on
 from .context import ONE_BY_ONE, Names, RowAdapters
 
 
@@ -68,7 +68,7 @@ def _group_deltas(
         for name, adapter in members.items():
             delta = adapter.delta_weight()
             own = _select(x, positions[name], names)
-            if not torch.is_autocast_enabled(x.device.type):
+            if not autocast_is_on(x):
                 own = own.to(delta.dtype)
             parts.append((positions[name], F.linear(own, delta)))
         return parts
