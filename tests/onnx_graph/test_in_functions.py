@@ -21,6 +21,7 @@ Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 MODES = ("merged", "unmerged", "swappable", "paired", "bank")
 OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
 SHAPE = (10, 6)
+X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -90,21 +91,10 @@ def exact(x: np.ndarray, up: np.ndarray, down: np.ndarray, bias: np.ndarray | fl
     return y @ weights()["other"]
 
 
-@pytest.fixture
-def x() -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("names", [NAMED, ANONYMOUS], ids=["by name", "by value"])
 def test_weights_within_functions(
-    names: dict[str, str],
-    mode: str,
-    make_bundle: Any,
-    exact_delta: Any,
-    x: np.ndarray,
-    tmp_path: Path,
-    run: Run,
+    names: dict[str, str], mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
     """Both calls of a function have the adapter; functions that hold none of it stay."""
     held = {name: weights()[name] for name in ("up", "down")}
@@ -117,9 +107,9 @@ def test_weights_within_functions(
     kept = [one.name for one in onnx.load(out).functions if one.domain == "local"]
     assert kept == ["Other"]
     got = ff.AdapterSession(out)
-    base, feeds = exact(x, held["up"], held["down"], 0.5), {"x": x}
+    base, feeds = exact(X, held["up"], held["down"], 0.5), {"x": X}
     new = {name: held[name] + exact_delta(bundle, name, held[name].shape) for name in held}
-    want = exact(x, new["up"], new["down"], saved.get("up.bias", 0.5))
+    want = exact(X, new["up"], new["down"], saved.get("up.bias", 0.5))
     assert np.abs(want - base).max() > 0.5
     if mode in ("merged", "unmerged"):
         answer = run(out, feeds)["y"]
@@ -134,9 +124,7 @@ def test_weights_within_functions(
         assert sorted(shape for shape in shapes if len(shape) == 2) == [(10, 6), (10, 6)]
 
 
-def test_mapped_by_hand(
-    make_bundle: Any, exact_delta: Any, x: np.ndarray, tmp_path: Path, run: Run
-) -> None:
+def test_mapped_by_hand(make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run) -> None:
     """An unbound adapter knows no content: the constant's name in its function settles it."""
     bundle = make_bundle(["layer"], scaling=30.0)
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
@@ -145,8 +133,8 @@ def test_mapped_by_hand(
         ff.apply_onnx(source, bundle, out)
     ff.apply_onnx(source, bundle, out, mapping={"layer": "c0"})
     held = weights()
-    want = exact(x, held["up"] + exact_delta(bundle, "layer", SHAPE), held["down"], 0.5)
-    np.testing.assert_allclose(run(out, {"x": x})["y"], want, rtol=0, atol=1e-4)
+    want = exact(X, held["up"] + exact_delta(bundle, "layer", SHAPE), held["down"], 0.5)
+    np.testing.assert_allclose(run(out, {"x": X})["y"], want, rtol=0, atol=1e-4)
 
 
 def test_functions_that_cannot_be_expanded(make_bundle: Any, tmp_path: Path) -> None:

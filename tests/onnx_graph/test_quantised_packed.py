@@ -16,6 +16,7 @@ import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
+Files = dict[str, Path]
 FORMS = ("4 bit", "4 bit asymmetric", "8 bit", "4 bit QDQ", "QDQ", "dynamic int8")
 WEIGHT_ONLY = FORMS[:4]
 ATTN = "model.layers.0.self_attn"
@@ -89,13 +90,7 @@ def integers(path: Path) -> str:
     ("form", "mode"), [*((form, "unmerged") for form in FORMS), ("4 bit", "swappable")]
 )
 def test_each_part_gets_its_own_branch(
-    form: str,
-    mode: str,
-    files: dict[str, Path],
-    bundle: Any,
-    share: np.ndarray,
-    tmp_path: Path,
-    run: Run,
+    form: str, mode: str, files: Files, bundle: Any, share: Any, tmp_path: Path, run: Run
 ) -> None:
     """By name; the weight stays as it is, and the bundle comes back out of the file."""
     out = tmp_path / "out.onnx"
@@ -115,7 +110,7 @@ def test_each_part_gets_its_own_branch(
 
 @pytest.mark.parametrize("form", WEIGHT_ONLY)
 def test_the_dequantised_base_plus_the_adapter(
-    form: str, files: dict[str, Path], bundle: Any, exact_delta: Any, tmp_path: Path
+    form: str, files: Files, bundle: Any, exact_delta: Any, tmp_path: Path
 ) -> None:
     """x (W + delta_W)^T + b in float64, with the W that onnxruntime itself has."""
 
@@ -138,12 +133,7 @@ def test_the_dequantised_base_plus_the_adapter(
 
 @pytest.mark.parametrize("form", ["float", "4 bit", "QDQ", "dynamic int8"])
 def test_a_bank_of_packed_layers(
-    form: str,
-    files: dict[str, Path],
-    make_bundle: Any,
-    exact_delta: Any,
-    tmp_path: Path,
-    run: Run,
+    form: str, files: Files, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
     """Each row has its own adapter, one of which has a part of the layers only."""
     names = [*PARTS]
@@ -165,7 +155,7 @@ def test_a_bank_of_packed_layers(
 
 @pytest.mark.parametrize("form", ["4 bit asymmetric", "4 bit QDQ", "QDQ", "dynamic int8"])
 def test_parts_without_names_are_found_by_content(
-    form: str, files: dict[str, Path], bundle: Any, tools: Any, tmp_path: Path, run: Run
+    form: str, files: Files, bundle: Any, tools: Any, tmp_path: Path, run: Run
 ) -> None:
     named, out = tmp_path / "named.onnx", tmp_path / "out.onnx"
     ff.apply_onnx(files[form], bundle, named, mode="swappable")
@@ -177,7 +167,7 @@ def test_parts_without_names_are_found_by_content(
 
 
 def test_parts_in_another_order_are_found_by_content(
-    files: dict[str, Path], make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+    files: Files, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
     """The names tell q, k, v; what is in the weight tells better."""
     swapped = {f"{ATTN}.k_proj": (64, 80), f"{ATTN}.v_proj": (48, 64)}
@@ -194,7 +184,7 @@ def test_parts_in_another_order_are_found_by_content(
 
 @pytest.mark.parametrize("form", ["float", "4 bit", "dynamic int8"])
 def test_parts_by_map(
-    form: str, files: dict[str, Path], make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+    form: str, files: Files, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
     """An unbound adapter says nothing of its sizes: nothing but the caller can tell them."""
     unbound, out = make_bundle([*PARTS], n=40, scaling=40.0), tmp_path / "out.onnx"
@@ -213,7 +203,7 @@ def test_parts_by_map(
 
 
 def test_maps_that_cannot_be(
-    files: dict[str, Path], bundle: Any, make_bundle: Any, tools: Any, tmp_path: Path
+    files: Files, bundle: Any, make_bundle: Any, tools: Any, tmp_path: Path
 ) -> None:
     path, out = files["4 bit"], tmp_path / "out.onnx"
     name, q = integers(path), f"{ATTN}.q_proj"
@@ -241,7 +231,7 @@ def test_maps_that_cannot_be(
 
 
 def test_another_base_is_told_and_may_be_allowed(
-    files: dict[str, Path], make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+    files: Files, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
     """By name a layer is found that holds another weight, as quantisers that calibrate make."""
     others = {name: weight[::-1].copy() for name, weight in PARTS.items()}
@@ -259,7 +249,7 @@ def test_another_base_is_told_and_may_be_allowed(
 
 
 def test_scales_per_block_in_external_data(
-    files: dict[str, Path], bundle: Any, share: np.ndarray, tmp_path: Path, run: Run
+    files: Files, bundle: Any, share: np.ndarray, tmp_path: Path, run: Run
 ) -> None:
     """Four-bit integers that lie outside are read, and copied; nothing is merged into them."""
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
@@ -278,7 +268,7 @@ def test_scales_per_block_in_external_data(
 
 @pytest.mark.parametrize("kind", ["subgraph", "QOperator"])
 def test_quantised_products_that_take_no_adapter_are_told(
-    kind: str, files: dict[str, Path], bundle: Any, tmp_path: Path
+    kind: str, files: Files, bundle: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "in.onnx"
     model = onnx.load(files["4 bit" if kind == "subgraph" else kind])
