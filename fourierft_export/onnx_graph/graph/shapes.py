@@ -6,9 +6,12 @@ Runtime's operators; it needs sympy. Neither reads weights here.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
 import logging
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,6 +60,21 @@ def _infer_with_onnx(model: ir.Model, names: set[str | None]) -> dict[str | None
     return {value.name: value for node in model.graph for value in node.outputs}
 
 
+@functools.cache
+def _load_symbolic_inference() -> Any:
+    """Import symbolic_shape_infer.py by its path, since `onnxruntime.tools` imports torch."""
+    runtime = importlib.util.find_spec("onnxruntime")
+    if runtime is None or runtime.origin is None:
+        raise ImportError("onnxruntime is not installed")
+    path = Path(runtime.origin).parent / "tools" / "symbolic_shape_infer.py"
+    spec = importlib.util.spec_from_file_location("_onnxruntime_symbolic_shape_infer", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.Value]]:
     """What ONNX Runtime's symbolic inference infers, by name, and whether that is everything.
 
@@ -65,8 +83,8 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
     import onnx_ir as ir
 
     try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-    except ImportError:
+        symbolic_shape_infer = _load_symbolic_inference()
+    except (ImportError, OSError):
         return False, {}
     graph = model.graph
     # sympy may evaluate names as expressions: it gets only such that are harmless.
@@ -96,7 +114,7 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
                 value.shape = ir.Shape([rename(size) for size in value.shape])
     for value in graph.outputs:
         value.shape = None
-    inference = SymbolicShapeInference(
+    inference = symbolic_shape_infer.SymbolicShapeInference(
         2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
     )
     complete = False
