@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import BadInputError
 from ..files import dtypes, strict_json
-from ..files.container import DTYPE_BITS, Header, encode_header
+from ..files.container import Header, encode_header
+from ..files.dtypes import DTYPE_BITS
 from ..files.strict_json import canonical
 from ..types import Array
 from . import names, peft_config

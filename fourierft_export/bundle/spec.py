@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files import dtypes
-from ..files.container import FLOAT_DTYPES
+from ..files.dtypes import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
 from ..types import Array
 from .names import MAX_NAMES, why_not

@@ -11,13 +11,14 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, FileAccessError
 from . import strict_json
+from .dtypes import DTYPE_BITS
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**50
@@ -25,15 +26,7 @@ MAX_AXES = 32
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _O_EXTRA = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
-# safetensors dtype -> bits per element. Names that are absent here cannot be measured or copied.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class TensorInfo:
     Attributes:
         dtype: safetensors name of its dtype ("F32", "BF16", ...).
         start, stop: byte offsets in the file, not in the payload.
-        path: the file; None when the container was read from memory.
+        path: the file; `Path()` when the container was read from memory.
     """
 
     name: str
@@ -51,7 +44,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     stop: int
-    path: Path | None = None
+    path: Path = Path()
 
     @property
     def nbytes(self) -> int:
@@ -61,17 +54,25 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one safetensors file: tensors in the order of their payloads, the
-    `__metadata__` strings, and the length of the whole file in bytes.
+    """The header of one safetensors file.
+
+    Attributes:
+        tensors: in the order of their payloads.
+        metadata: the `__metadata__` strings.
+        size: of the whole file, in bytes.
+        path: the file; `Path()` when the container was read from memory.
+        stamp: inode, size and time of the file when it was read.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     size: int = 0
+    path: Path = Path()
+    stamp: Stamp = (0, 0, 0)
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """A file descriptor for reading a regular file, opened without blocking on a FIFO.
+    """Open a regular file for reading, without blocking on a FIFO; returns its descriptor.
 
     Raises:
         FileAccessError: missing, or not readable.
@@ -94,7 +95,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) -> bytes:
-    """Bytes [start, stop) of an open file; BadInputError if it ends before `stop`."""
+    """Read bytes [start, stop) of an open file; BadInputError if it ends before `stop`."""
     pieces = []
     at = start
     while at < stop:
@@ -117,15 +118,12 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAX_HEADER_BYTES) -> bytes:
-    """A whole regular file of at most `limit` bytes, such as a config."""
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
+    """Read a whole regular file of at most `limit` bytes, such as a config."""
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise BadInputError(path, expected=f"at most {limit} bytes", found=f"{size}")
-        return read_exactly(fd, 0, size, path)
-    finally:
-        os.close(fd)
+        return read_exactly(file.fileno(), 0, size, path)
 
 
 def _read_at(fd: int, start: int, count: int) -> bytes:
@@ -138,15 +136,21 @@ def _read_at(fd: int, start: int, count: int) -> bytes:
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of a safetensors file."""
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        head = read_exactly(fd, 0, min(8, size), path)
+    with open(open_regular(path), "rb") as file:
+        stamp = file_stamp(file.fileno())
+        size = stamp[1]
+        head = read_exactly(file.fileno(), 0, min(8, size), path)
         length = header_length(head, size, os.fspath(path))
-        text = read_exactly(fd, 8, 8 + length, path)
-    finally:
-        os.close(fd)
-    return parse_header(text, size, os.fspath(path), Path(path))
+        text = read_exactly(file.fileno(), 8, 8 + length, path)
+    header = parse_header(text, size, os.fspath(path), Path(path))
+    return replace(header, path=Path(path), stamp=stamp)
+
+
+def file_stamp(fd: int) -> Stamp:
+    """Inode, size and time of an open file, which change when somebody writes to it."""
+    # Without the device's number, which may differ between machines that share a file system.
+    status = os.fstat(fd)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def header_length(head: bytes, size: int, where: str) -> int:
@@ -172,7 +176,7 @@ def header_length(head: bytes, size: int, where: str) -> int:
     return length
 
 
-def parse_header(text: bytes, size: int, where: str, path: Path | None = None) -> Header:
+def parse_header(text: bytes, size: int, where: str, path: Path = Path()) -> Header:
     """Check the JSON header `text` of a safetensors file of `size` bytes.
 
     Raises:
@@ -207,8 +211,8 @@ def parse_header(text: bytes, size: int, where: str, path: Path | None = None) -
     return Header({t.name: t for t in tensors}, metadata, size)
 
 
-def _tensor(name: str, entry: Any, origin: int, where: str, path: Path | None) -> TensorInfo:
-    """One tensor of the header, checked by itself."""
+def _tensor(name: str, entry: Any, origin: int, where: str, path: Path) -> TensorInfo:
+    """Check one tensor of the header by itself."""
 
     def fail(expected: str, found: object) -> BadInputError:
         return BadInputError(f"{where}, tensor {name!r}", expected=expected, found=str(found))

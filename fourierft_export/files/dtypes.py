@@ -1,4 +1,4 @@
-"""safetensors dtype names as numpy dtypes; ml_dtypes supplies those that numpy lacks."""
+"""The dtypes of safetensors: their names, sizes, and numpy's dtypes (or those of ml_dtypes)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _NUMPY: dict[str, Any] = {
     "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }  # fmt: skip
 
-_KNOWN = frozenset(np.dtype(value) for value in _NUMPY.values())
+_NAMES = {np.dtype(value): name for name, value in _NUMPY.items()}
+# Bits per element. Names that are absent here cannot be measured or copied.
+DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+DTYPE_BITS |= {name: 8 * dtype.itemsize for dtype, name in _NAMES.items()}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @cache
@@ -29,10 +33,9 @@ def to_numpy(name: str) -> np.dtype[Any]:
 
 def has_name(dtype: np.dtype[Any]) -> bool:
     """Whether safetensors has such a dtype."""
-    return dtype.newbyteorder("=") in _KNOWN
+    return dtype.newbyteorder("=") in _NAMES
 
 
-@cache
 def to_name(dtype: np.dtype[Any]) -> str:
     """The safetensors name of a numpy dtype; KeyError if there is none."""
-    return {np.dtype(value): name for name, value in _NUMPY.items()}[dtype.newbyteorder("=")]
+    return _NAMES[dtype.newbyteorder("=")]

@@ -1,8 +1,8 @@
-"""External data of ONNX files: where a tensor's bytes lie, checked before anybody opens the file.
+"""External data of ONNX files: where a tensor's bytes lie, checked before any file is opened.
 
 A model that somebody else made names files. ONNX's own loader refuses links, ONNX Runtime follows
-them, and neither may open the model before it is known that the names stay within its folder.
-Protobuf messages are taken as they are (ONNX spec: docs/ExternalData.md).
+them, so the names are checked before either of them opens the model (ONNX spec:
+docs/ExternalData.md).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BadInputError, FileAccessError
-from .links import cache_repository, checked_file
+from .links import cache_repository, checked_file, is_plain_path
 
 EXTERNAL = 1  # onnx.TensorProto.EXTERNAL
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
@@ -36,14 +36,20 @@ class Range(NamedTuple):
 def external_ranges(
     model: Any, path: str | os.PathLike[str], *, allow_links: bool = False
 ) -> dict[tuple[str, int], Range]:
-    """Every external tensor of a model, checked: (location, offset) -> range.
+    """Check every external tensor of a model, and say where its bytes are.
 
-    `model` is an onnx.ModelProto, loaded from `path` without external data. With `allow_links`,
-    links that end inside its folder are followed (those of a Hugging Face cache repository always
-    are).
+    Args:
+        model: an onnx.ModelProto, loaded from `path` without external data.
+        path: the model's file.
+        allow_links: follow links that end inside the model's folder (those of a Hugging Face
+            cache repository are always followed).
+
+    Returns:
+        (location, offset in bytes) -> range.
 
     Raises:
-        BadInputError: listing every tensor whose data is not plainly there.
+        BadInputError: listing every tensor whose location or range is wrong.
+        FileAccessError: a file that is missing or cannot be read.
     """
     folder = Path(path).parent
     files: dict[str, Path | str] = {}
@@ -72,7 +78,7 @@ def external_ranges(
 
 
 def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The real files with the external data of an ONNX file; none where `path` is no such file."""
+    """Find the real files with the external data of an ONNX file; none for any other file."""
     if not os.fspath(path).endswith(".onnx") or not os.path.isfile(path):
         return ()
     import onnx
@@ -82,20 +88,19 @@ def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
         model = onnx.load(os.fspath(path), load_external_data=False)
         ranges = external_ranges(model, path, allow_links=True)
     except (BadInputError, FileAccessError, DecodeError, ValueError, OSError):
-        return ()  # whoever reads it says what is wrong
+        return ()  # the function that reads the model will raise the error
     return tuple({Path(os.path.realpath(one.file)) for one in ranges.values()})
 
 
 def tensors(model: Any) -> Iterator[Any]:
-    """Every TensorProto of a model: of its graph, subgraphs, attributes and functions."""
+    """Yield every TensorProto of a model: of its graph, subgraphs, attributes and functions."""
     waiting = [model.graph, *model.functions, *(one.algorithm for one in model.training_info)]
     waiting += [one.initialization for one in model.training_info]
     while waiting:
         graph = waiting.pop()
         yield from getattr(graph, "initializer", ())
         sparse = list(getattr(graph, "sparse_initializer", ()))
-        nodes = graph.node
-        for attribute in (a for node in nodes for a in node.attribute):
+        for attribute in (a for node in graph.node for a in node.attribute):
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
@@ -109,7 +114,7 @@ def tensors(model: Any) -> Iterator[Any]:
 def _range(
     tensor: Any, folder: Path, files: dict[str, Path | str], allow_links: bool
 ) -> tuple[str, Range]:
-    """The tensor's location and range; ValueError says what is wrong with it."""
+    """Return the tensor's location and range; ValueError says what is wrong with it."""
     keys: dict[str, str] = {}
     for entry in tensor.external_data:
         if entry.key not in _KEYS:
@@ -154,16 +159,8 @@ def tensor_bytes(tensor: Any) -> int:
 
 
 def _file(location: str, folder: Path, allow_links: bool) -> Path | str:
-    """The file of that name, or why it must not be read."""
-    parts = PurePosixPath(location).parts
-    if (
-        not parts
-        or ".." in parts
-        or "\\" in location
-        or "\0" in location
-        or PurePosixPath(location).is_absolute()
-        or PureWindowsPath(location).drive
-    ):
+    """Return the file at `location`, or the reason why it must not be read."""
+    if not is_plain_path(location):
         return f"location {location[:80]!r}, which is no plain path below the model's folder"
     file = folder / location
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, FileAccessError
 from . import strict_json
 from .container import read_file
+from .links import is_plain_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -18,9 +19,9 @@ MAX_INDEX_BYTES = 256 << 20
 
 
 def weights_file(directory: Path) -> Path:
-    """The .safetensors file or shard index a folder's weights begin at.
+    """Find the shard index, or else the one .safetensors file, of a folder's weights.
 
-    As transformers chooses, else the only candidate.
+    The names that transformers looks for come first; else there may be only one candidate.
 
     Raises:
         FileAccessError: the folder cannot be listed.
@@ -53,7 +54,7 @@ def weights_file(directory: Path) -> Path:
 
 
 def read_index(index: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
-    """A shard index as {shard's file name: its tensors' names}, and its metadata.
+    """Read a shard index as {shard's file name: its tensors' names}, and its metadata.
 
     Raises:
         BadInputError: it is damaged, or names anything but plain files in its folder.
@@ -81,17 +82,14 @@ def read_index(index: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether `name` is a file name and nothing else, on every system."""
-    return (
-        isinstance(name, str)
-        and name.endswith(SUFFIX)
-        and name == PurePosixPath(name).name == PureWindowsPath(name).name
-        and name.isprintable()
-    )
+    """Whether `name` is that of a .safetensors file, without a folder."""
+    if not isinstance(name, str) or "/" in name:
+        return False
+    return name.endswith(SUFFIX) and is_plain_path(name)
 
 
 def pickled_error(path: Path) -> BadInputError:
-    """The error for a checkpoint that only pickle could read."""
+    """Make the error for a checkpoint that only pickle could read."""
     return BadInputError(
         path,
         expected="safetensors weights",

@@ -10,16 +10,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..errors import BadInputError
 
 
-def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
-    """`path` itself, once it is known not to lead where it must not.
+def is_plain_path(path: str) -> bool:
+    """Whether `path` is relative, stays below its folder on every system, and can be printed."""
+    posix = PurePosixPath(path)
+    rooted = posix.is_absolute() or PureWindowsPath(path).drive or "\\" in path
+    return bool(posix.parts) and ".." not in posix.parts and not rooted and path.isprintable()
 
-    `named` is the folder that the user named, which `path` lies in: a link up to and including it
-    is the user's own. With `allow_links`, links that end inside `named` are followed.
+
+def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
+    """Return `path`, unless it is a link, or behind one, that must not be followed.
+
+    `named` is the folder that the user named, which `path` lies in: links up to and including it
+    are the user's own. With `allow_links`, links that end inside `named` are followed.
 
     Raises:
         BadInputError: `path` is, or lies behind, a link that leads out of `named` and out of the
@@ -27,14 +34,12 @@ def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
     """
     root = Path(os.path.realpath(named))
     real = Path(os.path.realpath(path))
-    if real == root / path.relative_to(named):
+    inside = root in real.parents
+    if real == root / path.relative_to(named) or (allow_links and inside):
         return path
     repository = cache_repository(root)
     if repository is not None and repository in real.parents:
         return path
-    if allow_links and root in real.parents:
-        return path
-    inside = root in real.parents
     raise BadInputError(
         path,
         expected="a file that lies in its own folder",
@@ -46,7 +51,7 @@ def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
 
 
 def real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where a file or folder really lies, and where every link below it leads; none is entered."""
+    """Yield where a file or folder really lies, and where every link below it leads."""
     yield Path(os.path.realpath(source))
     for folder, subfolders, files in os.walk(source):
         for name in (*subfolders, *files):
@@ -56,12 +61,11 @@ def real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def cache_repository(directory: Path) -> Path | None:
-    """The Hugging Face cache repository that a resolved snapshot folder, or one below it, is in.
+    """Find the Hugging Face cache repository that a snapshot folder, or one below it, is in.
 
     Layout: `models--OWNER--NAME/snapshots/REVISION/...`, whose files link to `../../blobs/HASH`.
     """
-    chain = (directory, *directory.parents)
-    for snapshots, repository in pairwise(chain):
+    for snapshots, repository in pairwise((directory, *directory.parents)):
         if snapshots.name == "snapshots" and (repository / "blobs").is_dir():
             return repository
     return None

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..errors import FileAccessError
-from .container import DTYPE_BITS, encode_header
+from .container import encode_header
+from .dtypes import DTYPE_BITS
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
 PIECE = 2 << 20

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from ..bundle.file import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
 from ..errors import BaseMismatchError, UsageError
-from ..files.container import FLOAT_DTYPES, TensorInfo
-from ..files.dtypes import to_name
+from ..files.container import TensorInfo
+from ..files.dtypes import FLOAT_DTYPES, to_name
 from ..files.write import Slot
 from ..models.base import Base
 from ..models.names import Bridge

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import FileAccessError
-from ..files.container import DTYPE_BITS
+from ..files.dtypes import DTYPE_BITS
 from ..files.write import IN_FLIGHT
 from ..spectral.cost import choose_delta_path
 from .changes import TensorPlan

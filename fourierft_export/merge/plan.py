@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ..files.checkpoint import Checkpoint, Shard
-from ..files.container import FLOAT_DTYPES, TensorInfo
+from ..files.checkpoint import Checkpoint
+from ..files.container import Header, TensorInfo
+from ..files.dtypes import FLOAT_DTYPES
 from ..files.write import Slot, in_file_order
 from ..models.base import Base
 from .changes import Changes, TensorPlan
@@ -23,14 +24,14 @@ class ShardPlan:
 
     Attributes:
         name: its file name, that of the base's shard.
-        source: the base's shard.
+        source: the header of the base's shard.
         checkpoint: the base.
         tensors: in the order they are written; empty when the file is copied byte for byte.
         nbytes: size of the payloads.
     """
 
     name: str
-    source: Shard
+    source: Header
     checkpoint: Checkpoint
     tensors: tuple[TensorPlan, ...]
     nbytes: int
@@ -44,14 +45,14 @@ def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ..
     # a float32 head must not come first in a bfloat16 checkpoint.
     common = wanted or _most_common_float(checkpoint.tensors.values())
     shards = []
-    for number, shard in enumerate(checkpoint.parts):
+    for number, shard in enumerate(checkpoint.headers):
         tensors = []
-        for info in shard.tensors:
+        for info in shard.tensors.values():
             plan = changes.tensors.get(info.name)
             plan = plan or TensorPlan(Slot(info.name, info.dtype, info.shape), info)
             kept = info.dtype if info.dtype in FLOAT_DTYPES else common
             tensors.append(_named(plan, changes, wanted or kept))
-        if number == len(checkpoint.parts) - 1:
+        if number == len(checkpoint.headers) - 1:
             added = sorted(changes.tensors.keys() - checkpoint.tensors.keys())
             tensors += [_named(changes.tensors[key], changes, common) for key in added]
         order = {slot.name: n for n, slot in enumerate(in_file_order(t.slot for t in tensors))}
@@ -68,7 +69,7 @@ def index_text(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> str:
     elements = 0
     for shard in shards:
         slots = [plan.slot for plan in shard.tensors] or [
-            Slot(info.name, info.dtype, info.shape) for info in shard.source.tensors
+            Slot(info.name, info.dtype, info.shape) for info in shard.source.tensors.values()
         ]
         where.update((slot.name, shard.name) for slot in slots)
         elements += sum(prod(slot.shape) for slot in slots)

@@ -18,8 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import BadInputError
-from ..files.container import FLOAT_DTYPES
-from ..files.dtypes import to_name, to_numpy
+from ..files.dtypes import FLOAT_DTYPES, to_name, to_numpy
 from ..spectral.delta import Term, each_block
 from ..types import Array
 

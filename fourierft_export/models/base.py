@@ -19,7 +19,8 @@ from typing import Any
 
 from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError
 from ..files.checkpoint import Checkpoint
-from ..files.container import FLOAT_DTYPES, TensorInfo
+from ..files.container import TensorInfo
+from ..files.dtypes import FLOAT_DTYPES
 from ..types import Array
 from .names import Bridge, find_bridge, renamed_modules
 from .task import read_config

@@ -16,7 +16,7 @@ from ..bundle.fit import check_fits, fit_adapter, layers_of_base
 from ..bundle.names import natural_key
 from ..bundle.spec import AdapterSpec, LayerSpec
 from ..errors import UsageError, ValidationError
-from ..files.container import FLOAT_DTYPES
+from ..files.dtypes import FLOAT_DTYPES
 from ..models.base import Base, open_base
 from ..models.task import likely_task
 from ..spectral.delta import Term

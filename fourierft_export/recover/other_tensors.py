@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from ..errors import BaseMismatchError
-from ..files.container import FLOAT_DTYPES, TensorInfo
-from ..files.dtypes import to_numpy
+from ..files.container import TensorInfo
+from ..files.dtypes import FLOAT_DTYPES, to_numpy
 from ..models.base import Base
 from ..models.task import head_labels
 from ..types import Array

@@ -50,7 +50,7 @@ def test_sharded_tensors_equal_the_safetensors_library(sharded: Path) -> None:
         np.testing.assert_array_equal(found, value)
     assert checkpoint.tensors["b.weight"].path == sharded / B
     assert checkpoint.index_metadata == {"total_size": 100}
-    assert checkpoint.parts[0].metadata == {"format": "pt"}
+    assert checkpoint.headers[0].metadata == {"format": "pt"}
 
 
 def test_bfloat16_is_read_as_ml_dtypes_bfloat16(tmp_path: Path) -> None:

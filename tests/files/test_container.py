@@ -20,7 +20,6 @@ from safetensors.numpy import save
 from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError
 from fourierft_export.files import dtypes
 from fourierft_export.files.container import (
-    DTYPE_BITS,
     encode_header,
     header_length,
     open_regular,
@@ -139,9 +138,9 @@ tables = st.dictionaries(names, st.tuples(st.sampled_from(["F32", "F16", "U8", "
 def test_headers_written_here_are_read_by_the_library_and_here(
     table: dict[str, tuple[str, list[int]]], metadata: dict[str, str]
 ) -> None:
-    order = sorted(table, key=lambda name: -DTYPE_BITS[table[name][0]])
+    order = sorted(table, key=lambda name: -dtypes.DTYPE_BITS[table[name][0]])
     head = encode_header([(n, table[n][0], tuple(table[n][1])) for n in order], metadata)
-    sizes = [DTYPE_BITS[d] // 8 * int(np.prod(s)) for d, s in (table[n] for n in order)]
+    sizes = [dtypes.DTYPE_BITS[d] // 8 * int(np.prod(s)) for d, s in (table[n] for n in order)]
     data = head + bytes(sum(sizes))
     header = parse(data)
     assert list(header.tensors) == order or 0 in sizes
@@ -194,7 +193,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
 
 
 def test_dtypes_have_the_sizes_that_the_format_says() -> None:
-    for name, bits in DTYPE_BITS.items():
+    for name, bits in dtypes.DTYPE_BITS.items():
         if bits % 8:
             with pytest.raises(KeyError):
                 dtypes.to_numpy(name)
