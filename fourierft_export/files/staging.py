@@ -1,8 +1,8 @@
 """Outputs that are absent or complete, never half there.
 
 Work goes to a sibling folder, `OUT.partial-<plan>`, and its result is renamed to OUT at the end.
-The folder is locked while somebody works in it, so what is not locked was left by a killed process:
-the same plan takes it over, any other run for the same OUT removes it.
+The folder is locked while a process works in it. One that is not locked was left by a killed
+process: a run of the same plan uses it, any other run for the same OUT removes it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_output(
     """Refuse an output that exists (without `force`), would damage an input, or lies in no folder.
 
     Args:
-        out: where the result shall be.
+        out: the file or folder to write.
         force: whether an existing output may be replaced.
         inputs: files and folders that are read. Even with `force`, `out` may not be one of them,
             nor a folder that holds one, nor lie inside such a folder. The same goes for what the
@@ -180,9 +180,9 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
             os.replace(out, old)
     raise UsageError(
         out,
-        expected="an output that nobody else writes",
+        expected="an output that no other process writes",
         found="one that appeared meanwhile",
-        remedy="it is whole; choose another output, or pass --force (force=True) to replace it",
+        remedy="choose another output, or pass --force (force=True) to replace it",
     )
 
 
@@ -212,9 +212,9 @@ def _take(folder: Path) -> int:
         if lock is None:
             raise FileAccessError(
                 folder,
-                expected="to be the only one who writes this output",
+                expected="an output that no other process is writing",
                 found="another process at work",
-                remedy="wait for it, or stop it; what it has finished is taken over",
+                remedy="wait for it, or stop it and run again",
             )
         return lock
 
@@ -259,39 +259,36 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def os_errors_named(path: Path, work: Path | None = None) -> Iterator[None]:
+def os_errors_named(path: Path, work: Path, nbytes: int = 0) -> Iterator[None]:
     """Turn an `OSError` of the block into a `FileAccessError` that names the file.
 
-    It names the output `path` for whatever happens to it or in its work folder `work`.
+    It names the output `path`, which needs `nbytes` bytes (0: not known), for errors without a
+    file name and for those at the output and in its work folder `work`.
     """
     try:
         yield
     except OSError as error:
+        found = error.strerror or str(error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        other = _other_file(error, path, work)
-        if other is not None and not full:
-            raise FileAccessError(
-                other, expected="a readable file", found=error.strerror or str(error)
-            ) from error
+        if isinstance(error.filename, (str, os.PathLike)) and not full:
+            named, folder = (Path(os.path.abspath(one)) for one in (error.filename, work))
+            output = Path(os.path.abspath(path))
+            if named not in (output, output.parent) and folder not in (named, *named.parents):
+                raise FileAccessError(
+                    error.filename, expected="a readable file", found=found
+                ) from error
         raise FileAccessError(
             path,
-            expected="to be able to write it",
-            found="no space left" if full else (error.strerror or str(error)),
-            remedy="free space and run it again; nothing was written" if full else "",
+            expected=f"to write all of its {nbytes:,} bytes"
+            if nbytes
+            else "to be able to write it",
+            found="no space left" if full else found,
+            remedy="free some space and run again; nothing was written" if full else "",
         ) from error
 
 
-def _other_file(error: OSError, path: Path, work: Path | None) -> str | None:
-    """The file that an error names, if it is neither the output nor work in progress."""
-    if not isinstance(error.filename, (str, os.PathLike)):
-        return None
-    named = Path(error.filename)
-    ours = named in (path, path.parent) or (work and work in (named, *named.parents))
-    return None if ours else os.fspath(named)
-
-
 def set_umask_mode(path: Path) -> None:
-    """Give a file the mode the umask asks for; several libraries write 0600."""
+    """Give a file the mode that the umask says; several libraries write 0600."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

@@ -7,7 +7,6 @@ interpreter lock: in turn they would take three times as long as the slowest.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -41,28 +40,24 @@ class Hash(Protocol):
 
 
 class FileWriter:
-    """Writes one new file of `size` bytes front to back and hashes it; a context manager.
+    """Writes one new file front to back and hashes it; a context manager.
 
     One thread writes, one hashes, and one flushes what has been written, so that the disk works
     from the start and not only at the end. The file may not exist; its mode follows the umask.
 
     Raises:
-        FileAccessError: the file cannot be made or written; the disk is full.
+        OSError: the file cannot be made or written; the disk is full.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = size
         self._hash = hashlib.sha256()
         self._unflushed = 0
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
         self._flushing: Future[None] | None = None
 
     def __enter__(self) -> FileWriter:
-        try:
-            self._file = open(self.path, "xb", buffering=0)
-        except OSError as error:
-            raise not_writable(self.path, error, self.size) from error
+        self._file = open(self.path, "xb", buffering=0)
         self._threads = [ThreadPoolExecutor(1) for _ in range(3)]
         return self
 
@@ -76,7 +71,7 @@ class FileWriter:
             piece = data[at : at + PIECE]
             while len(self._pending) >= IN_FLIGHT // PIECE:
                 self._wait()
-            written = writer.submit(write_all, self._file.fileno(), piece, self.path, self.size)
+            written = writer.submit(_write_all, self._file.fileno(), piece)
             self._pending.append((written, hasher.submit(self._update, piece, also)))
             self._unflushed += len(piece)
             if self._unflushed >= FLUSH_EVERY and (not self._flushing or self._flushing.done()):
@@ -88,12 +83,9 @@ class FileWriter:
         """Wait until everything is written and on the disk; returns the file's sha256 in hex."""
         while self._pending:
             self._wait()
-        try:
-            if self._flushing:
-                self._flushing.result()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise not_writable(self.path, error, self.size) from error
+        if self._flushing:
+            self._flushing.result()
+        os.fsync(self._file.fileno())
         return self._hash.hexdigest()
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
@@ -111,24 +103,10 @@ class FileWriter:
             future.result()
 
 
-def write_all(fd: int, view: memoryview, path: Path, size: int) -> None:
+def _write_all(fd: int, view: memoryview) -> None:
     """Write all of `view`; a single call may write less (and stops at 2 GiB)."""
-    try:
-        while len(view):
-            view = view[os.write(fd, view) :]
-    except OSError as error:
-        raise not_writable(path, error, size) from error
-
-
-def not_writable(path: Path, error: OSError, size: int) -> FileAccessError:
-    """The error for a file of `size` bytes that cannot be written."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return FileAccessError(
-        path,
-        expected=f"to write {size:,} bytes" if full else "a place to write to",
-        found="no space left" if full else (error.strerror or str(error)),
-        remedy="free some space and run again; nothing is left behind" if full else "",
-    )
+    while len(view):
+        view = view[os.write(fd, view) :]
 
 
 class Slot(NamedTuple):
@@ -145,7 +123,7 @@ class Slot(NamedTuple):
 
 
 def in_file_order(slots: Iterable[Slot]) -> tuple[Slot, ...]:
-    """`slots` with the widest elements first, otherwise in their order.
+    """Sort `slots`: those with the widest elements first, otherwise in their order.
 
     Readers view the payload in place, which needs every tensor aligned to its element size; the
     `safetensors` library writes in this order too.
@@ -154,67 +132,64 @@ def in_file_order(slots: Iterable[Slot]) -> tuple[Slot, ...]:
 
 
 class TensorWriter:
-    """Writes one safetensors file, with `slots` in this order, in a stream; a context manager."""
+    """Writes one safetensors file, with `slots` in this order, in a stream; a context manager.
+
+    Attributes:
+        size: of the whole file, in bytes.
+    """
 
     def __init__(
         self, path: Path, slots: Iterable[Slot], metadata: Mapping[str, str] | None = None
     ) -> None:
-        self.path = path
-        self.slots = tuple(slots)
-        self._header = encode_header(self.slots, metadata)
-        self._next = 0
-        self._hashes: dict[str, Hash] = {}
-        self.size = len(self._header) + sum(slot.nbytes for slot in self.slots)
-        self._file = FileWriter(path, self.size)
+        self._left = deque(slots)
+        self._header = encode_header(self._left, metadata)
+        self.size = len(self._header) + sum(slot.nbytes for slot in self._left)
+        self._file = FileWriter(path)
 
     def __enter__(self) -> TensorWriter:
         self._file.__enter__()
         self._file.put(memoryview(self._header))
         return self
 
-    def write(self, name: str, pieces: Iterable[Buffer], *, hashed: bool = False) -> None:
-        """Append the payload of the next tensor; `hashed` also takes its sha256 (`digests`).
+    def write(self, pieces: Iterable[Buffer], digest: Hash | None = None) -> None:
+        """Append the payload of the next tensor.
 
-        `pieces` are its bytes, little-endian, in C order; they must not change afterwards.
+        Args:
+            pieces: its bytes, little-endian, in C order; they must not change afterwards.
+            digest: is updated with them; complete after `finish`.
 
         Raises:
-            ValueError: not the next tensor, or not its number of bytes.
-            FileAccessError: the disk is full, or gone.
+            ValueError: no tensor is left, or not its number of bytes.
+            OSError: the disk is full, or gone.
         """
-        slot = self.slots[self._next] if self._next < len(self.slots) else None
-        if slot is None or slot.name != name:
-            raise ValueError(f"{self.path}: {name!r} is not the next tensor to write ({slot})")
-        own = self._hashes.setdefault(name, hashlib.sha256()) if hashed else None
-        done = sum(self._file.put(as_bytes(piece), own) for piece in pieces)
+        if not self._left:
+            raise ValueError("all tensors are written")
+        slot = self._left.popleft()
+        done = sum(self._file.put(as_bytes(piece), digest) for piece in pieces)
         if done != slot.nbytes:
-            raise ValueError(f"{self.path}: {name!r} takes {slot.nbytes} bytes, not {done}")
-        self._next += 1
+            raise ValueError(f"{slot.name!r} takes {slot.nbytes} bytes, not {done}")
 
-    def digest(self) -> str:
-        """The sha256 of the whole file, in hex, once it is on the disk."""
-        if self._next != len(self.slots):
-            raise ValueError(f"{self.path}: {self.slots[self._next].name!r} was never written")
+    def finish(self) -> str:
+        """Wait until the file is on the disk; returns its sha256 in hex."""
+        if self._left:
+            raise ValueError(f"{self._left[0].name!r} was never written")
         return self._file.finish()
-
-    def digests(self) -> dict[str, str]:
-        """The sha256 of each payload that was written with `hashed`; after `digest`."""
-        return {name: own.hexdigest() for name, own in self._hashes.items()}
 
     def __exit__(self, *error: Any) -> None:
         self._file.__exit__(*error)
 
 
 def as_bytes(piece: Buffer) -> memoryview:
-    """The bytes of a buffer or array (made C-contiguous and little-endian), as a flat view."""
+    """View the bytes of a buffer or array (made C-contiguous and little-endian)."""
     if isinstance(piece, np.ndarray):
         little = np.ascontiguousarray(piece, dtype=piece.dtype.newbyteorder("<"))
         return little.reshape(-1).view(np.uint8).data.cast("B")
     return memoryview(piece).cast("B")
 
 
-def copy_file(target: Path, pieces: Iterable[bytes], size: int) -> str:
-    """Write a new file of `size` bytes from its pieces; returns its sha256 in hex."""
-    with FileWriter(target, size) as file:
+def copy_file(target: Path, pieces: Iterable[bytes]) -> str:
+    """Write a new file from its pieces; returns its sha256 in hex."""
+    with FileWriter(target) as file:
         for piece in pieces:
             file.put(memoryview(piece))
         return file.finish()

@@ -1,7 +1,7 @@
-"""Which files of a base folder go along with the merged weights, and which would be stale.
+"""Which files of a base folder a merge copies, and which it leaves out.
 
 Everything that is not weights is copied. Weights in other formats still hold the base, and a
-loader that prefers them would silently serve the base.
+loader that prefers them would silently serve the base: they are stale, and left out.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ BLOCK = 8 << 20
 def sort_files(
     directory: Path, weights: Iterable[Path] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of a base folder that go along with the weights, and those that are stale.
+    """Divide the files of a base folder in those to copy and those that are stale.
 
-    As paths relative to the folder, with "/". `weights` are its weight files and index, which the
-    merge writes anew.
+    Args:
+        directory: the folder.
+        weights: its weight files and index, which the merge writes anew.
+
+    Returns:
+        Paths relative to the folder, with "/": to be copied, and stale.
     """
     own_weights = {path.name for path in weights}
     modules = _module_folders(directory)
@@ -49,28 +53,23 @@ def sort_files(
 
 
 def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
-    """The bytes of a file of a folder, once it is known that it may be and can be read."""
-    fd = open_regular(checked_file(directory / name, directory, allow_links=allow_links))
-    try:
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+    """Return the size of a file of a folder in bytes; an error if it may not or cannot be read."""
+    path = checked_file(directory / name, directory, allow_links=allow_links)
+    with open(open_regular(path), "rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
-    """The content of a file of a folder, in pieces."""
+    """Yield the content of a file of a folder, in pieces."""
     path = checked_file(directory / name, directory, allow_links=allow_links)
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         for at in range(0, size, BLOCK):
-            yield read_exactly(fd, at, min(at + BLOCK, size), path)
-    finally:
-        os.close(fd)
+            yield read_exactly(file.fileno(), at, min(at + BLOCK, size), path)
 
 
 def file_sha256(directory: Path, name: str, *, allow_links: bool = False) -> tuple[str, int]:
-    """The sha256 of a file of a folder, in hex, and its size."""
+    """Return the sha256 of a file of a folder, in hex, and its size in bytes."""
     digest, size = hashlib.sha256(), 0
     for block in file_blocks(directory, name, allow_links=allow_links):
         digest.update(block)
@@ -88,7 +87,7 @@ def _is_stale(parts: tuple[str, ...]) -> bool:
 
 
 def _module_folders(directory: Path) -> set[str]:
-    """Folders of a sentence-transformers pipeline, whose weights belong to modules of their own."""
+    """Find the folders of a sentence-transformers pipeline: their weights are not stale."""
     path = directory / "modules.json"
     if not path.is_file():
         return set()
@@ -99,7 +98,7 @@ def _module_folders(directory: Path) -> set[str]:
 
 
 def _walk(directory: Path) -> Iterator[str]:
-    """Every file below a folder; linked folders are named as they are, not entered."""
+    """Yield every file below a folder; a linked folder counts as a file, and is not entered."""
 
     def fail(error: OSError) -> None:
         raise FileAccessError(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from .. import __version__
 from ..errors import BadInputError
 from ..files import strict_json
 from ..files.container import read_file
-from .changes import TensorPlan
-from .plan import ShardPlan
+from ..files.links import is_plain_path
+from .plan import MergePlan, changed_tensors
 from .report import MergeReport
 from .shard import WrittenTensor
 
@@ -29,22 +29,23 @@ KIND = "fourierft_export.merge"
 
 
 def manifest_text(
+    plan: MergePlan,
     report: MergeReport,
-    shards: Sequence[ShardPlan],
-    plans: Mapping[str, TensorPlan],
     written: Mapping[str, WrittenTensor],
     files: Mapping[str, tuple[str, int]],
-    *,
-    base_manifest: str | None,
-    allow_base_mismatch: bool,
 ) -> str:
-    """The manifest of a finished merge, as JSON text.
+    """Write the manifest of a finished merge, as JSON text.
 
     The base is identified by hashes that are known without reading it once more: those of shards
-    that were copied byte for byte, and those of the weights that were changed. `plans` and
-    `written` are of these weights, by their names in the output; `files` gives sha256 and bytes of
-    all other files.
+    that were copied byte for byte, and those of the weights that were changed.
+
+    Args:
+        plan: of the merge.
+        report: of the merge.
+        written: the changed weights, by their names in the output.
+        files: sha256 in hex and size in bytes of every file of the output but the manifest.
     """
+    changed = changed_tensors(plan.shards)
     content = {
         "schema": SCHEMA,
         "kind": KIND,
@@ -54,20 +55,20 @@ def manifest_text(
             "shards": {
                 shard.name: {"bytes": shard.source.size}
                 | ({} if shard.tensors else {"sha256": report.shards[shard.name]})
-                for shard in shards
+                for shard in plan.shards
             },
-            "manifest_sha256": base_manifest,
+            "manifest_sha256": plan.base_manifest,
         },
         "bundles": [
             asdict(b) | {"name": Path(os.path.abspath(b.name)).name} for b in report.bundles
         ],
         "dtype": report.dtype,
-        "allow_base_mismatch": allow_base_mismatch,
+        "allow_base_mismatch": plan.allow_base_mismatch,
         "tensors": {
             name: {
-                "layer": plans[name].layer,
+                "layer": changed[name].layer,
                 "sha256": tensor.sha256,
-                "source": source.name if (source := plans[name].source) else None,
+                "source": source.name if (source := changed[name].source) else None,
                 "source_sha256": tensor.source_sha256,
                 "survival": tensor.survival,
                 "error": tensor.error,
@@ -87,7 +88,7 @@ def manifest_text(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest, checked as far as `verify_merged` relies on it.
+    """Read a manifest, and check all that `verify_merged` uses.
 
     Raises:
         BadInputError: no manifest of a merge, a damaged one, or one that names files outside of
@@ -104,7 +105,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     else:
         files, tensors = manifest["files"].items(), manifest["tensors"].items()
         wrong = [name for name, entry in (*files, *tensors) if not _has_hash(entry)]
-        wrong += [name for name, entry in files if not (_is_inside(name) and _has_size(entry))]
+        wrong += [name for name, entry in files if not (is_plain_path(name) and _has_size(entry))]
         bad = f"a bad entry {wrong[0]!r}" if wrong else ""
     if bad:
         raise BadInputError(
@@ -125,10 +126,3 @@ def _has_hash(entry: object) -> bool:
 def _has_size(entry: object) -> bool:
     size = entry.get("bytes") if isinstance(entry, dict) else None
     return type(size) is int and 0 <= size < 2**63
-
-
-def _is_inside(name: str) -> bool:
-    """Whether `name` is a plain relative path, on every system."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    plain = not posix.is_absolute() and not windows.drive and ".." not in posix.parts
-    return bool(name) and plain and "\\" not in name and name.isprintable()

@@ -21,9 +21,9 @@ from .changes import collect_changes, fit_bundle
 from .config import merged_config
 from .executors import OpenExecutor, dask_cluster, local_processes
 from .memory import check_memory, memory_needed
-from .plan import DTYPES, changed_tensors, plan_shards, replaced_and_added
-from .report import BundleReport, MergeReport, layer_reports
-from .run import MergePlan, run_merge
+from .plan import DTYPES, MergePlan, changed_tensors, plan_shards, replaced_and_added
+from .report import BundleReport, MergeReport
+from .run import layer_reports, run_merge
 
 # Headers, config, index and manifest, on top of what is counted byte by byte.
 SMALL_FILES = 1 << 20

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from .. import __version__
+from ..bundle.fit import Fit
+from ..files import strict_json
 from ..files.checkpoint import Checkpoint
 from ..files.container import Header, TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
 from ..files.write import Slot, in_file_order
 from ..models.base import Base
 from .changes import Changes, TensorPlan
+from .report import MergeReport
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -35,6 +44,63 @@ class ShardPlan:
     checkpoint: Checkpoint
     tensors: tuple[TensorPlan, ...]
     nbytes: int
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge in full, before anything is written.
+
+    Attributes:
+        base: the open base.
+        fits: how the bundles fit it, by the samples of the fingerprints.
+        shards: what is written.
+        config: of the output.
+        base_manifest: sha256 of the manifest.json in the base's folder; None without one.
+        report: what is known of the merge so far.
+        allow_links, allow_base_mismatch: as for `merge_checkpoint`.
+    """
+
+    base: Base
+    fits: tuple[Fit, ...]
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any]
+    base_manifest: str | None
+    report: MergeReport
+    allow_links: bool
+    allow_base_mismatch: bool
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder, as the base is."""
+        return self.base.directory.is_dir()
+
+    def hash(self) -> str:
+        """A short hash of all that the output follows from.
+
+        The base's files are identified by their names, sizes, inodes and times: to hash them would
+        be to read everything twice.
+        """
+        checkpoint, report = self.base.checkpoint, self.report
+        weights = [*checkpoint.shards, *([checkpoint.index] if checkpoint.index else [])]
+        content = {
+            "versions": [__version__, np.__version__],
+            "base": [_identity(file) for file in weights],
+            "bundles": [(bundle.sha256, bundle.weight) for bundle in report.bundles],
+            "base_manifest": self.base_manifest,
+            "config": dict(self.config),
+            "carried": [_identity(self.base.directory / name) for name in report.carried],
+            "options": [report.dtype, self.allow_base_mismatch, self.is_folder],
+        }
+        return hashlib.sha256(strict_json.canonical(content).encode()).hexdigest()[:16]
+
+    def with_fits(self, fits: Sequence[Fit]) -> MergePlan:
+        """The same with what the fits say of the bundles in its report."""
+        bundles = tuple(
+            replace(bundle, base_check=fit.verdict)
+            for bundle, fit in zip(self.report.bundles, fits, strict=True)
+        )
+        notes = (*(note for fit in fits for note in fit.notes), *self.report.notes)
+        return replace(self, report=replace(self.report, bundles=bundles, notes=notes))
 
 
 def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ...]:
@@ -110,3 +176,10 @@ def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], t
 def changed_tensors(shards: Iterable[ShardPlan]) -> Mapping[str, TensorPlan]:
     """The tensors that get delta_W, by their names in the output."""
     return {plan.slot.name: plan for shard in shards for plan in shard.tensors if plan.shares}
+
+
+def _identity(path: Path) -> list[Any]:
+    # Anybody can set the time of modification, and copying tools do; the time of change is the
+    # system's. The device's number is left out: it may differ where a file system is shared.
+    status = path.stat()
+    return [path.name, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -7,10 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle.names import natural_key
-from .changes import TensorPlan
-from .shard import WrittenTensor
-
 LOW_SURVIVAL = 0.5
 
 
@@ -102,20 +98,6 @@ class MergeReport:
             "base": str(self.base),
             "shards": dict(self.shards),
         }
-
-
-def layer_reports(
-    plans: Mapping[str, TensorPlan], written: Mapping[str, WrittenTensor] | None = None
-) -> tuple[LayerReport, ...]:
-    """One report for each weight that gets delta_W, in natural order of the layers' names.
-
-    `plans` and `written` (None in a dry run) are by the weights' names in the output.
-    """
-    reports = []
-    for name, plan in plans.items():
-        facts = (written[name].survival, written[name].error) if written else (None, None)
-        reports.append(LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype, *facts))
-    return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
 
 
 def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:

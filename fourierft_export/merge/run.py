@@ -2,101 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from .. import __version__
 from ..bundle.fit import Fit, LayerVerdict, check_fits
-from ..errors import FileAccessError
-from ..files import strict_json
+from ..bundle.names import natural_key
 from ..files.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
 from ..files.write import check_space, copy_file
-from ..models.base import Base
 from ..types import Progress
-from .base_files import MANIFEST, file_blocks, file_size
+from .base_files import MANIFEST, file_blocks
+from .changes import TensorPlan
 from .executors import OpenExecutor, run_tasks
 from .journal import Journal
 from .manifest import manifest_text
-from .plan import ShardPlan, changed_tensors, index_text
-from .report import MergeReport, layer_reports, survival_notes
+from .plan import MergePlan, changed_tensors, index_text
+from .report import LayerReport, MergeReport, survival_notes
 from .shard import UNFINISHED, Count, WrittenShard, WrittenTensor, write_shard
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """A merge in full, before anything is written.
-
-    Attributes:
-        base: the open base.
-        fits: how the bundles fit it, by the samples of the fingerprints.
-        shards: what is written.
-        config: of the output.
-        base_manifest: sha256 of the manifest.json in the base's folder; None without one.
-        report: what is known of the merge so far.
-        allow_links, allow_base_mismatch: as for `merge_checkpoint`.
-    """
-
-    base: Base
-    fits: tuple[Fit, ...]
-    shards: tuple[ShardPlan, ...]
-    config: Mapping[str, Any]
-    base_manifest: str | None
-    report: MergeReport
-    allow_links: bool
-    allow_base_mismatch: bool
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the output is a folder, as the base is."""
-        return self.base.directory.is_dir()
-
-    def hash(self) -> str:
-        """A short hash of all that the output follows from.
-
-        The base's files are identified by their names, sizes, inodes and times: to hash them would
-        be to read everything twice.
-        """
-        checkpoint, report = self.base.checkpoint, self.report
-        weights = [*checkpoint.shards, *([checkpoint.index] if checkpoint.index else [])]
-        content = {
-            "versions": [__version__, np.__version__],
-            "base": [_identity(file) for file in weights],
-            "bundles": [(bundle.sha256, bundle.weight) for bundle in report.bundles],
-            "base_manifest": self.base_manifest,
-            "config": dict(self.config),
-            "carried": [_identity(self.base.directory / name) for name in report.carried],
-            "options": [report.dtype, self.allow_base_mismatch, self.is_folder],
-        }
-        return hashlib.sha256(strict_json.canonical(content).encode()).hexdigest()[:16]
-
-    def with_fits(self, fits: Sequence[Fit]) -> MergePlan:
-        """The same with what the fits say of the bundles in its report."""
-        bundles = tuple(
-            replace(bundle, base_check=fit.verdict)
-            for bundle, fit in zip(self.report.bundles, fits, strict=True)
-        )
-        notes = (*(note for fit in fits for note in fit.notes), *self.report.notes)
-        return replace(self, report=replace(self.report, bundles=bundles, notes=notes))
 
 
 def run_merge(
     plan: MergePlan, executor: OpenExecutor | None, *, force: bool, progress: Progress | None
 ) -> MergeReport:
-    """Write the output of a merge, by `executor` or, without one, in this process."""
+    """Write the output of a merge, by `executor` or, without one, in this process.
+
+    Raises:
+        UsageError: the output appeared meanwhile, and `force` is not set.
+        BadInputError: a weight that overflows; a base file that changed meanwhile.
+        BaseMismatchError: weights that are not those of the fingerprints.
+        FileAccessError: files that cannot be read or written, no space.
+    """
     out = plan.report.out
     with (
         work_folder(out, plan=plan.hash(), keep=True) as folder,
-        os_errors_named(out, folder),
-        _output_named(plan.report, folder),
+        os_errors_named(out, folder, plan.report.disk_bytes),
     ):
         written, resumed = _write_shards(plan, folder, executor, progress)
         tensors = {name: one for shard in written for name, one in shard.tensors.items()}
@@ -120,26 +62,10 @@ def run_merge(
         return report
 
 
-@contextmanager
-def _output_named(report: MergeReport, folder: Path) -> Iterator[None]:
-    """Where work in progress cannot be written, name the output, and all the space it needs."""
-    try:
-        yield
-    except FileAccessError as error:
-        if Path(os.path.abspath(folder)) not in Path(os.path.abspath(error.where)).parents:
-            raise
-        raise FileAccessError(
-            report.out,
-            expected=f"to write all of its {report.disk_bytes:,} bytes",
-            found=error.found,
-            remedy=error.remedy,
-        ) from error
-
-
 def _write_shards(
     plan: MergePlan, folder: Path, executor: OpenExecutor | None, progress: Progress | None
 ) -> tuple[tuple[WrittenShard, ...], set[int]]:
-    """All weight files, in their order, and the numbers of those that were there already."""
+    """Write all weight files; returns them in their order, and the numbers of those resumed."""
     journal = Journal(folder / "journal.jsonl", plan.shards)
     payload = folder / plan.report.out.name
     count = _byte_counter(plan.report.nbytes, progress)
@@ -176,7 +102,7 @@ def _write_shards(
 
 
 def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
-    """Remove what a killed run left half done."""
+    """Remove the files that a killed run had not finished."""
     inside = payload.iterdir() if payload.is_dir() else ()
     for path in (*folder.glob(f"{UNFINISHED}*"), *inside):
         if path not in keep:
@@ -186,8 +112,22 @@ def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
+def layer_reports(
+    plans: Mapping[str, TensorPlan], written: Mapping[str, WrittenTensor] | None = None
+) -> tuple[LayerReport, ...]:
+    """Report each weight that gets delta_W, in natural order of the layers' names.
+
+    `plans` and `written` (None in a dry run) are by the weights' names in the output.
+    """
+    reports = []
+    for name, plan in plans.items():
+        facts = (written[name].survival, written[name].error) if written else (None, None)
+        reports.append(LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype, *facts))
+    return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
+
+
 def _updated_fits(plan: MergePlan, written: Mapping[str, WrittenTensor]) -> tuple[Fit, ...]:
-    """The fits with the verdicts of the hashes, taken while the weights were read."""
+    """Put the verdicts of the hashes, taken while the weights were read, in the fits."""
     verdicts: list[dict[str, LayerVerdict]] = [{} for _ in plan.fits]
     for name, tensor in changed_tensors(plan.shards).items():
         for share, verdict in zip(tensor.shares, written[name].verdicts, strict=True):
@@ -202,7 +142,7 @@ def _write_small_files(
     written: Sequence[WrittenShard],
     tensors: Mapping[str, WrittenTensor],
 ) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights."""
     checkpoint, source = plan.base.checkpoint, plan.base.directory
     texts = {}
     if checkpoint.index is not None:
@@ -210,26 +150,17 @@ def _write_small_files(
     if plan.config != plan.base.config:
         texts["config.json"] = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     files = {shard.name: (shard.sha256, shard.size) for shard in written}
-    for name in report.carried:
-        if name not in texts:
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            size = file_size(source, name, allow_links=plan.allow_links)
-            blocks = file_blocks(source, name, allow_links=plan.allow_links)
-            files[name] = (copy_file(target, blocks, size), size)
-    for name, text in texts.items():
-        data = text.encode()
-        files[name] = (copy_file(folder / name, [data], len(data)), len(data))
-    manifest = manifest_text(
-        report,
-        plan.shards,
-        changed_tensors(plan.shards),
-        tensors,
-        files,
-        base_manifest=plan.base_manifest,
-        allow_base_mismatch=plan.allow_base_mismatch,
-    ).encode()
-    copy_file(folder / MANIFEST, [manifest], len(manifest))
+    for name in (*report.carried, *texts):
+        if name in files:
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in texts:
+            sha256 = copy_file(target, [texts[name].encode()])
+        else:
+            sha256 = copy_file(target, file_blocks(source, name, allow_links=plan.allow_links))
+        files[name] = (sha256, target.stat().st_size)
+    copy_file(folder / MANIFEST, [manifest_text(plan, report, tensors, files).encode()])
 
 
 def _byte_counter(total: int, progress: Progress | None) -> Count:
@@ -243,10 +174,3 @@ def _byte_counter(total: int, progress: Progress | None) -> Count:
             progress("merging", min(done, total), total)
 
     return count
-
-
-def _identity(path: Path) -> list[Any]:
-    # Anybody can set the time of modification, and copying tools do; the time of change is the
-    # system's. The device's number is left out: it may differ where a file system is shared.
-    status = path.stat()
-    return [path.name, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

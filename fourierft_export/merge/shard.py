@@ -1,14 +1,15 @@
-"""Writes one weight file of the output; a merge is these, in any order, in any process."""
+"""Writes one weight file of a merge, in any process."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,10 +17,11 @@ from ..bundle.fingerprint import fingerprint, judge
 from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import to_numpy
-from ..files.write import Buffer, TensorWriter, copy_file
+from ..files.write import Buffer, Hash, TensorWriter, as_bytes, copy_file
+from ..types import Array
 from .changes import TensorPlan
 from .plan import ShardPlan
-from .rounding import Merged, add_deltas, convert
+from .rounding import add_deltas, convert
 
 Count = Callable[[int], None]
 UNFINISHED = ".writing-"
@@ -27,10 +29,14 @@ UNFINISHED = ".writing-"
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A weight that got delta_W added: hashes of its payload in the output and in the base, in hex.
+    """A weight that got delta_W added.
 
-    `survival` and `error` are as in `report.LayerReport`. `verdicts` say for each of its shares, in
-    order, what the fingerprint says of the base's weight.
+    Attributes:
+        sha256: of its payload in the output, in hex.
+        source_sha256: of its payload in the base.
+        survival: share of its elements that changed once rounded.
+        error: of what was really added, relative to delta_W (Frobenius norms).
+        verdicts: for each of its shares, the comparison of the bundle's fingerprint and the weight.
     """
 
     sha256: str
@@ -55,70 +61,68 @@ def write_shard(
 ) -> WrittenShard:
     """Write one weight file, holding few changed tensors at a time, and flush it to the disk.
 
-    It is written in `folder` under a name of its own and renamed to `target` when it is complete.
-    Two workers may do this for one shard, if one of them was taken for dead: they write the same
-    bytes. `count` is called with the bytes of every piece of payload made.
+    It is written in `folder` under a random name and renamed to `target` when it is complete. Two
+    workers may do this for one shard, if one of them was taken for dead: they write the same bytes.
+
+    Args:
+        shard: what to write.
+        target: the file.
+        folder: on the same disk.
+        count: called with the bytes of every piece of payload made.
 
     Raises:
         BadInputError: a weight that overflows; a base file that changed meanwhile.
-        FileAccessError: the file cannot be written.
+        FileAccessError: the base cannot be read.
+        OSError: the file cannot be written.
     """
     count = count or (lambda _: None)
     unfinished = folder / f"{UNFINISHED}{uuid.uuid4().hex}"
     try:
-        written = (_write_tensors if shard.tensors else _copy)(shard, unfinished, count)
+        if shard.tensors:
+            written = _write_tensors(shard, unfinished, count)
+        else:
+            blocks = shard.checkpoint.file_blocks(shard.source.path)
+            sha256 = copy_file(unfinished, _counted(blocks, count))
+            written = WrittenShard(shard.name, sha256, shard.source.size, {})
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
     return written
 
 
-def _copy(shard: ShardPlan, target: Path, count: Count) -> WrittenShard:
-    """A shard that nothing changes, byte for byte."""
-    size = shard.source.size
-    blocks = _counted(shard.checkpoint.file_blocks(shard.source.path), count)
-    return WrittenShard(shard.name, copy_file(target, blocks, size), size, {})
-
-
 def _write_tensors(shard: ShardPlan, target: Path, count: Count) -> WrittenShard:
-    facts: dict[str, tuple[str, float, float, tuple[LayerVerdict, ...]]] = {}
+    """Write a shard of which some tensors change."""
+    tensors: dict[str, WrittenTensor] = {}
+    digests: dict[str, Hash] = {}
     slots = [plan.slot for plan in shard.tensors]
     with (
         ThreadPoolExecutor(1) as executor,
         TensorWriter(target, slots, shard.source.metadata) as writer,
     ):
-        changed = [plan for plan in shard.tensors if plan.shares]
-        ahead = _changed_weights(changed, shard.checkpoint, executor)
+        changed = _changed_weights(shard, executor)
         for plan in shard.tensors:
-            name = plan.slot.name
             if not plan.shares:
-                writer.write(name, _payload(plan, shard.checkpoint, count))
+                writer.write(_counted(_payload(plan, shard.checkpoint), count))
                 continue
-            merged, source_sha256, verdicts = next(ahead)
-            writer.write(name, [merged.value], hashed=True)
-            facts[name] = (
-                source_sha256,
-                merged.survival,
-                float(f"{merged.error:.6g}"),
-                verdicts,
-            )
-            del merged
+            name = plan.slot.name
+            value, tensors[name] = next(changed)
+            digests[name] = hashlib.sha256()
+            writer.write([value], digests[name])
+            del value
             count(plan.slot.nbytes)
-        sha256, digests = writer.digest(), writer.digests()
-    tensors = {name: WrittenTensor(digests[name], *known) for name, known in facts.items()}
-    return WrittenShard(shard.name, sha256, writer.size, tensors)
+        sha256 = writer.finish()
+    hashed = {n: replace(one, sha256=digests[n].hexdigest()) for n, one in tensors.items()}
+    return WrittenShard(shard.name, sha256, writer.size, hashed)
 
 
-_Changed = tuple[Merged, str, tuple[LayerVerdict, ...]]
+_Changed = tuple[Array, WrittenTensor]
 
 
-def _changed_weights(
-    plans: Sequence[TensorPlan], checkpoint: Checkpoint, executor: Executor
-) -> Iterator[_Changed]:
-    """`_change` of each plan; the next one is worked on while the caller writes one."""
+def _changed_weights(shard: ShardPlan, executor: Executor) -> Iterator[_Changed]:
+    """Yield the changed tensors; the next one is worked on while the caller writes one."""
     waiting: list[Future[_Changed]] = []
-    for plan in plans:
-        waiting.append(executor.submit(_change, plan, checkpoint))
+    for plan in (plan for plan in shard.tensors if plan.shares):
+        waiting.append(executor.submit(_change, plan, shard.checkpoint))
         if len(waiting) > 1:
             yield waiting.pop(0).result()
     for future in waiting:
@@ -144,26 +148,30 @@ def _change(plan: TensorPlan, checkpoint: Checkpoint) -> _Changed:
         name=plan.slot.name,
         overwrite=True,
     )
-    return merged, digest.hexdigest(), verdicts
+    error = float(f"{merged.error:.6g}")
+    return merged.value, WrittenTensor("", digest.hexdigest(), merged.survival, error, verdicts)
 
 
-def _payload(plan: TensorPlan, checkpoint: Checkpoint, count: Count) -> Iterator[Buffer]:
-    """The pieces of the payload of a tensor that gets no delta_W."""
+def _payload(plan: TensorPlan, checkpoint: Checkpoint) -> Iterator[Buffer]:
+    """Yield the pieces of the payload of a tensor that gets no delta_W."""
     slot, source = plan.slot, plan.source
     if plan.value is not None:
         yield convert(plan.value, slot.dtype, slot.name)
-        count(slot.nbytes)
-    if source is None:
-        return
-    for block in checkpoint.blocks(source.name):
-        if source.dtype == slot.dtype:
-            yield block
-        else:
-            yield convert(np.frombuffer(block, to_numpy(source.dtype)), slot.dtype, slot.name)
-        count(len(block) * slot.nbytes // max(source.nbytes, 1))
+    elif source is not None:
+        for block in checkpoint.blocks(source.name):
+            same = source.dtype == slot.dtype
+            yield (
+                block
+                if same
+                else convert(np.frombuffer(block, to_numpy(source.dtype)), slot.dtype, slot.name)
+            )
 
 
-def _counted(blocks: Iterator[bytes], count: Count) -> Iterator[bytes]:
-    for block in blocks:
-        count(len(block))
-        yield block
+_Piece = TypeVar("_Piece", bound=Buffer)
+
+
+def _counted(pieces: Iterable[_Piece], count: Count) -> Iterator[_Piece]:
+    """Yield the pieces, and call `count` with the bytes of each."""
+    for piece in pieces:
+        count(as_bytes(piece).nbytes)
+        yield piece
