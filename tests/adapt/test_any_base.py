@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fourierft_export import (
-    Bundle,
     FourierFTConfig,
     FourierLinear,
     attach,
     capture,
-    detach,
     export_onnx,
     fuse,
     inject,
-    merge_checkpoint,
 )
-from fourierft_export.adapt.active import activate
 from fourierft_export.adapt.fuse import merged_weights
 from fourierft_export.adapt.modules import fourier_layers
 from fourierft_export.errors import UsageError
@@ -218,141 +210,6 @@ def test_a_head_that_tells_its_sizes_is_no_quantised_layer() -> None:
     model = nn.Sequential(nn.Linear(6, 6), Head())
     config = FourierFTConfig(n_frequency=5, target_modules=["0"], modules_to_save=["1"])
     assert capture(inject(model, config)).saved.keys() == {"1.dense.weight", "1.dense.bias"}
-
-
-def test_fuse_names_the_quantised_layers_only() -> None:
-    model = adapted("own", target_modules=["first", "last"])
-    activate(model, [])
-    with pytest.raises(UsageError) as caught:
-        fuse(model, "default")
-    assert len(caught.value.offenders) == 1
-    assert "Ternary" in caught.value.offenders[0]
-    assert all(layer.active == () for layer in fourier_layers(model).values())
-    inject(model, FourierFTConfig(**(FIELDS | {"target_modules": ["last"]})), "other")
-    fuse(model, "other")  # touches nothing that is quantised
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bundles_copies_and_detaching(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
-    x = torch.randn(4, 12)
-    expected = model(x)
-    bundle = Bundle.load(capture(model).save(tmp_path / "a.fourierft.safetensors"))
-    assert bundle.is_bound
-    assert [(m.shape, m.fingerprint) for m in bundle.layers] == [((20, 12), None)]
-    assert torch.equal(attach(Net(kind), bundle)(x), expected)
-    assert torch.equal(copy.deepcopy(model)(x), expected)
-    other = adapted(kind, random_loc_seed=777)
-    with torch.no_grad():
-        fourier_layers(other)["first"].adapter("default").spectrum.zero_()
-    assert not torch.equal(other(x), expected)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), expected)
-    base = Net(kind)
-    first = base.first
-    plain = base(x)
-    detach(attach(base, bundle))
-    assert base.first is first
-    assert torch.equal(base(x), plain)
-
-
-def test_a_float_bundle_on_a_quantised_base_is_noted(caplog: pytest.LogCaptureFixture) -> None:
-    bundle = capture(adapted(None))
-    assert bundle.layers[0].fingerprint is not None
-    with caplog.at_level(logging.INFO):
-        model = attach(Net("own"), bundle)
-    assert [r.getMessage() for r in caplog.records] == [
-        "the adapter: no check was possible that it belongs to this base"
-    ]
-    layer = fourier_layers(model)["first"]
-    assert capture(model).layers[0].shape == (20, 12)
-    torch.testing.assert_close(
-        layer.delta_weight().double(), float64_delta(layer), rtol=1e-5, atol=1e-6
-    )
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.from_numpy(data.data / 16).float(), torch.from_numpy(data.target)
-
-
-class Digits(nn.Module):
-    """A perceptron on 8 x 8 digits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(64, 96)
-        self.last = nn.Linear(96, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(torch.relu(self.first(x)))
-        return out
-
-
-def fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> list[float]:
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(learning, lr=lr)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model(x).argmax(1) == y).double().mean().item()
-
-
-def test_trained_on_a_quantised_base_merged_into_the_float_one(tmp_path: Path) -> None:
-    """Transposed digits, which the base cannot read, learned beside an 8 bit layer."""
-    x, y = digits()
-    torch.manual_seed(0)
-    base = Digits()
-    fit(base, x[:1200], y[:1200], 60, 1e-2)
-    turned = x.reshape(-1, 8, 8).transpose(1, 2).reshape(-1, 64)
-    assert accuracy(base, x[1200:], y[1200:]) > 0.85
-    assert accuracy(base, turned[1200:], y[1200:]) < 0.2
-
-    quantised = copy.deepcopy(base)
-    quantised.first = EightBit(base.first)
-    fields = {"scaling": 400.0, "target_modules": ["first"], "init_weights": True}
-    inject(quantised, FourierFTConfig(**fields))
-    losses = fit(quantised, turned[:1200], y[:1200], 100, 0.1)
-    assert losses[19] < 0.5 * losses[0]
-    beside = accuracy(quantised, turned[1200:], y[1200:])
-    assert beside > 0.85
-
-    checkpoint = tmp_path / "base.safetensors"
-    save_file({k: v.numpy() for k, v in base.state_dict().items()}, checkpoint)
-    merge_checkpoint(checkpoint, [capture(quantised)], tmp_path / "merged.safetensors")
-    merged = Digits()
-    merged.load_state_dict(load_file(tmp_path / "merged.safetensors"))
-    assert abs(accuracy(merged, turned[1200:], y[1200:]) - beside) <= 0.01
-    twin = attach(copy.deepcopy(base), capture(quantised))
-    torch.testing.assert_close(merged(turned), twin(turned), rtol=1e-5, atol=1e-4)
-
-
-class EightBit(Ternary):
-    """127 steps either way instead of one."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        weight = linear.weight.detach()
-        self.scale = weight.abs().amax(1) / 127
-        self.signs = (weight / self.scale[:, None]).round().char()
-
-
-def test_twenty_steps_lower_the_loss_beside_torchs_own_quantised_layer() -> None:
-    model = adapted("dynamic", init_weights=True)
-    x, y = torch.randn(64, 12), torch.randint(5, (64,))
-    losses = fit(model, x, y, 20, 0.3)
-    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_base_without_gradients_is_told_once() -> None:

@@ -24,8 +24,7 @@ from fourierft_export import (
     fuse,
     inject,
 )
-from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.modules import active_adapters, adapter_names, fourier_layers
+from fourierft_export.adapt.modules import adapter_names, fourier_layers
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.errors import BaseMismatchError, UsageError
 
@@ -82,20 +81,6 @@ def test_capture_says_what_the_adapter_is(make_model: MakeModel) -> None:
     ]
     assert all(layer.shape == (32, 128) and layer.fan_in_fan_out for layer in spec.layers)
     assert all(layer.n_frequency == 21 for layer in spec.layers)
-
-
-def test_attach_does_not_touch_what_may_learn(make_model: MakeModel) -> None:
-    bundle = capture(adapted(make_model("bert-cls"), task_type="SEQ_CLS"))
-    model = make_model("bert-cls")
-    model.bert.embeddings.requires_grad_(False)
-    before = {n: p.requires_grad for n, p in model.named_parameters()}
-    attach(model, bundle)
-    assert all(
-        not layer.adapter("default").spectrum.requires_grad
-        for layer in fourier_layers(model).values()
-    )
-    detach(model)
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
 
 
 def test_attach_to_train_on(make_model: MakeModel, tokens: Tensor) -> None:
@@ -315,38 +300,6 @@ def test_detach_gives_back_the_same_modules(
     assert all(p.requires_grad for p in model.parameters())
     assert detach(model) is model
     assert adapter_names(model) == ()
-
-
-def test_a_compiled_model_has_the_names_of_what_was_compiled(make_model: MakeModel) -> None:
-    model = adapted(make_model("bert-cls"), task_type="SEQ_CLS")
-    compiled: Any = torch.compile(model)
-    bundle = capture(model)
-    assert capture(compiled).to_bytes() == bundle.to_bytes()
-    base = structure(make_model("bert-cls"))
-    detach(compiled)
-    assert [name for name, _ in structure(model)] == [name for name, _ in base]
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    attach(compiled, bundle)
-    assert capture(model).to_bytes() == bundle.to_bytes()
-
-
-def test_detach_one_of_several(make_model: MakeModel, tokens: Tensor) -> None:
-    head = capture(adapted(make_model("bert-cls"), task_type="SEQ_CLS", bias="all"))
-    plain = capture(adapted(make_model("bert-cls"), target_modules="all-linear"))
-    alone = output(attach(make_model("bert-cls"), head), tokens)
-    model = attach(attach(make_model("bert-cls"), head, "head"), plain, "plain")
-    activate(model, "head")
-    assert torch.equal(output(model, tokens), alone)
-    activate(model, "plain")
-    detach(model, "plain")
-    assert (adapter_names(model), active_adapters(model)) == (("head",), ())
-    assert torch.equal(output(activate(model, "head"), tokens), alone)
-    assert capture(model, "head").to_bytes() == head.to_bytes()
-    twice = attach(model, plain, "again")
-    fuse(activate(twice, "again"))
-    with pytest.raises(UsageError, match="restore"):
-        detach(twice, "again")
-    assert adapter_names(detach(twice)) == ()
 
 
 def test_pefts_minilm_adapter_on_a_live_model(

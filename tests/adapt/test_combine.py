@@ -116,27 +116,6 @@ def test_delta_is_the_weighted_sum(
     assert loaded.to_bytes() == bundle.to_bytes()
 
 
-def test_shared_entries_stay_a_seed_and_others_are_stored(model: nn.Module) -> None:
-    bundle = capture(combine(model, {"few": 0.5, "b": 2}, "sum"), "sum")
-    assert {layer.entry_rule for layer in bundle.layers} == {"small"}
-    assert {layer.n_frequency for layer in bundle.layers} == {21}
-    assert (bundle.spec.seed, bundle.spec.scaling) == (5, 30.0)
-    assert capture(model, "a").layers == bundle.layers  # the same entries and fingerprints
-    bundle = capture(combine(model, {"seed": 1, "a": 1}, "other"), "other")
-    assert bundle.spec.seed == 6
-    for layer in bundle.layers:
-        # Only the layers that both adapt have entries that no seed gives.
-        both = layer.name.endswith(("query", "value"))
-        assert layer.entry_rule == ("explicit" if both else "small")
-        assert 21 < layer.n_frequency <= 42 if both else layer.n_frequency == 21
-
-
-def test_a_whole_spectrum_is_as_large_as_its_degrees_of_freedom(model: nn.Module) -> None:
-    """(u, v) and (-u, -v) are one basis function, so 32 x 32 has 4 + 1020 / 2 of them."""
-    bundle = capture(combine(model, {"full": 1, "a": 1}, "sum"), "sum")
-    assert {layer.n_frequency for layer in bundle.layers} == {514}
-
-
 @pytest.mark.parametrize("weights", [SHARED[1], UNITED[1]], ids=["shared", "united"])
 def test_the_model_answers_with_the_sum(model: nn.Module, weights: dict[str, float]) -> None:
     wanted = weighted(model, weights)
@@ -228,15 +207,6 @@ def test_refused(
     with pytest.raises(UsageError, match=match):
         combine(model, weights, name, **options)
     assert (adapter_names(model), active_adapters(model)) == (names, active)
-
-
-def test_a_weight_that_is_replaced_and_changed_has_no_sum(model: nn.Module) -> None:
-    with pytest.raises(UsageError, match="replaced or changed") as caught:
-        combine(model, {"seed": 1, "head": 1}, "sum")
-    assert caught.value.offenders == ("classifier.weight: replaced by one, changed by another",)
-    assert "sum" not in adapter_names(model)
-    combine(model, {"seed": 1, "head": 1}, "sum", heads="seed")
-    assert not capture(model, "sum").saved
 
 
 def test_a_fused_model_is_refused(model: nn.Module) -> None:

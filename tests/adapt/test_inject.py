@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from fourierft_export import FourierFTConfig, FourierLinear, inject
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.modules import adapted_modules, adapter_names, fourier_layers
+from fourierft_export.adapt.modules import adapted_modules, fourier_layers
 from fourierft_export.errors import UsageError
 
 MakeModel = Callable[[str], nn.Module]
@@ -113,25 +112,6 @@ def test_spectra_outputs_and_gradients_are_pefts(
     assert all(p.grad is None for n, p in ours.named_parameters() if n not in trained)
 
 
-def test_five_steps_of_training_are_pefts(pair: tuple[nn.Module, Any], tokens: Tensor) -> None:
-    losses: list[list[float]] = []
-    for model in pair:
-        learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(learning, lr=0.5)
-        losses.append([])
-        for _ in range(5):
-            out = output(model, tokens)
-            goal = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
-            loss = (out - goal).square().mean()
-            losses[-1].append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(learning, 0.2)
-            optimizer.step()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0][-1] < losses[0][0]
-
-
 def test_zero_start_leaves_the_model_unchanged(make_model: MakeModel, tokens: Tensor) -> None:
     model = make_model("bert-cls")
     before = output(model, tokens)
@@ -153,43 +133,6 @@ def test_drawing_leaves_the_generator_where_peft_leaves_it(
         assert torch.equal(torch.rand(3), expected)
 
 
-def test_two_adapters_add_up_as_pefts_do(make_model: MakeModel, tokens: Tensor) -> None:
-    from peft import FourierFTConfig as PeftConfig
-    from peft import get_peft_model
-
-    fields = {"n_frequency": 30, "scaling": 20.0, "target_modules": ["query", "value"]}
-    other = fields | {"random_loc_seed": 5, "n_frequency": 17, "scaling": 9.0}
-    torch.manual_seed(1)
-    theirs = get_peft_model(make_model("bert"), PeftConfig(**fields), "a").eval()
-    theirs.add_adapter("b", PeftConfig(**other))
-    torch.manual_seed(1)
-    ours = inject(make_model("bert"), FourierFTConfig(**fields), "a")
-    inject(ours, FourierFTConfig(**other), "b")
-    assert adapter_names(ours) == ("a", "b")
-    base = output(make_model("bert"), tokens)
-    seen = []
-    for active in (["a"], ["b"], ["a", "b"], ["b", "a"]):
-        theirs.base_model.set_adapter(active)
-        found = output(activate(ours, active), tokens)
-        torch.testing.assert_close(found, output(theirs, tokens), rtol=1e-5, atol=2e-6)
-        seen.append(found)
-    assert (seen[0] - seen[1]).abs().max() > 1e-3
-    assert (seen[2] - seen[0]).abs().max() > 1e-3
-    assert torch.equal(output(activate(ours, []), tokens), base)
-
-
-def test_only_the_active_adapter_learns(make_model: MakeModel) -> None:
-    model = make_model("bert-cls")
-    inject(model, FourierFTConfig(n_frequency=9, task_type="SEQ_CLS"), "a")
-    inject(model, FourierFTConfig(n_frequency=9, bias="all"), "b")
-    for name in ("a", "b"):
-        activate(model, name)
-        mine = {id(p) for p in own_parameters(model, name).values()}
-        assert {id(p) for p in model.parameters() if p.requires_grad} == mine
-    activate(model, [])
-    assert not any(p.requires_grad for p in model.parameters())
-
-
 def test_each_adapter_has_its_own_head_and_biases(make_model: MakeModel, tokens: Tensor) -> None:
     model = make_model("bert-cls")
     inject(model, FourierFTConfig(n_frequency=9, task_type="SEQ_CLS"), "a")
@@ -209,35 +152,6 @@ def test_each_adapter_has_its_own_head_and_biases(make_model: MakeModel, tokens:
             if not name.endswith("spectrum"):
                 reference.get_parameter(name).copy_(parameter)
     torch.testing.assert_close(output(model, tokens), output(reference, tokens))
-
-
-def test_two_heads_cannot_be_active_together(make_model: MakeModel, tokens: Tensor) -> None:
-    model = make_model("bert-cls")
-    inject(model, FourierFTConfig(n_frequency=9, task_type="SEQ_CLS"), "a")
-    inject(model, FourierFTConfig(n_frequency=9, bias="fourier_only", task_type="SEQ_CLS"), "b")
-    inject(model, FourierFTConfig(n_frequency=9, target_modules=["classifier"]), "c")
-    inject(model, FourierFTConfig(n_frequency=9), "d")
-    before = output(activate(model, ["b", "d"]), tokens)
-    with pytest.raises(UsageError) as caught:
-        activate(model, ["a", "b"])
-    assert caught.value.offenders == ("classifier: a and b both have their own",)
-    with pytest.raises(UsageError, match="activate") as caught:
-        activate(model, ["a", "c"])
-    assert caught.value.offenders == ("classifier: a replaces it, c changes it",)
-    assert torch.equal(output(model, tokens), before)
-    activate(model, ["c", "d"])
-
-
-def test_names_that_cannot_be(make_model: MakeModel) -> None:
-    model = inject(make_model("bert"), FourierFTConfig(n_frequency=9))
-    for name in ("", "a.b", "keys", "default", 3):
-        with pytest.raises(UsageError):
-            inject(model, FourierFTConfig(n_frequency=9), name)  # type: ignore[arg-type]
-    for names in (["default", "default"], "defualt", ["default", "x"]):
-        with pytest.raises(UsageError):
-            activate(model, names)
-    with pytest.raises(UsageError, match="did you mean default"):
-        activate(model, "defualt")
 
 
 def test_a_refused_injection_changes_nothing(make_model: MakeModel) -> None:
@@ -264,17 +178,6 @@ def test_all_linear_leaves_the_tasks_head_whole(make_model: MakeModel, tokens: T
     assert output(model, tokens).shape == (3, 9, 4)
 
 
-def test_text_is_generated(make_model: MakeModel, tokens: Tensor) -> None:
-    model = inject(make_model("llama"), FourierFTConfig(n_frequency=30))
-    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(tokens, **settings)
-    assert found.shape == (3, 13)
-    step = tokens
-    for _ in range(4):  # without a cache
-        step = torch.cat([step, output(model, step)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(found, step)
-
-
 def test_any_torch_model_with_linear_layers() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 5))
@@ -288,23 +191,6 @@ def test_any_torch_model_with_linear_layers() -> None:
     assert not torch.equal(model[1].running_mean, running)
     names = {n for n, p in model.named_parameters() if p.grad is not None}
     assert len(names) == 5
-
-
-def test_copies_and_state_dicts(make_model: MakeModel, tokens: Tensor, tmp_path: Path) -> None:
-    config = FourierFTConfig(n_frequency=9, task_type="SEQ_CLS", bias="all")
-    torch.manual_seed(3)
-    model = inject(make_model("bert-cls"), config)
-    twin = copy.deepcopy(model)
-    assert torch.equal(output(twin, tokens), output(model, tokens))
-    with torch.no_grad():
-        for parameter in own_parameters(twin).values():
-            parameter.mul_(2)
-    assert not torch.equal(output(twin, tokens), output(model, tokens))
-    model.load_state_dict(twin.state_dict())
-    assert torch.equal(output(twin, tokens), output(model, tokens))
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(output(loaded, tokens), output(model, tokens))
 
 
 def test_layers_that_torch_reads_instead_of_calling() -> None:
@@ -330,18 +216,3 @@ def test_layers_that_torch_reads_instead_of_calling() -> None:
     for name, parameter in own_parameters(model).items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
-
-
-def test_construction_on_the_meta_device(make_model: MakeModel, tokens: Tensor) -> None:
-    config = FourierFTConfig(n_frequency=9, task_type="SEQ_CLS")
-    torch.manual_seed(3)
-    real = inject(make_model("bert-cls"), config)
-    with torch.device("meta"):
-        model = type(real)(real.config).eval()
-    inject(model, config)
-    assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
-    for name, buffer in make_model("bert-cls").named_buffers():
-        model.get_buffer(name).copy_(buffer)
-    model.load_state_dict(real.state_dict())
-    assert torch.equal(output(model, tokens), output(real, tokens))

@@ -146,22 +146,6 @@ def test_merge_of_several_is_the_sum_in_any_order(
         torch.testing.assert_close(fused.double(), exact, rtol=1e-6, atol=1e-7)
 
 
-def test_one_merge_after_another_is_refused_where_peft_stacks_them(
-    pair: Pair, tokens: Tensor
-) -> None:
-    """PEFT leaves out a second merge of the same adapter, adds other ones up, and only warns."""
-    fuse(pair.ours, "a")
-    fused, _ = pair.outputs(tokens)
-    for names in ("a", "b", ["a", "b"]):
-        with pytest.raises(UsageError, match="restore"):
-            fuse(pair.ours, names)
-    assert torch.equal(pair.outputs(tokens)[0], fused)
-    pair.theirs.merge_adapter(["a"])
-    pair.theirs.merge_adapter(["b"])
-    fuse(restore(pair.ours), ["a", "b"])
-    pair.check(tokens)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_adapter_is_not_merged(pair: Pair, tokens: Tensor, bad: float) -> None:
     """What PEFT checks if asked to (safe_merge) is always checked, in every layer, at once."""
@@ -315,16 +299,6 @@ def test_deleting_the_active_and_the_idle_one(pair: Pair, tokens: Tensor, gone: 
     pair.activate(left, gone).check(tokens)
 
 
-def test_unloading(pair: Pair, tokens: Tensor) -> None:
-    pair.activate("b")
-    unloaded = pair.theirs.unload()
-    detach(pair.ours)
-    types = [(n, type(m)) for n, m in pair.base.named_modules()]
-    for model in (unloaded, pair.ours):
-        assert [(n, type(m)) for n, m in model.named_modules()] == types
-        assert torch.equal(output(model, tokens), output(pair.base, tokens))
-
-
 def test_a_name_is_just_a_name(make_model: MakeModel, tokens: Tensor) -> None:
     """Names that are also names of modules, of attributes or parts of other names."""
     base = make_model("llama")
@@ -443,24 +417,6 @@ def test_inputs_that_want_gradients(pair: Pair, tokens: Tensor) -> None:
         grads.append(embedded.grad)
     scale = grads[1].abs().max().item()
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5 * scale)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(pair: Pair, tokens: Tensor, reentrant: bool) -> None:
-    pair.activate("a")
-    grads = []
-    for model in (pair.ours, pair.theirs):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        found = [p.grad for p in model.parameters() if p.requires_grad]
-        assert all(g is not None and g.abs().max() > 0 for g in found)
-        grads.append(torch.cat(found))
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5 * grads[1].abs().max())
 
 
 def test_eval_and_train_mode_pass_through(make_model: MakeModel, tokens: Tensor) -> None:
@@ -587,23 +543,6 @@ def test_state_dicts_hold_what_pefts_hold(pair: Pair) -> None:
 
 
 # Embeddings
-
-
-def test_resizing_the_embeddings(make_model: MakeModel, tokens: Tensor) -> None:
-    for kind in ("llama", "llama-tied"):
-        pair = Pair(make_model, "llama")
-        pair.base = make_model(kind)
-        pair.ours = copy.deepcopy(pair.base)
-        pair.add("a")
-        before, _ = pair.outputs(tokens)
-        bundle = capture(pair.ours, "a")
-        for model in (pair.ours, pair.theirs):
-            model.resize_token_embeddings(64, mean_resizing=False)
-        found, expected = pair.outputs(tokens)
-        assert found.shape[-1] == 64
-        assert torch.equal(found[..., :60], before)
-        torch.testing.assert_close(found[..., :60], expected[..., :60], rtol=1e-4, atol=1e-5)
-        assert capture(pair.ours, "a").to_bytes() == bundle.to_bytes()
 
 
 def test_an_adapted_head_over_tied_embeddings(make_model: MakeModel, tokens: Tensor) -> None:

@@ -16,8 +16,6 @@ from fourierft_export import (
     FourierLinear,
     activate,
     attach,
-    capture,
-    detach,
     inject,
     route,
 )
@@ -149,19 +147,6 @@ def test_adapters_applied_in_different_forms_are_rounded_once() -> None:
 
 
 @torch.no_grad()
-def test_autocast_gives_what_it_gives_alone(make_model: MakeModel) -> None:
-    model = adapted(make_model("bert-cls"))
-    tokens = rows(len(NAMES))
-    with torch.autocast("cpu", torch.bfloat16):
-        wanted = alone(model, NAMES, tokens)
-        with route(model, NAMES):
-            found = logits(model, tokens)
-    assert found.dtype == wanted.dtype
-    eps = torch.finfo(torch.bfloat16).eps
-    assert (found - wanted).abs().max() <= 4 * eps * wanted.abs().max()
-
-
-@torch.no_grad()
 def test_minilm_with_sentences(
     minilm_dir: Path,
     peft_minilm_adapter: Callable[..., Path],
@@ -195,22 +180,6 @@ def test_minilm_with_sentences(
 
 
 @torch.no_grad()
-def test_rows_may_come_in_any_order_and_the_same_everywhere(make_model: MakeModel) -> None:
-    model = adapted(make_model("bert-cls")).double()
-    tokens = rows(len(NAMES))
-    with route(model, NAMES):
-        found = logits(model, tokens)
-    order = [4, 2, 8, 0, 7, 5, 3, 1, 6]
-    with route(model, [NAMES[i] for i in order]):
-        torch.testing.assert_close(logits(model, tokens[order]), found[order])
-    for name in ("head", "wide", None):
-        with route(model, [name] * 3):
-            routed = logits(model, tokens[:3])
-        activate(model, [] if name is None else name)
-        torch.testing.assert_close(routed, logits(model, tokens[:3]), rtol=1e-10, atol=1e-10)
-
-
-@torch.no_grad()
 def test_blocks_nest_and_leave_everything_as_it_was(make_model: MakeModel) -> None:
     model = adapted(make_model("bert-cls"))
     tokens = rows(2)
@@ -227,31 +196,6 @@ def test_blocks_nest_and_leave_everything_as_it_was(make_model: MakeModel) -> No
         torch.testing.assert_close(logits(model, tokens), wanted[0])
     assert set(active_adapters(model)) == {"head", "plain"}
     assert torch.equal(logits(model, tokens), both)
-
-
-@torch.no_grad()
-def test_adapters_come_and_go_between_blocks(make_model: MakeModel) -> None:
-    model = adapted(make_model("bert-cls"))
-    tokens = rows(3)
-    bundle = capture(model, "seed")
-    activate(model, "plain")
-    detach(model, "plain")
-    assert active_adapters(model) == ()
-    with route(model, ["head", None, "seed"]):
-        found = logits(model, tokens)
-    torch.testing.assert_close(found, alone(model, ["head", None, "seed"], tokens))
-    attach(model, bundle, "plain")  # the name again, for something else
-    with route(model, ["head", None, "plain"]):
-        assert torch.equal(logits(model, tokens), found)
-    detach(model)
-    with route(add_and_return(model, "plain"), ["plain", None, None]):
-        found = logits(model, tokens)
-    torch.testing.assert_close(found[1:], logits(detach(model), tokens)[1:])
-
-
-def add_and_return(model: nn.Module, name: str) -> nn.Module:
-    add(model, name)
-    return model
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -242,28 +241,6 @@ def test_nothing_changes_the_adapters_within_a_block(model: Any, tmp_path: Any) 
     assert adapter_names(model) == ("a", "b")
     assert not list(tmp_path.iterdir())
     fuse(model, "a")
-
-
-def test_another_thread(model: Any) -> None:
-    found: list[str] = []
-
-    def other() -> None:
-        try:
-            with route(model, ["b", "b"]):
-                found.append("entered")
-        except UsageError as error:
-            found.append(error.summary)
-
-    def in_a_thread() -> None:
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-
-    with route(model, NAMES):
-        in_a_thread()
-        run(model, 3)
-    in_a_thread()
-    assert found == ["entered", "entered"]
 
 
 def test_exporting(model: Any) -> None:

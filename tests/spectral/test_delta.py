@@ -169,22 +169,6 @@ def test_layers_together_equal_layers_alone(threads: int, path: str, count: int)
         assert np.array_equal(merged[i], weights[i] + alone[i])
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_in_place_equals_a_new_array(dtype: type, transposed: bool) -> None:
-    shape = (34, 21)
-    spectrum, entries = make_case(shape, 0.4, True, 1)
-    stored = shape[::-1] if transposed else shape
-    weight = float32_weights(stored, 1)[0].astype(dtype)
-    terms = [Term(spectrum, entries, 0.3)]
-    expected = add_delta_weight(weight, terms, transposed=transposed)
-    memory = weight.ctypes.data
-    placed = entries[:, ::-1] if transposed else entries
-    rebuild([weight], [weight], spectrum[None], placed, 0.3, None)
-    assert weight.ctypes.data == memory
-    assert np.array_equal(weight.view(np.uint8), expected.view(np.uint8))
-
-
 def test_in_place_merge_needs_little_memory() -> None:
     """At most 0.3 of the float32 weight, as numpy's allocations are traced."""
     shape, n = (4096, 4096), 1000

@@ -135,10 +135,7 @@ def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
         for name, version in zip(rows, _known(rows, versions_of(module)), strict=True):
             users.setdefault(version, str(name))
         shapes = {
-            user: {
-                k: list(t.shape) for k, t in state_tensors(module_under(module, version)).items()
-            }
-            for version, user in users.items()
+            user: _shapes_of(module_under(module, version)) for version, user in users.items()
         }
         for (one, mine), (other, its) in pairwise(shapes.items()):
             unlike += [
