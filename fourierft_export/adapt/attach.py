@@ -10,6 +10,7 @@ from torch import nn
 
 from ..bundle import fingerprint
 from ..bundle.file import Bundle
+from ..bundle.peft import BundleSource, open_bundle
 from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
 from ..errors import BaseMismatchError, UsageError
 from ..spectral.entries import entries_sha256
@@ -18,7 +19,7 @@ from .active import activate, update_learning
 from .adapter import AdapterOrigin
 from .freeze import freeze, unfreeze
 from .linear import float_weight, is_conv1d, layer_device, to_array
-from .match_bundle import BundleSource, load_bundle, match_bundle
+from .match_bundle import match_bundle
 from .modules import (
     active_adapters,
     adapter_names,
@@ -76,7 +77,7 @@ def attach(
             weights: all of them listed. The model is unchanged after any of these.
     """
     check_new_name(model, name)
-    loaded = load_bundle(bundle)
+    loaded = open_bundle(bundle)
     match = match_bundle(model, loaded, allow_base_mismatch)
     freeze(model)
     origin = _origin(loaded)
@@ -128,7 +129,7 @@ def replace(
     check_known(model, [name])
     check_not_fused(model, "replace")
     check_not_routed(model, "replace")
-    loaded = load_bundle(bundle)
+    loaded = open_bundle(bundle)
     match = match_bundle(model, loaded, allow_base_mismatch)
     adapters, tensors = adapters_of(model, name), saved_tensors(model, name)
     values = {f"{p}.{leaf}": t for p, held in match.saved.items() for leaf, t in held.items()}

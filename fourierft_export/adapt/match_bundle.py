@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import compare
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
-from ..bundle.peft import find_adapter, read_adapter
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
 from ..models.names import find_bridge
@@ -23,8 +20,6 @@ from .modules import base_modules, did_you_mean, original
 from .saved_modules import check_can_be_saved, is_container, own_state, state_tensors
 
 log = logging.getLogger(__name__)
-
-BundleSource = Bundle | str | os.PathLike[str]
 
 
 @dataclass
@@ -54,24 +49,6 @@ class Match:
 
     layers: dict[str, MatchedLayer]
     saved: dict[str, dict[str, Tensor]]
-
-
-def load_bundle(source: BundleSource) -> Bundle:
-    """A bundle as it is, or from the path of a bundle's file or of a PEFT adapter directory.
-
-    Raises:
-        FileAccessError, BadInputError: there is no such file, or it is neither.
-        UsageError: `source` is of another type.
-    """
-    if isinstance(source, Bundle):
-        return source
-    if not isinstance(source, str | os.PathLike):
-        raise UsageError(
-            "attach",
-            expected="a bundle, or the path of a bundle or PEFT adapter directory",
-            found=type(source).__name__,
-        )
-    return read_adapter(find_adapter(source)) if Path(source).is_dir() else Bundle.load(source)
 
 
 def match_bundle(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) -> Match:

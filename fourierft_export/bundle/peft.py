@@ -7,6 +7,7 @@ file that somebody else made can run for years. (File layout: peft/utils/save_an
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -27,6 +28,39 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 SPECTRUM = ".fourierft_spectrum"
 BASE_LAYER = ".base_layer"
+
+BundleSource = Bundle | str | os.PathLike[str]
+"""A bundle, or the path of a bundle file or of a PEFT adapter directory."""
+
+
+def open_bundle(source: BundleSource, *, bind: bool = False) -> Bundle:
+    """Opens a bundle file or a PEFT adapter directory; a bundle is returned as it is.
+
+    Args:
+        source: a bundle or a path.
+        bind: bind an adapter directory to the base that its config names, if that is a local
+            directory that fits (`from_peft`); by default it stays unbound.
+
+    Raises:
+        FileAccessError, BadInputError: there is nothing at this path, or it is neither.
+        UsageError: `source` is of another type.
+    """
+    if isinstance(source, Bundle):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise UsageError(
+            "opening a bundle",
+            expected="a bundle, or the path of a bundle file or of a PEFT adapter directory",
+            found=type(source).__name__,
+        )
+    if not os.path.isdir(source):
+        return Bundle.load(source)
+    return from_peft(source) if bind else read_adapter(find_adapter(source))
+
+
+def list_bundles(sources: BundleSource | Iterable[BundleSource]) -> list[BundleSource]:
+    """One bundle or path, or several, as a list; nothing is opened."""
+    return [sources] if isinstance(sources, (Bundle, str, os.PathLike)) else list(sources)
 
 
 def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) -> Path:
@@ -152,7 +186,9 @@ def _is_base_weight(name: str) -> bool:
     return name.endswith(f"{BASE_LAYER}.weight")
 
 
-def to_peft(bundle: Bundle, directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+def to_peft(
+    bundle: BundleSource, directory: str | os.PathLike[str], *, force: bool = False
+) -> Path:
     """Write a bundle as a directory that PEFT loads.
 
     A bundle that came from PEFT gives back every tensor bit for bit and every config field as it
@@ -165,6 +201,7 @@ def to_peft(bundle: Bundle, directory: str | os.PathLike[str], *, force: bool = 
         UsageError: it exists, without `force`.
         FileAccessError: it cannot be written.
     """
+    bundle = open_bundle(bundle)
     tensors: dict[str, Array] = {
         f"{PREFIX}{name}{SPECTRUM}": spectrum for name, spectrum in bundle.spectra.items()
     }

@@ -66,7 +66,7 @@ def apply(
     check_output(output, force=force, inputs=(onnx_in, *bundles, *([base] if base else [])))
     report = apply_onnx(
         onnx_in,
-        [options.read_bundle(path) for path in bundles],
+        bundles,
         output,
         weights=weights or None,
         base=base,

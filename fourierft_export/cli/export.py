@@ -78,7 +78,7 @@ def export(
     check_output(output, force=force, inputs=(base, *bundles))
     report = export_pretrained(
         base,
-        [options.read_bundle(path) for path in bundles],
+        bundles,
         output,
         weights=weights or None,
         force=force,

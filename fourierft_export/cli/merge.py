@@ -81,9 +81,8 @@ def merge(
         check_output(output, force=force, inputs=(base, *bundles))
     report = merge_checkpoint(
         base,
-        [options.read_bundle(path) for path in bundles],
+        bundles,
         output,
-        names=bundles,
         weights=weights or None,
         labels=labels or None,
         force=force,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import click
 from .sections import section
 
 if TYPE_CHECKING:
-    from ..bundle.file import Bundle
+    pass
 
 # Paths are not checked by click: its exit code for a missing one is 2, ours is 6.
 PATH = click.Path(path_type=str)
@@ -86,14 +85,3 @@ def output_option(metavar: str, what: str) -> Callable[[Any], Any]:
         metavar=metavar,
         help=f"{what} to write.",
     )
-
-
-def read_bundle(path: str) -> Bundle:
-    """Reads a bundle file, or a PEFT adapter directory as an unbound one.
-
-    Unbound, so that the verb's own base binds it, not one that the adapter's config names.
-    """
-    from ..bundle.file import Bundle
-    from ..bundle.peft import find_adapter, read_adapter
-
-    return read_adapter(find_adapter(path)) if os.path.isdir(path) else Bundle.load(path)

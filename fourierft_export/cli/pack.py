@@ -61,13 +61,13 @@ def pack(
     With --base the bundle is bound to its base: it then knows layer shapes and refuses other bases.
     """
     from ..bundle.describe import describe_bundle
-    from ..bundle.peft import find_adapter, from_peft, left_out
+    from ..bundle.peft import find_adapter, from_peft, left_out, open_bundle
     from ..errors import UsageError
     from ..files.staging import check_output
 
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
     if onnx is not None and target != "bundle":
-        bundle = options.read_bundle(source) if os.path.isfile(source) else None
+        bundle = open_bundle(source) if os.path.isfile(source) else None
         if bundle is None:
             bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
         elif base is not None:

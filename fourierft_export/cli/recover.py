@@ -102,7 +102,7 @@ def recover(
     bundle, report = recover_bundle(
         base,
         merged,
-        like=options.read_bundle(like) if like else None,
+        like=like,
         allow_links=allow_links,
         progress=progress,
         **settings,

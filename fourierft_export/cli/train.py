@@ -16,7 +16,7 @@ import click
 from ..train.settings import SECTIONS, DataSettings, Setting, TrainSettings, read_settings, rules
 from ..types import Progress
 from .console import Outcome, size_text, verb
-from .options import PATH, allow_mismatch_option, force_option, read_bundle
+from .options import PATH, allow_mismatch_option, force_option
 from .sections import section
 
 if TYPE_CHECKING:
@@ -77,12 +77,13 @@ def train(
     run, settings = _read(config, given)
     if run.output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    from ..bundle.peft import open_bundle
     from ..train.data.prepare import prepare
     from ..train.train import check_outputs, train_adapter
 
     inputs = [path for path in (run.model, run.data, run.eval, run.bundle, config) if path]
     check_outputs(run.output, run.metrics_file, resume=resume, force=force, inputs=tuple(inputs))
-    bundle = read_bundle(run.bundle) if run.bundle else None
+    bundle = open_bundle(run.bundle) if run.bundle else None
     writes = os.environ.get("RANK", "0") == "0"  # one of the processes that train together
     if writes:
         progress("reading", 0, 1)

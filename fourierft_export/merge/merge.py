@@ -11,6 +11,7 @@ from pathlib import Path
 from ..bundle.combine import checked_weights
 from ..bundle.file import Bundle
 from ..bundle.fit import check_fits
+from ..bundle.peft import BundleSource, list_bundles, open_bundle
 from ..errors import UsageError
 from ..files.staging import check_output
 from ..files.write import check_space
@@ -28,12 +29,10 @@ from .run import layer_reports, run_merge
 # Headers, config, index and manifest, on top of what is counted byte by byte.
 SMALL_FILES = 1 << 20
 
-Source = str | os.PathLike[str] | Bundle
-
 
 def merge_checkpoint(
     base: str | os.PathLike[str],
-    bundles: Sequence[Source] | Source,
+    bundles: Sequence[BundleSource] | BundleSource,
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
@@ -58,7 +57,7 @@ def merge_checkpoint(
 
     Args:
         base: a Hugging Face folder (one safetensors file or shards), or one safetensors file.
-        bundles: paths of bundles, or `Bundle` objects; one or several.
+        bundles: one or several; each a bundle, a bundle file or a PEFT adapter directory.
         out: the folder to make; a file, when `base` is a file.
         weights: a factor on each bundle's delta_W; 1 by default.
         dtype: "keep", "float32", "float16" or "bfloat16", for all float tensors.
@@ -82,15 +81,15 @@ def merge_checkpoint(
         BaseMismatchError: bundles that do not belong to this base, every layer listed.
         FileAccessError: missing files, no space.
     """
-    given = [bundles] if isinstance(bundles, (str, os.PathLike, Bundle)) else list(bundles)
+    given = list_bundles(bundles)
     factors = _checked_options(given, weights, dtype, workers, scheduler)
-    paths = [source for source in given if not isinstance(source, Bundle)]
+    paths = [source for source in given if isinstance(source, (str, os.PathLike))]
     target = check_output(out, force=force, inputs=(base, *paths))
     # The workers of a cluster may have another working directory.
     opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)
     is_folder = opened.directory.is_dir()
     called = _names(given, names)
-    loaded = [source if isinstance(source, Bundle) else Bundle.load(source) for source in given]
+    loaded = [open_bundle(source) for source in given]
     fits = []
     for number, (name, bundle) in enumerate(zip(called, loaded, strict=True), 1):
         fits.append(fit_bundle(opened, name, bundle, thorough=dry_run))
@@ -159,7 +158,7 @@ def merge_checkpoint(
 
 
 def _checked_options(
-    given: Sequence[Source],
+    given: Sequence[BundleSource],
     weights: Sequence[float] | None,
     dtype: str,
     workers: int,
@@ -179,7 +178,7 @@ def _checked_options(
     return checked_weights(weights, len(given))
 
 
-def _names(given: Sequence[Source], names: Sequence[str] | None) -> Sequence[str]:
+def _names(given: Sequence[BundleSource], names: Sequence[str] | None) -> Sequence[str]:
     if names is not None and len(names) != len(given):
         raise UsageError(
             "names", expected=f"{len(given)}, one for each bundle", found=str(len(names))

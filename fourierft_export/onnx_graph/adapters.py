@@ -6,29 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.file import Bundle
+from ..bundle.peft import BundleSource, list_bundles, open_bundle
 from ..errors import UsageError
 from ..spectral.delta import Term
 
-Bundles = Bundle | Sequence[Bundle] | Mapping[str, Bundle]
+Bundles = BundleSource | Sequence[BundleSource] | Mapping[str, BundleSource]
 
 
 def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
-    """The bundles by name: "default" for one, "adapter_0", "adapter_1", ... for several.
+    """Opens the bundles, by name: "default" for one, "adapter_0", "adapter_1", ... for several.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or one is neither a bundle nor a path.
+        FileAccessError, BadInputError: a path without a bundle, or a damaged one.
     """
-    if isinstance(bundles, Bundle):
-        return {"default": bundles}
     if isinstance(bundles, Mapping):
         named = dict(bundles)
-    elif len(bundles) == 1:
-        named = {"default": bundles[0]}
     else:
-        named = {f"adapter_{i}": bundle for i, bundle in enumerate(bundles)}
+        given = list_bundles(bundles)
+        several = len(given) > 1
+        named = {f"adapter_{i}" if several else "default": one for i, one in enumerate(given)}
     if not named:
         raise UsageError("bundles", expected="at least one bundle", found="none")
-    return named
+    return {name: open_bundle(bundle) for name, bundle in named.items()}
 
 
 def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float]) -> dict[str, Bundle]:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..bundle.file import Bundle
-from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter
+from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, BundleSource, find_adapter, open_bundle
 from ..bundle.peft_config import read_peft_config
 from ..errors import BadInputError, FileAccessError, missing_extra
 from ..models.task import Task, choose_task, get_task, head_labels, read_config
@@ -42,7 +42,7 @@ class Artifacts:
         cls,
         *,
         base: PathLike | None = None,
-        bundle: PathLike | Bundle | None = None,
+        bundle: BundleSource | None = None,
         peft: PathLike | None = None,
         merged: PathLike | None = None,
         task: str | None = None,
@@ -61,7 +61,7 @@ class Artifacts:
         base_dir = None if base is None else _model_directory(base)
         merged_dir = None if merged is None else _model_directory(merged)
         peft_dir = None if peft is None else _adapter_directory(peft)
-        opened = bundle if isinstance(bundle, Bundle) or bundle is None else Bundle.load(bundle)
+        opened = None if bundle is None else open_bundle(bundle)
         task_type = opened.spec.task_type if opened else None
         if task_type is None and peft_dir is not None:
             found = read_peft_config(peft_dir / CONFIG_FILE).get("task_type")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle.file import Bundle
+from ..bundle.peft import BundleSource
 from ..errors import UsageError
 from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
@@ -35,7 +35,7 @@ LOGITS_PER_SIDE = 2**26
 def validate(
     *,
     base: PathLike | None = None,
-    bundle: PathLike | Bundle | None = None,
+    bundle: BundleSource | None = None,
     peft: PathLike | None = None,
     merged: PathLike | None = None,
     onnx: PathLike | Sequence[PathLike] = (),

@@ -14,6 +14,7 @@ import numpy as np
 from ..bundle.file import Bundle
 from ..bundle.fit import check_fits, fit_adapter, layers_of_base
 from ..bundle.names import natural_key
+from ..bundle.peft import BundleSource, open_bundle
 from ..bundle.spec import AdapterSpec, LayerSpec
 from ..errors import UsageError, ValidationError
 from ..files.dtypes import FLOAT_DTYPES
@@ -58,7 +59,7 @@ def recover_bundle(
     base: str | os.PathLike[str],
     merged: str | os.PathLike[str],
     *,
-    like: Bundle | None = None,
+    like: BundleSource | None = None,
     seed: int | None = None,
     n_frequency: int | None = None,
     targets: Sequence[str] = (),
@@ -96,6 +97,7 @@ def recover_bundle(
         FileAccessError, BadInputError: of the checkpoints.
     """
     before, after = (open_base(path, allow_links=allow_links) for path in (base, merged))
+    like = None if like is None else open_bundle(like)
     if like is None:
         spec = _spec_of(after, seed, n_frequency, targets, scaling)
     else:

@@ -26,6 +26,7 @@ from ..adapt.modules import (
 from ..adapt.saved_modules import Version
 from ..adapt.targets import USUAL_TARGETS, select
 from ..bundle.file import Bundle
+from ..bundle.peft import BundleSource
 from ..errors import BaseMismatchError, UsageError
 from . import defaults
 from .defaults import LayerSize
@@ -178,7 +179,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def continued_adapter(
-    task: TrainingTask, bundle: Bundle, *, allow_base_mismatch: bool = False
+    task: TrainingTask, bundle: BundleSource, *, allow_base_mismatch: bool = False
 ) -> LiveAdapter:
     """Put a bundle's adapter on the task's model, to train it further.
 

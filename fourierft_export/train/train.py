@@ -21,6 +21,7 @@ from torch import nn
 from ..adapt.attach import detach
 from ..adapt.modules import adapter_names, check_new_name
 from ..bundle.file import Bundle
+from ..bundle.peft import BundleSource
 from ..errors import BadInputError, FileAccessError, FourierFTError, UsageError, missing_extra
 from ..files.container import read_header
 from ..files.staging import check_output, staged_file
@@ -82,7 +83,7 @@ def train_adapter(
     out: str | os.PathLike[str],
     settings: TrainSettings | None = None,
     *,
-    bundle: Bundle | None = None,
+    bundle: BundleSource | None = None,
     resume: bool = False,
     force: bool = False,
     allow_base_mismatch: bool = False,
@@ -445,7 +446,10 @@ def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArgumen
 
 
 def put_adapter(
-    task: TrainingTask, settings: TrainSettings, bundle: Bundle | None, allow_base_mismatch: bool
+    task: TrainingTask,
+    settings: TrainSettings,
+    bundle: BundleSource | None,
+    allow_base_mismatch: bool,
 ) -> LiveAdapter:
     """Put the adapter that learns on the task's model, everything else ready for it."""
     if settings.gradient_checkpointing:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle.file import Bundle
-from ...bundle.peft import from_peft
+from ...bundle.peft import BundleSource, open_bundle
 from ...errors import UsageError
 from ...types import Array
 from ..fit import check_parameters, fit, knows_base
@@ -110,7 +109,7 @@ class AdapterSession:
     def load(
         self,
         name: str,
-        bundle: Bundle | str | os.PathLike[str],
+        bundle: BundleSource,
         *,
         allow_base_mismatch: bool = False,
     ) -> None:
@@ -141,8 +140,7 @@ class AdapterSession:
             check_parameters(interface, parameters, os.fspath(bundle))
             feeds = self._base | parameters
         else:
-            if isinstance(bundle, (str, os.PathLike)):
-                bundle = from_peft(bundle) if os.path.isdir(bundle) else Bundle.load(bundle)
+            bundle = open_bundle(bundle, bind=True)
             feeds = fit(
                 interface,
                 bundle,
