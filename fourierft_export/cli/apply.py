@@ -1,4 +1,4 @@
-"""apply: existing ONNX + bundles -> ONNX."""
+"""apply: puts adapters into an existing ONNX file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ from .console import Outcome, graph_lines, verb
         "-o tenants.onnx",
     )
 )
-@options.input_option(
-    "--onnx",
-    "onnx_in",
-    type=options.PATH,
-    required=True,
-    metavar="IN.onnx",
-    help="The model to adapt.",
+@options.input_path(
+    "--onnx", "onnx_in", required=True, metavar="IN.onnx", help="The ONNX file to adapt."
 )
 @options.bundles_option
 @options.weights_option
@@ -33,10 +28,10 @@ from .console import Outcome, graph_lines, verb
     "mapped",
     multiple=True,
     metavar="LAYER=INITIALIZER",
-    help="Where a layer's weight is, when it is not found; INITIALIZER[START:STOP] for some "
-    "outputs of a packed weight. May be repeated.",
+    help="The initializer that holds a layer's weight, where it is not found by itself; may be "
+    "repeated. INITIALIZER[START:STOP] names some outputs of a weight that holds several layers.",
 )
-@options.output_option("OUT.onnx", "The ONNX file")
+@options.output_option("OUT.onnx", "The ONNX file to write.")
 @options.force_option
 @options.allow_mismatch_option
 @options.links_option
@@ -51,10 +46,11 @@ def apply(
     force: bool,
     **settings: Any,
 ) -> Outcome:
-    """Put adapters into an ONNX file that other tools made; PyTorch is not needed.
+    """Put adapters into an existing ONNX file, without PyTorch.
 
-    Quantised weights get a float branch (unmerged, swappable, bank). Run int8 files with the
-    session option session.x64quantprecision = "1", as AdapterSession does.
+    With --base, weights without names are found by their values. Quantised weights stay as they
+    are, and a float branch adds the adapter (modes unmerged, swappable and bank). Run int8 files
+    with the session option session.x64quantprecision = "1", as AdapterSession does.
     """
     from ..errors import UsageError
     from ..files.staging import check_output

@@ -1,4 +1,4 @@
-"""completion: a script that completes verbs, options and paths in a shell."""
+"""completion: prints a completion script for a shell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _CLASSES: dict[str, type[ShellComplete]] = {
 )
 @click.argument("shell", type=click.Choice(list(_CLASSES)))
 def completion(shell: str) -> Outcome:
-    """Print a script that completes verbs, options and paths in SHELL."""
+    """Print a completion script for a shell.
+
+    It completes verbs, options and paths.
+    """
     root = click.get_current_context().find_root()
     # Not the class's own source(), which starts bash to ask for its version.
     script = ShellComplete.source(

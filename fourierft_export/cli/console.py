@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,14 +32,14 @@ COUNTED_IN_BYTES = frozenset({"merging", "verifying", "recovering"})
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb found or did, for people and for programs.
+    """The result of a verb, for people and for programs.
 
     Attributes:
-        data: for `--json`, without schema and ok.
-        shown: lines and tables for people, in order, on stdout.
-        notes: what a person should know, on stderr.
-        failure: an error to end with after the result has been shown (a failed validation).
-        silent: print nothing: another process prints the result.
+        data: the object of `--json`, without schema and ok.
+        shown: lines and tables for people, printed in this order on stdout.
+        notes: warnings for people, printed on stderr.
+        failure: an error to print after the result (a failed validation).
+        silent: print nothing, since another process prints the result.
     """
 
     data: Mapping[str, Any]
@@ -49,29 +49,15 @@ class Outcome:
     silent: bool = False
 
 
-@overload
-def verb(function: Callable[..., Outcome], *, cls: type[Sectioned] = ...) -> Sectioned: ...
-
-
-@overload
-def verb(*, examples: tuple[str, ...]) -> Callable[[Callable[..., Outcome]], Sectioned]: ...
-
-
-def verb(
-    function: Callable[..., Outcome] | None = None,
-    *,
-    examples: tuple[str, ...] = (),
-    cls: type[Sectioned] = Sectioned,
-) -> Any:
+def verb(function: Callable[..., Outcome] | None = None, *, examples: tuple[str, ...] = ()) -> Any:
     """Makes a click command of a function that returns an `Outcome`; adds --json and --debug.
 
     Args:
         function: gets its options, and `progress` when it has a parameter of that name.
         examples: for the help, without "fourierft-export".
-        cls: of the command.
     """
     if function is None:
-        return partial(verb, examples=examples, cls=cls)
+        return partial(verb, examples=examples)
     wants_progress = "progress" in function.__annotations__
 
     @wraps(function)
@@ -90,7 +76,7 @@ def verb(
         emit_error(error.to_dict(), error.summary, as_json=as_json, data=outcome.data)
         return error.exit_code
 
-    made = click.command(function.__name__, cls=cls)(command)
+    made = click.command(function.__name__, cls=Sectioned)(command)
     made.examples = examples
     made.params += [
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout."),
@@ -124,13 +110,13 @@ def emit_error(
     as_json: bool,
     data: Mapping[str, Any] | None = None,
 ) -> None:
-    """One summary line on stderr, then at most 20 offenders; the object on stdout with --json.
+    """Prints an error: a line and at most 20 offenders on stderr, with --json an object on stdout.
 
     Args:
-        fields: of the error, as `FourierFTError.to_dict` gives them.
+        fields: the error's fields, as `FourierFTError.to_dict` gives them.
         summary: the line.
         as_json: whether --json was given.
-        data: what a verb found before it failed, for the object.
+        data: what the verb found before it failed; it goes into the object.
     """
     if as_json:
         found = {"schema": SCHEMA, "ok": False, "error": dict(fields), **(data or {})}
@@ -185,8 +171,8 @@ def progress_bar() -> Iterator[Progress]:
     def progress(what: str, done: int, total: int) -> None:
         if time.monotonic() - began < SHOW_PROGRESS_AFTER:
             return
-        bar.start()
         bar.update(task, description=printable(what), completed=done, total=total)
+        bar.start()
 
     try:
         yield progress
@@ -195,7 +181,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def size_text(count: int) -> str:
-    """A number of bytes for people: 96,388 bytes; 2.1 MB; 13.5 GB."""
+    """Writes a number of bytes for people: 96,388 bytes; 2.1 MB; 13.5 GB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6)):
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
@@ -203,7 +189,7 @@ def size_text(count: int) -> str:
 
 
 def graph_lines(report: ExportReport) -> list[str]:
-    """What was written to an ONNX file, as two lines."""
+    """Describes a written ONNX file in two lines."""
     return [
         f"{report.path}: {report.mode}, opset {report.opset}, {len(report.layers)} layers adapted, "
         f"{report.nodes} nodes, {size_text(report.bytes)}",

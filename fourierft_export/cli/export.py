@@ -1,4 +1,4 @@
-"""export: model -> ONNX."""
+"""export: writes a base with adapters as ONNX."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .console import Outcome, graph_lines, verb
     type=click.Choice(["bundle", "base", "required"]),
     default="bundle",
     show_default=True,
-    help="swappable, paired, bank: what is used when no adapter is fed; required: one must be, as "
-    "for onnxruntime-node, which ignores what is fed to inputs that have a default.",
+    help="What swappable, paired and bank compute when no adapter is fed. With required, one must "
+    "be fed; onnxruntime-node needs that, since it ignores values fed to inputs with a default.",
 )
 @options.task_option
 @options.setting_option(
     "--cache",
     is_flag=True,
-    help="text-generation: with the key-value cache as inputs past_key_values.N.key and .value "
+    help="For text-generation: add the key-value cache as inputs past_key_values.N.key and .value "
     "and outputs present.N.key and .value.",
 )
 @options.setting_option(
@@ -42,10 +42,10 @@ from .console import Outcome, graph_lines, verb
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the weights and of the computation.",
+    help="Type of the weights and of the computation.",
 )
 @options.setting_option(
-    "--opset", type=int, metavar="N", help="ONNX opset.  [default: the exporter's]"
+    "--opset", type=int, metavar="N", help="ONNX opset.  [default: as torch.onnx chooses]"
 )
 @options.setting_option(
     "--ir-version",
@@ -57,9 +57,9 @@ from .console import Outcome, graph_lines, verb
 @options.setting_option(
     "--inline",
     is_flag=True,
-    help="No model-local functions: standard operators only, for tools that cannot read functions.",
+    help="Write standard operators only, for tools that cannot read model-local functions.",
 )
-@options.output_option("FILE.onnx", "The ONNX file")
+@options.output_option("FILE.onnx", "The ONNX file to write.")
 @options.force_option
 @options.allow_mismatch_option
 def export(
@@ -71,7 +71,10 @@ def export(
     force: bool,
     **settings: Any,
 ) -> Outcome:
-    """Export a base with adapters to ONNX, with dynamic batch and sequence length."""
+    """Export a base with adapters to ONNX.
+
+    Batch size and sequence length are dynamic.
+    """
     from ..files.staging import check_output
     from ..onnx_graph.trace.pretrained import export_pretrained
 

@@ -1,4 +1,4 @@
-"""inspect: what a bundle, adapter directory, checkpoint or ONNX file holds."""
+"""inspect: describes a bundle, PEFT adapter, checkpoint or ONNX file."""
 
 from __future__ import annotations
 
@@ -16,26 +16,22 @@ if TYPE_CHECKING:
 
 
 @verb(
-    examples=(
-        "inspect a.fourierft.safetensors",
-        "inspect adapter",
-        "inspect unmerged.onnx --json",
-    )
+    examples=("inspect a.fourierft.safetensors", "inspect adapter", "inspect unmerged.onnx --json")
 )
 @click.argument("path", type=options.PATH)
 def inspect(path: str) -> Outcome:
-    """Say what options.PATH holds: a bundle, a PEFT adapter, a checkpoint or an ONNX file."""
+    """Describe a bundle, PEFT adapter, checkpoint or ONNX file."""
     facts = describe(path)
     notes = facts.pop("notes", ())
     return Outcome({"inspect": facts}, _RENDERERS[facts["kind"]](facts), notes)
 
 
 def describe(path: str) -> dict[str, Any]:
-    """The facts of whatever lies at `path`; its kind is under "kind".
+    """Describes the file or directory at `path`; the entry "kind" names its kind.
 
     Raises:
-        FileAccessError: nothing there.
-        BadInputError: none of the kinds that are known.
+        FileAccessError: there is no such path.
+        BadInputError: it is none of the known kinds, or damaged.
     """
     from ..bundle.describe import describe_adapter, describe_adapter_config, describe_bundle
     from ..bundle.file import Bundle
@@ -45,7 +41,7 @@ def describe(path: str) -> dict[str, Any]:
     from ..models.base import describe_base
 
     if not os.path.lexists(path):
-        raise FileAccessError(path, expected="a file or directory", found="nothing there")
+        raise FileAccessError(path, expected="a file or directory", found="no such path")
     if os.path.isdir(path):
         holds_adapter = os.path.isfile(os.path.join(path, CONFIG_FILE)) or (
             not os.path.isfile(os.path.join(path, "config.json"))
@@ -91,7 +87,7 @@ def _adapter(facts: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _layers(facts: Mapping[str, Any]) -> list[str | Table]:
-    """Tables of the layers and of the dense tensors."""
+    """Makes tables of the layers and of the dense tensors."""
     groups = [
         (
             "\n".join(group["layers"]),
@@ -114,7 +110,7 @@ def _layers(facts: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[object]], fold: int = 0) -> Table:
-    """A table whose column `fold` may take several lines."""
+    """Makes a table; cells of column `fold` may take several lines."""
     from rich.markup import escape
     from rich.table import Column, Table
 
@@ -149,12 +145,10 @@ def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
             f"  {mode}: adapter {one['name']}, {one['layers']} layers, seed {one['seed']}, "
             f"scaling {one['scaling']}, bundle {str(one['bundle_sha256'])[:12]}"
             for one in facts["adapter"]["adapters"]
-        ] or [f"  {mode}: its inputs take an adapter, and it holds none"]
+        ] or [f"  {mode}: takes an adapter as inputs and holds none itself"]
     given = facts["inputs_with_default"]
     if given:
-        lines.append(
-            f"  {len(given)} inputs have a default, so that an adapter can be fed (--json)"
-        )
+        lines.append(f"  {len(given)} more inputs, for an adapter, have defaults (see --json)")
     values = [
         (side[:-1], value["name"], value["dtype"], " x ".join(map(str, value["shape"])))
         for side in ("inputs", "outputs")

@@ -55,33 +55,22 @@ class _Verbs(click.Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done; 2 usage; 3 bad or hostile input; 4 the bundle does not belong to "
-    "this base; 5 validation failed; 6 files, paths or space; 130 interrupted.",
+    epilog="Exit codes: 0 done; 2 wrong usage; 3 damaged or hostile input; 4 the bundle does not "
+    "belong to this base; 5 validation failed; 6 missing or unreadable files, or no space; 130 "
+    "interrupted.",
 )
 @click.version_option(__version__, package_name="fourierft-export")
 def verbs() -> None:
     """FourierFT adapters, from training and PEFT checkpoints to deployable models.
 
-    train an adapter or pack PEFT's into one small file, merge it into its base, export it to ONNX,
-    apply it to an ONNX file, and prove that all of them agree.
+    An adapter is trained here, or by PEFT and then packed. The result is a bundle: one small file,
+    which can be merged into its base, exported to ONNX, and applied to an existing ONNX file.
     """
 
 
-for _verb, _does in (
-    (demo, "The whole job on real images, without a download."),
-    (train, "Rows and a model -> bundle."),
-    (pack, "PEFT adapter directory -> one small, checked file."),
-    (unpack, "Bundle -> PEFT adapter directory."),
-    (inspect, "What a bundle, adapter, checkpoint or ONNX file holds."),
-    (merge, "Checkpoint + bundles -> checkpoint."),
-    (verify, "A merged directory against its manifest."),
-    (recover, "The bundle back out of what it was merged into."),
-    (export, "Model + bundles -> ONNX."),
-    (apply, "Existing ONNX file + bundles -> ONNX, without PyTorch."),
-    (validate, "Proof that artifacts agree, or the first pair that does not."),
-    (completion, "Completion for bash, zsh or fish."),
-):
-    _verb.short_help = _does
+for _verb in (
+    demo, train, pack, unpack, inspect, merge, verify, recover, export, apply, validate, completion
+):  # fmt: skip
     verbs.add_command(_verb)
 
 
@@ -109,15 +98,14 @@ def run(words: Sequence[str]) -> int:
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # The reader went away (`| head`), which click and rich make an exit: nothing is wrong.
+        # The pipe's reader has ended (`| head`), for which click and rich exit: not a failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a person sees a line
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - printed as one line
         unexpected = not isinstance(error, (click.UsageError, click.Abort, KeyboardInterrupt))
         if debug and unexpected:
             traceback.print_exc()
         fields, text = _describe(error, " ".join([NAME, *words[:1]]))
-        # Of processes that train together, one says what went wrong.
         with report_once() if words[:1] == ["train"] else nullcontext(True) as mine:
             if mine:
                 emit_error(fields, text, as_json=as_json)
@@ -136,7 +124,7 @@ def _describe(error: BaseException, verb: str) -> tuple[dict[str, Any], str]:
         kind, code, found = "usage", 2, error.format_message().rstrip(".")
         text = f"{where}: {found}; see {where} --help"
     elif isinstance(error, (click.Abort, KeyboardInterrupt)):
-        # click turns the interrupt into an exception of its own; a verb may have said what is left.
+        # click replaces the interrupt by Abort; the verb's message says what it left on the disk.
         kept = str(error if isinstance(error, KeyboardInterrupt) else error.__cause__ or "")
         kind, code, found = "interrupted", INTERRUPTED, f"an interrupt{kept and '; '}{kept}"
         text = found.removeprefix("an ").replace("interrupt", "interrupted", 1)

@@ -1,4 +1,4 @@
-"""merge: checkpoint + bundles -> checkpoint."""
+"""merge: writes a checkpoint with bundles merged in."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ from .console import Outcome, size_text, verb
     type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
     default="keep",
     show_default=True,
-    help="Of the float weights that are written.",
+    help="Type of the float weights that are written.",
 )
 @options.setting_option(
     "--label",
     "labels",
     multiple=True,
     metavar="NAME",
-    help="Names of the labels of a head that the bundles bring, in order; may be repeated.",
+    help="Name of a label, if the bundles hold a classification head; repeat it for each label, "
+    "in order.",
 )
 @options.setting_option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Write weight files in this many processes; 0 for this one alone.",
+    help="Write weight files in this many worker processes.",
 )
 @options.setting_option(
     "--scheduler",
     metavar="tcp://HOST:PORT",
-    help="Write weight files by a Dask cluster that sees the same files.",
+    help="Write weight files on a Dask cluster that has the same file system.",
 )
-@options.output_option("DIR", "The model directory")
+@options.output_option("DIR", "The model directory to write.")
 @options.force_option
 @options.check_option(
-    "--dry-run", is_flag=True, help="Check everything, write nothing; say what it needs."
+    "--dry-run", is_flag=True, help="Check everything, report space and memory, write nothing."
 )
 @options.allow_mismatch_option
 @options.links_option
@@ -67,11 +68,11 @@ def merge(
     force: bool,
     **settings: Any,
 ) -> Outcome:
-    """Merge adapters into a checkpoint; the result needs nothing but transformers to load.
+    """Merge adapters into a checkpoint, for transformers to load.
 
-    After a kill, the same command goes on where it was. The manifest.json of the output says what
-    it was made of, and verify checks it; where the base is a single file, so is the output, and it
-    has none.
+    After a kill, the same command continues where it stopped. The output's manifest.json records
+    its inputs and hashes, which verify checks. A base that is a single file gives a single file,
+    without a manifest.
     """
     from ..files.staging import check_output
     from ..merge.merge import merge_checkpoint
@@ -105,5 +106,5 @@ def merge(
             f"{size_text(report.memory_bytes)} of memory"
         )
     if report.resumed:
-        lines.append(f"{len(report.resumed)} weight files were there from a run that was killed")
+        lines.append(f"{len(report.resumed)} weight files kept from a run that was killed")
     return Outcome({"merge": report.to_dict()}, lines, report.notes)

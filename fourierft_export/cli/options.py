@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,18 +17,16 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=str)
 
 input_option = section("Input")
+input_path = partial(input_option, type=PATH)
 setting_option = section("Settings")
 output_section = section("Output")
 check_option = section("Checks")
 
-base_option = input_option("--base", type=PATH, metavar="DIR", help="Base model directory.")
-required_base_option = input_option(
-    "--base", type=PATH, metavar="DIR", required=True, help="Base model directory."
-)
-bundles_option = input_option(
+_base = partial(input_path, "--base", metavar="DIR", help="Directory of the base model.")
+base_option, required_base_option = _base(), _base(required=True)
+bundles_option = input_path(
     "--bundle",
     "bundles",
-    type=PATH,
     multiple=True,
     required=True,
     metavar="BUNDLE",
@@ -39,49 +38,43 @@ weights_option = input_option(
     type=float,
     multiple=True,
     metavar="W",
-    help="Factor on the delta of each --bundle, in the same order.  [default: 1 each]",
+    help="Factor of each --bundle's weight change, in the same order.  [default: 1 each]",
 )
 task_option = setting_option(
     "--task",
     metavar="TASK",
-    help="feature-extraction, text-classification, token-classification, question-answering, "
-    "text-generation, image-classification or seq2seq-encoder.  [default: from the adapter and "
-    "the base]",
+    help="What the model is for: feature-extraction, text-classification, token-classification, "
+    "question-answering, text-generation, image-classification or seq2seq-encoder.  [default: as "
+    "the adapter and the base say]",
 )
 mode_option = setting_option(
     "--mode",
     type=click.Choice(["merged", "unmerged", "swappable", "paired", "bank"]),
     required=True,
-    help="merged: the weights with the adapter in them. unmerged: base weights and spectra, which "
-    "ONNX Runtime merges once when it loads the file. swappable: the adapter is an input of a few "
-    "KB. paired: the adapted weights are inputs, and FILE.expand.onnx makes them of an adapter. "
-    "bank: a table of adapters, and an input adapter_id per row of the batch, 0 being the base.",
+    help="merged: the file holds adapted weights. unmerged: it holds base weights and the "
+    "adapter, which ONNX Runtime merges when it loads the file. swappable: the adapter is an input "
+    "of a few KB. paired: the adapted weights are inputs, computed from an adapter by "
+    "FILE.expand.onnx. bank: the file holds several adapters, and the input adapter_id chooses one "
+    "for each row of the batch (0: none).",
 )
 entry_rule_option = setting_option(
     "--entry-rule",
     type=click.Choice(["small", "r64"]),
-    help="How the seed gave the entries; 'small' for layers above 214 million weights that were "
-    "trained before torch 2.6.  [default: what torch does today]",
+    help="How torch drew the entries from the seed: 'small' for layers of more than 214 million "
+    "weights that were trained before torch 2.6.  [default: as torch does today]",
 )
 allow_mismatch_option = check_option(
     "--allow-base-mismatch",
     is_flag=True,
-    help="Go on although the base's weights are not those the adapter was trained on.",
+    help="Accept a base with other weights than those the adapter was trained on.",
 )
 links_option = check_option(
-    "--allow-links", is_flag=True, help="Follow links between files of a model's folder."
+    "--allow-links", is_flag=True, help="Follow links between the files of a model's folder."
 )
 force_option = output_section("--force", is_flag=True, help="Replace an output that exists.")
 
 
-def output_option(metavar: str, what: str) -> Callable[[Any], Any]:
-    """The required -o / --output; `what` is what it names."""
-    return output_section(
-        "-o",
-        "--output",
-        "output",
-        required=True,
-        type=PATH,
-        metavar=metavar,
-        help=f"{what} to write.",
-    )
+def output_option(metavar: str, text: str) -> Callable[[Any], Any]:
+    """Returns the required option -o / --output with this help text."""
+    settings = {"required": True, "type": PATH, "metavar": metavar, "help": text}
+    return output_section("-o", "--output", **settings)

@@ -1,4 +1,4 @@
-"""pack: PEFT adapter directory -> bundle; adapter -> ONNX Runtime's adapter file."""
+"""pack: writes a PEFT adapter as a bundle, or an adapter as inputs of an ONNX file."""
 
 from __future__ import annotations
 
@@ -23,25 +23,23 @@ if TYPE_CHECKING:
 @click.argument("source", type=options.PATH)
 @options.base_option
 @options.input_option(
-    "--adapter", metavar="NAME", help="Which of several adapters, by its subfolder."
+    "--adapter", metavar="NAME", help="Subfolder of the adapter, if SOURCE holds several."
 )
 @options.entry_rule_option
-@options.input_option(
+@options.input_path(
     "--onnx",
-    type=options.PATH,
     metavar="FILE.onnx",
-    help="For onnx-adapter and onnx-inputs: the swappable graph, the paired graph or its expander.",
+    help="For onnx-adapter and onnx-inputs: a swappable or paired graph, or FILE.expand.onnx.",
 )
-@options.output_option("BUNDLE", "The bundle, *.fourierft.safetensors by custom,")
+@options.output_option("BUNDLE", "The bundle to write, by custom *.fourierft.safetensors.")
 @options.output_section(
     "--to",
     "target",
     type=click.Choice(["bundle", "onnx-adapter", "onnx-inputs"]),
     default="bundle",
     show_default=True,
-    help="onnx-adapter: the inputs of the graph --onnx, for ONNX Runtime's adapter API. "
-    "onnx-inputs: the same as plain safetensors, for languages that lack it. SOURCE may then be a "
-    "bundle, too.",
+    help="onnx-adapter: inputs of the graph --onnx, for ONNX Runtime's adapter API. onnx-inputs: "
+    "the same as safetensors, for languages without that API. For both, SOURCE may be a bundle.",
 )
 @options.force_option
 @options.links_option
@@ -56,9 +54,10 @@ def pack(
     allow_links: bool,
     force: bool,
 ) -> Outcome:
-    """Pack the PEFT FourierFT adapter in SOURCE into one small, checked file.
+    """Pack a PEFT adapter into one small, checked file.
 
-    With --base the bundle is bound to its base: it then knows layer shapes and refuses other bases.
+    SOURCE is PEFT's directory. With --base the bundle is bound to its base: it then holds layer
+    shapes and hashes of weights, and other bases are refused.
     """
     from ..bundle.describe import describe_bundle
     from ..bundle.peft import find_adapter, from_peft, left_out, open_bundle
@@ -98,8 +97,8 @@ def pack(
         notes.append(f"bound to {bundle.spec.base_model}, the base that the adapter's config names")
     if not bundle.is_bound:
         notes.append(
-            "the bundle is unbound: without --base it holds no layer shapes, and nothing can check "
-            "that a base is the right one"
+            "the bundle is unbound: it holds no layer shapes and cannot refuse a wrong base; pack "
+            "it with --base to bind it"
         )
     return Outcome(
         {"bundle": facts, "source": {"path": str(folder), "bytes": before}},
@@ -126,9 +125,9 @@ def _write_inputs(
     facts = {"path": output, "to": target, "bytes": size, "inputs": sorted(parameters)}
     lines = [f"{output}: {len(parameters)} inputs of {onnx}, {size_text(size)}"]
     note = (
-        "nothing checks such a file against the base later: it was checked now"
+        "the adapter was checked against the graph's base; this file is not checked again"
         if knows_base(bundle)
-        else "the bundle is unbound: nothing could check that it belongs to the graph's base, and "
-        "nothing checks such a file later; pack with --base to have it checked"
+        else "the bundle is unbound, so it was not checked against the graph's base; pack it with "
+        "--base to have it checked"
     )
     return Outcome({"onnx": facts}, lines, [note])

@@ -1,4 +1,4 @@
-"""recover: merged checkpoint - base -> bundle; or ONNX file -> bundle."""
+"""recover: gets a bundle back out of a merged checkpoint or an ONNX file."""
 
 from __future__ import annotations
 
@@ -20,39 +20,37 @@ from .console import Outcome, size_text, verb
     )
 )
 @options.base_option
-@options.input_option(
-    "--merged", type=options.PATH, metavar="DIR", help="What --base was merged into."
-)
-@options.input_option(
+@options.input_path("--merged", metavar="DIR", help="--base with the adapter merged in.")
+@options.input_path(
     "--onnx",
-    type=options.PATH,
     metavar="FILE.onnx",
     help="In place of both: a file of mode unmerged, swappable or bank, or FILE.expand.onnx.",
 )
-@options.input_option(
-    "--adapter", metavar="NAME", help="Which one, of an ONNX file that holds several."
-)
+@options.input_option("--adapter", metavar="NAME", help="Which adapter, if --onnx holds several.")
 @options.setting_option(
     "--like",
     type=options.PATH,
     metavar="BUNDLE",
-    help="A bundle, or a PEFT adapter directory, of the same layers, entries and scaling.",
+    help="A bundle or PEFT adapter directory with the same layers, entries and scaling.",
 )
-@options.setting_option("--seed", type=int, metavar="N", help="Of the entries, without --like.")
+@options.setting_option("--seed", type=int, metavar="N", help="Without --like: entry seed.")
 @options.setting_option(
-    "--n-frequency", type=click.IntRange(min=1), metavar="N", help="Coefficients of each layer."
+    "--n-frequency",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Without --like: number of coefficients of each layer.",
 )
 @options.setting_option(
     "--targets",
     multiple=True,
     metavar="NAME",
-    help="Layers, by their paths or the ends of them, such as q_proj; may be repeated.",
+    help="Without --like: a layer's path or the end of it, such as q_proj; may be repeated.",
 )
 @options.setting_option(
-    "--scaling", type=float, metavar="X", help="To divide by, without --like.  [default: 150]"
+    "--scaling", type=float, metavar="X", help="Without --like: scaling.  [default: 150]"
 )
 @options.entry_rule_option
-@options.output_option("BUNDLE", "The bundle, *.fourierft.safetensors by custom,")
+@options.output_option("BUNDLE", "The bundle to write, by custom *.fourierft.safetensors.")
 @options.force_option
 @options.links_option
 def recover(
@@ -66,28 +64,21 @@ def recover(
     allow_links: bool,
     **settings: Any,
 ) -> Outcome:
-    """Get the bundle back out of a merged checkpoint: the spectrum of what was added to its base.
+    """Get a bundle back out of a merged checkpoint or ONNX file.
 
-    Either --like, or --seed, --n-frequency and --targets, say where the coefficients are. A
-    difference that no FourierFT adapter with these entries makes is refused. With --onnx, the
-    bundle that was exported, bit for bit.
+    From a checkpoint: the spectrum of its difference from --base. --like, or --seed, --n-frequency
+    and --targets, say where the coefficients are; a difference that is not of that form is refused.
+    From an ONNX file: the bundle that was exported, bit for bit.
     """
     from ..errors import UsageError
     from ..files.staging import check_output
 
     if onnx is not None:
-        words = {"base": base, "merged": merged, **settings}
-        given = [
-            f"--{name.replace('_', '-')}"
-            for name, value in words.items()
-            if value not in (None, ())
-        ]
+        values = {"base": base, "merged": merged, **settings}.items()
+        given = [f"--{name.replace('_', '-')}" for name, v in values if v not in (None, ())]
         if given:
-            raise UsageError(
-                "--onnx",
-                expected="no option that says what was merged or how: the file holds it",
-                found=", ".join(given),
-            )
+            found, expected = ", ".join(given), "only --adapter with it: the file holds the rest"
+            raise UsageError("--onnx", expected=expected, found=found)
         check_output(output, force=force, inputs=(onnx,))
         return _from_onnx(onnx, adapter, output, allow_links=allow_links, force=force)
     if base is None or merged is None:
@@ -112,8 +103,8 @@ def recover(
     lines = [
         f"{output}: {len(report.layers)} layers, {len(report.saved)} dense tensors, "
         f"{size_text(os.path.getsize(output))}",
-        f"what is left of the difference is {worst.residual:.2f} times what rounding to "
-        f"{worst.dtype} leaves, at most ({worst.name})",
+        f"what the bundle leaves unexplained is at most {worst.residual:.2f} times the rounding "
+        f"error of {worst.dtype} ({worst.name})",
     ]
     return Outcome({"recover": {"out": output, **report.to_dict()}}, lines, report.notes)
 

@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SectionedOption(click.Option):
-    """An option that the help lists under a title."""
+    """An option with the title of its section of the help."""
 
     def __init__(self, *words: Any, title: str = "", **settings: Any) -> None:
         super().__init__(*words, **settings)
@@ -21,7 +21,7 @@ class SectionedOption(click.Option):
 
 
 class Sectioned(click.Command):
-    """A command whose help lists its options by section, the general ones last, then examples."""
+    """A command whose help lists its options by section, General last, and then examples."""
 
     examples: tuple[str, ...] = ()
 

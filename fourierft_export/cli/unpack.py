@@ -1,4 +1,4 @@
-"""unpack: bundle -> PEFT adapter directory."""
+"""unpack: writes a bundle as a PEFT adapter directory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .console import Outcome, verb
 
 @verb(examples=("unpack a.fourierft.safetensors -o peft",))
 @click.argument("bundle", type=options.PATH)
-@options.output_option("DIR", "The PEFT adapter directory")
+@options.output_option("DIR", "The PEFT adapter directory to write.")
 @options.force_option
 def unpack(bundle: str, output: str, force: bool) -> Outcome:
-    """Write BUNDLE as a directory that PEFT loads, tensors bit for bit."""
+    """Write a bundle as a directory that PEFT loads, bit for bit."""
     from ..bundle.file import Bundle
     from ..bundle.peft import to_peft
     from ..files.staging import check_output

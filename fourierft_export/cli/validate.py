@@ -1,4 +1,4 @@
-"""validate: proof, or the first place that differs."""
+"""validate: checks that artifacts of one adapter agree."""
 
 from __future__ import annotations
 
@@ -20,25 +20,12 @@ from .console import Outcome, verb
     )
 )
 @options.base_option
-@options.input_option(
-    "--bundle", type=options.PATH, metavar="BUNDLE", help="The adapter as a bundle."
-)
-@options.input_option(
-    "--peft", type=options.PATH, metavar="DIR", help="The adapter as PEFT saved it."
-)
-@options.input_option("--merged", type=options.PATH, metavar="DIR", help="A merged checkpoint.")
-@options.input_option(
-    "--onnx",
-    type=options.PATH,
-    multiple=True,
-    metavar="FILE",
-    help="An exported graph; may be repeated.",
-)
-@options.input_option(
-    "--inputs",
-    type=options.PATH,
-    metavar="FILE.npz",
-    help="Inputs by name.  [default: 64 sentences]",
+@options.input_path("--bundle", metavar="BUNDLE", help="The adapter as a bundle.")
+@options.input_path("--peft", metavar="DIR", help="The adapter as PEFT saved it.")
+@options.input_path("--merged", metavar="DIR", help="A merged checkpoint.")
+@options.input_path("--onnx", multiple=True, metavar="FILE", help="ONNX file; may be repeated.")
+@options.input_path(
+    "--inputs", metavar="FILE.npz", help="Arrays to run on, by input name.  [default: sentences]"
 )
 @options.task_option
 @options.setting_option(
@@ -46,8 +33,8 @@ from .console import Outcome, verb
     "tolerances",
     multiple=True,
     metavar="[PRECISION=]X",
-    help="Largest difference as a fraction of the output's largest value, such as 1e-3 or "
-    "bfloat16=0.1.  [default: 1e-4 for float32]",
+    help="Allowed difference, as a fraction of the output's largest value, such as 1e-3 (for "
+    "float32) or bfloat16=0.1; may be repeated.  [default: 1e-4 for float32]",
 )
 @options.setting_option(
     "--samples",
@@ -55,11 +42,13 @@ from .console import Outcome, verb
     default=64,
     show_default=True,
     metavar="N",
-    help="Rows of the default inputs.",
+    help="Number of sentences, without --inputs.",
 )
-@options.setting_option("--threads", type=click.IntRange(1), metavar="N", help="For ONNX Runtime.")
+@options.setting_option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Threads of ONNX Runtime."
+)
 @options.output_section(
-    "--report", type=options.PATH, metavar="FILE.html", help="Write the report as a page."
+    "--report", type=options.PATH, metavar="FILE.html", help="Write the report as a web page."
 )
 @options.force_option
 @options.allow_mismatch_option
@@ -70,9 +59,10 @@ def validate(
     force: bool,
     **settings: Any,
 ) -> Outcome:
-    """Run every artifact given on the same inputs and compare them pairwise.
+    """Check that artifacts of one adapter agree.
 
-    All adapted artifacts must agree, and must differ from the base. Exit code 5 if not.
+    Every artifact is run on the same inputs. All adapted ones must agree with each other and must
+    differ from the base; if not, the exit code is 5.
     """
     from ..errors import ValidationError
     from ..files.staging import check_output, staged_file
@@ -99,7 +89,7 @@ def validate(
 
 
 def _tolerances(words: tuple[str, ...]) -> dict[str, float]:
-    """`1e-3` (for float32) and `bfloat16=0.1` as a mapping."""
+    """Reads `1e-3` (for float32) and `bfloat16=0.1` as precision -> number."""
     values = {}
     for word in words:
         precision, _, value = word.rpartition("=")

@@ -1,4 +1,4 @@
-"""verify: is a merged directory what its manifest says?"""
+"""verify: checks a merged directory against its manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .console import Outcome, size_text, verb
 @verb(examples=("verify merged",))
 @click.argument("directory", type=options.PATH)
 def verify(progress: Progress, directory: str) -> Outcome:
-    """Check every file of a merged DIRECTORY against the hashes in its manifest.json."""
+    """Check the files of a merged directory against its manifest."""
     from ..merge.verify import verify_merged
 
     report = verify_merged(directory, progress=progress)
