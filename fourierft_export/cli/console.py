@@ -6,9 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,43 +49,46 @@ class Outcome:
     silent: bool = False
 
 
-def verb(function: Callable[..., Outcome] | None = None, *, examples: tuple[str, ...] = ()) -> Any:
+def verb(*, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., Outcome]], Sectioned]:
     """Makes a click command of a function that returns an `Outcome`; adds --json and --debug.
 
+    The function gets its options, and `progress` when it has a parameter of that name.
+
     Args:
-        function: gets its options, and `progress` when it has a parameter of that name.
         examples: for the help, without "fourierft-export".
     """
-    if function is None:
-        return partial(verb, examples=examples)
-    wants_progress = "progress" in function.__annotations__
 
-    @wraps(function)
-    def command(*, as_json: bool, debug: bool, **options: Any) -> int:
-        del debug  # main() looks for it, since it also concerns errors before this point
-        if wants_progress:
-            with progress_bar() as progress:
-                outcome = function(progress=progress, **options)
-        else:
-            outcome = function(**options)
-        if not outcome.silent:
-            _emit(outcome, as_json=as_json)
-        if outcome.failure is None:
-            return 0
-        error = outcome.failure
-        emit_error(error.to_dict(), error.summary, as_json=as_json, data=outcome.data)
-        return error.exit_code
+    def make_command(function: Callable[..., Outcome]) -> Sectioned:
+        bar = progress_bar if "progress" in function.__annotations__ else nullcontext
 
-    made = click.command(function.__name__, cls=Sectioned)(command)
-    made.examples = examples
-    made.params += [
-        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout."),
-        click.Option(["--debug"], is_flag=True, help="Show tracebacks and libraries' messages."),
-    ]
-    return made
+        @wraps(function)
+        def command(*, as_json: bool, debug: bool, **options: Any) -> int:
+            del debug  # read by main(), because errors may come before this point
+            with bar() as progress:
+                outcome = function(**options, **({"progress": progress} if progress else {}))
+            if not outcome.silent:
+                _print_outcome(outcome, as_json=as_json)
+            if outcome.failure is None:
+                return 0
+            error = outcome.failure
+            emit_error(error.to_dict(), error.summary, as_json=as_json, data=outcome.data)
+            return error.exit_code
+
+        made = click.command(function.__name__, cls=Sectioned)(command)
+        made.examples = examples
+        made.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
+            click.Option(
+                ["--debug"], is_flag=True, help="Show tracebacks and libraries' messages."
+            ),
+        ]
+        return made
+
+    return make_command
 
 
-def _emit(outcome: Outcome, *, as_json: bool) -> None:
+def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    """Prints the result on stdout and the notes on stderr."""
     errors = _console(stderr=True)
     if as_json:
         # A failed verb prints one object too, with the error in it (`emit_error`).

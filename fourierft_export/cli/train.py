@@ -55,7 +55,7 @@ def _kind(rule: Setting) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar, "multiple": rule.kind is list}
 
 
-@verb
+@verb()
 @_with_settings
 @section(SECTIONS[-1])("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @force_option

@@ -32,7 +32,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Add:
 
 
 def failing(error: BaseException) -> click.Command:
-    @verb
+    @verb()
     def fail() -> Outcome:
         raise error
 
@@ -177,7 +177,7 @@ def test_text_is_shown_as_it_is(add: Add, capsys: pytest.CaptureFixture[str]) ->
     """No markup, no escapes, no wrapping, no highlighting."""
     line = "[bold]x[/bold] " + "word " * 60 + "[red"
 
-    @verb
+    @verb()
     def say() -> Outcome:
         return Outcome({"a": 1}, [line, f"esc{ESC}"], [f"note [b]{ESC}"])
 
@@ -197,7 +197,7 @@ def test_text_is_shown_as_it_is(add: Add, capsys: pytest.CaptureFixture[str]) ->
 def test_a_failed_result_is_shown_before_its_error(
     add: Add, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @verb
+    @verb()
     def prove() -> Outcome:
         failure = errors.ValidationError("pair", found="a difference")
         return Outcome({"prove": 1}, ["the table"], failure=failure)
@@ -219,7 +219,7 @@ def test_progress_is_silent_where_nobody_watches(
 ) -> None:
     monkeypatch.setattr(console, "SHOW_PROGRESS_AFTER", 0.0)
 
-    @verb
+    @verb()
     def work(progress: Progress) -> Outcome:
         for i in range(3):
             progress("working", i, 3)
@@ -238,7 +238,7 @@ def test_progress_shows_on_a_terminal(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
-    @verb
+    @verb()
     def work(progress: Progress) -> Outcome:
         progress(f"working{ESC}", 1, 2)
         return Outcome({}, ["done"])
