@@ -16,7 +16,6 @@ from ..files.staging import check_output
 from ..models.base import Base, open_base
 from ..types import Progress
 from .adapters import Bundles, named_bundles, weighted
-from .graph.edits import Edits
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_model
@@ -141,9 +140,8 @@ def apply_onnx(
         batch_of(source.model)
     if quantised or beside:
         fill_shapes(source.model)
-    edits = Edits(source)
     written = write_adapters(
-        edits,
+        source,
         mode,
         weighted(bound, factors),
         sites,
@@ -152,7 +150,7 @@ def apply_onnx(
     )
     expander = written.expander
     made = write_model(expander, expander_path(onnx_out), force=force) if expander else ()
-    files = (*edits.write(onnx_out, force=force, progress=progress), *made)
+    files = (*write_model(source, onnx_out, force=force, progress=progress), *made)
     return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
 
 

@@ -1,8 +1,7 @@
-"""An ONNX file that others made, opened: its graph in memory, its weights where they lie.
+"""An open ONNX model: its graph is in memory, and its external data stays on disk.
 
-Only the graph is loaded. Weights that are external data stay on disk until they are read, one at a
-time. They are read by position: onnx-ir would map the file into memory, and a file that shrinks
-under a memory map ends the process.
+External tensors are read one at a time and by position: onnx-ir would map the file into memory, and
+a file that shrinks under a memory map ends the process.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ...errors import BadInputError
 from ...files.container import open_regular, read_exactly
 from ...files.external import EXTERNAL, external_ranges, tensors
 from ...types import Array
+from .ops import free_name, register_constant, used_names
 
 if TYPE_CHECKING:
     import onnx
@@ -32,13 +32,13 @@ _REPLACED = "\0replaced."  # no file can have this name
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An open ONNX model.
+    """An open ONNX model, with methods that change its constants in place.
 
     Attributes:
         path: the file.
         model: its graph; external tensors name their (checked) file by its absolute path.
         files: the files that hold external data.
-        replaced: location of a tensor that is not on disk yet -> what makes its content (`Edits`).
+        replaced: location of an external tensor that is not on disk yet -> makes its content.
     """
 
     path: Path
@@ -75,7 +75,52 @@ class Source:
             return both[: math.prod(shape)].view(tensor.dtype.numpy()).reshape(shape)
         return np.frombuffer(data, tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
 
-    def replacement(
+    def isolate_constant(self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> ir.Value:
+        """Return an initializer of the main graph with this constant that only `uses` consume.
+
+        That is the constant itself, where it is one already, and else a copy.
+        """
+        graph, tensor = self.model.graph, constant_of(value)
+        alone = len(uses) == len(value.uses()) and not value.is_graph_output()
+        if alone and value.graph is graph and value.is_initializer():
+            return value
+        if tensor is None:
+            raise ValueError(f"{value.name} is no constant")
+        copy = register_constant(self.model, free_name(str(value.name), used_names(graph)), tensor)
+        for node, index in uses:
+            node.replace_input_with(index, copy)
+        return copy
+
+    def replace_constant(self, value: ir.Value, make: Callable[[], Array]) -> None:
+        """Give a constant other content of the same shape and dtype.
+
+        Args:
+            value: an initializer (also a subgraph's) or the output of a Constant node.
+            make: returns the content; for external data, called when the graph is written.
+        """
+        import onnx_ir as ir
+
+        tensor, producer = constant_of(value), value.producer()
+        if tensor is None:
+            raise ValueError(f"{value.name} is no constant")
+        new = self._tensor_like(tensor, str(value.name), constant_shape(value), make)
+        if producer is None:
+            value.const_value = new
+        else:
+            producer.attributes["value"] = ir.AttrTensor("value", new)
+            value.const_value = None
+
+    def add_initializer(
+        self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Callable[[], Array]
+    ) -> ir.Value:
+        """Add an initializer to the main graph: dtype of `like`, external data where `like` is.
+
+        Its name gets a number if it is taken.
+        """
+        name = free_name(name, self.model.graph.initializers)
+        return register_constant(self.model, name, self._tensor_like(like, name, shape, make))
+
+    def external_tensor(
         self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Callable[[], Array]
     ) -> ir.ExternalTensor:
         """An external tensor with the dtype of `like`, whose content is made when it is written."""
@@ -85,6 +130,15 @@ class Source:
         self.replaced[location] = make
         size = -(-math.prod(shape) * like.dtype.bitwidth // 8)
         return ir.ExternalTensor(location, 0, size, like.dtype, shape=ir.Shape(shape), name=name)
+
+    def _tensor_like(
+        self, like: ir.TensorProtocol, name: str, shape: Sequence[int], make: Callable[[], Array]
+    ) -> ir.TensorProtocol:
+        import onnx_ir as ir
+
+        if isinstance(like, ir.ExternalTensor):
+            return self.external_tensor(name, like, shape, make)
+        return ir.tensor(np.ascontiguousarray(make()), name=name)
 
 
 def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Source:

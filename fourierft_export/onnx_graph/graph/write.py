@@ -48,7 +48,7 @@ def write_model(
     it from file to file.
 
     Args:
-        graph: of a `Source`, constants may be replaced (`Edits`).
+        graph: constants of a `Source` may have been replaced.
         path: the file to make; external data goes to `path` + ".data".
         external_data: True puts the other weights there, too, False never does; by default they
             go there when the model would pass protobuf's 2 GiB.
@@ -74,7 +74,7 @@ def write_model(
     try:
         for value, tensor in kept.items() if external_data else ():
             if tensor and tensor.nbytes > _SMALL and tensor.dtype != ir.DataType.STRING:
-                value.const_value = source.replacement(
+                value.const_value = source.external_tensor(
                     str(value.name), tensor, tensor.shape.numpy(), tensor.numpy
                 )
         proto = ir.serde.serialize_model(source.model)

@@ -15,8 +15,8 @@ import numpy as np
 from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...types import Array
-from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops, replace_uses
+from ..graph.source import Source
 from ..groups import ADAPTER_ID, BASE_PREFIX, PREFIX, table
 from ..locate.saved import Place
 from ..locate.site import Site
@@ -35,7 +35,7 @@ ADAPTERS = f"{PREFIX}adapters"
 
 
 def write(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
     saved: Mapping[str, Sequence[Place]],
@@ -46,7 +46,7 @@ def write(
     """Give a graph a table of adapters, and every row of its batch the one it asks for.
 
     Args:
-        edits, sites, saved, defaults, absent: as in `swappable.write`; the first dimension of the
+        source, sites, saved, defaults, absent: as in `swappable.write`; the first dimension of the
             graph's first input is the batch, and that of every adapted layer's input.
         adapters: the table's rows.
 
@@ -55,10 +55,10 @@ def write(
             batch, or an operator cannot have one saved tensor per row.
         BaseMismatchError: as in `adapter_inputs`.
     """
-    model = edits.source.model
+    model = source.model
     batch = batch_of(model)
-    ends = ends_of(edits.source, sites)
-    inputs = adapter_inputs(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+    ends = ends_of(source, sites)
+    inputs = adapter_inputs(source, adapters, sites, saved, defaults=defaults, absent=absent)
     groups = inputs.interface.groups
     feeds = table(groups, inputs.defaults)
     written = written_beside(inputs, sites)

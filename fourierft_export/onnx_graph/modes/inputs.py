@@ -13,9 +13,8 @@ from ...bundle.fingerprint import fingerprint
 from ...bundle.spec import Fingerprint
 from ...types import Array
 from ..fit import full_feeds
-from ..graph.edits import Edits
 from ..graph.ops import Ops, constant_value
-from ..graph.source import constant_of
+from ..graph.source import Source, constant_of
 from ..groups import BASE_PREFIX, Group, Interface, Saved, base_feeds, group_layers
 from ..locate.content import part_of, verdict
 from ..locate.saved import Place
@@ -44,7 +43,7 @@ class AdapterInputs:
 
 
 def adapter_inputs(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
     saved: Mapping[str, Sequence[Place]],
@@ -55,7 +54,7 @@ def adapter_inputs(
     """The inputs for these adapters, and for any other with the same layers.
 
     Args:
-        edits, adapters, sites, saved: as in `merged.write`; layers may be quantised.
+        source, adapters, sites, saved: as in `merged.write`; layers may be quantised.
         defaults: one of `mode_names.DEFAULTS`.
         absent: saved tensors that the base lacks.
 
@@ -69,14 +68,14 @@ def adapter_inputs(
             tensor = constant_of(place.value)
             if tensor is None:
                 raise ValueError(f"{place.value.name} is no constant")
-            array = edits.source.read(tensor)
+            array = source.read(tensor)
             base[name] = array.T if place.transposed else array
-            value = edits.own(place.value, place.uses)
+            value = source.isolate_constant(place.value, place.uses)
             places.setdefault(name, []).append(Place(value, place.uses, place.transposed))
     interface = Interface(
         group_layers([*adapters.values()]),
         tuple(Saved(n, array.shape, array.dtype.name, n in absent) for n, array in base.items()),
-        _fingerprints(edits, adapters, sites),
+        _fingerprints(source, adapters, sites),
     )
     feeds = [full_feeds(interface, bundle, base) for bundle in adapters.values()]
     if defaults != DEFAULTS[0]:
@@ -85,7 +84,7 @@ def adapter_inputs(
 
 
 def _fingerprints(
-    edits: Edits, adapters: Mapping[str, Bundle], sites: Mapping[str, Sequence[Site]]
+    source: Source, adapters: Mapping[str, Bundle], sites: Mapping[str, Sequence[Site]]
 ) -> dict[str, Fingerprint]:
     """The base weights' fingerprints, by which adapters that come later are checked.
 
@@ -101,12 +100,12 @@ def _fingerprints(
     prints: dict[str, Fingerprint] = {}
     for name, several in sites.items():
         for want in wanted.get(name, ()):
-            verdicts = {verdict(edits.source, site, want) for site in several}
+            verdicts = {verdict(source, site, want) for site in several}
             if want.fingerprint is not None and "different" not in verdicts:
                 prints.setdefault(name, want.fingerprint)
         site, tensor = several[0], constant_of(several[0].value)
         if name not in prints and not site.quantised and tensor is not None:
-            weight = edits.source.read(tensor)
+            weight = source.read(tensor)
             weight = part_of(weight, site.transposed, site.start, site.shape[0])
             stored_so = any(want.transposed for want in wanted.get(name, ()))
             prints[name] = fingerprint(weight if site.transposed == stored_so else weight.T)

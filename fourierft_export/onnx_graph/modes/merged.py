@@ -13,8 +13,7 @@ from ...errors import BadInputError, UsageError
 from ...spectral.delta import add_delta_weight
 from ...types import Array
 from ..adapters import layer_terms
-from ..graph.edits import Edits
-from ..graph.source import constant_of
+from ..graph.source import Source, constant_of
 from ..locate.content import part_of
 from ..locate.saved import Place
 from ..locate.site import Site
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def write(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
     saved: Mapping[str, Sequence[Place]],
@@ -33,7 +32,7 @@ def write(
     """Add every adapter's change to the weights, and put its saved tensors in place.
 
     Args:
-        edits: of the graph, which is changed in place.
+        source: the graph, which is changed in place.
         adapters: adapter name -> bundle, bound to the graph; they add up.
         sites: layer -> its float weights.
         saved: saved tensor -> its places.
@@ -42,7 +41,7 @@ def write(
         UsageError: two adapters bring different values for one saved tensor.
         BadInputError: a value that the graph's dtype cannot hold.
     """
-    put_saved(edits, adapters, saved)
+    put_saved(source, adapters, saved)
     written = Written()
     groups: dict[ir.Value, list[Site]] = {}
     copies: dict[tuple[ir.Value, tuple[tuple[ir.Node, int], ...]], ir.Value] = {}
@@ -51,26 +50,29 @@ def write(
             value = site.value
             if site.shared:  # others keep the base's weight; parts of a packed one share a copy
                 key = value, site.consumers
-                value = copies[key] = copies.get(key) or edits.own(value, site.consumers)
+                if key not in copies:
+                    copies[key] = source.isolate_constant(value, site.consumers)
+                value = copies[key]
             groups.setdefault(value, []).append(site)
             written.add(site.layer, str(value.name), site.transposed, value)
     for value, group in groups.items():
         tensor = constant_of(value)
         if tensor is None:
             raise ValueError(f"{value.name} is no constant")
-        edits.put(value, partial(_merged, edits, adapters, tensor, group, str(value.name)))
+        make = partial(_merged, source, adapters, tensor, group, str(value.name))
+        source.replace_constant(value, make)
     return written
 
 
 def _merged(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     tensor: ir.TensorProtocol,
     group: Sequence[Site],
     name: str,
 ) -> Array:
     """A constant with the changes of all layers in it."""
-    weight = edits.source.read(tensor)
+    weight = source.read(tensor)
     total = weight if all(site.start is None for site in group) else weight.copy()
     for site in group:
         part = part_of(weight, site.transposed, site.start, site.shape[0])
@@ -92,7 +94,7 @@ def _merged(
 
 
 def put_saved(
-    edits: Edits, adapters: Mapping[str, Bundle], saved: Mapping[str, Sequence[Place]]
+    source: Source, adapters: Mapping[str, Bundle], saved: Mapping[str, Sequence[Place]]
 ) -> None:
     """Replace the graph's heads and biases by the adapters' own.
 
@@ -102,9 +104,9 @@ def put_saved(
     wanted = saved_values(adapters)
     for key, places in saved.items():
         for place in places:
-            value = edits.own(place.value, place.uses)
+            value = source.isolate_constant(place.value, place.uses)
             content = _cast(wanted[key].T if place.transposed else wanted[key], value, key)
-            edits.put(value, lambda content=content: content)  # type: ignore[misc]
+            source.replace_constant(value, lambda content=content: content)  # type: ignore[misc]
 
 
 def saved_values(adapters: Mapping[str, Bundle]) -> dict[str, Array]:

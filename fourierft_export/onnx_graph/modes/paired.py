@@ -14,9 +14,8 @@ import numpy as np
 
 from ...bundle.file import Bundle
 from ..adapters import layer_terms
-from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops
-from ..graph.source import constant_of
+from ..graph.source import Source, constant_of
 from ..groups import Group, WeightInput
 from ..locate.saved import Place
 from ..locate.site import Site
@@ -34,7 +33,7 @@ EXPANDER_OPSET = 18
 
 
 def write(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
     saved: Mapping[str, Sequence[Place]],
@@ -47,9 +46,9 @@ def write(
     Args, Raises: as in `swappable.write`, but the graph may be of any opset, and layers that are
         packed with others are taken apart.
     """
-    model = edits.source.model
-    sites = unpacked_sites(edits, sites)
-    inputs = adapter_inputs(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+    model = source.model
+    sites = unpacked_sites(source, sites)
+    inputs = adapter_inputs(source, adapters, sites, saved, defaults=defaults, absent=absent)
     written = Written(interface=inputs.interface, base=inputs.base)
     ops = Ops(model.graph)
     saved_inputs(ops, inputs)
@@ -60,8 +59,8 @@ def write(
             tensor = constant_of(site.value)
             if tensor is None:
                 raise ValueError(f"{site.name} is no constant")
-            base = edits.source.read(tensor)
-            held = edits.own(site.value, site.consumers)
+            base = source.read(tensor)
+            held = source.isolate_constant(site.value, site.consumers)
             users = tuple(held.uses())
             take_out(ops, held)
             weight = WeightInput(ops.free(f"{layer}.weight"), layer, base, site.transposed)
@@ -72,17 +71,17 @@ def write(
             written.add(layer, weight.name, weight.transposed, value)
     ops.finish()
     model.ir_version = max(model.ir_version, INPUTS_IR_VERSION)
-    written.expander = _expander(weights, inputs, edits)
+    written.expander = _expander(weights, inputs, source)
     return written
 
 
-def _expander(weights: Sequence[WeightInput], inputs: AdapterInputs, edits: Edits) -> ir.Model:
+def _expander(weights: Sequence[WeightInput], inputs: AdapterInputs, source: Source) -> ir.Model:
     """The graph that turns an adapter into these weights."""
     import onnx_ir as ir
 
-    opset = max(edits.source.opset, EXPANDER_OPSET)
+    opset = max(source.opset, EXPANDER_OPSET)
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="expander")
-    version = edits.source.model.ir_version
+    version = source.model.ir_version
     model = ir.Model(graph, ir_version=version, producer_name="fourierft_export")
     functions.add_functions(model)
     ops = Ops(graph)

@@ -6,8 +6,8 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...bundle.file import Bundle
-from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops
+from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def write(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
     saved: Mapping[str, Sequence[Place]],
@@ -32,7 +32,7 @@ def write(
     """Give a graph inputs for an adapter, and add what they say to its linear layers.
 
     Args:
-        edits: of the graph, of opset 18 or newer; changed in place.
+        source: the graph, of opset 18 or newer; changed in place.
         adapters: one adapter, bound to the graph.
         sites: layer -> its sites, also quantised ones.
         saved: saved tensor -> its places.
@@ -42,10 +42,10 @@ def write(
         UsageError: layers to whose outputs nothing can be added.
         BaseMismatchError: as in `adapter_inputs`.
     """
-    ends = ends_of(edits.source, sites)
-    inputs = adapter_inputs(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+    ends = ends_of(source, sites)
+    inputs = adapter_inputs(source, adapters, sites, saved, defaults=defaults, absent=absent)
     written = written_beside(inputs, sites)
-    ops = Ops(edits.source.model.graph)
+    ops = Ops(source.model.graph)
     saved_inputs(ops, inputs)
     branches = SideBranches(ops)
     for group in inputs.interface.groups:

@@ -17,8 +17,8 @@ from ...bundle.file import Bundle
 from ...spectral.delta import Term
 from ...types import Array
 from ..adapters import layer_terms
-from ..graph.edits import Edits
 from ..graph.ops import FLOAT32, Ops
+from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def write(
-    edits: Edits,
+    source: Source,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
     saved: Mapping[str, Sequence[Place]],
@@ -42,14 +42,14 @@ def write(
 
     Args, Raises: as in `merged.write`; with quantised layers as in `swappable.write`.
     """
-    put_saved(edits, adapters, saved)
+    put_saved(source, adapters, saved)
     if any(site.quantised for several in sites.values() for site in several):
-        written = swappable.write(edits, adapters, sites, {})
-        swappable.make_constant(edits.source.model.graph, written)
+        written = swappable.write(source, adapters, sites, {})
+        swappable.make_constant(source.model.graph, written)
         return written
-    model = edits.source.model
+    model = source.model
     functions.add_functions(model)
-    writer = _Writer(edits, several=len(adapters) > 1)
+    writer = _Writer(source, several=len(adapters) > 1)
     for layer, several in sites.items():
         terms = layer_terms(adapters, layer)
         for site in several:
@@ -61,9 +61,9 @@ def write(
 class _Writer:
     """Adds the sums to one graph."""
 
-    def __init__(self, edits: Edits, several: bool) -> None:
-        self.edits = edits
-        self.ops = Ops(edits.source.model.graph, ahead=True)
+    def __init__(self, source: Source, several: bool) -> None:
+        self.source = source
+        self.ops = Ops(source.model.graph, ahead=True)
         self.several = several
         self.written = Written()
         self.tables: dict[tuple[str, int, int], Sequence[ir.Value]] = {}
@@ -80,7 +80,7 @@ class _Writer:
         if weight is site.value or weight is None:
             weight = site.value
             if weight.graph is not self.ops.graph or not weight.is_initializer():
-                weight = self.edits.own(weight, site.consumers)
+                weight = self.source.isolate_constant(weight, site.consumers)
             self.names[key] = str(weight.name)
         name = f"{site.layer}.weight"
         deltas = [self._delta(site, adapter, term) for adapter, term in terms.items()]

@@ -15,9 +15,8 @@ import numpy as np
 
 from ...errors import UsageError
 from ...types import Array
-from ..graph.edits import Edits
 from ..graph.ops import free_name, replace_uses
-from ..graph.source import STANDARD, constant_of
+from ..graph.source import STANDARD, Source, constant_of
 from ..locate.content import part_of
 from ..locate.site import Site
 from ..locate.uses import Use
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def unpacked_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Site]]:
+def unpacked_sites(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Site]]:
     """The sites, with weights of their own where they were parts of packed ones.
 
     Args:
-        edits: of the graph, which is changed in place.
+        source: the graph, which is changed in place.
         sites: layer -> its float sites.
 
     Raises:
@@ -44,12 +43,12 @@ def unpacked_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[st
     offenders = [
         f"{site.layer}: packed with others in {site.name}, and {why}"
         for group in packed.values()
-        if (why := _obstacle(edits, group[0]))
+        if (why := _obstacle(source, group[0]))
         for site in group
     ]
     if offenders:
         raise UsageError(
-            edits.source.path,
+            source.path,
             expected="layers with weights of their own",
             found=f"{len(offenders)} packed ones that cannot be taken apart",
             remedy="use mode merged or unmerged, which change them where they are",
@@ -58,17 +57,17 @@ def unpacked_sites(edits: Edits, sites: Mapping[str, Sequence[Site]]) -> dict[st
     made = {
         site: new
         for group in packed.values()
-        for site, new in zip(group, _taken_apart(edits, group), strict=True)
+        for site, new in zip(group, _taken_apart(source, group), strict=True)
     }
     return {layer: [made.get(one, one) for one in several] for layer, several in sites.items()}
 
 
-def _obstacle(edits: Edits, site: Site) -> str | None:
+def _obstacle(source: Source, site: Site) -> str | None:
     """Why a packed weight cannot be taken apart at this site; None if it can."""
     plain = {"transA": 0, "alpha": 1.0, "beta": 1.0}
     for use in site.uses:
         node = use.linear
-        if node.graph is not edits.source.model.graph:
+        if node.graph is not source.model.graph:
             return f"its {node.op_type} is in a subgraph or function"
         if use.node is not node:
             return f"a {use.node.op_type} comes before the {node.op_type}"
@@ -82,7 +81,7 @@ def _obstacle(edits: Edits, site: Site) -> str | None:
     return None
 
 
-def _taken_apart(edits: Edits, group: Sequence[Site]) -> list[Site]:
+def _taken_apart(source: Source, group: Sequence[Site]) -> list[Site]:
     """The sites of parts of one weight, each with a constant of its own."""
     first, tensor = group[0], constant_of(group[0].value)
     if tensor is None:
@@ -94,14 +93,14 @@ def _taken_apart(edits: Edits, group: Sequence[Site]) -> list[Site]:
     for start, stop in pairwise(edges):
         inputs = first.shape[1]
         shape = (inputs, stop - start) if first.transposed else (stop - start, inputs)
-        make = partial(_part, edits, first, tensor, start, stop - start)
-        pieces[start] = edits.new(f"{first.name}.{start}-{stop}", tensor, shape, make)
+        make = partial(_part, source, first, tensor, start, stop - start)
+        pieces[start] = source.add_initializer(f"{first.name}.{start}-{stop}", tensor, shape, make)
     uses: dict[int, list[Use]] = {start: [] for start in pieces}
     for use in first.uses:
-        for start, node in _split_product(edits, use, pieces).items():
+        for start, node in _split_product(source, use, pieces).items():
             uses[start].append(replace(use, node=node, linear=node))
     if not first.value.uses() and not first.value.is_graph_output():
-        edits.source.model.graph.initializers.pop(first.name, None)
+        source.model.graph.initializers.pop(first.name, None)
     return [
         replace(
             site,
@@ -114,15 +113,15 @@ def _taken_apart(edits: Edits, group: Sequence[Site]) -> list[Site]:
     ]
 
 
-def _part(edits: Edits, site: Site, tensor: ir.TensorProtocol, start: int, size: int) -> Array:
-    return np.ascontiguousarray(part_of(edits.source.read(tensor), site.transposed, start, size))
+def _part(source: Source, site: Site, tensor: ir.TensorProtocol, start: int, size: int) -> Array:
+    return np.ascontiguousarray(part_of(source.read(tensor), site.transposed, start, size))
 
 
-def _split_product(edits: Edits, use: Use, pieces: Mapping[int, ir.Value]) -> dict[int, ir.Node]:
+def _split_product(source: Source, use: Use, pieces: Mapping[int, ir.Value]) -> dict[int, ir.Node]:
     """One product per piece in place of the node; start -> node."""
     import onnx_ir as ir
 
-    graph, old = edits.source.model.graph, use.linear
+    graph, old = source.model.graph, use.linear
     y, stem = old.outputs[0], old.name or old.outputs[0].name
     users = tuple(y.uses())
     taken = {str(value.name) for node in graph.all_nodes() for value in node.outputs}

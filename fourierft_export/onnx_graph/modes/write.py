@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...bundle.file import Bundle
 from ...errors import BaseMismatchError, UsageError
 from ..bundle_record import record_bundles
-from ..graph.edits import Edits
+from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..locate.uses import users_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_adapters(
-    edits: Edits,
+    source: Source,
     mode: str,
     adapters: Mapping[str, Bundle],
     sites: Mapping[str, Sequence[Site]],
@@ -36,7 +36,7 @@ def write_adapters(
     """Write adapters into a graph, and into its metadata what they are.
 
     Args:
-        edits: of the graph, which is changed in place.
+        source: the graph, which is changed in place.
         mode: one of `mode_names.MODES`.
         adapters: adapter name -> bundle, bound to the graph, scaled by its weight.
         sites: layer -> its sites.
@@ -48,16 +48,16 @@ def write_adapters(
         UsageError, BaseMismatchError, BadInputError: as in the modes, and for layers whose weight
             the graph does not use as that of a linear layer.
     """
-    model, where = edits.source.model, edits.source.path
+    model, where = source.model, source.path
     check_adapter_count(mode, adapters, sites)
     _check_used(where, sites)
     if mode == MERGED:
-        written = merged.write(edits, adapters, sites, saved)
+        written = merged.write(source, adapters, sites, saved)
     elif mode == UNMERGED:
-        written = unmerged.write(edits, adapters, sites, saved)
+        written = unmerged.write(source, adapters, sites, saved)
     else:
         write = {SWAPPABLE: swappable.write, PAIRED: paired.write, BANK: bank.write}[mode]
-        written = write(edits, adapters, sites, saved, defaults=defaults, absent=absent)
+        written = write(source, adapters, sites, saved, defaults=defaults, absent=absent)
     _check_reaches_outputs(where, model, sites, written)
     kept = adapters if defaults == DEFAULTS[0] else {}
     content = describe(mode, kept, sources, written)

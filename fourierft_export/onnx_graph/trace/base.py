@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ...adapt.linear import is_conv1d, layer_shape, to_array
 from ...errors import BadInputError
 from ...types import Array
-from ..graph.edits import Edits
 from ..graph.ops import constant_value
 from ..graph.source import Source
 from ..locate.saved import Place
@@ -39,12 +38,12 @@ class TracedBase:
     """The graph of a base.
 
     Attributes:
-        edits: of the graph.
+        source: the graph.
         sites: layer -> its sites; several where the graph holds its weight in both layouts.
         saved: saved tensor -> its places.
     """
 
-    edits: Edits
+    source: Source
     sites: dict[str, list[Site]]
     saved: dict[str, list[Place]]
 
@@ -107,7 +106,7 @@ def trace_base(
         name: [Place(value, tuple(value.uses()), turned) for value, turned in found[name]]
         for name in saved
     }
-    return TracedBase(Edits(Source(Path("exported graph"), graph)), sites, places)
+    return TracedBase(Source(Path("exported graph"), graph), sites, places)
 
 
 def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned: bool) -> Site:

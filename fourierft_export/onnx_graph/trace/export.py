@@ -165,7 +165,7 @@ def export_adapters(
         traced = trace_base(model, example_inputs, layers, saved, absent=absent, **tracing)
     report("write adapters", 1, 3)
     written = write_adapters(
-        traced.edits,
+        traced.source,
         mode,
         adapters,
         traced.sites,
@@ -175,7 +175,7 @@ def export_adapters(
         absent=absent,
     )
     report("save", 2, 3)
-    graph = traced.edits.source.model
+    graph = traced.source.model
     files: list[Any] = []
     for one, to in ((written.expander, expander_path(path)), (graph, path)):
         if one is not None:
