@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..types import Entries
-from .blocks import AnyFloat, Float32, Put, adder, rebuild_blocks
+from .blocks import AnyFloat, Put, adder, rebuild_blocks
 from .cost import choose_delta_path
 from .entries import check_shape
 
@@ -55,52 +55,6 @@ def reference_delta(
     return np.asarray(np.fft.ifft2(dense).real * float(scaling), dtype=np.float64)
 
 
-def delta_weight(
-    spectrum: AnyFloat,
-    entries: Entries,
-    shape: tuple[int, int],
-    scaling: float,
-    *,
-    threads: int | None = None,
-) -> Float32:
-    """delta_W in float32 by the fast form; arguments and errors as `reference_delta`.
-
-    `threads` defaults to `threads.default_threads()`.
-    """
-    check_term(spectrum, entries, shape)
-    (delta,) = delta_weights(spectrum[None], entries, shape, scaling, threads=threads)
-    return delta
-
-
-def delta_weights(
-    spectra: AnyFloat,
-    entries: Entries,
-    shape: tuple[int, int],
-    scaling: float,
-    *,
-    threads: int | None = None,
-) -> list[Float32]:
-    """The delta_W of each of several layers over the same entries, all at once.
-
-    Args:
-        spectra: (L, n), any float dtype.
-        entries: int64 (n, 2), shared.
-        shape: (M, N) of each delta_W.
-        scaling: multiplies every delta_W.
-        threads: at most this many; see `delta_weight`.
-
-    Returns:
-        L arrays, float32 (M, N).
-
-    Raises:
-        UsageError: sizes that do not fit together.
-    """
-    rows, columns = _check_stack(spectra, entries, shape)
-    deltas = [np.empty((rows, columns), np.float32) for _ in spectra]
-    rebuild(None, deltas, spectra, entries, scaling, threads)
-    return deltas
-
-
 def add_delta_weight(
     weight: AnyFloat,
     terms: Iterable[Term],
@@ -117,7 +71,7 @@ def add_delta_weight(
         terms: the adapters' changes; each may have its own entries and scaling.
         transposed: the weight is stored as (in, out), as GPT-2's Conv1D does.
         out_dtype: of the result; by default that of `weight`.
-        threads: at most this many; see `delta_weight`.
+        threads: at most this many; by default `threads.default_threads()`.
 
     Returns:
         A new array of the weight's shape.
@@ -153,12 +107,6 @@ def check_term(spectrum: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> 
     return rows, columns
 
 
-def _check_stack(spectra: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> tuple[int, int]:
-    if spectra.ndim != 2 or not len(spectra):
-        raise UsageError("spectra", expected="a shape of (L, n)", found=repr(spectra.shape))
-    return check_term(spectra[0], entries, shape)
-
-
 def _upright(entries: Entries, transposed: bool) -> Entries:
     """Entries for the weight as stored: delta_W transposed is delta_W with u and v exchanged."""
     return entries[:, ::-1] if transposed else entries
@@ -189,7 +137,7 @@ def each_block(
         put: called with (0, rows, float32 values of them); from several threads, and the values
             are overwritten afterwards. Blocks and values do not depend on the number of threads.
         transposed: the weight is stored as (in, out).
-        threads: at most this many; see `delta_weight`.
+        threads: at most this many; by default `threads.default_threads()`.
 
     Raises:
         UsageError: sizes that do not fit together.
@@ -212,6 +160,15 @@ def rebuild(
     scaling: float,
     threads: int | None,
 ) -> None:
-    """targets[l] = sources[l] + delta_W of spectra[l] (without sources: delta_W itself)."""
+    """Fill each target with its source plus the delta_W of its spectrum.
+
+    Args:
+        sources: L arrays of one shape as stored, of any float dtype; None for delta_W alone.
+        targets: L arrays of that shape; those of `sources` themselves to add in place.
+        spectra: (L, n), any float dtype.
+        entries: int64 (n, 2), pairs (u, v) with u along the targets' first dimension.
+        scaling: multiplies every delta_W.
+        threads: at most this many; by default `threads.default_threads()`.
+    """
     shape = (targets[0].shape[0], targets[0].shape[1])
     rebuild_blocks(shape, spectra, entries, scaling, threads, adder(sources, targets))

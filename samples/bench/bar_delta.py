@@ -14,7 +14,7 @@ from harness import THREADS, Row, check_close, faster, in_turn, within
 from peers import SCALING, SEED, linear, peft_layer
 
 from fourierft_export.spectral import cost, torch_ops
-from fourierft_export.spectral.delta import delta_weight, delta_weights
+from fourierft_export.spectral.delta import rebuild
 from fourierft_export.spectral.entries import spectral_entries
 
 PEER = "PEFT get_delta_weight"
@@ -82,7 +82,9 @@ def many_small(size: int, bar: float, n: int = 1000, count: int = 24) -> Row:
     spectra = np.stack([layer.fourierft_spectrum["default"].detach() for layer in layers])
 
     def ours() -> list[np.ndarray]:
-        return delta_weights(spectra, entries, (size, size), SCALING)
+        deltas = [np.empty((size, size), np.float32) for _ in spectra]
+        rebuild(None, deltas, spectra, entries, SCALING, None)
+        return deltas
 
     def peer() -> list[torch.Tensor]:
         return [layer.get_delta_weight("default") for layer in layers]
@@ -125,14 +127,16 @@ def forced_paths(shape: tuple[int, int], n: int) -> Row:
     # Those far off by the model are not waited for.
     likely = [name for name in cost.DELTA_PATHS if costs[name] < 12 * min(costs.values())]
 
-    def rebuild(path: str) -> np.ndarray:
+    def by_path(path: str | None) -> np.ndarray:
         with cost.force(delta=path):
-            return delta_weight(spectrum, entries, shape, 1.0)
+            delta = np.empty(shape, np.float32)
+            rebuild(None, [delta], spectrum[None], entries, 1.0, None)
+            return delta
 
-    reference = delta_weight(spectrum, entries, shape, 1.0)
+    reference = by_path(None)
     for path in likely:
-        check_close(f"paths, {path}", rebuild(path), reference, 1e-6)
-    medians = in_turn(*(partial(rebuild, path) for path in likely), seconds=1.5)
+        check_close(f"paths, {path}", by_path(path), reference, 1e-6)
+    medians = in_turn(*(partial(by_path, path) for path in likely), seconds=1.5)
     times = dict(zip(likely, medians, strict=True))
     chosen = cost.choose_delta_path(shape, n, threads=THREADS)
     listed = ", ".join(f"{name} {1e3 * t:.3g}" for name, t in times.items())
