@@ -30,8 +30,8 @@ def demo(progress: Progress, output: str, seed: int, force: bool) -> Outcome:
     from ..files.staging import check_output
 
     check_output(output, force=force)
-    from ..demo.render import render
     from ..demo.run import run_demo
+    from ..demo.show import render
 
     result = run_demo(output, seed=seed, force=force, progress=progress)
     return Outcome({"demo": result.to_dict()}, [render(result)])
