@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fourierft_export.demo import digits, steps
+from fourierft_export.demo import digits
 
 
 class Reader(nn.Module):
@@ -25,26 +25,21 @@ class Reader(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.base(images)
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.base(pixel_values=pixel_values).logits
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
 def rotated() -> dict[str, Any]:
     train, test = digits.load(seed=0)
-    base = steps.pretrain(train, epochs=15, seed=0, progress=lambda *_: None)
+    base = digits.pretrain(train, epochs=15, seed=0, progress=lambda *_: None)
     return {
         "model": Reader(base),
-        "train_dataset": rows(train.shifted(digits.rotated)),
-        "eval_dataset": rows(test.shifted(digits.rotated)),
+        "train_dataset": train.changed(digits.rotated).rows(),
+        "eval_dataset": test.changed(digits.rotated).rows(),
         "compute_metrics": accuracy,
         "metric_for_best_model": "accuracy",
     }
-
-
-def rows(split: digits.Split) -> list[dict[str, Tensor]]:
-    pairs = zip(split.images, split.labels, strict=True)
-    return [{"images": image, "labels": label} for image, label in pairs]
 
 
 def accuracy(found: Any) -> dict[str, float]:

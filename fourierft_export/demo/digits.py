@@ -107,7 +107,7 @@ def pretrain(
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         config = ViTConfig(
-            hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192,
+            hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
             image_size=8, patch_size=2, num_channels=1, num_labels=10,
         )  # fmt: skip
         model = ViTForImageClassification(config)
@@ -115,8 +115,8 @@ def pretrain(
         # where a patch is.
         nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.5)
         arguments = TrainingArguments(
-            output_dir=str(Path(folder)), num_train_epochs=epochs, learning_rate=2e-3,
-            weight_decay=0.05, warmup_steps=0.15, lr_scheduler_type="cosine", seed=seed,
+            output_dir=str(Path(folder)), num_train_epochs=epochs, learning_rate=4e-3,
+            adam_beta2=0.99, weight_decay=0.05, warmup_steps=0.15, lr_scheduler_type="cosine", seed=seed,
             per_device_train_batch_size=BATCH, save_strategy="no", logging_strategy="no",
             report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip

@@ -186,15 +186,7 @@ def learn_adapter(
 
 
 def ship(folder: Path, bundle: Bundle, name: str, test: Digits) -> tuple[dict[str, Any], Any]:
-    """Merge a bundle, export it in both modes, and prove all of it on the test images.
-
-    Returns:
-        What was shipped, as JSON values; and the images, and the classes seen in them before and
-        after, for the picture.
-
-    Raises:
-        ValidationError: the artifacts do not agree.
-    """
+    """Merge a bundle, export it in both modes, and prove all of it on the test images."""
     import numpy as np
     import onnxruntime
     import torch
@@ -253,11 +245,7 @@ def _predict(model: Any, test: Digits) -> Any:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread, with global generators left as they were.
-
-    Sums then do not depend on the number of cores, so a seed gives the same model on more
-    machines; and for matrices as small as these, threads on a busy machine mostly wait.
-    """
+    """Compute on one thread, with global generators left as they were."""
     import torch
 
     threads, state = torch.get_num_threads(), random.getstate()

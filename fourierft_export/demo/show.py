@@ -84,14 +84,7 @@ def _bytes(count: int) -> str:
 
 
 def draw(result: DemoResult, views: Mapping[str, Any], labels: Any, path: Path) -> None:
-    """Write a PNG: a test image of each digit in every kind with the classes seen, and accuracies.
-
-    Args:
-        result: the numbers.
-        views: kind of image -> the test images, and the classes seen before and after.
-        labels: (n,) true classes.
-        path: the file.
-    """
+    """Write a PNG: a test image of each digit in every kind, the classes seen, and accuracies."""
     # The figure is used without pyplot, which would choose a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -66,11 +66,7 @@ class LiveAdapter:
 
     @classmethod
     def of(cls, model: nn.Module, name: str = NAME) -> LiveAdapter:
-        """The adapter `name` that is on `model`.
-
-        Raises:
-            UsageError: no adapter of that name.
-        """
+        """The adapter `name` that is on `model`."""
         return cls(model, name, capture(model, name))
 
     @property
@@ -101,13 +97,7 @@ class LiveAdapter:
 
     @torch.no_grad()
     def load(self, bundle: Bundle) -> None:
-        """Copy the numbers of a bundle of this adapter into the live parameters.
-
-        The parameters stay the same objects, so that an optimizer goes on with them.
-
-        Raises:
-            BaseMismatchError: the bundle is of another adapter or base; the model is unchanged.
-        """
+        """Copy the numbers of a bundle of this adapter into the live parameters."""
         check_same_adapter(identity(bundle), identity(self.first), f"adapter {self.name!r}")
         sides = ((self.spectra, bundle.spectra), (self.saved, bundle.saved))
         for live, stored in sides:
@@ -127,23 +117,13 @@ def _copy(target: Tensor, values: Tensor) -> None:
 
 
 def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
-    """Put an adapter on the task's model by the settings and the rules of `defaults`.
-
-    Random starts come from torch's global CPU generator.
-
-    Raises:
-        UsageError: the settings do not fit the model.
-    """
+    """Put an adapter on the task's model by the settings and the rules of `defaults`."""
     inject(task.model, adapter_config(task, settings), NAME)
     return LiveAdapter.of(task.model)
 
 
 def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConfig:
-    """What to adapt and how, with every default worked out.
-
-    Raises:
-        UsageError: the settings do not fit the model.
-    """
+    """What to adapt and how, with every default worked out."""
     model = task.model
     targets = settings.target_modules or task.target_modules
     if targets is None and getattr(_config(model), "model_type", None) not in USUAL_TARGETS:
@@ -181,21 +161,13 @@ def _config(model: nn.Module) -> Any:
 def continued_adapter(
     task: TrainingTask, bundle: BundleSource, *, allow_base_mismatch: bool = False
 ) -> LiveAdapter:
-    """Put a bundle's adapter on the task's model, to train it further.
-
-    Raises:
-        BaseMismatchError: the bundle does not belong to the model.
-    """
+    """Put a bundle's adapter on the task's model, to train it further."""
     attach(task.model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
     return LiveAdapter.of(task.model)
 
 
 def check_settings_of_training(settings: TrainSettings) -> None:
-    """Refuse settings of a new adapter, where a bundle says what the adapter is.
-
-    Raises:
-        UsageError: with all of them.
-    """
+    """Refuse settings of a new adapter, where a bundle says what the adapter is."""
     plain = TrainSettings()
     clash = [name for name in _OF_A_BUNDLE if getattr(settings, name) != getattr(plain, name)]
     if clash:
@@ -220,11 +192,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_only_learns(adapter: LiveAdapter) -> None:
-    """Raise unless the adapter learns and nothing else does: its bundle would not hold that.
-
-    Raises:
-        UsageError: an idle or frozen adapter, or other parameters that learn (all listed).
-    """
+    """Raise unless the adapter learns and nothing else does: its bundle would not hold that."""
     name, model = adapter.name, adapter.model
     check_known(model, [name])
     own = {id(p) for p in adapter.spectra.values()}
@@ -265,11 +233,7 @@ def identity(bundle: Bundle) -> Identity:
 
 
 def check_same_adapter(before: Identity, now: Identity, where: str) -> None:
-    """Refuse to go on with another adapter, or on another base, than the checkpoint's.
-
-    Raises:
-        BaseMismatchError: with what differs.
-    """
+    """Refuse to go on with another adapter, or on another base, than the checkpoint's."""
     differs = [
         f"{key}: {before.get(key)!r} in the checkpoint, {value!r} now"
         if key != "base"

@@ -97,14 +97,7 @@ def epoch_batches(
 
 
 def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float:
-    """What the peak rates are multiplied by at a step; never 0 within the run.
-
-    Args:
-        step: from 0.
-        steps: of the run.
-        warmup: share of the steps over which the factor rises evenly to 1.
-        schedule: "linear" or "cosine" down to 0 at `steps`, or "constant".
-    """
+    """What the peak rates are multiplied by at a step; never 0 within the run."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return (step + 1) / (rising + 1)

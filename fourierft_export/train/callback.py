@@ -123,18 +123,7 @@ class BundleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 def write_adapter(
     adapter: LiveAdapter, folder: str | os.PathLike[str], file: str = ADAPTER_FILE
 ) -> Bundle:
-    """Write an adapter as `file`, and to a checkpoint of the Trainer one file more.
-
-    That is `WEIGHTS_FILE`, which the Trainer itself loads to resume and to take the best: the
-    tensors of all adapters, by their names in the model's state dict.
-
-    Returns:
-        The bundle written.
-
-    Raises:
-        BadInputError: its values are not finite.
-        FileAccessError: the files cannot be written.
-    """
+    """Write an adapter as `file`, and to a checkpoint of the Trainer one file more."""
     bundle = adapter.bundle()
     os.makedirs(folder, exist_ok=True)
     bundle.save(Path(folder) / file, force=True)
@@ -147,13 +136,7 @@ def write_adapter(
 
 
 def divert(model: nn.Module, name: str, adapter: LiveAdapter | None = None) -> None:
-    """Let `model.save_pretrained` write adapter `name` only, until `release` or `detach`.
-
-    It is what the Trainer calls for every checkpoint; what the class would write instead, a copy of
-    the base with wrappers in its names, no `from_pretrained` could read. Nothing happens to a model
-    that has no `save_pretrained`. The state dict stays as it was; loading one that holds all
-    adapters and none of the base counts as complete.
-    """
+    """Let `model.save_pretrained` write adapter `name` only, until `release` or `detach`."""
     release(model)
     if hasattr(model, "save_pretrained"):
         # A bound method, so that a deep copy of the model saves itself and not this one.
@@ -181,17 +164,7 @@ def save_pretrained(
     is_main_process: bool = True,
     **settings: Any,
 ) -> None:
-    """Write the adapter of a diverted model; a model without it is saved as its class does.
-
-    Args:
-        self: the model.
-        save_directory: made if it is not there.
-        is_main_process: other processes write nothing.
-        settings: those of transformers' method, for which kilobytes have no use.
-
-    Raises:
-        UsageError: `push_to_hub` is asked for.
-    """
+    """Write the adapter of a diverted model; a model without it is saved as its class does."""
     diverted = self.__dict__.get(_DIVERTED)
     if diverted is None or diverted[0] not in adapter_names(self):
         whole: Any = type(self)

@@ -56,14 +56,7 @@ def scaling(sizes: Mapping[str, LayerSize]) -> float:
 
 
 def typical_rate(steps: int | None = None) -> float:
-    """The spectra's learning rate at `GAIN`: a long run takes smaller steps.
-
-    Under Adam a coefficient moves by about the rate in every step; that noise adds up as the root
-    of the steps.
-
-    Args:
-        steps: of the run; by default `STEPS`.
-    """
+    """The spectra's learning rate at `GAIN`: a long run takes smaller steps."""
     least, most = RATE_RANGE
     return LEARNING_RATE * min(most, max(least, math.sqrt(STEPS / (steps or STEPS))))
 
@@ -76,16 +69,7 @@ def spectrum_rates(
     steps: int | None = None,
     same: bool = False,
 ) -> dict[str, float]:
-    """The learning rate of each layer's spectrum: inversely as its gain.
-
-    Args:
-        sizes: layer -> shape and n.
-        scaling: of the adapter.
-        learning_rate: the median layer's; by default the one that moves its delta_W as
-            `typical_rate` does at `GAIN`, so that a scaling of the user's own changes nothing.
-        steps: of the run, for that default.
-        same: give every layer the median layer's rate.
-    """
+    """The learning rate of each layer's spectrum: inversely as its gain."""
     typical = median(size.unit_gain for size in sizes.values())
     if learning_rate is None:
         learning_rate = typical_rate(steps) * GAIN / (abs(scaling) * typical)

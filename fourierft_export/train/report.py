@@ -92,11 +92,7 @@ class TrainReport:
         return median(seconds[WARM_UP_STEPS:] or seconds or [0.0])
 
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
-        """The report as JSON values; numbers that are not finite become text.
-
-        Args:
-            curves: with every step's loss, gradient and time.
-        """
+        """The report as JSON values; numbers that are not finite become text."""
         found = self.__dict__ | {
             "schema": SCHEMA,
             "seconds_per_step": self.seconds_per_step,
@@ -119,11 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def write_metrics(report: TrainReport, path: str | os.PathLike[str]) -> None:
-    """Write the whole report as JSON; the file is the old one or the new one.
-
-    Raises:
-        FileAccessError: it cannot be written.
-    """
+    """Write the whole report as JSON; the file is the old one or the new one."""
     with staged_file(path, force=True) as partial:
         partial.write_text(pretty(report.to_dict()), "utf-8")
 
@@ -139,11 +131,7 @@ def _plain(value: Any) -> Any:
 
 
 def draw_curve(report: TrainReport, path: Path) -> None:
-    """Write a PNG: training loss by step, and the metric by evaluation with the best marked.
-
-    Raises:
-        FileAccessError: it cannot be written.
-    """
+    """Write a PNG: training loss by step, and the metric by evaluation with the best marked."""
     # The figure is used without pyplot, which would choose a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -188,10 +176,7 @@ def _draw_scores(axes: Axes, report: TrainReport) -> None:
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Means over the neighbours up to `reach` on either side, as far as there are any.
-
-    A mean that only looks back would lag behind a loss that falls fast.
-    """
+    """Means over the neighbours up to `reach` on either side, as far as there are any."""
     sums = [0.0, *accumulate(values)]
     ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     return [(sums[end] - sums[first]) / (end - first) for first, end in ends]

@@ -331,16 +331,7 @@ SETTING_NAMES = tuple(rules(TrainSettings))
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keys and values of a settings file; dashes in keys count as underscores.
-
-    Args:
-        path: a TOML file of at most 1 MiB, one flat table.
-
-    Raises:
-        FileAccessError: missing or unreadable.
-        BadInputError: not TOML.
-        UsageError: unknown keys, values of another kind, or one key in both spellings; all listed.
-    """
+    """The keys and values of a settings file; dashes in keys count as underscores."""
     try:
         found = tomllib.loads(read_file(path, MAX_TOML_BYTES).decode("utf-8"))
     # A ValueError for what is not UTF-8 or not TOML, and for numbers of thousands of digits.

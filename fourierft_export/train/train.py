@@ -212,12 +212,7 @@ class Run:
             partial.write_text(json.dumps(self.facts), "utf-8")
 
     def find_checkpoint(self, callback: RunCallback) -> Path:
-        """The checkpoint to go on from.
-
-        Raises:
-            UsageError: other settings or rows than the run began with; all differences listed.
-            FileAccessError: the bundle of the best adapter so far is gone.
-        """
+        """The checkpoint to go on from."""
         checkpoint = last_checkpoint(self.out)
         for path in checkpoint.glob("*.p*"):
             if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
@@ -381,11 +376,7 @@ def resolved(settings: TrainSettings) -> TrainSettings:
 
 
 def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments, as far as they follow from the settings alone.
-
-    Raises:
-        UsageError: a device or a dtype that this machine does not have.
-    """
+    """The Trainer's arguments, as far as they follow from the settings alone."""
     kind = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=kind)
@@ -467,11 +458,7 @@ def put_adapter(
 
 
 def _save_memory(model: nn.Module) -> None:
-    """Turn on gradient checkpointing.
-
-    Raises:
-        UsageError: the model does not offer it.
-    """
+    """Turn on gradient checkpointing."""
     enable: Any = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
         raise UsageError(
@@ -511,11 +498,7 @@ def folder_of(out: str | os.PathLike[str]) -> Path:
 
 
 def last_checkpoint(out: str | os.PathLike[str]) -> Path:
-    """The newest whole checkpoint of a run; `trainer_state.json` is written last into one.
-
-    Raises:
-        FileAccessError: there is none.
-    """
+    """The newest whole checkpoint of a run; `trainer_state.json` is written last into one."""
     found = {}
     for path in folder_of(out).glob("checkpoint-*"):
         try:
@@ -534,11 +517,7 @@ def last_checkpoint(out: str | os.PathLike[str]) -> Path:
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with another model, data or settings than the run began with.
-
-    Raises:
-        UsageError: all that differs.
-    """
+    """Refuse to go on with another model, data or settings than the run began with."""
     old, new = before["settings"], now["settings"]
     wrong = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
@@ -566,21 +545,7 @@ def check_outputs(
     force: bool,
     inputs: tuple[str | os.PathLike[str], ...] = (),
 ) -> None:
-    """Refuse outputs that exist, before anything slow begins.
-
-    Args:
-        out: the bundle.
-        metrics: the report, if it does not go into the bundle's folder.
-        resume: go on with what is there.
-        force: replace what is there.
-        inputs: files and folders that are read.
-
-    Raises:
-        UsageError: the bundle, its folder or the metrics exist, with neither `resume` nor `force`;
-            both are given; one of them is an input, or the bundle and the metrics are one.
-        FileAccessError: a folder to write to is missing, or a file where a folder belongs or the
-            other way round; no checkpoint to resume from.
-    """
+    """Refuse outputs that exist, before anything slow begins."""
     if resume and force:
         raise UsageError(
             "resume, force", expected="one of them", found="both", remedy="leave one out"

@@ -229,13 +229,7 @@ class _SmallCheckpoints(BundleCallback):
 
 
 def set_training(model: nn.Module, *, dropout: bool) -> None:
-    """Put a model into the mode to learn in.
-
-    Without dropout this is the mode of inference, but for blocks that compute activations twice
-    and for recurrent layers, whose backward pass some devices only know in training mode. The
-    statistics of normalisation layers stay as they are either way: the bundle does not hold them,
-    so that what moved here would be missing where the adapter is used.
-    """
+    """Put a model into the mode to learn in."""
     model.train(dropout)
     for _, module in base_modules(model):
         inner = original(module)
@@ -246,13 +240,7 @@ def set_training(model: nn.Module, *, dropout: bool) -> None:
 
 
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Cast float32 weights of frozen linear layers once, as autocast would on every call.
-
-    Results are the same; memory and time are saved. Weights that other modules use as well stay.
-
-    Returns:
-        How many layers were cast.
-    """
+    """Cast float32 weights of frozen linear layers once, as autocast would on every call."""
     modules = [original(module) for _, module in base_modules(model)]
     holders: dict[int, int] = {}
     for module in modules:

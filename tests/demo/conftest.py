@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourierft_export.demo.result import DemoResult
-from fourierft_export.demo.run import run_demo
+from fourierft_export.demo.run import DemoResult, run_demo
 
 
 @dataclass(frozen=True)

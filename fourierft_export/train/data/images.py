@@ -45,14 +45,7 @@ Image = str | bytes  # a file's path or its content
 
 
 def image_classification(source: Source) -> TrainingTask:
-    """A model of one label per image; the directory's image processor is used, if it has one.
-
-    Raises:
-        BadInputError: bad rows or images, all listed; a directory that cannot be loaded.
-        BaseMismatchError: the model lacks more than a head.
-        UsageError: columns that are not there; a model that does not tell the size of its images.
-        MissingExtraError: pillow is not installed.
-    """
+    """A model of one label per image; the directory's image processor is used, if it has one."""
     data, settings = source.data, source.settings
     wanted = ((data.label_column,),) if data.label_column else LABELS
     (label,) = source.train.pick(wanted, "a column of labels", "--label-column")
@@ -88,11 +81,7 @@ def image_classification(source: Source) -> TrainingTask:
 
 
 def _read_images(rows: Rows, asked: Any) -> list[Image]:
-    """The image of every row.
-
-    Raises:
-        BadInputError: files that are not images, or too large; all are listed.
-    """
+    """The image of every row."""
     (name,) = rows.pick([tuple(asked)] if asked else IMAGES, "images", "--text-column")
     bad = BadRows(rows.where, "an image file in every row")
     root = Path(rows.where) if os.path.isdir(rows.where) else Path(rows.where).parent
@@ -140,11 +129,7 @@ def _pillow() -> Any:
 
 
 def load_image(image: Image, mode: str) -> Any:
-    """One image in Pillow's `mode` ("RGB", "L").
-
-    Raises:
-        BadInputError: its pixels cannot be decoded.
-    """
+    """One image in Pillow's `mode` ("RGB", "L")."""
     pillow = _pillow()
     try:
         with warnings.catch_warnings():

@@ -33,11 +33,7 @@ class Labels:
 
 
 def read_labels(where: str, values: Iterable[Any], places: Sequence[str]) -> list[Label]:
-    """Labels as integers or as text, all of one kind.
-
-    Raises:
-        BadInputError: empty, fractional or other values; integers mixed with text; all listed.
-    """
+    """Labels as integers or as text, all of one kind."""
     bad = BadRows(where, "labels that are integers or text")
     found: list[Label] = []
     for place, value in zip(places, values, strict=True):
@@ -71,11 +67,7 @@ def _label(value: Any) -> Label | None:
 
 
 def read_numbers(where: str, values: Iterable[Any], places: Sequence[str]) -> list[float]:
-    """What a regression learns.
-
-    Raises:
-        BadInputError: values that are not finite numbers; all listed.
-    """
+    """What a regression learns."""
     bad = BadRows(where, "a finite number in every row")
     found = []
     for place, value in zip(places, values, strict=True):
@@ -93,21 +85,7 @@ def read_numbers(where: str, values: Iterable[Any], places: Sequence[str]) -> li
 def make_labels(
     where: str, found: Iterable[Label], known: Sequence[str] = (), *, least: int = 2
 ) -> Labels:
-    """The classes of the training rows.
-
-    Integers from 0 up are ids themselves, as long as they fill at least half of the range that
-    they span; other integers, and texts, become ids in sorted order.
-
-    Args:
-        where: the training file.
-        found: its labels.
-        known: names by id of a model whose head is trained already, or of the data set's
-            `ClassLabel`; its classes are kept if every label is one of them.
-        least: fewer classes than this are an error.
-
-    Raises:
-        BadInputError: too few classes.
-    """
+    """The classes of the training rows."""
     distinct = sorted(set(found), key=lambda label: (isinstance(label, str), label))
     ids = {name: i for i, name in enumerate(known)}
     if known and all(label in ids for label in distinct):
@@ -130,11 +108,7 @@ def make_labels(
 def label_ids(
     where: str, found: Iterable[Label], places: Sequence[str], labels: Labels
 ) -> list[int]:
-    """The labels as ids.
-
-    Raises:
-        BadInputError: labels that no training row has.
-    """
+    """The labels as ids."""
     bad = BadRows(
         where,
         f"labels of the training rows ({', '.join(map(repr, list(labels.ids)[:20]))})",

@@ -29,11 +29,7 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 def find_model(name: str) -> str:
-    """The directory of a model: `name` itself, or where the Hub's cache holds that id.
-
-    Raises:
-        FileAccessError: nothing there, and not on the Hub or no network.
-    """
+    """The directory of a model: `name` itself, or where the Hub's cache holds that id."""
     if os.path.isdir(name):
         return name
     found = "a file" if os.path.exists(name) else "nothing there"
@@ -70,16 +66,7 @@ def known_classes(directory: str, task: str) -> tuple[str, ...]:
 def load_classifier(
     directory: str, task: str, names: Sequence[str], *, dtype: str | None, seed: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A model with a head for `names`; what the checkpoint lacks of it is drawn by `seed`.
-
-    Returns:
-        The model in eval mode on the CPU, and paths of the modules that are new: an adapter
-        trained without saving them would belong to a head that nobody has.
-
-    Raises:
-        BadInputError: transformers cannot load the directory.
-        BaseMismatchError: more is missing than a head.
-    """
+    """A model with a head for `names`; what the checkpoint lacks of it is drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, missing, mismatched = from_pretrained(
@@ -114,11 +101,7 @@ def usual_targets(model: nn.Module) -> tuple[str, ...] | str | None:
 
 
 def _new_modules(directory: str, model: nn.Module, new: set[str]) -> tuple[str, ...]:
-    """The topmost modules all of whose parameters are in `new`.
-
-    Raises:
-        BaseMismatchError: `new` holds something else too, or parts of the repeated blocks.
-    """
+    """The topmost modules all of whose parameters are in `new`."""
     found: list[str] = []
     left = set(new)
     for path, module in model.named_modules():
@@ -174,20 +157,7 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[tuple[Any, ...]], length: int | None, *, words: bool = False
     ) -> tuple[list[Row], list[list[int | None]]]:
-        """Rows of ids, cut to `length`.
-
-        Args:
-            texts: one or two texts per row; with `words` one list of words.
-            length: the longest row in tokens; None to cut nothing.
-            words: also find which word every token belongs to.
-
-        Returns:
-            Per row "input_ids", and "token_type_ids" where the model reads them; and with `words`
-            for every token the number of its word, or None.
-
-        Raises:
-            BadInputError: an id that the model has no embedding for.
-        """
+        """Rows of ids, cut to `length`."""
         rows: list[Row] = []
         owners: list[list[int | None]] = []
         cut: Any = {} if length is None else {"truncation": True, "max_length": length}
@@ -242,11 +212,7 @@ class Pad:
 
 
 def text_inputs(model: nn.Module) -> list[str]:
-    """What a model reads of text, by name.
-
-    Raises:
-        UsageError: its forward takes no input_ids.
-    """
+    """What a model reads of text, by name."""
     names = input_names(model)
     if "input_ids" not in names:
         raise UsageError(
@@ -268,11 +234,7 @@ def positions(model: nn.Module, pad_id: int = 0) -> int | None:
 
 
 def row_length(asked: int | None, usual: int, limit: int | None) -> int:
-    """The longest row: what was asked for, else the usual as far as the model can take it.
-
-    Raises:
-        UsageError: more than the model can take, or too short for a token of text.
-    """
+    """The longest row: what was asked for, else the usual as far as the model can take it."""
     if asked is None:
         return min(usual, limit or usual)
     if asked < 4 or (limit is not None and asked > limit):
@@ -303,12 +265,7 @@ def check_ids(where: str, rows: Sequence[Row], size: int | None) -> None:
 
 
 def load_tokenizer(directory: str, *, words: bool = False) -> Any:
-    """The directory's tokenizer, without touching the network.
-
-    Raises:
-        BadInputError: transformers cannot load one, or for `words` no fast one.
-        MissingExtraError: transformers is not installed.
-    """
+    """The directory's tokenizer, without touching the network."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

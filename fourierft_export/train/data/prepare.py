@@ -83,15 +83,7 @@ def _of_factory(data: DataSettings, settings: TrainSettings) -> TrainingTask:
 
 
 def call_factory(spec: str) -> TrainingTask:
-    """Import "package.module:factory" and call the factory without arguments.
-
-    It returns a `TrainingTask`, or a mapping with the same names: `model`, `train_dataset`, and
-    whatever else of the Trainer's arguments the task needs. Modules of the working directory are
-    found, as with `python -m`.
-
-    Raises:
-        UsageError: it cannot be imported, is not there, raises, or returns something else.
-    """
+    """Import "package.module:factory" and call the factory without arguments."""
     path, colon, name = spec.partition(":")
     if not (path and colon and name):
         raise UsageError(

@@ -96,11 +96,7 @@ class Rows:
         return tuple(getattr(inner, "names", None) or ())
 
     def pick(self, wanted: Sequence[Sequence[str]], what: str, option: str) -> tuple[str, ...]:
-        """The first of `wanted` whose columns are all there.
-
-        Raises:
-            UsageError: none is.
-        """
+        """The first of `wanted` whose columns are all there."""
         for names in wanted:
             if all(name in self.columns for name in names):
                 return tuple(names)
@@ -123,20 +119,7 @@ class Rows:
 
 
 def load_rows(source: str, *, split: str = "train", builder: str = "") -> Rows:
-    """Load rows with `datasets.load_dataset`; nothing of a local file stays in its cache.
-
-    Args:
-        source: a file (its ending says which format), a folder, or a Hub id with an optional
-            ":config".
-        split: which one of a data set that has several; "eval" takes validation, else test.
-        builder: "imagefolder" for a folder of images.
-
-    Raises:
-        FileAccessError: missing or unreadable, or not on the Hub.
-        UsageError: an ending that is not known.
-        BadInputError: not data of this format; all bad rows are listed. No rows.
-        MissingExtraError: datasets is not installed.
-    """
+    """Load rows with `datasets.load_dataset`; nothing of a local file stays in its cache."""
     path, suffix = Path(source), ""
     options: dict[str, Any]
     if path.is_dir():

@@ -165,10 +165,7 @@ class ScoreTags:
         }
 
     def entities(self, tags: Array) -> set[tuple[int, int, str]]:
-        """(begin, end, kind) of the entities in a row of tags.
-
-        An entity begins at B-x, or at I-x that does not follow x, as CoNLL's own script has it.
-        """
+        """(begin, end, kind) of the entities in a row of tags."""
         found: set[tuple[int, int, str]] = set()
         begin, kind = 0, ""
         for place, name in enumerate([*(self.names[tag] for tag in tags), "O"]):

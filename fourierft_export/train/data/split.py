@@ -17,19 +17,7 @@ MAX_HELD_OUT = 1000
 def split(
     parts: Sequence[Sequence[T]], settings: TrainSettings
 ) -> tuple[list[T], list[T] | None, tuple[str, ...]]:
-    """Rows to learn from and rows to score, each in the file's order.
-
-    Args:
-        parts: rows of the training file, and of the evaluation file if there is one.
-        settings: `max_train_rows`, `eval_share` (at most `MAX_HELD_OUT` rows) and `seed`. What is
-            held out does not depend on `max_train_rows`.
-
-    Returns:
-        Training rows, rows to score (None for none), and what a user should know.
-
-    Raises:
-        UsageError: a single row cannot be shared out.
-    """
+    """Rows to learn from and rows to score, each in the file's order."""
     train, notes, held = parts[0], [], 0
     scored: list[T] | None = list(parts[1]) if len(parts) > 1 else None
     count = len(train)

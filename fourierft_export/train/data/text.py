@@ -62,13 +62,7 @@ class Source:
 
 
 def text_classification(source: Source) -> TrainingTask:
-    """A model of one label per row of text, of several, or of a number.
-
-    Raises:
-        BadInputError: bad rows, all listed; a directory that cannot be loaded.
-        BaseMismatchError: the model lacks more than a head.
-        UsageError: columns that are not there, lengths out of range.
-    """
+    """A model of one label per row of text, of several, or of a number."""
     data, train = source.data, source.train
     columns = pick_texts(train, data)
     (label,) = train.pick(((data.label_column,),) if data.label_column else LABELS,
@@ -126,11 +120,7 @@ def text_classification(source: Source) -> TrainingTask:
 def read_targets(
     source: Source, column: str, problem: str, known: Sequence[str]
 ) -> tuple[list[list[Any]], Labels]:
-    """What the rows' labels are as numbers, and the classes.
-
-    Raises:
-        BadInputError: labels that do not fit the problem; all are listed.
-    """
+    """What the rows' labels are as numbers, and the classes."""
     found: list[list[Any]] = []
     labels = Labels((), {})
     for rows in source.both():
@@ -166,12 +156,7 @@ def pick_texts(rows: Rows, data: DataSettings) -> tuple[str, ...]:
 
 
 def read_texts(rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The texts of every row.
-
-    Raises:
-        BadInputError: empty texts and other values; all are listed.
-        UsageError: columns that are not there.
-    """
+    """The texts of every row."""
     bad = BadRows(rows.where, "text in every row")
     columns = rows.pick([columns], "columns of text", "--text-column")
     found = list(zip(*(rows.column(name) for name in columns), strict=True))
@@ -193,13 +178,7 @@ def head_notes(new: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def token_classification(source: Source) -> TrainingTask:
-    """A model of one label per word; the word's first token carries it.
-
-    Raises:
-        BadInputError: bad rows, all listed; a directory that cannot be loaded.
-        BaseMismatchError: the model lacks more than a head.
-        UsageError: columns that are not there, lengths out of range.
-    """
+    """A model of one label per word; the word's first token carries it."""
     train = source.train
     (tags,) = train.pick(
         ((source.data.label_column,),) if source.data.label_column else TAGS,
@@ -264,11 +243,7 @@ def token_classification(source: Source) -> TrainingTask:
 def _read_words(
     rows: Rows, data: DataSettings, tags: str
 ) -> tuple[list[list[str]], list[Any], list[str]]:
-    """Every row's words, and all words' labels and places in one list each.
-
-    Raises:
-        BadInputError: rows that are not two lists of one length; all are listed.
-    """
+    """Every row's words, and all words' labels and places in one list each."""
     wanted = [tuple(data.text_column)] if data.text_column else WORDS
     (words,) = rows.pick(wanted, "words", "--text-column")
     bad = BadRows(rows.where, "a list of words, and as many labels, in every row")
@@ -303,17 +278,7 @@ def _wrong_words(words: Any, labels: Any) -> str | None:
 
 
 def text_generation(source: Source) -> TrainingTask:
-    """A causal language model and rows to continue: text, or a column of ready `input_ids`.
-
-    A column `labels` beside `input_ids` says which tokens count (-100: not this one). Text ends in
-    the tokenizer's end-of-text token where it has one. Every row is a sequence of its own, or with
-    `pack` they follow one another in rows of max_length.
-
-    Raises:
-        BadInputError: bad rows, all listed; a directory that cannot be loaded.
-        BaseMismatchError: the checkpoint lacks weights.
-        UsageError: columns that are not there, lengths out of range.
-    """
+    """A causal language model and rows to continue: text, or a column of ready `input_ids`."""
     model = models.load_generator(source.directory, dtype=source.dtype)
     asked = source.settings.max_length
     if IDS in source.train.columns and not source.data.text_column:
