@@ -105,9 +105,7 @@ def train(
     data = report.to_dict(curves=False)
     notes = data.pop("notes")
     return Outcome(
-        {"train": data},
-        _lines(report, run.model, "at the start" if bundle else "untrained"),
-        notes,
+        {"train": data}, _lines(report, run.model, "at the start" if bundle else "untrained"), notes
     )
 
 

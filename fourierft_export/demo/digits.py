@@ -116,9 +116,10 @@ def pretrain(
         nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.5)
         arguments = TrainingArguments(
             output_dir=str(Path(folder)), num_train_epochs=epochs, learning_rate=4e-3,
-            adam_beta2=0.99, weight_decay=0.05, warmup_steps=0.15, lr_scheduler_type="cosine", seed=seed,
-            per_device_train_batch_size=BATCH, save_strategy="no", logging_strategy="no",
-            report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+            adam_beta2=0.99, weight_decay=0.05, warmup_steps=0.15, lr_scheduler_type="cosine",
+            seed=seed, per_device_train_batch_size=BATCH, save_strategy="no",
+            logging_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False,
         )  # fmt: skip
         collate = collator(lambda images: images, seed)
         trainer = Trainer(model, arguments, collate, data.rows(), callbacks=[Reports()])

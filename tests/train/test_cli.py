@@ -323,3 +323,28 @@ def test_a_killed_process_ends_all(stories: list[str], tmp_path: Path) -> None:
     assert errors.count("error: ") <= 1
     assert len(ff.Bundle.load(out).layers) == 10
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_base_in_pieces_learns_as_a_whole_one_and_resumes(tmp_path: Path) -> None:
+    """FSDP2: the losses of one process; checkpoints hold the adapter alone."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    environment |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    script = str(ROOT / "tests/train/sharded.py")
+
+    def start(out: str, *launcher: str, killed_at: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *launcher, script, str(tmp_path / out), str(killed_at)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    one, two = start("one"), start("two", *TWO)
+    assert two.returncode == 0, two.stderr
+    expected, found = json.loads(one.stdout), json.loads(two.stdout)
+    assert found["processes"] == 2
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    checkpoint = tmp_path / "two.train" / "checkpoint-6"
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 60_000
+    assert start("again", *TWO, killed_at=5).returncode != 0
+    assert (tmp_path / "again.train" / "checkpoint-4").is_dir()
+    resumed = start("again", *TWO)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "two").read_bytes()

@@ -13,12 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fourierft_export.errors import (
-    BadInputError,
-    FileAccessError,
-    FourierFTError,
-    UsageError,
-)
+from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError, UsageError
 from fourierft_export.train.data import rows as loading
 from fourierft_export.train.data.labels import label_ids, make_labels, read_labels
 from fourierft_export.train.data.rows import load_rows

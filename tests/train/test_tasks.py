@@ -74,9 +74,7 @@ def task(request: Any, with_tokenizer: Callable[[str], Path], tmp_path: Path) ->
             problem_type="regression",
         ),
         "words": lambda: make(
-            "token-classification",
-            with_tokenizer("bert"),
-            write_jsonl(tmp_path / "a.jsonl", words),
+            "token-classification", with_tokenizer("bert"), write_jsonl(tmp_path / "a.jsonl", words)
         ),
         "text": lambda: make(
             "causal-lm", with_tokenizer("llama"), write_tsv(tmp_path / "a.tsv", rows)

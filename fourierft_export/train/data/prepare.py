@@ -15,10 +15,11 @@ from ...errors import FourierFTError, UsageError
 from ...models.task import ALIASES
 from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
+from .generation import text_generation
 from .images import image_classification
 from .models import find_model
 from .rows import Rows, load_rows
-from .text import Source, text_classification, text_generation, token_classification
+from .text import Source, text_classification, token_classification
 
 TASKS = {
     "text-classification": text_classification,
