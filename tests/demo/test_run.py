@@ -21,6 +21,7 @@ from fourierft_export.demo.run import run_demo
 from fourierft_export.demo.show import render
 from fourierft_export.errors import MissingExtraError, UsageError
 
+pytestmark = pytest.mark.timeout(900)  # a whole demo, on a machine that may be busy
 NAMES = ("inverted", "rotated")
 
 

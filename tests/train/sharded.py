@@ -24,7 +24,9 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 def shard(state: Any) -> None:
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="FULL_STATE_DICT",
     )
 
 
@@ -38,7 +40,7 @@ def make_task(killed_at: int) -> ff.TrainingTask:
     def loss(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        if calls == killed_at:
+        if torch.is_grad_enabled() and calls == killed_at:
             os._exit(9)
         return scores.next_token_loss(*args, **kwargs)
 

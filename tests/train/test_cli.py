@@ -329,6 +329,7 @@ def test_a_base_in_pieces_learns_as_a_whole_one_and_resumes(tmp_path: Path) -> N
     """FSDP2: the losses of one process; checkpoints hold the adapter alone."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     environment |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
     script = str(ROOT / "tests/train/sharded.py")
 
