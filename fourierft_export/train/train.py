@@ -16,7 +16,6 @@ from torch import nn
 
 from ..adapt.attach import detach
 from ..adapt.modules import adapter_names, check_new_name
-from ..bundle.file import Bundle
 from ..bundle.peft import BundleSource
 from ..errors import FileAccessError, FourierFTError, UsageError, missing_extra
 from ..files.staging import check_output
