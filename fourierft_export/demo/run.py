@@ -158,16 +158,18 @@ def learn_adapter(
     folder: Path, data: Digits, name: str, *, epochs: int, seed: int, progress: Progress
 ) -> Bundle:
     """Train an adapter of the base for one change of the images, and write its bundle."""
-    import fourierft_export as ff
-
+    from ..bundle.file import Bundle
+    from ..train.settings import TrainSettings
+    from ..train.task import TrainingTask
+    from ..train.train import train_adapter
     from . import digits
 
-    task = ff.TrainingTask(
+    task = TrainingTask(
         _load(folder / BASE), data.rows(), data_collator=digits.collator(digits.CHANGES[name], seed)
     )
     # Found by experiment. The scaling is PEFT's default; at the paper's for vision transformers,
     # 300, the learning rate would be half of it (0.2 to 0.3 there).
-    settings = ff.TrainSettings(
+    settings = TrainSettings(
         n_frequency=64, scaling=150.0, learning_rate=0.15, layer_rates="same",
         target_modules=TARGETS, epochs=epochs, batch_size=digits.BATCH, warmup=0.15,
         schedule="cosine", seed=seed, device="cpu", eval_share=0.0, eval_every=10**6,
@@ -178,9 +180,9 @@ def learn_adapter(
 
     path = folder / f"{name}.fourierft.safetensors"
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        ff.train_adapter(task, Path(work) / path.name, settings, picture=False, progress=report)
+        train_adapter(task, Path(work) / path.name, settings, picture=False, progress=report)
         os.replace(Path(work) / path.name, path)
-    return ff.Bundle.load(path)
+    return Bundle.load(path)
 
 
 def ship(folder: Path, bundle: Bundle, name: str, test: Digits) -> tuple[dict[str, Any], Any]:
@@ -188,15 +190,18 @@ def ship(folder: Path, bundle: Bundle, name: str, test: Digits) -> tuple[dict[st
     import numpy as np
     import onnxruntime
 
-    import fourierft_export as ff
+    from ..adapt.attach import attach
+    from ..merge.merge import merge_checkpoint
+    from ..onnx_graph.trace.pretrained import export_pretrained
+    from ..proof.validate import validate
 
     base, merged = folder / BASE, folder / f"merged-{name}"
-    ff.merge_checkpoint(base, [bundle], merged)
+    merge_checkpoint(base, [bundle], merged)
     files = [folder / f"{name}.{mode}.onnx" for mode in MODES]
     for file, mode in zip(files, MODES, strict=True):
-        ff.export_pretrained(base, [bundle], file, mode=mode)
+        export_pretrained(base, [bundle], file, mode=mode)
     inputs = {"pixel_values": test.images.numpy()}
-    proof = ff.validate(base=base, bundle=bundle, merged=merged, onnx=files, inputs=inputs)
+    proof = validate(base=base, bundle=bundle, merged=merged, onnx=files, inputs=inputs)
     proof.raise_for_failure()
     onnx_accuracy = {}
     for file in files:
@@ -204,7 +209,7 @@ def ship(folder: Path, bundle: Bundle, name: str, test: Digits) -> tuple[dict[st
         seen = session.run(["logits"], inputs)[0].argmax(-1)
         onnx_accuracy[file.name] = float(np.mean(seen == test.labels.numpy()))
     before = _predict(_load(base), test)
-    after = _predict(ff.attach(_load(base), bundle, name), test)
+    after = _predict(attach(_load(base), bundle, name), test)
     pairs = [
         (pair.right, pair.outputs[0].difference)
         for pair in proof.comparisons

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run import DemoResult
-
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .run import DemoResult
 
 GOOD, BAD, QUIET = "#0969da", "#d4570a", "#8c959f"  # told apart by everyone
 
