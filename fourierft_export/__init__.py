@@ -1,7 +1,7 @@
-"""FourierFT adapters, from training to deployment: pack, merge, export, validate.
+"""Trains, packs, merges, exports and validates FourierFT adapters.
 
-The public names load on first use, so that `import fourierft_export`, the command line's `--help`
-and `inspect` cost no import of torch, onnx or transformers.
+Public names are imported on first use, so that `import fourierft_export`, `--help` and `inspect` do
+not import torch, onnx or transformers.
 """
 
 from __future__ import annotations
@@ -120,11 +120,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name from the room that it lives in (PEP 562).
+    """Imports a public name on first use (PEP 562).
 
     Raises:
-        AttributeError: there is no such name.
-        MissingExtraError: it needs a package that is not installed.
+        AttributeError: no such name.
+        MissingExtraError: the name needs a package that is not installed.
     """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,11 @@
 """The exceptions of the package, each with the exit code the command line gives it.
 
     FourierFTError                 1
-    |-- UsageError                 2   the call itself cannot be carried out
+    |-- UsageError                 2   wrong or conflicting arguments, or the output exists
     |   `-- MissingExtraError      2   an optional dependency is not installed
     |-- BadInputError              3   a file is damaged, hostile, or not what it should be
     |-- BaseMismatchError          4   the adapter does not belong to this base
-    |-- ValidationError            5   artifacts that must agree do not
+    |-- ValidationError            5   artifacts that must agree do not agree
     `-- FileAccessError            6   missing or unreadable files, no space, no permission
 
 Every error says where it happened, what was expected, what was found and what to do.
@@ -21,9 +21,9 @@ MAX_OFFENDERS_SHOWN = 20
 
 
 def printable(text: object) -> str:
-    """`text` as one line that a terminal shows as it is: control characters are escaped.
+    """Escapes the control characters in `text`, so that it is one harmless line on a terminal.
 
-    Names come from files that others made; an escape sequence in one must not reach a terminal.
+    Names come from untrusted files and may hold escape sequences.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
@@ -36,10 +36,10 @@ class FourierFTError(Exception):
     Args:
         where: the file, tensor, layer or option concerned.
         expected: what would have been right.
-        found: what was there instead.
-        remedy: what the reader can do now.
-        offenders: one short line per culprit, when there are several; all are kept, the command
-            line prints the first `MAX_OFFENDERS_SHOWN`.
+        found: what was found instead.
+        remedy: what the user can do now.
+        offenders: a short line for each culprit if there are several; the command line prints
+            the first `MAX_OFFENDERS_SHOWN`.
     """
 
     exit_code = 1
@@ -60,7 +60,7 @@ class FourierFTError(Exception):
         super().__init__(self.summary)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by the fields: worker processes send their errors to the one that started them."""
+        """Pickles the fields: worker processes send their errors to the main process."""
         fields = self.to_dict()
         del fields["kind"], fields["code"]
         return partial(type(self), **fields), ()  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ class FourierFTError(Exception):
 
 
 class UsageError(FourierFTError):
-    """The call cannot be carried out as it stands: options that clash, an output that exists."""
+    """The call has wrong or conflicting arguments, or its output exists."""
 
     exit_code = 2
     kind = "usage"
@@ -107,14 +107,14 @@ class BadInputError(FourierFTError):
 
 
 class BaseMismatchError(FourierFTError):
-    """The adapter does not belong to the base that it was given."""
+    """The adapter does not belong to the given base."""
 
     exit_code = 4
     kind = "base-mismatch"
 
 
 class ValidationError(FourierFTError):
-    """Two artifacts that must agree do not."""
+    """Artifacts that must agree do not agree."""
 
     exit_code = 5
     kind = "validation"
@@ -128,7 +128,7 @@ class FileAccessError(FourierFTError):
 
 
 def missing_extra(package: str, extra: str, what: str) -> MissingExtraError:
-    """The error for `what` needing `package`, which the extra `extra` installs."""
+    """Makes the error: `what` needs `package`, which the extra `extra` installs."""
     return MissingExtraError(
         what,
         expected=f"the package {package}",
@@ -149,6 +149,6 @@ _EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package
 
 
 def extra_of(error: ModuleNotFoundError, what: str) -> MissingExtraError | None:
-    """The error for `what`, which met `error`; None where no extra would have helped."""
+    """Makes the error for `what` if an extra installs the missing module; else None."""
     package = (error.name or "").partition(".")[0]
     return missing_extra(package, _EXTRA_OF[package], what) if package in _EXTRA_OF else None

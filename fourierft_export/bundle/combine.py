@@ -1,7 +1,7 @@
-"""Several adapters as one: delta_W = w_1 delta_W_1 + w_2 delta_W_2 + ..., exactly.
+"""Combines adapters into one: delta_W = w_1 delta_W_1 + w_2 delta_W_2 + ..., exactly.
 
-delta_W is linear in the spectrum, so where adapters share entries their spectra add up, and
-otherwise their entries are united. Nothing is approximated, whatever the number of adapters.
+delta_W is linear in the spectrum: spectra with the same entries are added; otherwise the result has
+the union of the entries. Nothing is approximated.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ AVERAGE = "average"
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """One finite factor for each of `count` bundles.
-
-    Args:
-        weights: as they were given; None for 1 each.
-        count: how many bundles there are.
+    """Returns one finite factor for each of `count` bundles; 1 for each if `weights` is None.
 
     Raises:
         UsageError: another number of weights, or one that is not finite.
@@ -49,24 +45,26 @@ def combine_bundles(
     *,
     heads: str | None = None,
 ) -> Bundle:
-    """The adapter whose delta_W is the weighted sum of those of `bundles`.
+    """Makes the adapter whose delta_W is the weighted sum of those of `bundles`.
 
-    Its spectra are sums in double precision, stored as float32 (float64 if one of the bundles
-    is). A layer keeps the seed's entries if all its adapters have them, or a part of them (a
-    smaller n_frequency); the other layers get the union of the entries, under the `explicit` rule.
-    Seed and scaling are those of the first bundle (the first whose scaling is not 0).
+    Spectra are added in double precision and stored as float32 (float64 if one of the bundles is).
+    A layer keeps the seed's entries if all its adapters have them, or a part of them (a smaller
+    n_frequency); other layers get the union of the entries, under the rule "explicit". Seed and
+    scaling are those of the first bundle (scaling: the first that is not 0).
 
     Args:
         bundles: by name; bound to one base.
         weights: one finite factor for each; by default 1.
-        heads: dense tensors (saved heads, biases) replace each other and do not add up. None
-            takes each from the only bundle that has it, or from several that agree; a bundle's
-            name takes those of that one and no others; "average" takes means, weighted by
-            `weights`, over the bundles that have the tensor.
+        heads: how to combine saved heads and biases, which cannot be added. None: each must be in
+            one bundle only, or be equal in all that have it. The name of a bundle: all from that
+            one. "average": the mean, weighted by `weights`, over the bundles that have it.
+
+    Returns:
+        The combined bundle.
 
     Raises:
-        UsageError: no bundles, or weights that do not fit; more than one brings a tensor, and
-            `heads` does not say what to do; one replaces a weight that another changes.
+        UsageError: no bundles, or weights that do not fit; several bundles have a tensor and
+            `heads` does not say which to use; one replaces a weight that another changes.
     """
     if not bundles:
         raise UsageError("combine", expected="one adapter or more", found="none")
@@ -99,8 +97,8 @@ def combine_bundles(
         raise UsageError(
             "combine",
             expected="weights that are either replaced or changed",
-            found=f"{len(both)} that adapters do both to",
-            remedy="say in heads whose saved tensors to take, or leave one adapter out",
+            found=f"{len(both)} weights that one adapter replaces and another changes",
+            remedy="name in heads the adapter whose saved tensors to use, or leave one adapter out",
             offenders=[f"{name}: replaced by one, changed by another" for name in both],
         )
     return Bundle.build(spec, spectra, saved, explicit, where="combined adapter")
@@ -109,7 +107,7 @@ def combine_bundles(
 def _combine_layer(
     name: str, shares: Sequence[tuple[Bundle, float]], seed: int, explicit: dict[str, Array]
 ) -> tuple[LayerSpec, Array]:
-    """One layer of the result and its spectrum (n,) float64, times the scaling."""
+    """Combines one layer: its spec and its spectrum (n,) float64, times the scaling."""
     layers = [bundle.layer(name) for bundle, _ in shares]
     widest = max(layers, key=lambda layer: layer.n_frequency)
     seeds = {bundle.spec.entry_seed for bundle, _ in shares}
@@ -137,15 +135,15 @@ def _combine_layer(
 
 
 def _common(values: Iterable[str | None]) -> str | None:
-    """The value that all which have one share, else None."""
-    there = set(values) - {None}
-    return there.pop() if len(there) == 1 else None
+    """The value that all adapters which have one share, else None."""
+    known = set(values) - {None}
+    return known.pop() if len(known) == 1 else None
 
 
 def _combine_saved(
     saved: Mapping[str, Mapping[str, Array]], factors: Mapping[str, float], heads: str | None
 ) -> dict[str, Array]:
-    """The dense tensors of the result."""
+    """Combines the saved tensors."""
     if heads is not None and heads in saved:
         return dict(saved[heads])
     if heads not in (None, AVERAGE):
@@ -167,13 +165,14 @@ def _combine_saved(
         else:
             result[name] = mean
     if clashes:
+        expected, remedy = "each saved head or bias in one adapter only", f", or {AVERAGE!r}"
+        if heads is not None:
+            expected, remedy = "float tensors of one shape, and weights whose sum is not 0", ""
         raise UsageError(
             "heads",
-            expected="one adapter that brings each saved head or bias"
-            if heads is None
-            else "float tensors of one shape, and weights whose sum is not 0",
-            found=f"{len(clashes)} tensors that several bring",
-            remedy="say whose to take in heads" + (f", or {AVERAGE!r}" if heads is None else ""),
+            expected=expected,
+            found=f"{len(clashes)} tensors in several adapters",
+            remedy=f"name in heads the adapter whose tensors to use{remedy}",
             offenders=clashes,
         )
     return result
@@ -184,7 +183,7 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def _mean(parts: Sequence[tuple[float, Array]]) -> Array | None:
-    """The weighted mean in the first one's dtype; None where there is none."""
+    """The weighted mean in the first one's dtype; None for integers, other shapes, sum 0."""
     kinds = {(value.dtype, value.shape) for _, value in parts}
     total, dtype = sum(factor for factor, _ in parts), parts[0][1].dtype
     if len(kinds) > 1 or not total or dtype.kind in "iub":

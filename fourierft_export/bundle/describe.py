@@ -1,4 +1,4 @@
-"""Bundles and PEFT adapter directories as plain facts, for reports and `inspect`."""
+"""What bundles and PEFT adapter directories hold, as JSON values for reports and `inspect`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .peft_config import read_peft_config
 
 
 def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """What a bundle holds, as JSON values.
+    """Describes a bundle as JSON values.
 
     Args:
-        path: its file, for the size; the size in memory otherwise.
+        bundle: the bundle.
+        path: its file, whose size is given; without it, the size that the file would have.
     """
     groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
     for layer in bundle.layers:
@@ -55,12 +56,10 @@ def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) 
 
 
 def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a PEFT FourierFT adapter directory holds, as JSON values.
-
-    A directory with a config and no weights is described by its config alone.
+    """Describes a PEFT FourierFT adapter directory as JSON values; without weights, its config.
 
     Raises:
-        FileAccessError, BadInputError, UsageError: it is not one (see `bundle.peft`).
+        FileAccessError, BadInputError, UsageError: it is not a FourierFT adapter directory.
     """
     folder = find_adapter(directory)
     weights = folder / WEIGHTS_FILE
@@ -68,14 +67,11 @@ def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if weights.exists():
         described = describe_bundle(read_adapter(folder))
         facts = {key: described[key] for key in facts} | {"bytes": weights.stat().st_size}
-    about = describe_adapter_config(folder / CONFIG_FILE)
-    return about | {"kind": "adapter", "path": os.fspath(folder)} | facts
+    config = read_peft_config(folder / CONFIG_FILE)
+    return {"kind": "adapter", "path": os.fspath(folder), "config": config} | facts
 
 
 def describe_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """An adapter_config.json by itself, as JSON values."""
-    return {
-        "kind": "adapter-config",
-        "path": os.fspath(path),
-        "config": read_peft_config(Path(path)),
-    }
+    """Describes an adapter_config.json without its directory, as JSON values."""
+    config = read_peft_config(Path(path))
+    return {"kind": "adapter-config", "path": os.fspath(path), "config": config}

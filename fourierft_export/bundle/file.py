@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import BadInputError
-from ..files.container import Header, header_length, open_regular, parse_header, read_exactly
+from ..files.container import Header, header_length, parse_header, read_file, read_header
 from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
@@ -27,16 +27,28 @@ SUFFIX = ".fourierft.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A FourierFT adapter: spec, one spectrum per layer, dense tensors that ride along.
+    """A FourierFT adapter: its spec, a spectrum for each layer, and its saved heads and biases.
 
-    Make one with `Bundle.build`, `Bundle.load`, `from_peft` or `capture`; the constructor does not
-    check. Arrays are read-only.
+    Make one with `Bundle.load`, `Bundle.build`, `from_peft` or `capture`: they check the fields,
+    the constructor does not. A bundle never changes; its arrays are read-only.
 
-    Attributes:
-        spec: names, sizes, seed, scaling.
-        spectra: layer name -> (n_frequency,), float32, float16, bfloat16 or float64.
+    Args:
+        spec: names and sizes of the layers, seed, scaling, PEFT's config.
+        spectra: layer name -> coefficients (n_frequency,), float32, float16, bfloat16 or float64.
         saved: name in the adapted model -> dense tensor (modules_to_save, biases).
-        explicit_entries: layer name -> (n_frequency, 2) int64, for layers of the explicit rule.
+        explicit_entries: layer name -> entries (n_frequency, 2) int64, for layers whose entries
+            no seed gives (rule "explicit").
+
+    Example:
+        >>> import fourierft_export as ff, tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> bundle = ff.capture(ff.inject(model, config))
+        >>> bundle.layers[0].name, bundle.layers[0].shape, bundle.spectra["0"].shape
+        ('0', (4, 8), (5,))
+        >>> path = bundle.save(tempfile.mkdtemp() + "/a.fourierft.safetensors")
+        >>> ff.Bundle.load(path).sha256 == bundle.sha256
+        True
     """
 
     spec: AdapterSpec
@@ -54,13 +66,17 @@ class Bundle:
         *,
         where: str = "bundle",
     ) -> Bundle:
-        """A checked bundle; layers are put in natural order, arrays are copied.
+        """Makes a bundle after checking its fields; layers are sorted and arrays are copied.
 
         Args:
-            where: what to name in errors.
+            spec, spectra, saved, explicit_entries: the fields, as in `Bundle`.
+            where: what errors name as the place.
+
+        Returns:
+            The bundle, with its layers in natural order.
 
         Raises:
-            BadInputError: listing every field that does not fit.
+            BadInputError: fields that do not fit together, all of them listed.
         """
         saved, explicit = saved or {}, explicit_entries or {}
         layers = tuple(sorted(spec.layers, key=lambda layer: natural_key(layer.name)))
@@ -108,14 +124,14 @@ class Bundle:
 
         Raises:
             KeyError: no such layer.
-            BadInputError: the layer is unbound, or its entries do not have the stated hash.
+            BadInputError: the layer is unbound, or its entries do not have the hash in the spec.
         """
         layer = self.layer(name)
         if layer.shape is None:
             raise BadInputError(
                 f"layer {name}",
                 expected="a bound bundle",
-                found="one without layer shapes",
+                found="a bundle without layer shapes",
                 remedy="bind it first: bundle.bind(BASE_DIR), or pack with --base BASE_DIR",
             )
         if layer.entry_rule == EXPLICIT_RULE:
@@ -128,24 +144,28 @@ class Bundle:
             raise BadInputError(
                 f"layer {name}",
                 expected=f"entries with sha256 {layer.entries_sha256}",
-                found=f"others, from seed {self.spec.seed} by rule {layer.entry_rule}",
-                remedy="the bundle was made by a faulty writer: pack the adapter again",
+                found=f"other entries, from seed {self.spec.seed} by rule {layer.entry_rule}",
+                remedy="the program that wrote the bundle has a fault: pack the adapter again",
             )
         return entries
 
     def bind(self, base: str | os.PathLike[str] | Base, entry_rule: str | None = None) -> Bundle:
-        """This adapter with shapes, entries and fingerprints taken from a base.
+        """Adds the shapes, entries and fingerprints of a base's layers to this adapter.
 
-        A bundle that is bound already is checked against the base and returned as it is.
+        A bundle that is bound already is compared with the base and stays the same.
 
         Args:
             base: a checkpoint directory or file, or an open base.
             entry_rule: "small" or "r64", for adapters trained with an older torch; by default
                 what the current torch does for each shape.
 
+        Returns:
+            A bound bundle.
+
         Raises:
             BaseMismatchError: layers that are absent, too small, of another shape, or whose
-                weight is not the fingerprinted one: all of them listed.
+                weight has another fingerprint: all of them listed.
+            FileAccessError, BadInputError: the base cannot be opened.
         """
         opened = base if isinstance(base, Base) else open_base(base)
         found = layers_of_base(opened, self.spectra)
@@ -162,41 +182,45 @@ class Bundle:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the content that the file states, as hex."""
+        """SHA-256 of the content as hex: the hash that the bundle's file holds."""
         return _split(self.to_bytes(), "bundle")[0].metadata[HASH_KEY]
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "bundle") -> Bundle:
-        """The bundle in these bytes.
+        """Reads a bundle from the bytes of its file.
+
+        Args:
+            data: what `to_bytes` gave.
+            where: what errors name as the place.
 
         Raises:
             BadInputError: they are not a bundle, or a damaged one.
         """
-        return cls.build(*decode(*_split(data, where), where), where=where)
+        header, payload = _split(data, where)
+        return cls.build(*decode(header, payload, where), where=where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Read a bundle file.
+        """Reads a bundle file.
+
+        Args:
+            path: of the file; `from_peft` reads PEFT directories.
 
         Raises:
             FileAccessError: missing or unreadable.
             BadInputError: not a bundle, or a damaged one.
         """
         where = os.fspath(path)
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            # The header is checked before the payload, which may be large, is read.
-            length = header_length(read_exactly(fd, 0, min(8, size), path), size, where)
-            header = parse_header(read_exactly(fd, 8, 8 + length, path), size, where)
-            check_kind(header, where)
-            payload = read_exactly(fd, 8 + length, size, path)
-        finally:
-            os.close(fd)
-        return cls.build(*decode(header, payload, where), where=where)
+        header = read_header(path)  # checked before the payload, which may be large, is read
+        check_kind(header, where)
+        return cls.from_bytes(read_file(path, header.size), where)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the bundle; the file is absent or complete.
+        """Writes the bundle to a file, which is complete or absent, whenever the process dies.
+
+        Args:
+            path: of the file, *.fourierft.safetensors by custom.
+            force: replace an existing file.
 
         Returns:
             The path written.
@@ -217,6 +241,7 @@ def _split(data: bytes, where: str) -> tuple[Header, bytes]:
 
 
 def _frozen(arrays: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Read-only copies."""
     copies = {name: np.array(array, copy=True, order="C") for name, array in arrays.items()}
     for copy in copies.values():
         copy.setflags(write=False)

@@ -1,8 +1,8 @@
-"""Evidence of which base weight an adapter was trained on, at 32 bytes a layer.
+"""Fingerprints: 32 bytes per layer that identify the base weight an adapter was trained on.
 
-Two parts answer two questions: 128 bits of a sha256 say "these very bytes"; eight sampled values
-say "these values, perhaps in another precision" (trained in float32, deployed in bfloat16 is
-normal). How the weight was cut into shards does not matter.
+128 bits of a SHA-256 recognise the same bytes. Eight sampled values recognise the same weight in
+another precision: training in float32 and deploying in bfloat16 is common. The shard in which the
+weight lies does not matter.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def sample_positions(count: int) -> Array:
 
 
 def fingerprint(weight: Array, sha256: bytes | None = None) -> Fingerprint:
-    """The fingerprint of a weight as its checkpoint stores it.
+    """Computes the fingerprint of a weight.
 
     Args:
-        weight: any float dtype that safetensors knows, at least one element.
-        sha256: of its bytes, where it is known already.
+        weight: as its checkpoint stores it: any float dtype of safetensors, one element or more.
+        sha256: of its bytes, if it is known already.
     """
     stored = np.ascontiguousarray(weight)
     digest = sha256 or hashlib.sha256(stored.reshape(-1).view(np.uint8).data).digest()
@@ -47,11 +47,11 @@ def fingerprint(weight: Array, sha256: bytes | None = None) -> Fingerprint:
 
 
 def fingerprint_of_samples(expected: Fingerprint, values: Array) -> Fingerprint:
-    """What the fingerprint of a weight is for all that its samples tell.
+    """A stand-in for a weight's fingerprint, made from its sampled values without its hash.
 
     Args:
-        expected: what it is going to be compared with.
-        values: (8,), the weight's values at `sample_positions`, in its own dtype.
+        expected: the fingerprint to compare with; its hash is assumed if the samples are equal.
+        values: (8,), the weight's values at `sample_positions`, in the weight's dtype.
     """
     samples = _samples(values)  # the eight sampled values of eight values are themselves
     digest = expected.digest if samples == expected.samples else bytes(DIGEST_BYTES)
@@ -59,6 +59,7 @@ def fingerprint_of_samples(expected: Fingerprint, values: Array) -> Fingerprint:
 
 
 def _samples(weight: Array) -> bytes:
+    """The weight's values at `sample_positions` as bfloat16 bit patterns."""
     values = weight.reshape(-1)[sample_positions(weight.size)]
     with np.errstate(over="ignore"):
         bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -66,16 +67,16 @@ def _samples(weight: Array) -> bytes:
 
 
 def compare(expected: Fingerprint, weight: Array) -> Verdict:
-    """Whether `weight` is the one that was fingerprinted; see `judge`."""
+    """Compares a weight with a fingerprint (see `judge`)."""
     return judge(expected, fingerprint(weight))
 
 
 def judge(expected: Fingerprint, found: Fingerprint) -> Verdict:
-    """Whether two fingerprints are of one weight.
+    """Compares two fingerprints.
 
     Returns:
-        "same" for equal bytes of equal dtype; "precision" when the dtype differs and the sampled
-        values agree to a bfloat16's precision; "different" otherwise.
+        "same" if dtype and bytes are equal; "precision" if the dtypes differ and the sampled
+        values agree to bfloat16's precision; else "different".
     """
     if (found.dtype, found.digest) == (expected.dtype, expected.digest):
         return "same"

@@ -1,9 +1,8 @@
-"""Whether an adapter belongs to a set of layers, whatever holds them.
+"""Decides whether an adapter belongs to a base: a checkpoint, a live model or an ONNX graph.
 
-A checkpoint, a live model and an ONNX graph each say what they hold in the place of an adapter's
-layers and tensors (`FoundLayer`, `FoundTensor`, or in words why there is nothing). `fit_adapter`
-compares, binds what is unbound and raises nothing; `check_fits` raises once, with all misfits of
-all adapters.
+The caller describes the base's layers and tensors that match the adapter's (`FoundLayer`,
+`FoundTensor`, or a text that says why there is none). `fit_adapter` compares them, binds unbound
+layers and never raises; `check_fits` raises one error with all misfits of all adapters.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ LayerVerdict = Literal["same", "precision", "different", "unchecked"]
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """What is in the place of one of an adapter's layers.
+    """The base's layer that matches one of an adapter's layers.
 
     Attributes:
         shape: (out_features, in_features).
-        transposed: the weight is stored as (in_features, out_features); None where it does not
-            matter how it is stored.
-        compare: what the fingerprint of the adapter's layer says of the weight; None where there
-            is nothing to compare, as in a quantised layer.
-        fingerprint: the weight's own fingerprint, for an adapter that has none yet; None where it
-            is not wanted.
-        name: what the weight is called there, if messages are to say it.
+        transposed: the weight is stored as (in_features, out_features); None if that does not
+            matter.
+        compare: compares the weight with the fingerprint in the adapter's layer; None if it
+            cannot be compared, as in a quantised layer.
+        fingerprint: computes the weight's fingerprint for an adapter that has none yet; None to
+            leave it without.
+        name: of the weight in the base, for messages.
     """
 
     shape: tuple[int, int]
@@ -48,12 +47,12 @@ class FoundLayer:
 
 @dataclass(frozen=True)
 class FoundTensor:
-    """What is in the place of a dense tensor that an adapter brings (a head, a bias).
+    """The base's tensor that one of an adapter's saved tensors (a head, a bias) replaces.
 
     Attributes:
         shape: of the tensor.
-        quantised: it holds integers where the adapter has floats, so that it cannot be replaced.
-        labels: rows that a head may have instead of its own: those of the adapter's head.
+        quantised: it holds integers, so that floats cannot replace it.
+        labels: another number of rows that is allowed: the labels of the adapter's head.
     """
 
     shape: tuple[int, ...]
@@ -63,15 +62,15 @@ class FoundTensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """What `fit_adapter` says of one adapter.
+    """The result of `fit_adapter` for one adapter.
 
     Attributes:
-        name: how to speak of the adapter.
-        spec: of the adapter, bound to what was found; names stay the adapter's.
-        verdicts: layer -> what its fingerprint says; "unchecked" where either side has nothing to
-            compare. Layers that do not fit are left out.
+        name: of the adapter in messages.
+        spec: of the adapter, bound to the base; names stay the adapter's.
+        verdicts: layer -> result of comparing fingerprints; "unchecked" if one side has none.
+            Layers that do not fit are left out.
         misfits: a line for each layer or tensor that cannot fit, whatever the caller allows.
-        places: layer -> what its weight is called there, for messages.
+        places: layer -> name of its weight in the base, for messages.
     """
 
     name: str
@@ -81,16 +80,16 @@ class Fit:
     places: Mapping[str, str]
 
     def layers_with(self, verdict: LayerVerdict) -> list[str]:
-        """The layers of this verdict."""
+        """Names of the layers with this verdict."""
         return [layer for layer, one in self.verdicts.items() if one == verdict]
 
     def updated(self, verdicts: Mapping[str, LayerVerdict]) -> Fit:
-        """The same with the verdicts of layers that were looked at again, more closely."""
+        """A copy with these layers' verdicts replaced, after a closer comparison."""
         return replace(self, verdicts={**self.verdicts, **verdicts})
 
     @property
     def verdict(self) -> Literal["unbound", "mismatch", "precision", "same"]:
-        """The verdicts as one word, as reports have it."""
+        """All verdicts as the one word that reports use."""
         found = self.verdicts.values()
         if "different" in found:
             return "mismatch"
@@ -98,20 +97,23 @@ class Fit:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of an adapter that was let through."""
+        """Notes for the user about an adapter that was accepted."""
         different, unchecked = self.layers_with("different"), self.layers_with("unchecked")
         total = len(self.verdicts)
         notes = []
         if different:
             count = f"{len(different)} of {total} layers"
-            notes.append(f"{self.name} was trained on another base in {count}; accepted, as asked")
+            notes.append(
+                f"{self.name} was trained on another base in {count}; accepted, since "
+                "base mismatches are allowed"
+            )
         elif self.verdict == "precision":
             notes.append(f"{self.name} was trained on this base in another precision")
         if unchecked:
-            what = "it belongs"
+            which = "it belongs"
             if len(unchecked) < total:
-                what = f"{len(unchecked)} of {total} layers ({unchecked[0]}, ...) belong"
-            notes.append(f"{self.name}: no check was possible that {what} to this base")
+                which = f"{len(unchecked)} of {total} layers ({unchecked[0]}, ...) belong"
+            notes.append(f"{self.name}: no check was possible that {which} to this base")
         return tuple(notes)
 
 
@@ -124,18 +126,19 @@ def fit_adapter(
     name: str = "the adapter",
     entry_rule: str | None = None,
 ) -> Fit:
-    """Compare an adapter with what was found in the place of its layers and tensors.
+    """Compares an adapter with the base's layers and tensors that match its own; never raises.
 
     Args:
         spec: of the adapter (`Bundle.spec`), bound or not.
-        layers: for every layer of `spec`, by the adapter's name: what is there, or why nothing is.
+        layers: for every layer of `spec`, by the adapter's name: the base's layer, or a text that
+            says why there is none.
         saved: the adapter's dense tensors (`Bundle.saved`).
-        tensors: for those of them that are to be judged: what is there, or why there is no place.
-        name: how to speak of the adapter.
+        tensors: the same for saved tensors; those left out are not compared.
+        name: of the adapter in messages.
         entry_rule: for unbound layers; by default what the current torch does for each shape.
 
     Returns:
-        The fit; nothing is raised, see `check_fits`.
+        The fit, for `check_fits`.
     """
     bound: list[LayerSpec] = []
     verdicts: dict[str, LayerVerdict] = {}
@@ -167,14 +170,14 @@ def check_fits(
     allow_base_mismatch: bool | None = False,
     remedy: str = "give the base that the adapter belongs to",
 ) -> None:
-    """Raise if an adapter does not fit.
+    """Raises an error if an adapter does not fit.
 
     Args:
-        where: the base, for the error: a path, a model's class.
+        where: the base as the error names it: a path, a model's class.
         fits: of all adapters.
-        allow_base_mismatch: let other weights pass, never other shapes; None where the caller has
-            no such option, so that the error does not speak of it.
-        remedy: what to do.
+        allow_base_mismatch: accept other weights, never other shapes; None if the caller has no
+            such option, so that the error does not mention it.
+        remedy: what the user can do.
 
     Raises:
         BaseMismatchError: listing every misfit of every adapter.
@@ -188,7 +191,7 @@ def check_fits(
             line = f"{prefix}{layer}: another weight than the adapter was trained on"
             different.append(line + (f" ({fit.places[layer]})" if fit.places[layer] else ""))
     if not misfits and allow_base_mismatch is not None:
-        remedy += ", or --allow-base-mismatch (allow_base_mismatch=True) if you know better"
+        remedy += ", or accept this one with --allow-base-mismatch (allow_base_mismatch=True)"
     if misfits or different:
         raise BaseMismatchError(
             where,
@@ -202,13 +205,13 @@ def check_fits(
 def layers_of_base(
     base: Base, names: Iterable[str], *, thorough: bool = True
 ) -> dict[str, FoundLayer | str]:
-    """What a checkpoint holds in the place of an adapter's layers, for `fit_adapter`.
+    """Finds an adapter's layers in a checkpoint, for `fit_adapter`.
 
     Args:
         base: an open checkpoint.
-        names: of the layers.
-        thorough: read the weights and hash them, and give unbound layers fingerprints; otherwise
-            only the fingerprints' eight sampled values are read and compared.
+        names: of the adapter's layers.
+        thorough: read and hash whole weights, and give unbound layers fingerprints; otherwise
+            read and compare only eight sampled values of each weight.
     """
 
     def found(layer: BaseLayer) -> FoundLayer:
@@ -229,23 +232,26 @@ def layers_of_base(
             lambda: fingerprint.fingerprint(read()),
         )
 
-    there = base.find(names).items()
-    return {name: layer if isinstance(layer, str) else found(layer) for name, layer in there}
+    return {
+        name: layer if isinstance(layer, str) else found(layer)
+        for name, layer in base.find(names).items()
+    }
 
 
 def _layer_problem(layer: LayerSpec, found: FoundLayer) -> str | None:
-    """Why a layer cannot belong to what is in its place."""
+    """Says why a layer cannot be the base's; None if it can."""
     if layer.shape is not None and layer.shape != found.shape:
         return f"shape {list(layer.shape)} expected, found {list(found.shape)}"
     if layer.shape is not None and found.transposed not in (None, layer.fan_in_fan_out):
-        return "its weight is stored transposed to what the adapter says"
+        stored = "(in, out)" if found.transposed else "(out, in)"
+        return f"its weight is stored as {stored}, unlike that of the adapter's base"
     if layer.n_frequency > prod(found.shape):
         return f"n_frequency {layer.n_frequency} above the size of {list(found.shape)}"
     return None
 
 
 def _tensor_problem(tensor: Array, found: FoundTensor) -> str | None:
-    """Why a dense tensor cannot take the place of what is there."""
+    """Says why a saved tensor cannot replace the base's; None if it can."""
     other_labels = tensor.shape == (found.labels, *found.shape[1:]) and found.shape
     if tensor.shape != found.shape and not other_labels:
         return f"shape {list(tensor.shape)} expected, found {list(found.shape)}"
@@ -257,12 +263,12 @@ def _tensor_problem(tensor: Array, found: FoundTensor) -> str | None:
 def _bound_layer(
     seed: int, layer: LayerSpec, found: FoundLayer, entry_rule: str | None
 ) -> LayerSpec:
-    """The layer with what it lacks taken from what is there."""
+    """Adds the shape, entries and fingerprint that an unbound layer lacks."""
     if layer.shape is None:
-        rule, turned = entry_rule or current_rule(found.shape), bool(found.transposed)
+        rule, transposed = entry_rule or current_rule(found.shape), bool(found.transposed)
         entries = spectral_entries(seed, found.shape, layer.n_frequency, rule)
         digest = entries_sha256(entries)
-        layer = LayerSpec(layer.name, layer.n_frequency, found.shape, turned, rule, digest)
+        layer = LayerSpec(layer.name, layer.n_frequency, found.shape, transposed, rule, digest)
     if layer.fingerprint is None and found.fingerprint is not None:
         layer = replace(layer, fingerprint=found.fingerprint())
     return layer

@@ -1,8 +1,8 @@
-"""The bytes of a bundle file, version 1 (FORMAT.md is normative): written and read.
+"""Writes and reads the bytes of a bundle file, version 1 (FORMAT.md is normative).
 
-Equal content gives equal bytes. Reading trusts nothing: the container's header is checked against
-the file's length, the hash against every byte that follows, each field against its type and range,
-before arrays are made. What the fields mean together is checked by `Bundle.build`.
+Equal content gives equal bytes. Before arrays are made, a reader checks the header against the
+file's length, the hash against every byte, and each field's type and range. `Bundle.build` checks
+whether the fields fit together.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def encode(
     saved: Mapping[str, Array],
     explicit_entries: Mapping[str, Array],
 ) -> bytes:
-    """The bytes of the file of a checked bundle; arguments are its fields."""
+    """Writes the fields of a checked bundle as the bytes of its file."""
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in spec.layers:
-        # All that layers in one stack have in common.
-        own = replace(layer, name="", fingerprint=None)
+        # Layers that share all of this are one group.
         base_dtype = layer.fingerprint.dtype if layer.fingerprint else None
-        key = own, dtypes.to_name(spectra[layer.name].dtype), base_dtype
+        shared = replace(layer, name="", fingerprint=None)
+        key = shared, dtypes.to_name(spectra[layer.name].dtype), base_dtype
         groups.setdefault(key, []).append(layer)
     tensors = dict(saved)
     for i, layers in enumerate(groups.values()):
@@ -67,14 +67,14 @@ def encode(
             data = np.frombuffer(b"".join(p.digest + p.samples for p in prints), np.uint8)
             tensors[f"{RESERVED}fingerprint.{i}"] = data.reshape(len(prints), FINGERPRINT_BYTES)
     rows = ((name, dtypes.to_name(array.dtype), array.shape) for name, array in tensors.items())
-    table = sorted(rows, key=_place)
+    table = sorted(rows, key=_file_order)
     payload = b"".join(_little_endian(tensors[name]) for name, *_ in table)
     text = canonical(_spec_object(spec, groups.values()))
     return encode_header(table, {SPEC_KEY: text, HASH_KEY: _digest(text, table, payload)}) + payload
 
 
-def _place(row: TensorRow) -> tuple[int, str]:
-    """Where a tensor stands: by falling element size, then by name."""
+def _file_order(row: TensorRow) -> tuple[int, str]:
+    """Sort key of a tensor: by falling element size, then by name."""
     return -DTYPE_BITS[row[1]], row[0]
 
 
@@ -83,7 +83,7 @@ def _little_endian(array: Array) -> bytes:
 
 
 def _digest(text: str, table: Sequence[TensorRow], payload: bytes) -> str:
-    """The hash that tells damage from data: over the spec, the tensor table and the payload."""
+    """The hash by which damage is recognised: of the spec, the tensor table and the payload."""
     digest = hashlib.sha256(f"{text}\n{canonical(table)}\n".encode())
     digest.update(payload)
     return digest.hexdigest()
@@ -100,7 +100,7 @@ def _spec_object(spec: AdapterSpec, groups: Iterable[list[LayerSpec]]) -> dict[s
         "base_model": spec.base_model,
     }
     if spec.peft_config:
-        content["peft"] = peft_config.shorten(spec)
+        content["peft"] = peft_config.config_difference(spec)
     return {key: value for key, value in content.items() if value is not None}
 
 
@@ -119,7 +119,7 @@ def _group_object(layers: list[LayerSpec]) -> dict[str, Any]:
 
 
 def _fields(value: Any, where: str, required: Kinds, optional: Kinds) -> dict[str, Any]:
-    """The fields of a JSON object, each of its types (bool is no number); None for absent ones."""
+    """Checks a JSON object's fields and their types (bool is no int); absent ones are None."""
     _require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
     for key, kinds in {**required, **optional}.items():
         if key in required or key in value:
@@ -137,7 +137,7 @@ def _require(holds: bool, where: str, expected: str, found: str, remedy: str = "
 
 
 def check_kind(header: Header, where: str) -> None:
-    """Refuse a safetensors file that is no bundle; to be called before its payload is read.
+    """Refuses a safetensors file that is no bundle, before its payload is read.
 
     Raises:
         BadInputError: no FourierFT metadata.
@@ -154,12 +154,15 @@ def check_kind(header: Header, where: str) -> None:
 def decode(
     header: Header, payload: bytes, where: str
 ) -> tuple[AdapterSpec, dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """The fields of a bundle, as `Bundle.build` takes and checks them.
+    """Reads the fields of a bundle, which `Bundle.build` then checks.
 
     Args:
         header: of the safetensors container, already checked against the file's length.
         payload: every byte after the header.
         where: the file, for errors.
+
+    Returns:
+        The spec, the spectra, the saved tensors and the explicit entries.
 
     Raises:
         BadInputError: not a bundle, damaged, or with fields of other types.
@@ -170,25 +173,22 @@ def decode(
     _require(
         header.metadata.get(HASH_KEY) == _digest(text, table, payload),
         where,
-        "a payload with the hash that the file states",
+        "content with the hash that its metadata says",
         "another hash",
-        "the file is damaged: get it again, or pack it again",
+        "the file is damaged: get it again, or pack the adapter again",
     )
     origin = next((t.start for t in tensors), 0)
-    ordered = [*header.metadata] == [SPEC_KEY, HASH_KEY] and table == sorted(table, key=_place)
-    order = "the one order of metadata and tensors, and a header padded to 8 bytes"
+    ordered = [*header.metadata] == [SPEC_KEY, HASH_KEY] and table == sorted(table, key=_file_order)
+    order = "metadata and tensors in the format's order, and a header padded to 8 bytes"
     again = "pack the adapter again"
     _require(ordered and origin % 8 == 0, where, order, "another form of the file", again)
     value = strict_json.loads(text, where)
     _require(canonical(value) == text, where, "canonical JSON as metadata", "another form of it")
-    later = isinstance(value, dict) and type(value.get("version")) is int
-    if later and value["version"] != VERSION:
-        raise BadInputError(
-            where,
-            expected=f"bundle version {VERSION}",
-            found=f"version {value['version']}",
-            remedy="use the version of fourierft-export that wrote it, or a newer one",
-        )
+    version = value.get("version") if isinstance(value, dict) else None
+    if type(version) is int:
+        newer = "use the version of fourierft-export that wrote it, or a newer one"
+        expected, found = f"bundle version {VERSION}", f"version {version}"
+        _require(version == VERSION, where, expected, found, newer)
     fields = _fields(value, f"{where}, bundle metadata", _REQUIRED, _OPTIONAL)
     stacks = [t.shape for t in tensors if t.name.startswith(f"{RESERVED}spectrum.")]
     rows = sum(shape[0] for shape in stacks if shape)
@@ -201,9 +201,8 @@ def decode(
     explicit: dict[str, Array] = {}
     for i, group in enumerate(groups):
         for layer, spectrum, entries in _read_group(i, group, arrays, where):
-            _require(
-                layer.name not in spectra, f"{where}, layer {layer.name}", "one spectrum", "two"
-            )
+            where_twice = f"{where}, layer {layer.name}"
+            _require(layer.name not in spectra, where_twice, "one spectrum", "two")
             layers.append(layer)
             spectra[layer.name] = spectrum
             if entries is not None:
@@ -212,7 +211,7 @@ def decode(
     if fields["peft"] is not None:
         kinds: Kinds = {"set": (dict,), "absent": (list,)}
         short = _fields(fields["peft"], f"{where}, the PEFT config", {}, kinds)
-        config = peft_config.restore(spec, short["set"] or {}, short["absent"] or [])
+        config = peft_config.restore_config(spec, short["set"] or {}, short["absent"] or [])
         spec = replace(spec, peft_config=config)
     return spec, spectra, arrays, explicit
 
@@ -227,7 +226,7 @@ def _array(payload: bytes, at: int, dtype: str, shape: tuple[int, ...], where: s
 def _read_group(
     i: int, group: Any, arrays: dict[str, Array], where: str
 ) -> Iterator[tuple[LayerSpec, Array, Array | None]]:
-    """The layers of one group; takes the group's tensors out of `arrays`."""
+    """Yields the layers of one group with spectrum and entries; pops its tensors from `arrays`."""
     where = f"{where}, group {i}"
     fields = _fields(group, where, _GROUP, _GROUP_OPTIONAL)
     templates, n, shape = fields["layers"], fields["n_frequency"], fields["shape"]
@@ -253,24 +252,24 @@ def _read_group(
     _require(count == rows, where, f"{rows} layers, one for each spectrum", f"{count}")
     entries = None
     if rule == EXPLICIT_RULE:
-        stored = _stack(f"{RESERVED}entries.{i}", (n, 2), arrays, where)
+        stored = _pop_tensor(f"{RESERVED}entries.{i}", (n, 2), arrays, where)
         _require(stored.dtype == np.uint32, where, "entries of dtype U32", str(stored.dtype))
         entries = stored.astype(np.int64)
     prints: list[Fingerprint | None] = [None] * rows
     if base_dtype is not None:
-        table = _stack(f"{RESERVED}fingerprint.{i}", (rows, FINGERPRINT_BYTES), arrays, where)
+        table = _pop_tensor(f"{RESERVED}fingerprint.{i}", (rows, FINGERPRINT_BYTES), arrays, where)
         known = base_dtype in DTYPE_BITS and table.dtype == np.uint8
         _require(known, where, "fingerprints of a known dtype", base_dtype[:20])
         raw = [row.tobytes() for row in table]
         prints = [Fingerprint(base_dtype, r[:DIGEST_BYTES], r[DIGEST_BYTES:]) for r in raw]
     size = None if shape is None else (shape[0], shape[1])
-    turned = fields["fan_in_fan_out"] is True
-    for name, row, mark in zip(layer_names, spectrum, prints, strict=True):
-        yield LayerSpec(name, n, size, turned, rule, digest, mark), row, entries
+    transposed = fields["fan_in_fan_out"] is True
+    for name, row, fingerprint in zip(layer_names, spectrum, prints, strict=True):
+        yield LayerSpec(name, n, size, transposed, rule, digest, fingerprint), row, entries
 
 
-def _stack(name: str, shape: tuple[int, ...], arrays: dict[str, Array], where: str) -> Array:
-    """Take the tensor `name` of this shape out of `arrays`."""
+def _pop_tensor(name: str, shape: tuple[int, ...], arrays: dict[str, Array], where: str) -> Array:
+    """Pops the tensor `name`, which must have this shape, from `arrays`."""
     found = arrays.pop(name, None)
     shown = "none" if found is None else f"shape {list(found.shape)}"
     wanted = f"a tensor {name} of shape {list(shape)}"

@@ -31,13 +31,13 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple(_segment_key(segment) for segment in name.split("."))
 
 
-@lru_cache(maxsize=4096)  # the same segments come again in many names: their keys are shared
+@lru_cache(maxsize=4096)  # many names share their segments
 def _segment_key(segment: str) -> tuple[int, int, str]:
     return (0, int(segment), "") if _is_index(segment) else (1, 0, segment)
 
 
-def why_not(name: str) -> str | None:
-    """Why `name` cannot be a layer's name, or None when it can."""
+def name_problem(name: str) -> str | None:
+    """Says why `name` cannot be a layer's name; None if it can."""
     if len(name) > MAX_NAME_LENGTH:
         return f"longer than {MAX_NAME_LENGTH} characters"
     segments = name.split(".")
@@ -53,7 +53,7 @@ def _is_index(segment: str) -> bool:
 
 
 def compress(names: Iterable[str]) -> list[str]:
-    """The templates that stand for exactly these names.
+    """Writes module paths as templates.
 
     Args:
         names: distinct module paths, in any order.
@@ -97,11 +97,11 @@ def _escape(segment: str) -> str:
 
 
 def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
-    """The names that templates stand for, in natural order.
+    """Gives the module paths that templates stand for, in natural order.
 
     Args:
         templates: as `compress` makes them.
-        most: how many names there may be.
+        most: the largest number of names to allow.
 
     Raises:
         ValueError: a template is malformed; a name appears twice, or is longer than 1,000
@@ -119,7 +119,7 @@ def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
         total += count
         characters += count * longest
         if total > most:
-            raise ValueError(f"{total} layer names, where {most} are the most")
+            raise ValueError(f"{total} layer names, where at most {most} are allowed")
         if characters > MAX_CHARACTERS:
             raise ValueError(f"layer names of more than {MAX_CHARACTERS} characters in all")
     names = [".".join(path) for segments in parsed for path in product(*segments)]

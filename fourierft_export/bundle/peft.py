@@ -1,7 +1,7 @@
-"""PEFT FourierFT adapter directories <-> bundles, without importing peft.
+"""Reads and writes PEFT FourierFT adapter directories without importing peft.
 
-The layers come from the tensor names, never from the config's patterns: a regular expression in a
-file that somebody else made can run for years. (File layout: peft/utils/save_and_load.py.)
+Layers are read from the tensor names, never from the config's patterns: a regular expression in an
+untrusted file can run for years. (File layout: peft/utils/save_and_load.py.)
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def list_bundles(sources: BundleSource | Iterable[BundleSource]) -> list[BundleS
 
 
 def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) -> Path:
-    """The folder that holds adapter_config.json: `directory` itself or its subfolder `adapter`.
+    """Finds the folder with adapter_config.json: `directory` or its subfolder `adapter`.
 
     Raises:
         FileAccessError: the path does not exist.
@@ -84,7 +84,7 @@ def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) 
             root,
             expected=f"a PEFT adapter directory with {CONFIG_FILE}",
             found="no such file",
-            remedy="give the directory that save_pretrained wrote",
+            remedy="give the directory that PEFT's save_pretrained wrote",
         )
     named = [name for name in inside if adapter in (None, name)]
     if len(named) != 1:
@@ -102,14 +102,17 @@ def from_peft(
     adapter: str | None = None,
     entry_rule: str | None = None,
 ) -> Bundle:
-    """A bundle of a PEFT FourierFT adapter, every tensor bit for bit.
+    """Reads a PEFT FourierFT adapter directory as a bundle; every tensor stays bit for bit.
 
     Args:
         directory: what `PeftModel.save_pretrained` wrote, or a folder of such folders.
-        base: binds the bundle (`Bundle.bind`); without it the bundle is unbound, unless the
-            config's base_model_name_or_path is a readable local directory that fits.
-        adapter: subfolder, for a directory with several adapters.
+        base: the checkpoint to bind the bundle to (`Bundle.bind`); without it the bundle is
+            unbound, unless the config's base_model_name_or_path is a local directory that fits.
+        adapter: the subfolder, if the directory holds several adapters.
         entry_rule: "small" for adapters of large layers trained before torch 2.6.
+
+    Returns:
+        The bundle.
 
     Raises:
         FileAccessError, BadInputError, UsageError: the directory is not a FourierFT adapter.
@@ -124,12 +127,12 @@ def from_peft(
     try:
         return bundle.bind(implied, entry_rule)
     except (BadInputError, BaseMismatchError, FileAccessError):
-        # Nobody gave this base: a folder of its name may hold another, or pickled weights.
+        # The user did not name this base: the folder may hold another model, or pickled weights.
         return bundle
 
 
 def read_adapter(folder: Path) -> Bundle:
-    """The unbound bundle of the adapter in `folder`; no base is looked at.
+    """Reads the adapter in `folder` as an unbound bundle; no base is opened.
 
     Raises:
         FileAccessError, BadInputError: it is not a FourierFT adapter.
@@ -144,16 +147,16 @@ def read_adapter(folder: Path) -> Bundle:
             remedy="load it with peft where it was made and save it with safe_serialization=True",
         )
     checkpoint = Checkpoint.open(weights)
-    strange = [name for name in checkpoint.tensors if not name.startswith(PREFIX)]
+    foreign = [name for name in checkpoint.tensors if not name.startswith(PREFIX)]
     names = {name.removeprefix(PREFIX): name for name in checkpoint.tensors}
     targets = [name.removesuffix(SPECTRUM) for name in names if name.endswith(SPECTRUM)]
-    if strange or not targets:
+    if foreign or not targets:
         raise BadInputError(
             weights,
             expected=f"tensors {PREFIX}<module>{SPECTRUM}",
-            found=f"{len(strange)} with other names" if strange else "none",
-            remedy="the file was not saved by PEFT from a FourierFT model",
-            offenders=strange,
+            found=f"{len(foreign)} with other names" if foreign else "none",
+            remedy="the file was not saved by PEFT from a FourierFT model: save the adapter again",
+            offenders=foreign,
         )
     spectra = {layer: checkpoint.read(names.pop(f"{layer}{SPECTRUM}")) for layer in targets}
     saved = {}
@@ -174,9 +177,9 @@ def read_adapter(folder: Path) -> Bundle:
 
 
 def left_out(directory: str | os.PathLike[str], adapter: str | None = None) -> list[str]:
-    """Tensors that `from_peft` does not take: base weights, which the base has anyway.
+    """Names of tensors that `from_peft` skips: the base's own weights.
 
-    PEFT saves them when an output embedding is targeted (`lm_head.base_layer.weight`).
+    PEFT saves them if an output embedding is targeted (`lm_head.base_layer.weight`).
     """
     weights = find_adapter(directory, adapter) / WEIGHTS_FILE
     return [name for name in Checkpoint.open(weights).tensors if _is_base_weight(name)]
@@ -189,10 +192,15 @@ def _is_base_weight(name: str) -> bool:
 def to_peft(
     bundle: BundleSource, directory: str | os.PathLike[str], *, force: bool = False
 ) -> Path:
-    """Write a bundle as a directory that PEFT loads.
+    """Writes a bundle as a directory that PEFT loads.
 
-    A bundle that came from PEFT gives back every tensor bit for bit and every config field as it
-    was. One that did not gets a config that names its layers one by one.
+    A bundle that came from PEFT gives back every tensor bit for bit and every config field.
+    Another one gets a config that names its layers one by one.
+
+    Args:
+        bundle: a bundle, or the path of a bundle file.
+        directory: to write: adapter_config.json and adapter_model.safetensors.
+        force: replace an existing directory.
 
     Returns:
         The directory written.
@@ -200,6 +208,17 @@ def to_peft(
     Raises:
         UsageError: it exists, without `force`.
         FileAccessError: it cannot be written.
+
+    Example:
+        >>> import fourierft_export as ff, tempfile, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> bundle = ff.capture(model)
+        >>> directory = ff.to_peft(bundle, tempfile.mkdtemp() + "/adapter")
+        >>> sorted(file.name for file in directory.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+        >>> (ff.from_peft(directory).spectra["0"] == bundle.spectra["0"]).all()
+        True
     """
     bundle = open_bundle(bundle)
     tensors: dict[str, Array] = {

@@ -1,7 +1,7 @@
-"""PEFT's adapter_config.json: read, made for a bundle, and stored in few bytes.
+"""Reads PEFT's adapter_config.json, writes one for a bundle, and stores one in few bytes.
 
-Most fields of most configs say what PEFT writes by default, or what the bundle's spec says anyway.
-Only the others are stored: `set` holds fields that differ, `absent` names fields that are missing.
+A bundle stores only the difference from the config that its spec suggests (`template`): `set` holds
+fields that differ, `absent` names fields that are missing.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _TASK_HEADS = {
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """An adapter_config.json of a FourierFT adapter, every field as written.
+    """Reads the adapter_config.json of a FourierFT adapter; every field stays as written.
 
     Raises:
-        BadInputError: not FourierFT (the type is named), or fields that make no sense.
+        BadInputError: an adapter of another type, or fields with values that PEFT cannot write.
     """
     config = strict_json.loads(read_file(path), os.fspath(path))
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -59,9 +59,8 @@ def read_peft_config(path: Path) -> dict[str, Any]:
 
 
 def template(spec: AdapterSpec) -> dict[str, Any]:
-    """The config that an adapter of this spec most likely came with (FORMAT.md, section PEFT)."""
+    """The config that a spec suggests (FORMAT.md, section PEFT)."""
     counts = Counter(layer.n_frequency for layer in spec.layers)
-    # The commonest is what the config says for all layers; of several, the smallest.
     commonest = min(counts, key=lambda n: (-counts[n], n)) if counts else 1000
     return dict.fromkeys(_NULL_FIELDS) | {
         "base_model_name_or_path": spec.base_model,
@@ -78,8 +77,8 @@ def template(spec: AdapterSpec) -> dict[str, Any]:
     }
 
 
-def shorten(spec: AdapterSpec) -> dict[str, Any]:
-    """What of a spec's config its template does not say. Values are equal if their JSON is."""
+def config_difference(spec: AdapterSpec) -> dict[str, Any]:
+    """How a spec's config differs from its template. Values are equal if their JSON is."""
     likely = template(spec)
     differing = {
         key: value
@@ -90,21 +89,16 @@ def shorten(spec: AdapterSpec) -> dict[str, Any]:
     return {key: part for key, part in (("set", differing), ("absent", absent)) if part}
 
 
-def restore(
+def restore_config(
     spec: AdapterSpec, differing: Mapping[str, Any], absent: Sequence[str]
 ) -> dict[str, Any]:
-    """The inverse of `shorten`, from its two parts; keys are sorted."""
+    """The config with this difference from its template, keys sorted."""
     likely = {key: value for key, value in template(spec).items() if key not in absent}
     return dict(sorted({**likely, **differing}.items()))
 
 
 def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
-    """The adapter_config.json of a bundle: the one it came with, or one that PEFT takes for it.
-
-    Args:
-        spec: of the bundle.
-        saved: names of its dense tensors.
-    """
+    """The adapter_config.json for a bundle with these saved tensors: its own or a new one."""
     if spec.peft_config:
         return spec.peft_config
     likely = template(spec)
@@ -122,7 +116,7 @@ def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
     return {
         **likely,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in spec.layers),
-        # A pattern, since PEFT takes names in a list for endings, too: "0" would be every "x.0".
+        # A pattern, since in a list PEFT matches the ends of paths: "0" would be every "x.0".
         "target_modules": "|".join(map(re.escape, targets)),
         "n_frequency_pattern": {k: n for k, n in targets.items() if n != likely["n_frequency"]},
         "modules_to_save": sorted(whole) or None,
@@ -131,9 +125,9 @@ def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
 
 
 def _saved_whole(module: str, task_type: str | None) -> str:
-    """The module that PEFT saves for `module`: the task's head around it, if there is one.
+    """The module that PEFT saves for `module`: the task's head that contains it, if there is one.
 
-    PEFT adds these heads by itself, and cannot save a module within a saved one.
+    PEFT adds these heads itself, and cannot save a module inside a saved one.
     """
     heads = _TASK_HEADS.get(task_type or "", ())
     segments = module.split(".")

@@ -1,6 +1,5 @@
-"""What an adapter is, apart from its numbers: frozen specs from which everything else is derived.
-
-A bundle *is* an `AdapterSpec` plus one spectrum per layer plus the dense tensors that ride along.
+"""The spec of an adapter: everything but its numbers. A bundle is a spec, a spectrum for each layer
+and the heads and biases saved with them.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from ..files import dtypes
 from ..files.dtypes import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
 from ..types import Array
-from .names import MAX_NAMES, why_not
+from .names import MAX_NAMES, name_problem
 
 EXPLICIT_RULE = "explicit"
 RESERVED = "fourierft."
-"""How the names of tensors begin that are the bundle's own."""
+"""Prefix of the bundle's own tensors; saved tensors may not have it."""
 MAX_WEIGHT_ELEMENTS = 2**33
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Evidence of which base weight a layer was trained on (FORMAT.md, section Fingerprint).
+    """Identifies the base weight that a layer was trained on (FORMAT.md, section Fingerprint).
 
     Attributes:
         dtype: safetensors dtype of the base weight as it was fingerprinted ("F32", "BF16", ...).
@@ -103,7 +102,7 @@ class AdapterSpec:
 
 
 def number_offenders(seed: object, scaling: object) -> Iterable[str]:
-    """What is wrong with a seed and a scaling from a file."""
+    """Lists what is wrong with a seed and a scaling."""
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
         yield f"random_loc_seed {str(seed)[:40]}: not a whole number of 64 bits"
     if not isinstance(scaling, int | float) or type(scaling) is bool or not abs(scaling) < 2**127:
@@ -116,19 +115,19 @@ def spec_offenders(
     saved: Mapping[str, Array],
     explicit_entries: Mapping[str, Array],
 ) -> Iterable[str]:
-    """What is wrong with the fields of a bundle, each finding a line."""
+    """Lists what is wrong with the fields of a bundle, a line for each problem."""
     yield from number_offenders(spec.seed, spec.scaling)
     if not spec.layers:
         yield "no layers"
     seen: set[str] = set()
     for layer in spec.layers:
         if layer.name in seen:
-            yield f"layer {layer.name}: named twice"
+            yield f"layer {layer.name}: its name appears twice"
         seen.add(layer.name)
-        if problem := why_not(layer.name):
-            yield f"layer {layer.name[:80]!r}: {problem} in its name"
+        if problem := name_problem(layer.name):
+            yield f"layer {layer.name[:80]!r}: its name is not allowed: {problem}"
     if len(spec.layers) > MAX_NAMES:
-        yield f"{len(spec.layers)} layers, where {MAX_NAMES} is the most"
+        yield f"{len(spec.layers)} layers, more than the {MAX_NAMES} that a bundle may have"
     for layer in spec.layers:
         yield from _layer_offenders(layer, spectra.get(layer.name), explicit_entries)
     for name, tensor in saved.items():
@@ -141,19 +140,19 @@ def spec_offenders(
 def _layer_offenders(
     layer: LayerSpec, spectrum: Array | None, explicit: Mapping[str, Array]
 ) -> Iterable[str]:
-    """What is wrong with one layer, its spectrum (n,) and its explicit entries (n, 2)."""
+    """Lists what is wrong with one layer, its spectrum (n,) and its explicit entries (n, 2)."""
     name, n = layer.name, layer.n_frequency
     if spectrum is None or spectrum.shape != (n,) or n < 1:
         found = "none" if spectrum is None else f"shape {list(spectrum.shape)}"
         yield f"layer {name}: spectrum of n_frequency {n} >= 1 expected, found {found}"
         return
     if not dtypes.has_name(spectrum.dtype) or dtypes.to_name(spectrum.dtype) not in FLOAT_DTYPES:
-        yield f"layer {name}: spectrum of dtype {spectrum.dtype}, which is no float"
+        yield f"layer {name}: spectrum of dtype {spectrum.dtype}, which is no float of safetensors"
     elif not _all_finite(spectrum):
         yield f"layer {name}: NaN or infinity in the spectrum"
     facts = (layer.shape, layer.entry_rule, layer.entries_sha256)
     if None in facts and facts != (None, None, None):
-        yield f"layer {name}: shape, entry_rule and entries_sha256 go together"
+        yield f"layer {name}: shape, entry_rule and entries_sha256 must be given together"
     elif layer.entry_rule not in (None, *ENTRY_RULES, EXPLICIT_RULE):
         yield f"layer {name}: unknown entry rule {layer.entry_rule!r}"
     if layer.shape is None:
@@ -170,7 +169,7 @@ def _layer_offenders(
         elif (entries < 0).any() or (entries >= np.array(layer.shape)).any():
             yield f"layer {name}: entries outside {list(layer.shape)}"
         elif len(np.unique(entries, axis=0)) != n:
-            yield f"layer {name}: an entry twice"
+            yield f"layer {name}: an entry appears twice"
 
 
 def _all_finite(spectrum: Array) -> bool:

@@ -80,6 +80,18 @@ def merge_checkpoint(
         BadInputError: a damaged input; a weight that overflows its dtype.
         BaseMismatchError: bundles that do not belong to this base, every layer listed.
         FileAccessError: missing files, no space.
+
+    Example:
+        >>> import fourierft_export as ff, tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> model, folder = torch.nn.Sequential(torch.nn.Linear(8, 4)), tempfile.mkdtemp()
+        >>> save_file(model.state_dict(), folder + "/base.safetensors")
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> bundle = ff.capture(ff.inject(model, config))
+        >>> merged = folder + "/merged.safetensors"
+        >>> report = ff.merge_checkpoint(folder + "/base.safetensors", bundle, merged)
+        >>> [(layer.tensor, layer.shape) for layer in report.layers]
+        [('0.weight', (4, 8))]
     """
     given = list_bundles(bundles)
     factors = _checked_options(given, weights, dtype, workers, scheduler)

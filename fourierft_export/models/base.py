@@ -1,7 +1,7 @@
-"""A base model on disk: which stored tensor is the weight of which module.
+"""A base model on disk: finds the stored tensor that is the weight of a module.
 
-Module paths are an adapter's language, tensor names a checkpoint's (`names` says how they differ);
-a tied output embedding has no tensor of its own.
+An adapter names modules by path, a checkpoint names tensors; `names` says how the two differ. A
+tied output embedding may have no tensor.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class BaseLayer:
     """One linear layer of a base.
 
     Attributes:
-        module: its path in the adapter's language.
+        module: its path as the adapter names it.
         tensor: name of the stored weight.
         shape: (out_features, in_features).
         transposed: the tensor is stored as (in_features, out_features).
         dtype: safetensors dtype name.
-        tied: the weight is the input embedding's; changing it for this layer needs a tensor of
-            its own (`own_tensor`).
-        own_tensor: the name the layer's weight has when it is not shared.
+        tied: the weight is also the input embedding's; a change for this layer alone must be
+            stored as another tensor, `own_tensor`.
+        own_tensor: name of the layer's weight if it is not tied.
     """
 
     module: str
@@ -91,9 +91,9 @@ class Base:
         return next((name for ending, name in ends if f".{name}".endswith(ending)), None)
 
     def bridge(self, modules: Iterable[str]) -> Bridge:
-        """The prefix difference under which most of `modules` have a weight here.
+        """Finds the prefix difference under which most of `modules` have a weight here.
 
-        Names that transformers changes are looked up only where others are not found.
+        Modules that transformers renames are looked up only if some are not found without that.
         """
         paths = list(modules)
         roots = {tensor.split(".")[0] for tensor in self.tensors}
@@ -108,28 +108,28 @@ class Base:
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
-        """Module paths that differ from the stored ones; takes transformers, and a moment."""
+        """Module paths that differ from the stored ones; imports transformers, which is slow."""
         if not self.directory.is_dir():
             return {}
         return renamed_modules(self.directory, self.config, self.tensors)
 
     def find(self, modules: Iterable[str]) -> dict[str, BaseLayer | str]:
-        """The linear layers at these module paths, or why there is none (with the nearest name)."""
+        """Finds the linear layers at these module paths, or says why there is none."""
         paths = list(modules)
         bridge = self.bridge(paths)
         found: dict[str, BaseLayer | str] = {}
         missing = 0
         for path in paths:
-            # A person reads the first few offenders; near names for all of them may take minutes.
+            # Only the first are printed; near names for thousands would take minutes.
             found[path] = self._layer(path, bridge, near=missing < MAX_OFFENDERS_SHOWN)
             missing += isinstance(found[path], str)
         return found
 
     def layers(self, modules: Iterable[str]) -> dict[str, BaseLayer]:
-        """The linear layers at these module paths.
+        """Finds the linear layers at these module paths.
 
         Raises:
-            BaseMismatchError: listing every path that has no float matrix as its weight.
+            BaseMismatchError: paths that have no float matrix as their weight, all of them listed.
         """
         found = self.find(modules)
         layers = {path: layer for path, layer in found.items() if isinstance(layer, BaseLayer)}
@@ -154,11 +154,11 @@ class Base:
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
-        """Tensor names with `#` for every number -> the first such name: dozens, not thousands."""
+        """Tensor names with `#` for numbers -> the first such name, to search few names."""
         return {_NUMBER.sub("#", name): name for name in reversed(list(self.tensors))}
 
     def _layer(self, path: str, bridge: Bridge, *, near: bool) -> BaseLayer | str:
-        """The layer, or why there is none (with the nearest name that there is)."""
+        """Finds one layer, or says why there is none; with `near`, names the nearest tensor."""
         own = f"{bridge.to_base(path)}.weight"
         is_output = path.split(".")[-1] in _OUTPUT_EMBEDDINGS
         tensor = own
@@ -178,7 +178,7 @@ class Base:
         gpt = path.split(".")[-1] in _CONV1D
         if self.model_type is None and gpt:
             # Half of the families with such names store (in, out); a wrong guess is a wrong model.
-            return "no config.json tells whether its weight is stored transposed, as GPT-2's is"
+            return "without a config.json it is unknown whether its weight is stored transposed"
         transposed = gpt and self.model_type in _CONV1D_FAMILIES
         out, into = reversed(info.shape) if transposed else info.shape
         tied = is_output and (tensor != own or self.config.get("tie_word_embeddings") is True)
@@ -186,7 +186,7 @@ class Base:
 
 
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
-    """Open a model directory or a single safetensors file; no tensor is read yet.
+    """Opens a model directory or a single safetensors file; no tensor is read yet.
 
     Args:
         path: the directory or the file.
@@ -202,7 +202,7 @@ def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Bas
 
 
 def describe_base(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a model directory or safetensors file holds, as JSON values; no tensor is read.
+    """Describes a model directory or safetensors file as JSON values; no tensor is read.
 
     Raises:
         FileAccessError, BadInputError: it cannot be opened.

@@ -1,4 +1,4 @@
-"""Inputs to trace a transformers model with, and the names people expect them to have."""
+"""Example inputs to trace a transformers model with, and the usual names of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ IMAGES = "pixel_values"
 
 
 def input_names(model: torch.nn.Module) -> list[str]:
-    """The inputs of a model: pixel_values of one for images, else those of a text model.
+    """Names of a model's inputs: pixel_values for images, else those of text that it uses.
 
-    Of those, token_type_ids only where they count: RoBERTa takes them without using them.
+    RoBERTa accepts token_type_ids and ignores them: they are left out.
     """
     if getattr(model, "main_input_name", None) == IMAGES:
         return [IMAGES]
@@ -30,7 +30,7 @@ def input_names(model: torch.nn.Module) -> list[str]:
 
 
 def output_names(model: torch.nn.Module, task: str) -> list[str]:
-    """The outputs of a model for `task`; an encoder without a pooler has no pooler_output."""
+    """Names of a model's outputs for `task`; pooler_output only if the encoder has a pooler."""
     names = list(get_task(task).outputs)
     if "pooler_output" in names and getattr(model, "pooler", None) is None:
         names.remove("pooler_output")
@@ -38,7 +38,7 @@ def output_names(model: torch.nn.Module, task: str) -> list[str]:
 
 
 def dynamic_axes(inputs: Iterable[str]) -> dict[str, dict[int, str]]:
-    """The symbolic axes of inputs by name: the batch, and of text the sequence."""
+    """Input name -> its symbolic axes: the batch, and for text the sequence."""
     text = {0: BATCH_AXIS, 1: SEQUENCE_AXIS}
     return {name: {0: BATCH_AXIS} if name == IMAGES else dict(text) for name in inputs}
 
@@ -46,20 +46,20 @@ def dynamic_axes(inputs: Iterable[str]) -> dict[str, dict[int, str]]:
 def example_inputs(
     model: torch.nn.Module, *, batch: int = 2, length: int = 16
 ) -> dict[str, torch.Tensor]:
-    """Deterministic inputs; the last row is padded by a quarter, so that the mask counts.
+    """Makes deterministic inputs; a quarter of the last row is padding, so that the mask matters.
 
-    Every row ends in the end-of-text token, where there is one: BART's classifiers look for it.
+    Every row ends in the end-of-text token, if there is one: BART's classifiers look for it.
 
     Args:
         model: a transformers model.
-        batch, length: sizes of the two axes, at least 2 so that neither is traced as a constant.
+        batch, length: sizes of the two axes; 2 or more, or torch traces them as constants.
 
     Returns:
         By name: int64 tensors of shape (batch, length); or for a model of images pixel_values
         (batch, channels, height, width), from -1 to 1, in the model's dtype.
 
     Raises:
-        UsageError: the config does not tell the size of the images.
+        UsageError: the config has no size of the images.
     """
     import torch
 
@@ -83,12 +83,12 @@ def example_inputs(
 
 
 def _images(config: Any, batch: int) -> torch.Tensor:
-    """(batch, channels, height, width) float32 in the size that a vision config names."""
+    """Images (batch, channels, height, width) float32 of the size in a vision config."""
     import torch
 
     size = getattr(config, "image_size", None)
     if not size:
-        where, remedy = f"images for {type(config).__name__}", "add it, or use export_onnx"
+        where, remedy = f"example images for {type(config).__name__}", "add it, or use export_onnx"
         raise UsageError(where, expected="image_size in config.json", found="none", remedy=remedy)
     height, width = (size, size) if isinstance(size, int) else size
     shape = batch, getattr(config, "num_channels", 3), height, width

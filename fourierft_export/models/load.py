@@ -1,4 +1,4 @@
-"""A base model as a torch module, through transformers' own loading."""
+"""Loads a base model as a torch module with transformers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def load_model(
     dtype: str | None = "float32",
     provided: Collection[str] = (),
 ) -> torch.nn.Module:
-    """The model of a directory, in eval mode, on the CPU, without touching the network.
+    """Loads the model of a directory in eval mode on the CPU; the network is never used.
 
     Args:
         directory, task, num_labels, dtype: as in `from_pretrained`.
-        provided: names of tensors that the caller will fill in (an adapter's head); others that
-            the checkpoint lacks, or has in another shape, would be random, and are an error.
+        provided: names of tensors that the adapter has (its head). Other tensors that the
+            checkpoint lacks, or has in another shape, would be random: they are an error.
 
     Raises:
-        MissingExtraError, BadInputError: as in `from_pretrained`.
-        BaseMismatchError: tensors that neither the checkpoint nor the adapter holds.
+        MissingExtraError: torch or transformers is not installed.
+        BadInputError: transformers cannot load the directory.
+        BaseMismatchError: tensors that neither the checkpoint nor the adapter has.
     """
     model, missing, mismatched = from_pretrained(
         directory, task, num_labels=num_labels, dtype=dtype
@@ -42,7 +43,7 @@ def load_model(
             directory,
             expected=f"every weight of {type(model).__name__}",
             found=f"{len(missing)} missing and {len(mismatched)} of another shape",
-            remedy="give a base for this task, or name another with --task",
+            remedy="give a base for this task, or name another task with --task (task=...)",
             offenders=[*missing, *mismatched],
         )
     return model.eval()
@@ -55,7 +56,7 @@ def from_pretrained(
     num_labels: int | None = None,
     dtype: str | None = "float32",
 ) -> tuple[torch.nn.Module, list[str], list[str]]:
-    """The model of a directory, and which of its tensors the checkpoint did not give.
+    """Loads the model of a directory, and lists tensors that the checkpoint did not give.
 
     Args:
         directory: a Hugging Face model directory with safetensors weights.
@@ -64,8 +65,8 @@ def from_pretrained(
         dtype: name of a torch dtype to load in; None keeps the checkpoint's.
 
     Returns:
-        The model, names of tensors that the checkpoint lacks, and of those that it has in another
-        shape; both are random, from torch's global CPU generator.
+        The model; names of tensors that the checkpoint lacks; names of tensors that it has in
+        another shape. Both kinds are random, from torch's global CPU generator.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -81,9 +82,8 @@ def from_pretrained(
     options["ignore_mismatched_sizes"] = True  # transformers would not say which
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
     auto = getattr(transformers, auto_class_for(read_config(directory), get_task(task)))
-    # Errors of many kinds come from config and model code of many families.
     with quiet_transformers():
-        try:
+        try:  # the code of many model families raises many kinds of errors
             model, info = auto.from_pretrained(
                 directory,
                 local_files_only=True,
@@ -105,7 +105,7 @@ def from_pretrained(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers without progress bars, load reports and advice, for the length of the block."""
+    """Turns off transformers' progress bars, load reports and advice within the block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,10 +1,10 @@
-"""The ways in which an adapter's names differ from those of a base.
+"""Maps an adapter's names to those of a base.
 
-By one prefix: the adapter was trained on a task model (`bert.encoder...`) and the base is the bare
-encoder (`encoder...`), or the other way round. And where a checkpoint is older than the model's
-code: transformers renames tensors of some families while it loads them (a vision transformer's
-`encoder.layer.0.attention.attention.query` is the module `layers.0.attention.q_proj`), and back
-while it saves them. What it renames is asked of transformers itself, on a model without weights.
+They may differ by one prefix: the adapter was trained on a task model (`bert.encoder...`) and the
+base is the bare encoder (`encoder...`), or the reverse. And transformers renames tensors of some
+families when it loads and saves them: a vision transformer's
+`encoder.layer.0.attention.attention.query` is the module `layers.0.attention.q_proj`. Its own
+functions give these names, for a model without weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .task import architecture_of
 
 @dataclass(frozen=True)
 class Bridge:
-    """The one prefix by which an adapter's paths and a checkpoint's names differ.
+    """The difference between an adapter's names and a checkpoint's.
 
     Attributes:
         strip: prefix that the adapter has and the checkpoint lacks ("bert"), or "".
         add: prefix that the checkpoint has and the adapter lacks, or "".
-        renamed: module path -> what the checkpoint calls it, prefixes apart (`renamed_modules`).
+        renamed: module path -> path in the checkpoint, without prefixes (`renamed_modules`).
     """
 
     strip: str = ""
@@ -33,7 +33,7 @@ class Bridge:
     renamed: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_base(self, name: str) -> str:
-        """An adapter's module path or tensor name as the checkpoint has it."""
+        """Maps an adapter's module path or tensor name to the checkpoint's."""
         if self.strip and name.startswith(f"{self.strip}."):
             name = name[len(self.strip) + 1 :]
         elif self.add:
@@ -43,12 +43,12 @@ class Bridge:
 
 
 def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str], bool]) -> Bridge:
-    """The prefix difference under which most names are there; none if that does as well.
+    """Finds the prefix difference under which the base has most names; none if that is as good.
 
     Args:
-        names: module paths in an adapter's language.
-        roots: first segments of what the base has.
-        has: whether the base has a module of this path.
+        names: module paths of an adapter.
+        roots: first segments of the base's names.
+        has: returns whether the base has a module at a path.
     """
     paths = list(names)
     plain = {path: has(path) for path in paths}
@@ -70,7 +70,7 @@ def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str],
 def renamed_modules(
     directory: Path, config: Mapping[str, Any], tensors: Collection[str]
 ) -> dict[str, str]:
-    """The module paths of a loaded model that differ from what its checkpoint calls them.
+    """Finds the module paths of a loaded model that differ from those in its checkpoint.
 
     Args:
         directory: a Hugging Face model directory.
@@ -78,9 +78,9 @@ def renamed_modules(
         tensors: its tensor names.
 
     Returns:
-        Path of the module in the loaded model -> path in the checkpoint. Empty when transformers
-        is not installed, does not know the model or renames nothing. Tensors that it merges or
-        splits are not in it.
+        Path of the module in the loaded model -> path in the checkpoint; empty if transformers is
+        not installed, does not know the model or renames nothing. Tensors that it merges or
+        splits are left out.
     """
     try:
         import torch
@@ -93,7 +93,7 @@ def renamed_modules(
     is_model = isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)
     if not is_model or _most_parts(config) > len(tensors):
         return {}
-    # A config that transformers cannot read has no modules to speak of; errors are of many kinds.
+    # No names can be known for a config that transformers cannot read; it raises many errors.
     try:
         with quiet_transformers(), torch.device("meta"):
             known = transformers.AutoConfig.from_pretrained(
@@ -118,7 +118,7 @@ def renamed_modules(
 def _most_parts(config: Mapping[str, Any]) -> int:
     """The largest number of layers, blocks or experts in a config, nested ones included.
 
-    A config that names more of them than there are tensors might take for ever to build.
+    A model with more of them than the checkpoint has tensors might take hours to build.
     """
     numbers = [0]
     for key, value in config.items():

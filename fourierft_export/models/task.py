@@ -1,4 +1,4 @@
-"""What a model is for, read from its config and from the adapter's task type."""
+"""The tasks of models, and how a config or an adapter's task type names them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Task:
 
     Attributes:
         name: as transformers' pipelines call it; "seq2seq-encoder" has no pipeline.
-        architecture: the ending that such a class's name has after its family's name.
-        outputs: names of the outputs that matter, in order; those that a model lacks are left out.
+        architecture: what follows the family's name in the name of such a class.
+        outputs: names of the outputs to export, in order, if the model has them.
         peft_type: PEFT's TaskType; None where PEFT has none.
-        labelled: its head decides between the labels that the config names.
-        auto_class: the transformers class that loads such a model; "" for "AutoModel" and the
-            architecture.
-        encoder_only: of the model, only the encoder is run.
+        labelled: its head has one output for each label in the config.
+        auto_class: the transformers class that loads such a model; "" for "AutoModel" followed by
+            the architecture.
+        encoder_only: only the model's encoder is run.
     """
 
     name: str
@@ -74,7 +74,7 @@ _HEAD_WEIGHTS = (
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a model directory; {} when there is none.
+    """Reads the config.json of a model directory; {} if there is none.
 
     Raises:
         BadInputError: it is not a JSON object.
@@ -89,7 +89,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def get_task(name: str) -> Task:
-    """The task of this name, or of this alias.
+    """Returns the task with this name or alias.
 
     Raises:
         UsageError: no such task.
@@ -101,15 +101,15 @@ def get_task(name: str) -> Task:
 
 
 def choose_task(name: str | None, config: Mapping[str, Any], task_type: str | None) -> Task:
-    """The task of this name; without one, that of a model that carries an adapter.
+    """Returns the task with this name, or infers that of a base with an adapter.
 
     Args:
-        name: of a task, or None.
+        name: of a task; None to infer it.
         config: the base's config.json.
         task_type: PEFT's task_type of the adapter, or None.
 
     Raises:
-        UsageError: no such task; or nothing says which it is: the remedy names the option.
+        UsageError: no such task, or it cannot be inferred.
     """
     task = likely_task(config, task_type) if name is None else get_task(name)
     if task is None:
@@ -123,10 +123,10 @@ def choose_task(name: str | None, config: Mapping[str, Any], task_type: str | No
 
 
 def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None:
-    """The task of a model that carries an adapter; None where nothing says which.
+    """Infers the task of a base with an adapter; None if neither of them says it.
 
-    The adapter's task type counts first: its head may be the only sign that an encoder has become
-    a classifier. Without one, the architecture decides.
+    The adapter's task type counts first: only its head may show that an encoder has become a
+    classifier. Without a task type, the architecture decides.
     """
     if task_type in _BY_PEFT_TYPE:
         return _BY_PEFT_TYPE[task_type]
@@ -139,20 +139,18 @@ def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None
 
 
 def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
-    """The transformers class that loads a model of this config for `task`.
-
-    The task's own, but for a sequence-to-sequence model of which only the encoder was saved.
-    """
+    """Names the transformers class that loads a model with this config for `task`."""
+    # Only the encoder of a sequence-to-sequence model was saved.
     if task.encoder_only and (architecture_of(config) or "").endswith("EncoderModel"):
         return "AutoModelForTextEncoding"
     return task.auto_class or f"AutoModel{task.architecture}"
 
 
 def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
-    """The class name of the base's family for `task`, such as BertForSequenceClassification.
+    """Names the class of the base's family for `task`, such as BertForSequenceClassification.
 
     Returns:
-        None when the config names no architecture.
+        The name; None if the config has no architecture.
     """
     architecture = architecture_of(config)
     if architecture is None:
@@ -165,17 +163,17 @@ def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The first class that the config names, if it names any."""
+    """Returns the first architecture in a config, or None."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     return first if isinstance(first, str) else None
 
 
 def head_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The number of labels of the head among an adapter's dense tensors (name -> shape).
+    """Counts the labels of the head among an adapter's saved tensors (name -> shape).
 
     Returns:
-        Rows of the head's last weight, or None when there is no head.
+        The rows of the head's last weight, or None if there is no head.
     """
     for ending in _HEAD_WEIGHTS:
         for name, shape in shapes.items():

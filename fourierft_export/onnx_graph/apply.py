@@ -86,6 +86,16 @@ def apply_onnx(
         BaseMismatchError: layers that are not found, have another shape, or hold another weight
             than the adapter's: all of them listed, with the candidates.
         FileAccessError: a file is missing, or the output cannot be written.
+
+    Example:
+        >>> import fourierft_export as ff, tempfile, torch
+        >>> model, folder = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), tempfile.mkdtemp()
+        >>> onnx_in, onnx_out = folder + "/base.onnx", folder + "/adapted.onnx"
+        >>> _ = torch.onnx.export(model, (torch.ones(2, 8),), onnx_in, verbose=False)
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> bundle = ff.capture(ff.inject(model, config))
+        >>> ff.apply_onnx(onnx_in, bundle, onnx_out).layers
+        ('0',)
     """
     named = named_bundles(bundles)
     factors = checked_weights(weights, len(named))

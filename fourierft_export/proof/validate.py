@@ -81,6 +81,19 @@ def validate(
         MissingExtraError: a package that a side needs is not installed.
         BadInputError, FileAccessError: an artifact that cannot be loaded or run.
         BaseMismatchError: the adapter does not belong to the base.
+
+    Example:
+        >>> import fourierft_export as ff, numpy, tempfile, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), config)
+        >>> path = tempfile.mkdtemp() + "/model.onnx"
+        >>> _ = ff.export_onnx(model, torch.ones(2, 8), path)
+        >>> def run_model(inputs):
+        ...     with torch.no_grad():
+        ...         return {"output": model(torch.from_numpy(inputs["input"])).numpy()}
+        >>> inputs = {"input": numpy.ones((2, 8), numpy.float32)}
+        >>> ff.validate(onnx=path, sides={"mine": run_model}, inputs=inputs).ok
+        True
     """
     limits = resolve_tolerances(tolerances)
     files = [onnx] if isinstance(onnx, (str, os.PathLike)) else list(onnx)

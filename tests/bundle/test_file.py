@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "spectrum of text": ({"spectra": {"a": np.array(["x", "y"])}}, "no float"),
     "n 0": (one(LayerSpec("a", 0), np.ones(0)), "n_frequency 0"),
     "shape just too large": (one(replace(BOUND, shape=(2**33 + 1, 1))), "outside 1 to 2\\^33"),
-    "rule without shape": (one(LayerSpec("a", 2, entry_rule="small")), "go together"),
+    "rule without shape": (one(LayerSpec("a", 2, entry_rule="small")), "given together"),
     "explicit without entries": (one(EXPLICIT_ONE), "explicit entries"),
     "explicit entry outside": (one(EXPLICIT_ONE, entries=[[0, 0], [0, 2]]), "outside"),
     "explicit entry twice": (one(EXPLICIT_ONE, entries=[[1, 0], [1, 0]]), "twice"),

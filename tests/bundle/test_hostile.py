@@ -274,7 +274,10 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": (group(layers=[]), "2 layers, one for each spectrum, found 0"),
     "a layer name twice": (group(layers=["a", "a"]), "a layer name twice"),
     "a million layers": (group(layers=["a.{0-999999}"]), "well-formed layer templates"),
-    "100,000 layers": (group(layers=["a.{0-99999}"]), "100000 layer names, where 2 are the most"),
+    "100,000 layers": (
+        group(layers=["a.{0-99999}"]),
+        "at most 2 are allowed",
+    ),
     "a layer in two groups": (
         {"groups": [GROUP, GROUP], "tensors": [EIGHT, stack([2, 4], floats([1.0] * 8), i=1)]},
         "layer block.0.lin: expected one spectrum, found two",
@@ -305,7 +308,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "n above M*N": (group(shape=[1, 3]), "above the 3 elements"),
     "n and the spectrum differ": (group(n_frequency=3), "found shape \\[2, 4\\]"),
     # binding
-    "shape alone": (group(entry_rule=None, entries_sha256=None), "together"),
+    "shape alone": (group(entry_rule=None, entries_sha256=None), "given together"),
     "hash missing": (group(entries_sha256=None), "together"),
     "unknown rule": (group(entry_rule="large"), "unknown entry rule 'large'"),
     "hash a number": (group(entries_sha256=5), "field entries_sha256: expected str"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourierft_export.bundle.names import MAX_NAMES, compress, expand, natural_key, why_not
+from fourierft_export.bundle.names import MAX_NAMES, compress, expand, name_problem, natural_key
 
 SEGMENTS = st.one_of(
     st.integers(0, 40).map(str),
@@ -53,7 +53,7 @@ def test_any_text_expands_or_is_refused(template: str) -> None:
     except ValueError:
         return
     assert names == sorted(set(names), key=natural_key)
-    assert all(why_not(name) is None for name in names)
+    assert all(name_problem(name) is None for name in names)
     assert expand(compress(names)) == names
 
 
@@ -129,7 +129,7 @@ def test_templates_that_are_refused_without_making_the_names(template: str) -> N
 def test_limits_hold_over_all_templates() -> None:
     half = "{0-59999}"
     assert len(expand([f"a.{half}"])) == 60_000
-    with pytest.raises(ValueError, match="120000 layer names, where 100000 are the most"):
+    with pytest.raises(ValueError, match="120000 layer names, where at most 100000 are allowed"):
         expand([f"a.{half}", f"b.{half}"])
     with pytest.raises(ValueError, match="twice"):
         expand(["a.{b,c}", "a.b"])

@@ -107,8 +107,8 @@ def test_without_a_config_nobody_knows_how_conv1d_is_stored(make_base: MakeBase)
         with pytest.raises(BaseMismatchError) as caught:
             base.layers(["h.0.c_proj", "h.0.q"])
         assert caught.value.offenders == (
-            "h.0.c_proj: no config.json tells whether its weight is stored transposed, as "
-            "GPT-2's is",
+            "h.0.c_proj: without a config.json it is unknown whether its weight is stored "
+            "transposed",
         )
 
 

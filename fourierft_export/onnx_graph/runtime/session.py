@@ -54,6 +54,18 @@ class AdapterSession:
         FileAccessError: the file, or the expander beside it, is missing.
         BadInputError: not a file that this package made, external data that must not be read, or
             a file that ONNX Runtime cannot load.
+
+    Example:
+        >>> import fourierft_export as ff, numpy, tempfile, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), config)
+        >>> path = tempfile.mkdtemp() + "/model.onnx"
+        >>> _ = ff.export_onnx(model, torch.ones(2, 8), path, mode="swappable")
+        >>> session = ff.AdapterSession(path)
+        >>> session.load("mine", ff.capture(model))
+        >>> outputs = session.run({"input": numpy.ones((2, 8), numpy.float32)}, adapter="mine")
+        >>> outputs["output"].shape
+        (2, 4)
     """
 
     def __init__(

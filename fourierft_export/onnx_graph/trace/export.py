@@ -91,6 +91,15 @@ def export_onnx(
         BadInputError: an adapted layer's weight is not in the graph.
         BaseMismatchError: an adapter of a bank lacks tensors of `absent`.
         FileAccessError: the file cannot be written.
+
+    Example:
+        >>> import fourierft_export as ff, tempfile, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), config)
+        >>> path = tempfile.mkdtemp() + "/model.onnx"
+        >>> report = ff.export_onnx(model, torch.ones(2, 8), path, mode="unmerged")
+        >>> report.mode, report.layers
+        ('unmerged', ('0',))
     """
     check_mode(mode, defaults)
     names = adapter_names(model) if mode == BANK else active_adapters(model)
