@@ -49,7 +49,12 @@ class Version(nn.Module):
             # What it shares is out of sight of state dicts, `to`, sharding and optimizers.
             self.__dict__["_shared"] = (copied, original)
         for name, tensor in self.own_tensors().items():
-            tensor.requires_grad_(False).data = own[name].detach().clone()
+            value = own[name].detach()
+            tensor.requires_grad_(False)
+            if (tensor.shape, tensor.dtype) == (value.shape, value.dtype):
+                tensor.data.copy_(value)  # a second copy of a large head would not fit
+            else:
+                tensor.data = value.clone()
 
     def __getattr__(self, name: str) -> Any:
         if name != "module":
