@@ -318,7 +318,7 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
         ff.attach(model, faulty, trainable=True)
     with pytest.raises(FileAccessError):
         ff.attach(model, tmp_path / "none.fourierft.safetensors")
-    with pytest.raises(UsageError, match="bundle or PEFT adapter"):
+    with pytest.raises(UsageError, match="expected a bundle, or the path"):
         ff.attach(model, 3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="rank"):
         ff.inject(model, {"rank": 8})
