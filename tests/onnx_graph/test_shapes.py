@@ -108,3 +108,40 @@ def test_a_bank_behind_an_operator_of_onnxruntime(
             full = full + exact_delta(bundles[name], "layer", (4, 16))
         want = inner[row] @ full.T
         np.testing.assert_allclose(got["y"][row], want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kinds", [("Add", "Mul"), ("Max", "Sub"), ("Concat",), ("Mul",)])
+@pytest.mark.parametrize("start", ["sizes", "constant"])
+def test_sizes_that_grow_without_end(
+    start: str, kinds: tuple[str, ...], tmp_path: Path, make_bundle: Any
+) -> None:
+    """Steps that double an expression, a number or a list of sizes end the inference, at once."""
+    nodes = [
+        helper.make_node("FastGelu", ["x"], ["inner"], domain=MINE),
+        helper.make_node("MatMul", ["inner", "layer.weight"], ["y"], name="/layer/MatMul"),
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("ConstantOfShape", ["huge"], ["zeros"]),
+    ]
+    last = start
+    for step in range(60):
+        kind, new = kinds[step % len(kinds)], f"{start}.{step}"
+        extra = {"axis": 0} if kind == "Concat" else {}
+        nodes.append(helper.make_node(kind, [last, last if step % 3 else start], [new], **extra))
+        last = new
+    constants = {
+        "layer.weight": floats(16, 4),
+        "constant": np.array([3, 5, 7]),
+        "huge": np.array([1 << 20, 1 << 20]),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["batch", "tokens", 16])],
+        [helper.make_empty_tensor_value_info(name) for name in ("y", last, "zeros")],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MINE, 1)]
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    report = ff.apply_onnx(path, make_bundle(["layer"]), out, mode="bank")
+    assert report.outputs["y"] == ("batch", "tokens", 4)

@@ -1,4 +1,4 @@
-"""Shapes and types of values that a graph does not tell, or tells by names of its own.
+"""Shapes and types of values that a graph leaves out, or gives with sizes under names of its own.
 
 onnx infers them for its own operators only. ONNX Runtime's symbolic inference also knows ONNX
 Runtime's operators; it needs sympy. Neither reads weights here.
@@ -6,12 +6,15 @@ Runtime's operators; it needs sympy. Neither reads weights here.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
 import logging
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,13 +22,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LARGE = 1000  # bytes of a constant above which it cannot hold sizes of shapes
+# Bounds of symbolic inference, so that no graph makes it run or grow without end: characters of an
+# expression, sizes in a list, elements of a constant, nested subgraphs.
+_MAX_TEXT, _MAX_LENGTH, _MAX_ELEMENTS, _MAX_DEPTH = 400, 4096, 1 << 22, 4
 
 
 def fill_shapes(model: ir.Model) -> None:
-    """Infer the shapes and types that a graph does not tell.
+    """Infer the shapes and types that a graph leaves out.
 
-    Sizes under other names than the inputs' (`unk__12`) get the inputs' names, where they are
-    these; the graph's inputs and outputs keep their own.
+    A size that equals one of the inputs' sizes gets its name, instead of one such as `unk__12`; the
+    graph's inputs and outputs keep their shapes.
     """
     names = {size.value for value in model.graph.inputs for size in _symbols(value)}
     values = [value for node in model.graph for value in node.outputs if value.name]
@@ -41,7 +47,7 @@ def fill_shapes(model: ir.Model) -> None:
         inferred = _infer_with_onnx(model.clone(), names) | inferred
     for value in values:
         if value.name in inferred:
-            _take(value, inferred[value.name])
+            _refine(value, inferred[value.name])
 
 
 def _infer_with_onnx(model: ir.Model, names: set[str | None]) -> dict[str | None, ir.Value]:
@@ -56,11 +62,31 @@ def _infer_with_onnx(model: ir.Model, names: set[str | None]) -> dict[str | None
                 value.shape = ir.Shape(
                     [s if isinstance(s, int) or s.value in names else None for s in value.shape]
                 )
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    data_prop = not _may_list_many(model)
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
     return {value.name: value for node in model.graph for value in node.outputs}
 
 
-@functools.cache
+def _may_list_many(model: ir.Model) -> bool:
+    """Whether concatenated lists of sizes may grow too long for onnx, which sets no limit."""
+    if any(n.op_type == "Concat" for f in model.functions.values() for n in f.all_nodes()):
+        return True
+    lengths: dict[ir.Value | None, int] = {
+        value: value.const_value.size
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and len(value.const_value.shape) == 1
+    }
+    for node in model.graph.all_nodes():
+        inputs = [lengths.get(value, 1) for value in node.inputs] or [1]
+        length = sum(inputs) if node.op_type == "Concat" else max(inputs)
+        if length > _MAX_LENGTH and node.op_type == "Concat":
+            return True
+        lengths |= dict.fromkeys(node.outputs, length)
+    return False
+
+
+@cache
 def _load_symbolic_inference() -> Any:
     """Import symbolic_shape_infer.py by its path, since `onnxruntime.tools` imports torch."""
     runtime = importlib.util.find_spec("onnxruntime")
@@ -72,13 +98,43 @@ def _load_symbolic_inference() -> Any:
         raise ImportError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+    class BoundedInference(module.SymbolicShapeInference):  # type: ignore[misc, name-defined]
+        """Stops where a graph makes sizes, lists of sizes or nested subgraphs grow without end."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            for kind, infer in self.dispatcher_.items():
+                self.dispatcher_[kind] = partial(self._infer_bounded, infer)
+
+        def _infer_bounded(self, infer: Callable[[Any], None], node: Any) -> None:
+            if self.prefix_.count("_") > _MAX_DEPTH:
+                raise ValueError(f"subgraphs nested more than {_MAX_DEPTH} deep")
+            shape = self._try_get_value(node, 0) if node.op_type == "ConstantOfShape" else None
+            if shape is not None and np.size(shape) and np.prod(shape) > _MAX_ELEMENTS:
+                raise ValueError(f"{node.name} makes a constant of shape {shape}")
+            known = len(self.symbolic_dims_)
+            infer(node)
+            sizes = list(itertools.islice(self.symbolic_dims_.values(), known, None))
+            for name in node.output:
+                value = self.sympy_data_.get(name, ())
+                if isinstance(value, list) and len(value) > _MAX_LENGTH:
+                    raise ValueError(f"{name} lists {len(value)} sizes")
+                if not isinstance(value, np.ndarray):
+                    sizes += value if isinstance(value, (list, tuple)) else [value]
+            if any(len(str(size)) > _MAX_TEXT for size in sizes):
+                raise ValueError(f"a size that {node.name} computes is too large an expression")
+
+    # The module's own inference of subgraphs looks this name up.
+    module.SymbolicShapeInference = BoundedInference  # type: ignore[attr-defined]
     return module
 
 
 def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.Value]]:
     """What ONNX Runtime's symbolic inference infers, by name, and whether that is everything.
 
-    `model` is changed. An operator that it does not know ends it; so does sympy's absence.
+    `model` is changed. The inference ends early at an operator that it does not know, at sizes
+    beyond the bounds above, and where sympy is not installed.
     """
     import onnx_ir as ir
 
@@ -87,7 +143,7 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
     except (ImportError, OSError):
         return False, {}
     graph = model.graph
-    # sympy may evaluate names as expressions: it gets only such that are harmless.
+    # sympy may evaluate names as expressions: it gets harmless ones only.
     if not all(node.op_type.isidentifier() for node in graph.all_nodes()):
         return False, {}
     for name, value in tuple(graph.initializers.items()):
@@ -142,8 +198,8 @@ def _symbols(value: ir.Value) -> list[ir.SymbolicDim]:
     return [size for size in value.shape or () if not isinstance(size, int)]
 
 
-def _take(value: ir.Value, inferred: ir.Value) -> None:
-    """What is inferred, where it is more than what the graph tells."""
+def _refine(value: ir.Value, inferred: ir.Value) -> None:
+    """Set the inferred type and shape of a value where they say more than its own."""
     import onnx_ir as ir
 
     if value.dtype is None and inferred.dtype is not None:
