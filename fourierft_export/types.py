@@ -20,3 +20,16 @@ Entries: TypeAlias = "npt.NDArray[np.int64]"
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
+
+
+def byte_counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Make a function that adds up bytes and reports them to `progress`, of `total` in all."""
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(what, min(done, total), total)
+
+    return count

@@ -13,7 +13,7 @@ from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..bundle.names import natural_key
 from ..files.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
 from ..files.write import check_space, copy_file
-from ..types import Progress
+from ..types import Progress, byte_counter
 from .base_files import MANIFEST, file_blocks
 from .changes import TensorPlan
 from .executors import OpenExecutor, run_tasks
@@ -21,7 +21,7 @@ from .journal import Journal
 from .manifest import manifest_text
 from .plan import MergePlan, changed_tensors, index_text
 from .report import LayerReport, MergeReport, survival_notes
-from .shard import UNFINISHED, Count, WrittenShard, WrittenTensor, write_shard
+from .shard import UNFINISHED, WrittenShard, WrittenTensor, write_shard
 
 
 def run_merge(
@@ -68,7 +68,7 @@ def _write_shards(
     """Write all weight files; returns them in their order, and the numbers of those resumed."""
     journal = Journal(folder / "journal.jsonl", plan.shards)
     payload = folder / plan.report.out.name
-    count = _byte_counter(plan.report.nbytes, progress)
+    count = byte_counter("merging", plan.report.nbytes, progress)
 
     def place(name: str) -> Path:
         return payload / name if plan.is_folder else payload
@@ -161,16 +161,3 @@ def _write_small_files(
             sha256 = copy_file(target, file_blocks(source, name, allow_links=plan.allow_links))
         files[name] = (sha256, target.stat().st_size)
     copy_file(folder / MANIFEST, [manifest_text(plan, report, tensors, files).encode()])
-
-
-def _byte_counter(total: int, progress: Progress | None) -> Count:
-    """A function that adds up bytes and reports them to `progress`."""
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress("merging", min(done, total), total)
-
-    return count

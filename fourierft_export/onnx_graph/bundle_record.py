@@ -34,7 +34,7 @@ def record_bundles(model: ir.Model, bundles: Mapping[str, Bundle], *, inputs: bo
 
     Args:
         model: complete, with the metadata of `metadata.describe`; changed in place.
-        bundles: adapter name -> the bundle that shall come back.
+        bundles: adapter name -> the bundle that `recover_onnx` gives back.
         inputs: False where the adapter inputs of the metadata have become constants: the metadata
             then lists no inputs any more.
     """
@@ -60,7 +60,7 @@ def record_bundles(model: ir.Model, bundles: Mapping[str, Bundle], *, inputs: bo
 def _spectra_of(
     content: Mapping[str, Any], adapter: str, held: Mapping[str, Array]
 ) -> dict[str, tuple[str, int, Array]]:
-    """Layer -> the initializer with its spectrum, the first of its elements there, and these."""
+    """Return, by layer: the initializer with its spectrum, the offset there, and its values."""
     found = {}
     for layer in content["adapters"][adapter]["layers"]:
         if layer.get("spectrum") in held:
@@ -80,7 +80,7 @@ def _spectra_of(
 def _record(
     bundle: Bundle, graph_spectra: Mapping[str, tuple[str, int, Array]], held: Mapping[str, Array]
 ) -> dict[str, Any] | None:
-    """The record of one bundle; None if the graph lacks a spectrum, or the rest is too large."""
+    """Make the record of one bundle; None if the graph lacks a spectrum, or it is too large."""
     places: dict[bytes, dict[str, Any]] = {}
     for name, spectrum in bundle.spectra.items():
         # Under the bundle's name for the layer, or the graph's, which may have another prefix.
@@ -114,7 +114,7 @@ def _record(
 
 
 def _find(values: Array, wanted: Array) -> int | None:
-    """The position in `values` at which `wanted`, in the same dtype, begins; None without one."""
+    """Find the position in `values` at which `wanted`, in the same dtype, begins."""
     text, part = values.tobytes(), wanted.astype(values.dtype).tobytes()
     at = text.find(part)
     while at >= 0 and at % values.itemsize:
@@ -123,18 +123,15 @@ def _find(values: Array, wanted: Array) -> int | None:
 
 
 def _place(array: Array, name: str, held: Mapping[str, Array]) -> dict[str, Any] | None:
-    """Where the graph holds a saved tensor with these very bytes, its own name tried first."""
+    """Find where the graph holds a saved tensor with these bytes; its own name is tried first."""
     for initializer in sorted(held, key=lambda one: one != name):
         there = held[initializer]
         if there.dtype != array.dtype:
             continue
         if there.shape == array.shape and there.tobytes() == array.tobytes():
             return {"initializer": initializer, "offset": 0}
-        if (
-            there.ndim == 2
-            and there.shape == array.shape[::-1]
-            and there.T.tobytes() == array.tobytes()
-        ):
+        is_matrix = there.ndim == 2 and there.shape == array.shape[::-1]
+        if is_matrix and there.T.tobytes() == array.tobytes():
             return {"initializer": initializer, "offset": 0, "transposed": True}
         if initializer == name and there.shape[1:] == array.shape:  # a bank's table
             for row, one in enumerate(there):

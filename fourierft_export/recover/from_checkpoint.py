@@ -1,4 +1,4 @@
-"""`recover_bundle`: the adapter back out of a merged checkpoint, by comparing it with its base."""
+"""`recover_bundle`: finds the adapter in a merged checkpoint, by comparing it with its base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from ..models.base import Base, open_base
 from ..models.task import likely_task
 from ..spectral.delta import Term
 from ..spectral.entries import spectral_entries
-from ..types import Array, Progress
+from ..types import Array, Progress, byte_counter
 from .other_tensors import compare_other_tensors
 from .spectrum import RecoveredLayer, judge_spectrum, spectrum_of
 
 DEFAULT_SCALING = 150.0
-MOST_RESIDUAL = 1.5
-LEAST_SIGNAL = 4.0
 UNCERTAIN = 0.1
 
 
@@ -38,7 +36,7 @@ class RecoverReport:
 
     Attributes:
         layers: in natural order of their names.
-        saved: dense tensors that came along (heads, biases).
+        saved: names of the dense tensors in the bundle (heads, biases).
         notes: what a person should know.
     """
 
@@ -50,7 +48,7 @@ class RecoverReport:
         """As JSON values; numbers that are not finite become None."""
         fields = asdict(self)
         for layer in fields["layers"]:
-            del layer["signal"], layer["far"]  # without an objection, they say nothing more
+            del layer["objection"]  # there is none, or it was raised
             layer.update({k: None for k, v in layer.items() if v in (math.inf, -math.inf)})
         return fields
 
@@ -68,15 +66,16 @@ def recover_bundle(
     allow_links: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Bundle, RecoverReport]:
-    """The bundle whose merge into `base` gives `merged`.
+    """Find the bundle whose merge into `base` gives `merged`.
 
-    What is added to a weight determines the product of spectrum and scaling, and of two entries
-    that mirror each other the sum: they get equal shares.
+    The difference of two weights determines the product of spectrum and scaling, and the sum of
+    two entries that mirror each other, which get equal shares.
 
     Args:
         base: the checkpoint that was merged into.
         merged: the checkpoint that came out.
-        like: a bundle of the same layers, entries and scaling; else the next three are needed.
+        like: a bundle of the same layers, entries and scaling; without it, `seed`, `n_frequency`
+            and `targets` are needed.
         seed: of the entries.
         n_frequency: coefficients of each layer.
         targets: layers, by their full paths or the ends of them ("q_proj").
@@ -94,7 +93,8 @@ def recover_bundle(
         BaseMismatchError: layers that one of the checkpoints lacks, or of other shapes.
         ValidationError: the difference is not that of a FourierFT adapter with these entries, or
             other weights changed too; all offenders listed.
-        FileAccessError, BadInputError: of the checkpoints.
+        FileAccessError: a checkpoint that is missing or cannot be read.
+        BadInputError: a checkpoint that is damaged.
     """
     before, after = (open_base(path, allow_links=allow_links) for path in (base, merged))
     like = None if like is None else open_bundle(like)
@@ -117,14 +117,8 @@ def recover_bundle(
     remedy = "give the base that it was merged from"
     check_fits(before.directory, [fit], allow_base_mismatch=None, remedy=remedy)
     spec = fit.spec
-    total, done = sum(info.nbytes for info in before.tensors.values()), 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress("recovering", min(done, total), total)
-
+    total = sum(info.nbytes for info in before.tensors.values())
+    count = byte_counter("recovering", total, progress)
     spectra: dict[str, Array] = {}
     layers = []
     for layer in sorted(spec.layers, key=lambda one: natural_key(one.name)):
@@ -145,7 +139,7 @@ def recover_bundle(
     wanted = None if like is None else tuple(like.saved)
     saved, changed = compare_other_tensors(before, after, names, adapted, wanted, count)
     _refuse(after.directory, layers, changed)
-    if like is None and saved:  # what has a head is of the task that the merged model is for
+    if like is None and saved:  # an adapter with a head has the task of the merged model
         task = likely_task(after.config, None)
         spec = replace(spec, task_type=task.peft_type if task else None)
     explicit = like.explicit_entries if like else {}
@@ -154,7 +148,7 @@ def recover_bundle(
 
 
 def _spec_like(like: Bundle, options: Mapping[str, Any]) -> AdapterSpec:
-    """The spec of a bundle, unless options say the same again."""
+    """Return the spec of `like`; an error if options give what it has."""
     both = [name for name, value in options.items() if value is not None]
     if both:
         raise UsageError(
@@ -170,7 +164,7 @@ def _spec_of(
     after: Base, seed: int | None, n_frequency: int | None, targets: Sequence[str],
     scaling: float | None,
 ) -> AdapterSpec:  # fmt: skip
-    """The spec of an adapter over the layers of `after` that `targets` names."""
+    """Make the spec of an adapter over the layers of `after` that `targets` names."""
     if seed is None or n_frequency is None or not targets:
         raise UsageError(
             "recover",
@@ -196,36 +190,26 @@ def _spec_of(
 
 def _refuse(where: Path, layers: Sequence[RecoveredLayer], changed: Sequence[str]) -> None:
     """Raise unless every layer's difference is a FourierFT delta, and nothing else changed."""
-    offenders = [f"{layer.name}: {why}" for layer in layers if (why := _objection(layer))]
+    offenders = [f"{layer.name}: {layer.objection}" for layer in layers if layer.objection]
     if not any(layer.changed for layer in layers):
-        offenders = [f"{layer.name}: as in the base" for layer in layers]
-    offenders += [f"{name}: changed, but no layer of the adapter" for name in changed]
+        offenders = [f"{layer.name}: equal to the base's weight" for layer in layers]
+    offenders += [f"{name}: changed, but not a layer of the adapter" for name in changed]
     if offenders:
         raise ValidationError(
             where,
             expected="a base to which a FourierFT adapter with these entries was added",
-            found=f"{len(offenders)} weights whose change is none of that kind",
+            found=f"{len(offenders)} weights that were not changed in this way",
             remedy="check base, seed, n_frequency and targets",
             offenders=offenders,
         )
-
-
-def _objection(layer: RecoveredLayer) -> str:
-    """Why a difference is no FourierFT delta; nothing if it may be one."""
-    if layer.changed and layer.residual > MOST_RESIDUAL:
-        return f"the difference leaves {layer.residual:.3g} times what rounding leaves"
-    if layer.changed and layer.far:
-        return f"{layer.far} elements are further off than rounding explains"
-    if layer.changed and layer.signal < LEAST_SIGNAL:
-        return "the difference lies no more in these entries than in others"
-    return ""
 
 
 def _notes(layers: Sequence[RecoveredLayer]) -> tuple[str, ...]:
     notes = []
     same = [layer for layer in layers if not layer.changed]
     if same:
-        notes.append(f"{len(same)} of {len(layers)} layers are as in the base: their spectra are 0")
+        count = f"{len(same)} of {len(layers)} layers"
+        notes.append(f"{count} have the weights of the base: their spectra are 0")
     vague = [x for x in layers if x.changed and x.uncertainty > UNCERTAIN]
     if vague:
         worst = max(vague, key=lambda layer: layer.uncertainty)

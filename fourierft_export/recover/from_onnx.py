@@ -1,8 +1,7 @@
-"""`recover_onnx`: the bundles back out of an ONNX file of mode unmerged, swappable, paired or bank.
+"""`recover_onnx`: reads the bundles in an ONNX file of mode unmerged, swappable, paired or bank.
 
 The export recorded in the metadata where each tensor of a bundle's file is in the graph
-(`onnx_graph.bundle_record`). What comes back is checked by the hash that the bundle states: it is
-the same file, or an error.
+(`onnx_graph.bundle_record`). The bundle's own hash proves that the same bytes come back.
 """
 
 from __future__ import annotations
@@ -23,18 +22,19 @@ from ..types import Array
 
 
 def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> dict[str, Bundle]:
-    """The bundles that an ONNX file holds, bit for bit as they were exported or applied.
+    """Read the bundles that an ONNX file holds, bit for bit as they were exported or applied.
 
     Args:
         path: a file of mode unmerged, swappable or bank, or the expander of mode paired.
-        allow_links: as in `apply_onnx`.
+        allow_links: follow links from the model to data files in its own folder.
 
     Returns:
         Adapter name -> bundle.
 
     Raises:
         UsageError: a file without adapters, or with merged ones.
-        BadInputError: not an ONNX model, or an adapter that is not as it was exported.
+        BadInputError: not an ONNX model, an adapter that changed since it was exported, or a file
+            that an older version of this package made.
         FileAccessError: missing or unreadable.
     """
     source = open_onnx(path, allow_links=allow_links)
@@ -51,7 +51,8 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
         mode, adapters = content["mode"], content["adapters"]
         bundles = {
             name: Bundle.from_bytes(
-                _file(source, adapter["bundle"], arrays), f"{os.fspath(path)}: adapter {name}"
+                _bundle_file(source, adapter["bundle"], arrays),
+                f"{os.fspath(path)}: adapter {name}",
             )
             for name, adapter in adapters.items()
             if "bundle" in adapter
@@ -59,8 +60,9 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error) as error:
         raise BadInputError(
             path,
-            expected="an adapter as this package writes it",
+            expected="a bundle whose place is recorded in the metadata",
             found=f"metadata that does not fit the graph ({type(error).__name__}: {error})",
+            remedy="the file was damaged or changed: export it again",
         ) from None
     if not bundles or len(bundles) < len(adapters):
         raise UsageError(
@@ -72,8 +74,15 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
     return bundles
 
 
-def _file(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
-    """The bytes of a bundle's file, put together again from its record; an error if damaged."""
+def _bundle_file(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
+    """Assemble the bytes of a bundle's file by its record; an error if it is damaged."""
+    if record.keys() != {"header", "tensors"}:
+        raise BadInputError(
+            source.path,
+            expected="a bundle in the layout of this version",
+            found="one made by an older version of this package",
+            remedy="export it again",
+        )
     header: bytes = record["header"].encode("utf-8")
     table = strict_json.loads(header, "header of the bundle")
     size = max(entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__")
@@ -91,7 +100,7 @@ def _file(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -
 def _payload(
     source: Source, place: Mapping[str, Any], info: TensorInfo, rows: int, arrays: dict[str, Array]
 ) -> bytes:
-    """The bytes at one place: one of the `rows` equal parts of a tensor of the bundle's file."""
+    """Read one of the `rows` equal parts of a tensor of the bundle's file."""
     if "data" in place:
         return base64.b64decode(place["data"], validate=True)
     name, start = place["initializer"], place["offset"]

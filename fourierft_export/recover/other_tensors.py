@@ -1,4 +1,4 @@
-"""What else differs between a base and a merged checkpoint: heads, biases, or what should not."""
+"""Compares the tensors of a base and a merged checkpoint that get no delta_W: heads, biases."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ def compare_other_tensors(
     wanted: Sequence[str] | None,
     count: Callable[[int], None],
 ) -> tuple[dict[str, Array], list[str]]:
-    """Every tensor that is not as in the base, the adapted weights `layers` of `after` apart.
+    """Find every tensor that differs from the base's, but for the adapted weights.
 
-    `modules` are the adapter's module paths. `wanted` are the adapter's names of its dense tensors;
-    None to take heads, biases and tensors that the base does not have. `count` is called with the
-    bytes of the base's tensors that were compared.
+    Args:
+        before: the base.
+        after: the merged checkpoint.
+        modules: the adapter's module paths.
+        layers: the adapted weights, by their names in `after`.
+        wanted: the adapter's names of its dense tensors; None to take heads, biases and tensors
+            that the base does not have.
+        count: called with the bytes of the base's tensors that were compared.
 
     Returns:
-        The dense tensors of the adapter, and the names of those that changed otherwise.
+        The dense tensors of the adapter, and the names of all others that changed.
     """
     bridge = after.bridge(modules)
     expected = {bridge.to_base(name): name for name in wanted or ()}

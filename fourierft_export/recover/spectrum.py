@@ -1,4 +1,4 @@
-"""The spectrum of a difference of weights: the way back from delta_W, and how much to trust it."""
+"""The spectrum of a difference of weights: the inverse of delta_W, and how far to trust it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from ..types import Array
 
 # Values of a block of rows: 2 MB as float64.
 _BLOCK = 1 << 18
-# What summing delta_W in float32 may cost, relative to delta_W.
+# The error of summing delta_W in float32, relative to delta_W.
 ARITHMETIC = 2e-6
-# An element further off than this many half units was not rounded, it was changed.
+# An element that is off by more than this many half units was not rounded, it was changed.
 FAR = 6.0
+MOST_RESIDUAL = 1.5
+LEAST_SIGNAL = 4.0
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,7 @@ class RecoveredLayer:
         residual: what the spectrum leaves of the difference, relative to what rounding to `dtype`
             leaves (as root mean squares): near 1 or below for a true FourierFT delta.
         uncertainty: expected error of the spectrum from rounding, relative to its size.
-        signal: mean energy in the spectrum's directions relative to that in all others: near 1
-            where the difference has nothing to do with these entries, infinite if nothing is left.
-        far: elements that are further off than rounding can explain.
+        objection: why the difference is no FourierFT delta; empty if it may be one.
     """
 
     name: str
@@ -42,17 +42,24 @@ class RecoveredLayer:
     changed: float
     residual: float
     uncertainty: float
-    signal: float
-    far: int
+    objection: str
 
 
 def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> Array:
-    """The coefficients, float64, at `entries` (u, v) of delta_W = after - before.
+    """Compute the coefficients of delta_W = after - before.
 
     By orthogonality of the cosines: sum over p, q of delta_W cos(2 pi (u p / M + v q / N)) is
     scaling * c / 2, or scaling * c where the entry is its own mirror image. Entries that mirror
-    each other are one degree of freedom, and share it equally. `before` and `after` are (M, N), of
-    any float dtype.
+    each other are one degree of freedom, and share it equally.
+
+    Args:
+        before: weight of the base (M, N), of any float dtype.
+        after: the merged weight (M, N).
+        entries: (n, 2) positions u, v.
+        scaling: of the adapter.
+
+    Returns:
+        float64 (n,).
     """
     rows, columns = before.shape
     u, v = fold(entries, (rows, columns))
@@ -73,11 +80,11 @@ def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> 
 
 
 def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> RecoveredLayer:
-    """How well a term explains `after` - `before`, judged by the rounding of `after`'s dtype."""
+    """Judge how well a term explains `after` - `before`, by the rounding of `after`'s dtype."""
     sums: list[tuple[int, int, float, float, float]] = []
     count, n = before.size, len(term.spectrum)
     rounding = _rounding(after)
-    # The spectrum has errors from rounding, too: this far they reach in delta_W itself.
+    # What the spectrum's own errors, from rounding, may cost in an element of delta_W.
     reach = FAR * math.sqrt(rounding * n) / count
 
     def put(_layer: int, rows: slice, delta: Array) -> None:
@@ -92,7 +99,18 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
     each_block(before.shape, [term], put)
     _, changed, far, left, delta = (math.fsum(c) for c in zip(*sorted(sums), strict=True))
     noise = rounding + ARITHMETIC**2 * delta
-    others = left / max(count - n, 1)
+    residual = math.sqrt(left / noise) if noise else math.inf if left else 0.0
+    # Mean energy in the spectrum's directions, relative to that in all others: near 1 where the
+    # difference has nothing to do with these entries.
+    rest = left / max(count - n, 1)
+    signal = delta / n / rest if rest else math.inf
+    objection = ""
+    if changed and residual > MOST_RESIDUAL:
+        objection = f"the difference leaves {residual:.3g} times what rounding leaves"
+    elif changed and far:
+        objection = f"{far:.0f} elements differ by more than rounding explains"
+    elif changed and signal < LEAST_SIGNAL:
+        objection = "the difference lies no more in these entries than in others"
     power = math.fsum(np.square(term.spectrum.astype(np.float64)).tolist())
     # Rounding errors of variance noise/count at every element, seen through the sum above.
     variance = 2 * noise * n / term.scaling**2
@@ -100,22 +118,21 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
         name,
         to_name(after.dtype),
         changed=changed / count,
-        residual=math.sqrt(left / noise) if noise else math.inf if left else 0.0,
-        signal=delta / n / others if others else math.inf,
-        far=int(far),
+        residual=residual,
         uncertainty=math.sqrt(variance / power) if power else math.inf,
+        objection=objection,
     )
 
 
 def _rounding(values: Array) -> float:
-    """The sum of the squares of what rounding to these values may have cost, as expected."""
+    """Sum the squares of the errors that are expected of rounding to these values."""
     step = max(1, _BLOCK // values.shape[1])
     blocks = (half_unit(values[at : at + step]) for at in range(0, len(values), step))
     return math.fsum(float(np.square(block).sum()) for block in blocks) / 3
 
 
 def half_unit(values: Array) -> Array:
-    """Half the distance of each value to its neighbour in its dtype, as float64."""
+    """Return half the distance of each value to its neighbour in its dtype, as float64."""
     if values.dtype == np.float64:
         return np.asarray(np.spacing(np.abs(values)) / 2)
     spacing = np.spacing(np.abs(values.astype(np.float32))).astype(np.float64)

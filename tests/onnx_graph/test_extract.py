@@ -200,6 +200,12 @@ def test_a_changed_or_damaged_file_is_an_error(
         onnx.save(model, tmp_path / "changed.onnx")
         with pytest.raises(BadInputError):
             ff.recover_onnx(tmp_path / "changed.onnx")
+    older = {"spectra": {"a": {"initializer": "a.spectrum"}}, **record}
+    adapters = {"default": good["adapters"]["default"] | {"bundle": older}}
+    entry.value = json.dumps(good | {"adapters": adapters})
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(BadInputError, match="made by an older version.*; export it again"):
+        ff.recover_onnx(tmp_path / "changed.onnx")
     for text in ("", "[]", "{}", '{"adapters": 3}', "[" * 100_000):
         entry.value = text
         onnx.save(model, tmp_path / "changed.onnx")
