@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fourierft_export.errors import BadInputError, FileAccessError
 from fourierft_export.files.checkpoint import Checkpoint
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
 TENSORS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
     "b.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
@@ -37,7 +37,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def write_index(directory: Path, weight_map: object) -> None:
     index = {"metadata": {"total_size": 100}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / INDEX).write_text(json.dumps(index))
 
 
 def test_sharded_tensors_equal_the_safetensors_library(sharded: Path) -> None:
@@ -48,6 +48,7 @@ def test_sharded_tensors_equal_the_safetensors_library(sharded: Path) -> None:
         found = checkpoint.read(name)
         assert found.dtype == value.dtype
         np.testing.assert_array_equal(found, value)
+        assert not found.flags.writeable
     assert checkpoint.tensors["b.weight"].path == sharded / B
     assert checkpoint.index_metadata == {"total_size": 100}
     assert checkpoint.headers[0].metadata == {"format": "pt"}
@@ -72,11 +73,6 @@ def test_blocks_join_to_the_payload(sharded: Path) -> None:
     assert b"".join(checkpoint.file_blocks(sharded / B, 16)) == (sharded / B).read_bytes()
 
 
-def test_read_arrays_cannot_be_written(sharded: Path) -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        Checkpoint.open(sharded).read("a.weight")[0, 0] = 1
-
-
 @pytest.mark.parametrize(
     "shard",
     ["../../x.safetensors", "/etc/x.safetensors", "a/../b.safetensors", "a\\b.safetensors",
@@ -92,90 +88,31 @@ def test_an_index_may_only_name_plain_files(sharded: Path, shard: object) -> Non
     assert "\x1b" not in str(caught.value)
 
 
-def missing_shard(directory: Path) -> None:
-    (directory / B).unlink()
+def link(path: Path, target: Path) -> None:
+    """Move a file elsewhere, and put a link to it in its place."""
+    path.rename(target)
+    path.symlink_to(target)
 
 
-def tensor_not_in_shard(directory: Path) -> None:
-    write_index(directory, {"a.weight": A, "b.weight": A, "c.ids": A})
+SWAPPED = {name: TENSORS[name] for name in ("b.weight", "a.weight")}
+SPOILED: list[tuple[Callable[[Path], object], str]] = [
+    (lambda d: (d / B).unlink(), B),
+    (lambda d: write_index(d, dict.fromkeys(TENSORS, A)), f"b.weight in {A}"),
+    (lambda d: save_file(SWAPPED, d / B), "a.weight in"),
+    (lambda d: os.truncate(d / B, (d / B).stat().st_size - 1), "truncated"),
+    (lambda d: (d / B).write_bytes(pickle.dumps({"b.weight": [1.0]})), "pickle"),
+    (lambda d: write_index(d, {}), "weight_map"),
+    (lambda d: write_index(d, [A, B]), "weight_map"),
+    (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'), "twice"),
+    (lambda d: ((d / INDEX).unlink(), (d / INDEX).mkdir()), "a directory"),
+    (lambda d: link(d / B, d.parent / "outside.safetensors"), "a link to"),
+    (lambda d: link(d / B, d / "other.safetensors"), "--allow-links"),
+]
 
 
-def tensor_twice(directory: Path) -> None:
-    save_file({"b.weight": TENSORS["b.weight"], "a.weight": TENSORS["a.weight"]}, directory / B)
-
-
-def truncated_shard(directory: Path) -> None:
-    (directory / B).write_bytes((directory / B).read_bytes()[:-1])
-
-
-def shard_is_a_fifo(directory: Path) -> None:
-    (directory / B).unlink()
-    os.mkfifo(directory / B)
-
-
-def shard_is_a_folder(directory: Path) -> None:
-    (directory / B).unlink()
-    (directory / B).mkdir()
-
-
-def shard_is_a_pickle(directory: Path) -> None:
-    (directory / B).write_bytes(pickle.dumps({"b.weight": [1.0]}))
-
-
-def shard_is_a_zip(directory: Path) -> None:
-    with zipfile.ZipFile(directory / B, "w") as archive:
-        archive.writestr("data.pkl", b"x")
-
-
-def empty_index(directory: Path) -> None:
-    write_index(directory, {})
-
-
-def weight_map_is_a_list(directory: Path) -> None:
-    write_index(directory, [A, B])
-
-
-def index_names_a_tensor_twice(directory: Path) -> None:
-    (directory / "model.safetensors.index.json").write_text(
-        f'{{"weight_map": {{"a.weight": "{A}", "a.weight": "{B}"}}}}'
-    )
-
-
-def index_is_not_json(directory: Path) -> None:
-    (directory / "model.safetensors.index.json").write_bytes(b"\xff\xfe{")
-
-
-def index_is_a_folder(directory: Path) -> None:
-    (directory / "model.safetensors.index.json").unlink()
-    (directory / "model.safetensors.index.json").mkdir()
-
-
-def shard_links_out(directory: Path) -> None:
-    outside = directory.parent / "outside.safetensors"
-    (directory / B).rename(outside)
-    (directory / B).symlink_to(outside)
-
-
-def shard_links_inside(directory: Path) -> None:
-    (directory / B).rename(directory / "other.safetensors")
-    (directory / B).symlink_to("other.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (missing_shard, B), (tensor_not_in_shard, "b.weight in model-00001-of-00002.safetensors"),
-        (tensor_twice, "a.weight in"), (truncated_shard, "truncated"),
-        (shard_is_a_fifo, "FIFO"), (shard_is_a_folder, "a directory"),
-        (shard_is_a_pickle, "pickle"), (shard_is_a_zip, "pickle or zip"),
-        (empty_index, "weight_map"), (weight_map_is_a_list, "weight_map"),
-        (index_names_a_tensor_twice, "twice"), (index_is_not_json, "UTF-8"),
-        (index_is_a_folder, "a directory"), (shard_links_out, "a link to"),
-        (shard_links_inside, "--allow-links"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("spoil", "says"), SPOILED)
 def test_bad_checkpoints_are_refused(
-    sharded: Path, spoil: Callable[[Path], None], says: str
+    sharded: Path, spoil: Callable[[Path], object], says: str
 ) -> None:
     spoil(sharded)
     with pytest.raises(BadInputError) as caught:
@@ -184,35 +121,6 @@ def test_bad_checkpoints_are_refused(
     assert says in text
     assert str(sharded) in text
     assert "\n" not in str(caught.value)
-
-
-def test_links_inside_the_folder_are_followed_when_allowed(sharded: Path) -> None:
-    shard_links_inside(sharded)
-    found = Checkpoint.open(sharded, allow_links=True).read("b.weight")
-    np.testing.assert_array_equal(found, TENSORS["b.weight"])
-
-
-def test_links_out_of_the_folder_are_refused_even_when_allowed(sharded: Path) -> None:
-    shard_links_out(sharded)
-    with pytest.raises(BadInputError, match="a link to"):
-        Checkpoint.open(sharded, allow_links=True)
-
-
-def test_the_hugging_face_cache_layout_is_followed(sharded: Path, tmp_path: Path) -> None:
-    repository = tmp_path / "models--owner--name"
-    snapshot = repository / "snapshots" / "abc123"
-    blobs = repository / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, file in enumerate(sorted(sharded.iterdir())):
-        file.rename(blobs / str(number))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
-    found = Checkpoint.open(snapshot).read("b.weight")
-    np.testing.assert_array_equal(found, TENSORS["b.weight"])
-    (snapshot / B).unlink()
-    (snapshot / B).symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(BadInputError, match="a link to"):
-        Checkpoint.open(snapshot)
 
 
 def test_a_folder_that_is_itself_a_link_is_the_users_own(sharded: Path, tmp_path: Path) -> None:
@@ -250,13 +158,6 @@ def test_other_file_names_are_found_when_there_is_one(sharded: Path, tmp_path: P
     save_file(TENSORS, other / "second.safetensors")
     with pytest.raises(BadInputError, match="name the weight file itself"):
         Checkpoint.open(other)
-
-
-def test_a_file_cut_short_while_reading_is_an_error(sharded: Path) -> None:
-    checkpoint = Checkpoint.open(sharded)
-    os.truncate(sharded / A, 200)
-    with pytest.raises(BadInputError, match=r"truncated or changed|changed since"):
-        checkpoint.read("c.ids")
 
 
 def test_a_file_replaced_while_reading_is_an_error(sharded: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from safetensors import deserialize
 from safetensors.numpy import save
 
-from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError
+from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError, printable
 from fourierft_export.files import dtypes
 from fourierft_export.files.container import (
     encode_header,
@@ -70,20 +70,15 @@ def test_offsets_are_those_of_the_file(tmp_path: Path) -> None:
         (container(GOOD) + b"\0", "bytes, as its header says"),
         (container(GOOD)[:40], "header length"),
         (struct.pack("<Q", 2**63) + b"{}", "header length"),
+        (struct.pack("<Q", 90_000_000) + bytes(1016), "header length"),
         (struct.pack("<Q", 0) + b"{}", "header length"),
         (b"PK\x03\x04" + bytes(100), "pickle or zip"),
         (b"\x80\x04\x95\x10\0\0\0\0\0\0\0}", "pickle"),
         (container([1]), "JSON object as header"),
         (container(b"{]"), "strict JSON"),
-        (container(b'{"a": 1, "a": 1}'), "twice"),
         (container(b'{"__metadata__": {"k": "1", "k": "2"}}', b""), "twice"),
         (container({**GOOD, "__metadata__": {"k": 1}}), "maps text to text"),
         (container({**GOOD, "__metadata__": ["k"]}), "maps text to text"),
-        (container(b"[" * 100_000 + b"]" * 100_000), "nesting too deep"),
-        (container(b'{"a": ' + b"9" * 5000 + b"}"), "an integer of 5000 characters"),
-        (container(b'{"a": NaN}'), "the number NaN"),
-        (container(b'{"a": 1e999}'), "not finite"),
-        (container(b'{"a": "\xff"}'), "not UTF-8"),
         (container(changed(shape=[2, True])), "a shape of"),
         (container(changed(shape=[2, 1.5])), "a shape of"),
         (container(changed(shape=[-2, -3])), "a shape of"),
@@ -111,12 +106,6 @@ def test_bad_files_are_refused(data: bytes, says: str) -> None:
     assert says in str(caught.value)
     assert "here" in caught.value.where
     assert caught.value.exit_code == 3
-
-
-def test_nothing_is_allocated_for_a_claim() -> None:
-    """A kilobyte that claims a header of 90 MB, in a file that is not that long."""
-    with pytest.raises(BadInputError, match="header length"):
-        header_length(struct.pack("<Q", 90_000_000), 1024, "here")
 
 
 def test_names_with_escape_sequences_are_printed_escaped() -> None:
@@ -179,17 +168,17 @@ def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize("kind", ["absent", "folder", "fifo", "device"])
+@pytest.mark.parametrize("kind", ["absent", "folder", "fifo", "device", "nul"])
 def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
-    path = {"device": Path("/dev/null")}.get(kind, tmp_path / kind)
+    path = {"device": Path("/dev/null"), "nul": Path("a\0b")}.get(kind, tmp_path / kind)
     if kind == "folder":
         path.mkdir()
     if kind == "fifo":
         os.mkfifo(path)
-    error = FileAccessError if kind == "absent" else BadInputError
+    error = FileAccessError if kind in ("absent", "nul") else BadInputError
     with pytest.raises(error) as caught:
         open_regular(path)
-    assert str(path) in caught.value.where
+    assert printable(path) in caught.value.where
 
 
 def test_dtypes_have_the_sizes_that_the_format_says() -> None:
@@ -219,8 +208,3 @@ def test_shapes_that_no_array_has(axes: list[int]) -> None:
     tensor = {"dtype": "I8", "shape": axes, "data_offsets": offsets}
     with pytest.raises(BadInputError, match="at most"):
         parse(container({"a": tensor}))
-
-
-def test_a_path_with_a_nul_is_the_packages_own_error() -> None:
-    with pytest.raises(FileAccessError, match="null byte"):
-        open_regular("a\0b")

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fourierft_export as ff
+from fourierft_export.errors import BadInputError
 from fourierft_export.files.container import read_header
 
 Array = np.ndarray[Any, Any]
@@ -67,7 +68,15 @@ def test_shards_keep_their_layout(
     base: Path, tmp_path: Path, make_bundle: MakeBundle, exact_delta: Callable[..., Array]
 ) -> None:
     bundle = make_bundle(base, TARGETS)
-    report = ff.merge_checkpoint(base, bundle, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "left-over.txt").touch()
+    calls: list[tuple[str, int, int]] = []
+    report = ff.merge_checkpoint(
+        base, bundle, tmp_path / "out", force=True, progress=lambda *call: calls.append(call)
+    )
+    assert not (tmp_path / "out" / "left-over.txt").exists()
+    merging = [done for what, done, total in calls if what == "merging" and total == report.nbytes]
+    assert merging == sorted(merging) and merging[-1] == report.nbytes
     for shard, shapes, seed in zip(SHARDS, (FIRST, SECOND), (1, 2), strict=True):
         found, before = load_file(tmp_path / "out" / shard), values(shapes, seed)
         assert set(found) == set(shapes)
@@ -111,6 +120,14 @@ def test_manifest_and_report_state_the_hashes(
     path = tmp_path / "a.fourierft.safetensors"
     report = ff.merge_checkpoint(base, [path], tmp_path / "out", weights=[0.5])
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    (base / "manifest.json").unlink()
+    ff.merge_checkpoint(base, make_bundle(base, TARGETS[:1]), tmp_path / "one")  # of two shards
+    one = json.loads((tmp_path / "one/manifest.json").read_text())["base"]
+    second = (base / SHARDS[1]).read_bytes()
+    assert (tmp_path / "one" / SHARDS[1]).read_bytes() == second
+    assert one["manifest_sha256"] is None
+    assert one["shards"][SHARDS[1]]["sha256"] == hashlib.sha256(second).hexdigest()
+    assert "sha256" not in one["shards"][SHARDS[0]]
     for shard in SHARDS:
         digest = hashlib.sha256((tmp_path / "out" / shard).read_bytes()).hexdigest()
         assert manifest["shards"][shard] == report.shards[shard] == digest
@@ -170,22 +187,6 @@ def test_the_manifest_names_the_bundles(
     }
     assert found["named"] == ["adapter", "adapter", "b.fourierft.safetensors", "b"]
     assert found["objects"] == ["bundle 1 (given as an object)", "bundle 2 (given as an object)"]
-
-
-def test_the_manifest_tells_the_base_by_what_went_along(
-    base: Path, tmp_path: Path, make_bundle: MakeBundle
-) -> None:
-    (base / "manifest.json").unlink()
-    ff.merge_checkpoint(base, make_bundle(base, TARGETS[:1]), tmp_path / "out")
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    first, second = ((base / name).read_bytes() for name in SHARDS)
-    assert (tmp_path / "out" / SHARDS[0]).read_bytes() != first
-    assert (tmp_path / "out" / SHARDS[1]).read_bytes() == second
-    assert manifest["base"]["shards"] == {
-        SHARDS[0]: {"bytes": len(first)},
-        SHARDS[1]: {"bytes": len(second), "sha256": hashlib.sha256(second).hexdigest()},
-    }
-    assert manifest["base"]["manifest_sha256"] is None
 
 
 def test_a_single_file_gives_a_single_file(
@@ -275,22 +276,6 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     assert planned.shards == {}
 
 
-def test_progress_counts_every_byte_once(
-    base: Path, tmp_path: Path, make_bundle: MakeBundle
-) -> None:
-    calls: list[tuple[str, int, int]] = []
-    report = ff.merge_checkpoint(
-        base,
-        make_bundle(base, TARGETS[:1]),
-        tmp_path / "out",
-        progress=lambda *call: calls.append(call),
-    )
-    merging = [done for what, done, total in calls if what == "merging"]
-    assert {total for what, _, total in calls if what == "merging"} == {report.nbytes}
-    assert merging == sorted(merging)
-    assert merging[-1] == report.nbytes
-
-
 def test_low_survival_is_told_with_the_remedy(
     base: Path, tmp_path: Path, make_bundle: MakeBundle, tensors_of: Callable[..., Any]
 ) -> None:
@@ -304,6 +289,10 @@ def test_low_survival_is_told_with_the_remedy(
         assert layer.survival is not None and layer.survival < 0.5
     (note,) = [note for note in report.notes if "less than half" in note]
     assert "--dtype float32" in note and "2 of 2 layers" in note
+    # A layer to which nothing was added does not count.
+    a, b = make_bundle(base, TARGETS[:1]), make_bundle(base, TARGETS[1:])
+    none = ff.merge_checkpoint(base, [a, b], tmp_path / "none", weights=[1.0, 0.0])
+    assert none.layers[1].survival == 0 and none.notes == ()
     full = ff.merge_checkpoint(base, bundle, tmp_path / "full", dtype="float32")
     assert all(layer.survival is not None and layer.survival > 0.9 for layer in full.layers)
     assert full.notes == ()
@@ -326,15 +315,6 @@ def test_the_remedy_for_low_survival_is_for_half_precision_only(
     assert "dtype float32 (--dtype float32)" in survival_note(np.float16, 1e-3, "half")
 
 
-def test_layers_to_which_nothing_was_added_have_not_low_survival(
-    base: Path, tmp_path: Path, make_bundle: MakeBundle
-) -> None:
-    a, b = make_bundle(base, TARGETS[:1]), make_bundle(base, TARGETS[1:])
-    report = ff.merge_checkpoint(base, [a, b], tmp_path / "out", weights=[1.0, 0.0])
-    assert [layer.survival for layer in report.layers][1] == 0
-    assert report.notes == ()
-
-
 def test_an_unbound_bundle_is_bound_and_said_to_be_unchecked(
     base: Path, tmp_path: Path, make_bundle: MakeBundle
 ) -> None:
@@ -345,35 +325,6 @@ def test_an_unbound_bundle_is_bound_and_said_to_be_unchecked(
     ff.merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "b")
     for shard in SHARDS:
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
-
-
-def test_force_replaces_the_whole_folder(
-    base: Path, tmp_path: Path, make_bundle: MakeBundle
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "left-over.txt").write_text("x")
-    ff.merge_checkpoint(base, make_bundle(base, TARGETS), tmp_path / "out", force=True)
-    assert not (tmp_path / "out" / "left-over.txt").exists()
-    assert (tmp_path / "out" / SHARDS[0]).exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
-
-
-def test_float64_weights_keep_their_precision(
-    tmp_path: Path,
-    make_bundle: MakeBundle,
-    exact_delta: Callable[..., Array],
-    tensors_of: Callable[[Path], dict[str, Array]],
-) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    weight = np.random.default_rng(0).standard_normal((8, 6))
-    save_file({"q.weight": weight}, base / "model.safetensors")
-    bundle = make_bundle(base, ["q"], scaling=1e-3)
-    ff.merge_checkpoint(base, bundle, tmp_path / "out")
-    found = tensors_of(tmp_path / "out")["q.weight"]
-    delta = exact_delta(bundle, "q")
-    assert found.dtype == np.float64
-    assert np.abs(found - weight - delta).max() <= 1e-6 * np.abs(delta).max()
 
 
 def test_a_snapshot_of_the_hugging_face_cache_becomes_plain_files(
@@ -396,3 +347,7 @@ def test_a_snapshot_of_the_hugging_face_cache_becomes_plain_files(
         assert not copy.is_symlink()
         if file.is_file() and file.name != "manifest.json":
             assert copy.read_bytes() == file.read_bytes()
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "plain" / "config.json")
+    with pytest.raises(BadInputError, match="a link to"):
+        ff.merge_checkpoint(snapshot, bundle, tmp_path / "again")

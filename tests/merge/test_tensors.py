@@ -17,6 +17,7 @@ Array = np.ndarray[Any, Any]
 
 # safetensors name -> (numpy dtype, bits of the significand, smallest exponent)
 FLOATS = {
+    "F64": (np.float64, 53, -1022),
     "F32": (np.float32, 24, -126),
     "F16": (np.float16, 11, -14),
     "BF16": (ml_dtypes.bfloat16, 8, -126),
@@ -45,15 +46,16 @@ def terms_of(shape: tuple[int, int], rms: float, count: int) -> tuple[list[Term]
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("rms", [6.6e-4, 6.6e-6, 6.6e-8])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("source", ["F32", "out"])
+@pytest.mark.parametrize(
+    ("source", "dtype"), [("F32", "F16"), ("F32", "BF16"), *((name, name) for name in FLOATS)]
+)
 def test_within_half_a_unit_of_the_exact_sum(
-    dtype: str, source: str, rms: float, count: int, transposed: bool
+    source: str, dtype: str, rms: float, count: int, transposed: bool
 ) -> None:
     terms, delta = terms_of((384, 512), rms, count)
     delta = delta.T if transposed else delta
     random = np.random.default_rng(0).standard_normal(delta.shape) * 0.02
-    weight = random.astype(np.float32 if source == "F32" else FLOATS[dtype][0])
+    weight = random.astype(FLOATS[source][0])
     exact = weight.astype(np.float64) + delta
     found = add_deltas(weight, terms, transposed=transposed, dtype=dtype, name="w")
     assert found.value.dtype == FLOATS[dtype][0]
@@ -74,10 +76,13 @@ def test_survival_in_bfloat16_is_what_mathematics_says() -> None:
         assert found == pytest.approx(expected, abs=0.02)
 
 
-def rounded(total: Array, weight: Array, delta: Array, dtype: Any) -> Array:
-    result = np.empty(total.shape, dtype)
-    round_once(total, weight, delta, result, np.empty(total.shape, bool))
-    return result
+def rounded(weight: float, delta: float, dtype: Any) -> float:
+    """What `round_once` makes of a sum, each of four elements alike."""
+    w, d = np.full((1, 4), weight, np.float32), np.full((1, 4), delta, np.float32)
+    result = np.empty(w.shape, dtype)
+    round_once(w + d, w, d, result, np.empty(w.shape, bool))
+    assert len({*result.astype(float).ravel()}) == 1
+    return float(result[0, 0])
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -90,27 +95,14 @@ def test_sums_halfway_between_two_values_are_decided_by_the_exact_sum(dtype: str
         (0, 0.0, 1.0), (0, 1e-9, 1 + unit), (0, -1e-9, 1.0),
         (1, 0.0, 1 + 2 * unit), (1, 1e-9, 1 + 2 * unit), (1, -1e-9, 1 + unit),
     ):  # fmt: skip
-        weight = np.full((1, 4), 1 + odd * unit, np.float32)
-        delta = np.full((1, 4), half + tiny, np.float32)
-        total = weight + delta
-        assert (total == np.float32(1 + odd * unit + half)).all()
-        found = rounded(total, weight, delta, kind)
-        assert (found.astype(np.float64) == expected).all(), (odd, tiny)
-
-
-def test_float16_subnormals_are_decided_by_the_exact_sum() -> None:
-    unit = 2.0**-24
-    weight = np.full((1, 4), 4 * unit, np.float32)
-    for tiny, expected in ((-1e-14, 4 * unit), (0.0, 4 * unit), (1e-14, 5 * unit)):
-        delta = np.full((1, 4), unit / 2 + tiny, np.float32)
-        total = weight + delta
-        assert (total == np.float32(4.5 * unit)).all()
-        found = rounded(total, weight, delta, np.float16)
-        assert (found.astype(np.float64) == expected).all()
+        assert rounded(1 + odd * unit, half + tiny, kind) == expected, (odd, tiny)
+    least = 2.0**-24  # float16's smallest value
+    for tiny, expected in ((-1e-14, 4 * least), (0.0, 4 * least), (1e-14, 5 * least)):
+        assert dtype == "BF16" or rounded(4 * least, least / 2 + tiny, kind) == expected
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_the_error_of_what_was_added_is_measured(dtype: str, transposed: bool) -> None:
     terms, delta = terms_of((96, 128), 1e-4, 2)
     delta = delta.T if transposed else delta
@@ -135,13 +127,6 @@ def test_in_place_and_any_number_of_threads_give_the_same(monkeypatch: pytest.Mo
             assert (given == weight).all() != overwrite
             results.append((found.value.tobytes(), found.survival, found.error))
     assert len(set(results)) == 1
-
-
-def test_a_huge_change_has_a_finite_error() -> None:
-    entries = np.array([[0, 0]])
-    term = Term(np.array([1.0], np.float32), entries, 4e25)
-    found = add_deltas(np.ones((2, 2), np.float32), [term], transposed=False, dtype="F32", name="w")
-    assert found.error == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
