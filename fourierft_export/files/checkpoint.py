@@ -125,7 +125,7 @@ class Checkpoint:
         return cls(path, tuple(headers), index, metadata or {})
 
     def info(self, name: str) -> TensorInfo:
-        """Where the tensor `name` lies; BadInputError if there is none."""
+        """Find where the tensor `name` lies; BadInputError if there is none."""
         if name not in self.tensors:
             raise BadInputError(self.path, expected=f"a tensor {name!r}", found="no such tensor")
         return self.tensors[name]

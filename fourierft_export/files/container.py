@@ -147,14 +147,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def file_stamp(fd: int) -> Stamp:
-    """Inode, size and time of an open file, which change when somebody writes to it."""
+    """Inode, size and time of an open file, which change when a process writes to it."""
     # Without the device's number, which may differ between machines that share a file system.
     status = os.fstat(fd)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def header_length(head: bytes, size: int, where: str) -> int:
-    """The length of the JSON header, from the first 8 bytes of a file of `size` bytes."""
+    """Decode the length of the JSON header from the first 8 bytes of a file of `size` bytes."""
     if size == 0:
         raise BadInputError(where, expected="a safetensors file", found="an empty file")
     length = int.from_bytes(head, "little") if len(head) == 8 else -1
@@ -198,7 +198,7 @@ def parse_header(text: bytes, size: int, where: str, path: Path = Path()) -> Hea
                 where,
                 expected=f"tensor {tensor.name!r} to begin at byte {at}",
                 found=f"byte {tensor.start}: tensors overlap or leave a hole",
-                remedy="the file was not written by a safetensors writer",
+                remedy="the file is damaged or hostile: get it again",
             )
         at = tensor.stop
     if at != size:
@@ -226,7 +226,7 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path) -> Tenso
         raise fail(f"a shape of at most {MAX_AXES} whole numbers from 0", repr(shape)[:80])
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise fail("two byte offsets", repr(offsets)[:80])
-    # Axes of size 0 do not count: numpy measures the others all the same.
+    # Without the axes of size 0: numpy limits the product of the other axes, too.
     if prod(n for n in shape if n) > MAX_ELEMENTS:
         raise fail(f"at most {MAX_ELEMENTS} elements", f"shape {shape}"[:80])
     bits = prod(shape) * DTYPE_BITS[dtype]
@@ -238,7 +238,7 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path) -> Tenso
 def encode_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The first bytes of a safetensors file: length, JSON, and spaces up to a multiple of 8.
+    """Write the first bytes of a safetensors file: length, JSON, spaces up to a multiple of 8.
 
     Written here because the same content must give the same bytes, and because a writer that
     streams needs the header before the payloads. `tensors` are (name, dtype, shape) in the order of

@@ -26,16 +26,16 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 @cache
 def to_numpy(name: str) -> np.dtype[Any]:
-    """The little-endian numpy dtype of a safetensors dtype; KeyError if not of whole bytes (F4)."""
+    """Return the little-endian numpy dtype of a safetensors dtype; KeyError if none (F4)."""
     little: np.dtype[Any] = np.dtype(_NUMPY[name]).newbyteorder("<")
     return little
 
 
 def has_name(dtype: np.dtype[Any]) -> bool:
-    """Whether safetensors has such a dtype."""
+    """Return whether safetensors has a numpy dtype."""
     return dtype.newbyteorder("=") in _NAMES
 
 
 def to_name(dtype: np.dtype[Any]) -> str:
-    """The safetensors name of a numpy dtype; KeyError if there is none."""
+    """Return the safetensors name of a numpy dtype; KeyError if there is none."""
     return _NAMES[dtype.newbyteorder("=")]

@@ -148,7 +148,7 @@ def _number(keys: Mapping[str, str], name: str, default: int) -> int:
 
 
 def tensor_bytes(tensor: Any) -> int:
-    """Size of a TensorProto's content, by its shape; ValueError for what cannot be external."""
+    """Compute a TensorProto's size in bytes by its shape; ValueError if it cannot be external."""
     bits = _BITS.get(tensor.data_type)
     if bits is None:
         raise ValueError(f"data type {tensor.data_type}, which cannot be external")

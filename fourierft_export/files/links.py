@@ -1,4 +1,4 @@
-"""Which symbolic links are followed when files are read out of a folder that somebody else made.
+"""Which symbolic links are followed when files of a downloaded folder are read.
 
 A link in a downloaded folder can point anywhere on the machine, and a verb that copies what it
 reads would copy that. Models in the Hugging Face cache are nothing but links, so those that stay

@@ -15,7 +15,7 @@ from pathlib import Path
 def try_lock(path: Path) -> int | None:
     """Lock the file at `path`, which is made if it is absent.
 
-    Returns an open descriptor, for `unlock`; None while somebody else holds the lock.
+    Returns an open descriptor, for `unlock`; None while another process holds the lock.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -23,7 +23,7 @@ def try_lock(path: Path) -> int | None:
             if not _lock(fd):
                 os.close(fd)
                 return None
-            # Whoever held it may have removed the file before letting go: then this lock is void.
+            # Its last holder may have removed the file before letting go: then this lock is void.
             same = os.path.samestat(os.fstat(fd), os.stat(path))
         except FileNotFoundError:
             same = False

@@ -100,10 +100,12 @@ def _refuse_impossible(path: str) -> None:
 def work_folder(
     out: str | os.PathLike[str], *, plan: str | None = None, keep: bool = False
 ) -> Iterator[Path]:
-    """A locked folder next to `out`, removed at the end however the block ends, but for a kill.
+    """Make and lock a folder next to `out`; it is removed when the block ends, but for a kill.
 
-    `plan`, a short hash of what is being done, names the folder (the process id by default). With
-    `keep`, it holds what a killed process with the same plan had made.
+    Args:
+        out: the output.
+        plan: a short hash of the work, for the folder's name; the process id by default.
+        keep: leave the files of a killed process with the same plan in it.
 
     Raises:
         FileAccessError: another process works in this folder; it cannot be made.
@@ -124,7 +126,7 @@ def work_folder(
 
 @contextmanager
 def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """A path to write to; it becomes `out` when the block ends well, and vanishes otherwise."""
+    """Yield a path to write to; it is renamed to `out`, or removed if the block raises."""
     with _staged(out, force) as staged:
         yield staged
         set_umask_mode(staged)
@@ -132,7 +134,7 @@ def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator
 
 @contextmanager
 def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """An empty folder to fill; it becomes `out` when the block ends well, else it vanishes."""
+    """Yield an empty folder to fill; it is renamed to `out`, or removed if the block raises."""
     with _staged(out, force) as staged:
         staged.mkdir()
         yield staged
@@ -157,7 +159,7 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
     `staged` lies in a `work_folder` of `out`, which keeps what is replaced until the end.
 
     Raises:
-        UsageError: somebody else has made `out` meanwhile, and `force` is not set.
+        UsageError: another process has made `out` meanwhile, and `force` is not set.
         OSError: it cannot be renamed.
     """
     old = staged.with_name(_OLD)
@@ -240,7 +242,7 @@ def _leave(folder: Path, lock: int, out: Path) -> None:
         os.replace(folder / _OLD, out)
     _empty(folder)
     unlock(lock, folder / _LOCK)
-    with contextlib.suppress(OSError):  # somebody else is about to take it over
+    with contextlib.suppress(OSError):  # another process is about to lock it
         folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""JSON from files that others made: nothing ambiguous, nothing unbounded.
+"""JSON of files that may be hostile: nothing ambiguous, nothing unbounded.
 
 Python's parser accepts duplicate keys, NaN, 1e999, integers of any length and half a surrogate pair
 as text. Each of these lets one file mean two things to two readers, so all of them are errors here.
@@ -71,15 +71,15 @@ def loads(text: str | bytes, where: str) -> Any:
 
 def _is_deep(value: Any) -> bool:
     """Whether lists and objects are nested more than `MAX_DEPTH` deep."""
-    level = [value]
+    nested = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [
+        nested = [
             inner
-            for outer in level
+            for outer in nested
             if isinstance(outer, (list, dict))
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
-    return bool(level)
+    return bool(nested)
 
 
 def canonical(value: Any) -> str:

@@ -38,7 +38,7 @@ class Share:
     weight: float
 
     def term(self) -> Term:
-        """The spectrum, its entries (derived here, and cached) and the scaling."""
+        """Return the spectrum, its entries (computed here, and cached) and the scaling."""
         scaling = float(self.bundle.spec.scaling) * self.weight
         return Term(self.bundle.spectra[self.layer], self.bundle.entries(self.layer), scaling)
 
@@ -84,7 +84,7 @@ class Changes:
         prefix: what every tensor of the base is renamed with, because the head that is added
             makes a bare encoder a task model ("bert"); "" for none.
         outside: names that do not get the prefix: those of the head.
-        unties: the output embedding gets a tensor of its own.
+        unties: the output embedding, tied in the base, becomes a separate tensor.
     """
 
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
@@ -93,14 +93,18 @@ class Changes:
     unties: bool = False
 
     def out_name(self, key: str) -> str:
-        """The output's name of a tensor, from the base's."""
+        """Return a tensor's name in the output, from its name in the base."""
         return f"{self.prefix}.{key}" if self.prefix and key not in self.outside else key
 
 
 def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
     """Compare a bundle's layers and dense tensors with those of a base.
 
-    When `thorough`, the weights are read and hashed; otherwise eight values of each are compared.
+    Args:
+        base: the base.
+        name: of the bundle, for messages.
+        bundle: bound or not.
+        thorough: read and hash the weights; otherwise eight values of each are compared.
     """
     modules = [layer.name for layer in bundle.layers]
     bridge = base.bridge(modules)
@@ -118,7 +122,7 @@ def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
 def collect_changes(
     base: Base, bundles: Sequence[Bundle], names: Sequence[str], weights: Sequence[float]
 ) -> Changes:
-    """What bound bundles, which fit `base`, change in it.
+    """Collect what bound bundles, which fit `base`, change in it.
 
     Raises:
         UsageError: listing every tensor that two bundles set to different values.
@@ -165,7 +169,7 @@ def collect_changes(
             "bundles",
             expected="bundles that can be merged together",
             found="heads, biases or weights that more than one sets",
-            remedy="merge them one at a time into outputs of their own",
+            remedy="merge each of them into a separate output",
             offenders=sorted(set(conflicts)),
         )
     changes.prefix = max(prefixes, default="")
@@ -180,7 +184,7 @@ def _only_layer(bundle: Bundle, name: str) -> Bundle:
 
 
 def _stored_name(base: Base, bridge: Bridge, tensor: str) -> str:
-    """What the base calls a dense tensor of an adapter, or would call it."""
+    """Return the base's name for a dense tensor of an adapter, whether it has it or not."""
     key = bridge.to_base(tensor)
     for now, then in _OLD_NORM_NAMES.items():
         old = key.removesuffix(now) + then
@@ -196,7 +200,7 @@ def _is_same(a: Array | None, b: Array) -> bool:
 
 
 def _keep_output_embedding(base: Base, changes: Changes) -> None:
-    """A tied output embedding stays as it is when the input embedding is replaced (as in PEFT)."""
+    """Keep a tied output embedding when the input embedding is replaced, as PEFT does."""
     try:
         head = base.layer("lm_head")
     except BaseMismatchError:

@@ -22,7 +22,18 @@ def merged_config(
     dtype: str,
     labels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config.json of a merge's output ({} for a base without one), and notes for a person.
+    """Make the config.json of a merge's output, and notes for the user.
+
+    Args:
+        base: the base.
+        bundles: what is merged.
+        weights: a factor on each bundle's delta_W.
+        changes: what the bundles change.
+        dtype: of the output, or "keep".
+        labels: names for a classification head's rows.
+
+    Returns:
+        The config ({} for a base without one), and the notes.
 
     Raises:
         UsageError: `labels` without a head that has as many rows, or without a config.
@@ -30,7 +41,7 @@ def merged_config(
     notes = []
     heads = [bundle for bundle in bundles if bundle.saved]
     if any(w != 1 and bundle.saved for w, bundle in zip(weights, bundles, strict=True)):
-        notes.append("weights scale delta_W only: heads and biases are taken as they are")
+        notes.append("weights scale delta_W only: heads and biases are not scaled")
     added = sorted(changes.outside - {*base.tensors})
     brought = [key for key in added if changes.tensors[key].value is not None]
     if not base.config:
@@ -62,7 +73,7 @@ def merged_config(
     if changes.unties:
         config["tie_word_embeddings"] = False
         if len(brought) < len(added):
-            notes.append("the output embedding was tied and is now a weight of its own")
+            notes.append("the output embedding was tied and is now a separate weight")
     if dtype != "keep":
         # transformers loads a checkpoint in the dtype its config names, by a new and an old key.
         config["dtype"] = dtype
@@ -76,7 +87,7 @@ def _with_labels(
     shapes: Mapping[str, tuple[int, ...]],
     labels: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """A copy of `config` with as many labels as the head that an adapter brings.
+    """Copy `config` with as many labels as the head that an adapter brings.
 
     Their names are `labels`, by default those of `config` when their number is right, else LABEL_0,
     LABEL_1 and so on, as transformers has it; transformers derives num_labels from id2label.
@@ -91,9 +102,7 @@ def _with_labels(
         )
     if labels is not None and (len(set(labels)) != len(labels) or "" in labels):
         # label2id would lose one of two equal names.
-        raise UsageError(
-            "labels", expected="a name of its own for each", found=", ".join(map(repr, labels))
-        )
+        raise UsageError("labels", expected="different names", found=", ".join(map(repr, labels)))
     known = config.get("id2label")
     if count is None or (labels is None and isinstance(known, dict) and len(known) == count):
         return dict(config)

@@ -55,14 +55,14 @@ def run_tasks(
     if left:
         raise FileAccessError(
             f"tasks {', '.join(map(str, left))}",
-            expected="workers that stay alive",
-            found=f"some that died, {ATTEMPTS} times",
+            expected="workers that finish them",
+            found=f"workers that died, {ATTEMPTS} times",
             remedy="they may lack memory: use fewer workers",
         )
 
 
 def _worker_is_lost(error: BaseException) -> bool:
-    """Whether a task failed because its worker died, not by itself."""
+    """Return whether a task failed because its worker died."""
     # By name: distributed may not be installed.
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (BrokenExecutor, CancelledError)) or bool(
@@ -110,7 +110,7 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 @contextmanager
 def dask_cluster(address: str) -> Iterator[Executor]:
-    """The workers of the Dask scheduler at `address`, such as "tcp://host:8786".
+    """Connect to the workers of the Dask scheduler at `address`, such as "tcp://host:8786".
 
     They see this file system and have this package. FileAccessError if no scheduler answers.
     """

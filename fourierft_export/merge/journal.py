@@ -1,4 +1,4 @@
-"""What a merge has finished: one line of JSON for each shard, on the disk before it is believed.
+"""The journal of a merge: one line of JSON for each finished shard, flushed to the disk.
 
 A line begins with the line break, so that one which a kill cut off does not take the next one with
 it. A line counts only if it describes a shard of this very merge, and if that shard's file still
@@ -44,7 +44,7 @@ class Journal:
             os.close(fd)
 
     def finished(self, place: Callable[[str], Path], count: Count) -> dict[int, WrittenShard]:
-        """The shards, by number, that it lists and whose files are there with the stated hash.
+        """Read which shards are finished: those listed whose files have the stated hash.
 
         `place` gives the file of a shard's name; `count` is called with the bytes of each of them.
         """
@@ -68,7 +68,7 @@ class Journal:
 
 
 def _parsed(fields: Any, shards: Sequence[ShardPlan]) -> tuple[int, WrittenShard]:
-    """The number and content of a line; ValueError, TypeError or KeyError if it is no such line."""
+    """Parse and check a line; ValueError, TypeError or KeyError if it is not of this merge."""
     number = fields.pop("number") if isinstance(fields, dict) else None
     if type(number) is not int or not 0 <= number < len(shards):
         raise ValueError("not a shard of this merge")

@@ -100,12 +100,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         bad = "something else"
     elif manifest.get("schema") != SCHEMA:
         bad = f"schema {manifest.get('schema')!r}"
-    elif not all(isinstance(manifest.get(key), dict) for key in ("files", "tensors")):
-        bad = "one without files and tensors"
+    elif not isinstance(manifest.get("files"), dict):
+        bad = "one without files"
     else:
-        files, tensors = manifest["files"].items(), manifest["tensors"].items()
-        wrong = [name for name, entry in (*files, *tensors) if not _has_hash(entry)]
-        wrong += [name for name, entry in files if not (is_plain_path(name) and _has_size(entry))]
+        files = manifest["files"].items()
+        wrong = [name for name, entry in files if not (is_plain_path(name) and _is_file(entry))]
         bad = f"a bad entry {wrong[0]!r}" if wrong else ""
     if bad:
         raise BadInputError(
@@ -118,11 +117,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return checked
 
 
-def _has_hash(entry: object) -> bool:
-    sha256 = entry.get("sha256") if isinstance(entry, dict) else None
-    return isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
-
-
-def _has_size(entry: object) -> bool:
-    size = entry.get("bytes") if isinstance(entry, dict) else None
-    return type(size) is int and 0 <= size < 2**63
+def _is_file(entry: object) -> bool:
+    """Return whether an entry of the manifest states a hash and a size."""
+    fields = entry if isinstance(entry, dict) else {}
+    sha256, size = fields.get("sha256"), fields.get("bytes")
+    is_hash = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
+    return is_hash and type(size) is int and 0 <= size < 2**63

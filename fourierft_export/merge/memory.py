@@ -1,4 +1,4 @@
-"""What a merge needs and what there is of it: memory of the machine and of its control groups.
+"""Memory: what a merge needs, and what the machine and its control groups have left.
 
 A container sees the memory of its machine in /proc/meminfo; what it may use is the limit of its
 control group (Linux: Documentation/admin-guide/cgroup-v2.rst).
@@ -22,9 +22,10 @@ _PROCESS = 192 << 20
 
 
 def memory_needed(shards: Sequence[ShardPlan]) -> int:
-    """Bytes of memory that one process needs: three of the largest changed weight, and more.
+    """Estimate the bytes of memory that one process needs.
 
-    The size of the checkpoint does not matter: one is being written, one waits, one is worked on.
+    It holds three changed weights at a time (one is written, one waits, one is computed), whatever
+    the size of the checkpoint.
     """
     changed = [_changed_bytes(t) for s in shards for t in s.tensors if t.shares]
     dense = sum(t.value.nbytes for s in shards for t in s.tensors if t.value is not None)
@@ -54,7 +55,7 @@ def check_memory(needed: int, workers: int) -> None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process can still get; None where the system does not say."""
+    """Return the bytes of memory that this process can still get; None if unknown."""
     machine = _left_in_machine(root)
     return min([*_left_in_groups(root), *([] if machine is None else [machine])], default=None)
 
@@ -72,7 +73,7 @@ def _left_in_machine(root: Path) -> int | None:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What is left in the control group that this process is in, and in those around it."""
+    """Yield the bytes left in this process's control group, and in those around it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -88,7 +89,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             except (OSError, ValueError):  # no such group is seen from here, or its limit is "max"
                 pass
             else:
-                # Pages of files count as used, and are given up when memory is wanted: all that a
+                # Cached files count as used but are evicted when memory is needed: else all that a
                 # merge reads and writes would count against it.
                 pages = dict(line.split() for line in stat)
                 files = int(pages.get("active_file", 0)) + int(pages.get("inactive_file", 0))

@@ -62,8 +62,8 @@ def merge_checkpoint(
         weights: a factor on each bundle's delta_W; 1 by default.
         dtype: "keep", "float32", "float16" or "bfloat16", for all float tensors.
         labels: names of a classification head's labels, for config.json.
-        names: how to speak of the bundles, in errors and in the manifest, which has the last part
-            of each; their paths by default, and numbers for objects.
+        names: names of the bundles for errors and the manifest, which has the last part of each;
+            by default their paths, and numbers for objects.
         force: replace an existing output.
         dry_run: check and plan only.
         allow_base_mismatch: merge even when the base's values are not those the adapter knows.
@@ -176,7 +176,7 @@ def _checked_options(
     workers: int,
     scheduler: str | None,
 ) -> tuple[float, ...]:
-    """The weights, once the options make sense."""
+    """Check the options; returns the weights as a tuple."""
     if not given:
         raise UsageError("bundles", expected="one or more", found="none")
     if dtype != "keep" and dtype not in DTYPES:

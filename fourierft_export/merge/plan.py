@@ -75,7 +75,7 @@ class MergePlan:
         return self.base.directory.is_dir()
 
     def hash(self) -> str:
-        """A short hash of all that the output follows from.
+        """Hash everything that the output depends on; returns 16 hex digits.
 
         The base's files are identified by their names, sizes, inodes and times: to hash them would
         be to read everything twice.
@@ -94,7 +94,7 @@ class MergePlan:
         return hashlib.sha256(strict_json.canonical(content).encode()).hexdigest()[:16]
 
     def with_fits(self, fits: Sequence[Fit]) -> MergePlan:
-        """The same with what the fits say of the bundles in its report."""
+        """Copy the plan, with the verdicts and notes of the fits in its report."""
         bundles = tuple(
             replace(bundle, base_check=fit.verdict)
             for bundle, fit in zip(self.report.bundles, fits, strict=True)
@@ -104,7 +104,7 @@ class MergePlan:
 
 
 def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ...]:
-    """The shards of the output: the base's, in its order, new tensors in the last one."""
+    """Plan the shards of the output: the base's, in its order, with new tensors in the last."""
     checkpoint = base.checkpoint
     wanted = DTYPES.get(dtype)
     # transformers takes the dtype of a model without one in its config from its first tensor, so
@@ -130,7 +130,7 @@ def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ..
 
 
 def index_text(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> str:
-    """The shard index of the output, written as transformers writes it."""
+    """Write the shard index of the output as transformers does."""
     where: dict[str, str] = {}
     elements = 0
     for shard in shards:
@@ -154,7 +154,7 @@ def _named(plan: TensorPlan, changes: Changes, dtype: str) -> TensorPlan:
 
 
 def _most_common_float(tensors: Iterable[TensorInfo]) -> str:
-    """The float dtype that most bytes have."""
+    """Return the float dtype that most bytes have."""
     sizes: Counter[str] = Counter()
     for info in tensors:
         if info.dtype in FLOAT_DTYPES:
@@ -163,7 +163,7 @@ def _most_common_float(tensors: Iterable[TensorInfo]) -> str:
 
 
 def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The output's names of tensors that are replaced whole, and of those that the base lacks."""
+    """Return the names in the output of tensors that are replaced, and of added ones."""
     replaced = [k for k, plan in changes.tensors.items() if plan.value is not None]
     return (
         tuple(changes.out_name(key) for key in sorted(replaced) if key in base.tensors),
@@ -174,7 +174,7 @@ def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], t
 
 
 def changed_tensors(shards: Iterable[ShardPlan]) -> Mapping[str, TensorPlan]:
-    """The tensors that get delta_W, by their names in the output."""
+    """Return the tensors that get delta_W, by their names in the output."""
     return {plan.slot.name: plan for shard in shards for plan in shard.tensors if plan.shares}
 
 

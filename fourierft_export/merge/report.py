@@ -58,19 +58,19 @@ class MergeReport:
     Attributes:
         out: the folder or file that was (or would be) written.
         base: what was merged into.
-        dtype: "keep" or the dtype asked for.
+        dtype: "keep", or the dtype of the output.
         bundles: what was merged.
         layers: what was changed, in natural order of their names.
         replaced: tensors taken whole from a bundle (heads, biases) that the base has too.
         added: tensors that the base does not have (a head, an untied lm_head).
-        carried: files that are not weights, copied as they are.
+        carried: files that are not weights, which were copied.
         left_behind: weights of the base folder in other formats, which would be stale.
         shards: sha256 of every weight file; empty in a dry run.
         nbytes: size of the weights.
         disk_bytes: space that the whole output needs.
         memory_bytes: an estimate of one process's peak memory.
         resumed: weight files that a killed run had finished.
-        notes: what a person should know.
+        notes: what the user should know.
         dry_run: whether nothing was written.
     """
 
@@ -92,7 +92,7 @@ class MergeReport:
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the report as JSON values."""
         return asdict(self) | {
             "out": str(self.out),
             "base": str(self.base),
@@ -101,7 +101,7 @@ class MergeReport:
 
 
 def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
-    """The layer of which the smallest share changed; None in a dry run.
+    """Find the layer of which the smallest share changed; None in a dry run.
 
     Layers to which nothing was added (a weight of 0, a spectrum of zeros) do not count.
     """
@@ -110,7 +110,7 @@ def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
 
 
 def survival_notes(layers: Sequence[LayerReport]) -> tuple[str, ...]:
-    """A warning when rounding swallows most of a change, and what to do about it."""
+    """Warn when rounding loses most of a change, and say what to do."""
     worst = least_survival(layers)
     if worst is None or worst.survival is None or worst.survival >= LOW_SURVIVAL:
         return ()

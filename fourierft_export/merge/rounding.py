@@ -53,11 +53,17 @@ def add_deltas(
     name: str,
     overwrite: bool = False,
 ) -> Merged:
-    """A weight plus the delta_W of every term, block by block, rounded once to `dtype`.
+    """Add the delta_W of every term to a weight, block by block, and round once to `dtype`.
 
-    The sum is within half a unit in the last place of the exact one, and 1e-6 of delta_W. The
-    weight is stored as (in, out) when `transposed`; with `overwrite` the result may take its
-    memory.
+    The sum is within half a unit in the last place of the exact one, and 1e-6 of delta_W.
+
+    Args:
+        weight: (out, in), or (in, out) when `transposed`; of any float dtype.
+        terms: what to add.
+        transposed: how the weight is stored.
+        dtype: safetensors name of the result's dtype.
+        name: of the tensor, for errors.
+        overwrite: the result may use the weight's memory.
 
     Raises:
         BadInputError: the result does not fit in `dtype`; names the tensor.
@@ -73,7 +79,7 @@ def add_deltas(
 
     with np.errstate(over="ignore", invalid="ignore"):
         each_block(weight.shape, terms, add_block, transposed)
-    # Threads finish in any order, and sums shall not depend on it.
+    # Threads finish in any order, and the sums must not depend on it.
     _, changed, not_finite, error, delta = (
         math.fsum(sums) for sums in zip(*sorted(blocks), strict=True)
     )
@@ -90,7 +96,7 @@ class _Scratch(threading.local):
         self._kept: dict[str, Array] = {}
 
     def array(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array for `use` with anything in it."""
+        """Return an array for `use` with undefined content."""
         size = math.prod(shape)
         kept = self._kept.get(use)
         if kept is None or kept.size < size or kept.dtype != dtype:
@@ -150,7 +156,7 @@ def round_once(total: Array, weight: Array, delta: Array, result: Array, scratch
 
 
 def _halfway(values: Array, dtype: np.dtype[Any], scratch: Array) -> Array:
-    """Where float32 values lie exactly between two neighbours of a 16-bit dtype: positions."""
+    """Return the positions of float32 values halfway between two neighbours of a 16-bit dtype."""
     low_half = values.view(np.uint16)[0 if sys.byteorder == "little" else 1 :: 2]
     if dtype == ml_dtypes.bfloat16:
         return np.flatnonzero(np.equal(low_half, 0x8000, out=scratch))
@@ -165,7 +171,7 @@ def _halfway(values: Array, dtype: np.dtype[Any], scratch: Array) -> Array:
 
 
 def convert(value: Array, dtype: str, name: str) -> Array:
-    """A float tensor in another float dtype; any other as it is. BadInputError if it overflows."""
+    """Convert a float tensor to another float dtype; BadInputError if it overflows."""
     if to_name(value.dtype) not in FLOAT_DTYPES or to_name(value.dtype) == dtype:
         return value
     with np.errstate(over="ignore"):
@@ -190,12 +196,12 @@ def _overflow_error(name: str, dtype: np.dtype[Any], count: int) -> BadInputErro
 
 @cache
 def _largest(dtype: np.dtype[Any]) -> float:
-    """The largest finite value of a float dtype."""
+    """Return the largest finite value of a float dtype."""
     return float(ml_dtypes.finfo(dtype).max)
 
 
 def _square_sum(values: Array) -> float:
-    """The sum of squares, in float64 where float32 cannot hold it."""
+    """Sum the squares, in float64 where float32 cannot hold the sum."""
     flat = values.reshape(-1)
     small = float(np.einsum("i,i->", flat, flat))  # unlike a dot product, the same on any threads
     return small if math.isfinite(small) else float(np.square(flat.astype(np.float64)).sum())

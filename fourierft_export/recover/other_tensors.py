@@ -68,14 +68,14 @@ def compare_other_tensors(
 
 
 def _may_be_saved(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor is what PEFT saves next to spectra: a bias, or a head."""
+    """Return whether a tensor is what PEFT saves with the spectra: a bias, or a head."""
     is_bias = len(info.shape) == 1 and name.endswith(".bias")
     head = head_labels({name: info.shape}) is not None
     return is_bias or head or any(part in _HEADS for part in name.split("."))
 
 
 def _is_kept_output(before: Base, after: Base, name: str) -> bool:
-    """Whether a tensor is an output embedding that was tied to the base's input embedding."""
+    """Return whether a tensor is an output embedding that was tied in the base."""
     if not f".{name}".endswith(".lm_head.weight"):
         return False
     try:
@@ -86,7 +86,7 @@ def _is_kept_output(before: Base, after: Base, name: str) -> bool:
 
 
 def _is_same(before: Base, mine: TensorInfo, after: Base, its: TensorInfo) -> bool:
-    """Whether two tensors are equal, after rounding to the merged one's dtype."""
+    """Return whether two tensors are equal, after rounding to the merged one's dtype."""
     if mine.shape != its.shape:
         return False
     if mine.dtype == its.dtype:

@@ -115,7 +115,7 @@ def test_an_error_of_a_worker_is_the_callers(
     assert children() == []
 
 
-def test_no_scheduler_is_told(
+def test_an_address_without_a_scheduler_is_an_error(
     base: Path, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
@@ -146,7 +146,7 @@ def test_tasks_whose_workers_always_die_end_with_an_error() -> None:
             yield executor
 
     done: dict[int, int] = {}
-    with pytest.raises(FileAccessError, match="tasks 2: expected workers that stay alive"):
+    with pytest.raises(FileAccessError, match="tasks 2: expected workers that finish them"):
         run_tasks(task, {n: (n,) for n in (1, 2, 3)}, opened, done.__setitem__)
     assert done == {1: 10, 3: 30}
     assert sorted(tries) == [1, *[2] * ATTEMPTS, 3]

@@ -93,7 +93,7 @@ def test_shards_keep_their_layout(
     assert report.nbytes == 4 * elements
 
 
-def test_files_that_are_not_weights_are_carried_and_stale_weights_are_not(
+def test_files_that_are_not_weights_are_copied_and_stale_weights_are_not(
     base: Path, tmp_path: Path, make_bundle: MakeBundle
 ) -> None:
     before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
@@ -276,7 +276,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     assert planned.shards == {}
 
 
-def test_low_survival_is_told_with_the_remedy(
+def test_low_survival_is_noted_with_the_remedy(
     base: Path, tmp_path: Path, make_bundle: MakeBundle, tensors_of: Callable[..., Any]
 ) -> None:
     bundle = make_bundle(base, TARGETS, scaling=0.05)

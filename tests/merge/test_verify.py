@@ -12,7 +12,6 @@ import pytest
 
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, FileAccessError, ValidationError
-from fourierft_export.files.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -44,10 +43,8 @@ def change_byte(path: Path, at: int) -> None:
 
 
 def test_every_kind_of_damage_is_listed(merged: Path) -> None:
-    first, second = sorted(Checkpoint.open(merged).shards)
-    info = Checkpoint.open(merged).tensors["layers.0.q.weight"]
-    change_byte(first, info.start + 5)
-    change_byte(first, Checkpoint.open(merged).tensors["layers.0.k.weight"].start)  # not adapted
+    first, second = sorted(merged.glob("*.safetensors"))
+    change_byte(first, -5)
     with open(second, "ab") as file:
         file.write(b"x")
     (merged / "sub" / "pool.json").unlink()
@@ -59,7 +56,6 @@ def test_every_kind_of_damage_is_listed(merged: Path) -> None:
     assert report.problems == (
         "config.json: other bytes than were written",
         f"{first.name}: other bytes than were written",
-        f"{first.name}: tensor layers.0.q.weight has changed",
         f"{second.name}: {size:,} bytes instead of {size - 1:,}",
         "sub/pool.json: missing",
         "model.safetensors: weights that the manifest does not list",
@@ -85,7 +81,6 @@ def test_every_kind_of_damage_is_listed(merged: Path) -> None:
         ({"files": {"x": {"sha256": "0" * 64, "bytes": True}}}, "'x'"),
         ({"files": {"x": {"sha256": "0" * 64, "bytes": -1}}}, "'x'"),
         ({"files": {"x": 1}}, "'x'"),
-        ({"tensors": {"t": {}}}, "'t'"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused(
@@ -99,7 +94,7 @@ def test_a_manifest_that_is_not_one_is_refused(
     assert says in caught.value.found
 
 
-def test_what_is_no_merged_folder_is_told(merged: Path, tmp_path: Path) -> None:
+def test_what_is_no_merged_folder_is_refused(merged: Path, tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="a folder that merge wrote"):
         ff.verify_merged(tmp_path / "absent")
     with pytest.raises(FileAccessError, match=r"manifest\.json") as caught:
