@@ -204,7 +204,7 @@ def test_a_changed_or_damaged_file_is_an_error(
     adapters = {"default": good["adapters"]["default"] | {"bundle": older}}
     entry.value = json.dumps(good | {"adapters": adapters})
     onnx.save(model, tmp_path / "changed.onnx")
-    with pytest.raises(BadInputError, match="made by an older version.*; export it again"):
+    with pytest.raises(BadInputError, match=r"made by an older version.*; export it again"):
         ff.recover_onnx(tmp_path / "changed.onnx")
     for text in ("", "[]", "{}", '{"adapters": 3}', "[" * 100_000):
         entry.value = text
