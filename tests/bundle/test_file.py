@@ -197,7 +197,6 @@ PAIR = np.ones(2, np.float32)
 SHA = entries_sha256(spectral_entries(0, (2, 2), 2, "small"))
 BOUND = LayerSpec("a", 2, (2, 2), False, "small", SHA)
 
-
 EXPLICIT_ONE = replace(BOUND, entry_rule="explicit")
 
 
@@ -209,12 +208,9 @@ def one(layer: LayerSpec, spectrum: Any = PAIR, entries: Any = None) -> dict[str
 
 # What a file can say, too, is in test_hostile.py.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "seed of 65 bits": ({"spec": replace(GOOD_SPEC, seed=2**64)}, "seed"),
     "seed true": ({"spec": replace(GOOD_SPEC, seed=True)}, "seed"),
     "scaling NaN": ({"spec": replace(GOOD_SPEC, scaling=float("nan"))}, "scaling"),
     "scaling infinite": ({"spec": replace(GOOD_SPEC, scaling=float("-inf"))}, "scaling"),
-    "scaling of 400 digits": ({"spec": replace(GOOD_SPEC, scaling=-(10**400))}, "scaling"),
-    "no layers": ({"spec": AdapterSpec(0, 1.0, ())}, "no layers"),
     "a layer twice": ({"spec": AdapterSpec(0, 1.0, (ONE, ONE))}, "twice"),
     "no spectrum": ({"spectra": {}}, "spectrum"),
     "spectrum of another length": ({"spectra": {"a": np.ones(3)}}, "found shape \\[3\\]"),
@@ -223,8 +219,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "spectrum of text": ({"spectra": {"a": np.array(["x", "y"])}}, "no float"),
     "n 0": (one(LayerSpec("a", 0), np.ones(0)), "n_frequency 0"),
     "shape just too large": (one(replace(BOUND, shape=(2**33 + 1, 1))), "outside 1 to 2\\^33"),
-    "rule without shape": (one(LayerSpec("a", 2, entry_rule="small")), "given together"),
-    "explicit without entries": (one(EXPLICIT_ONE), "explicit entries"),
     "explicit entry outside": (one(EXPLICIT_ONE, entries=[[0, 0], [0, 2]]), "outside"),
     "explicit entry twice": (one(EXPLICIT_ONE, entries=[[1, 0], [1, 0]]), "twice"),
     "explicit entries of floats": (one(EXPLICIT_ONE, entries=np.ones((2, 2))), "explicit entries"),

@@ -8,6 +8,7 @@ verb that reads a bundle.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import tracemalloc
@@ -146,49 +147,13 @@ GOOD = craft()
 CONTAINERS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "an empty file"),
     "header of 2^63 bytes": ((1 << 63).to_bytes(8, "little") + GOOD[8:], "header le"),
-    "header longer than the file": (
-        (len(GOOD) - 7).to_bytes(8, "little") + GOOD[8:],
-        "header length",
-    ),
-    "header shorter than its JSON": (
-        (int.from_bytes(GOOD[:8], "little") - 8).to_bytes(8, "little") + GOOD[8:],
-        "strict JSON",
-    ),
     "one byte less": (GOOD[:-1], "truncated"),
     "one byte more": (GOOD + b"\0", "trailing"),
-    "not UTF-8": (GOOD[:9] + b"\xff" + GOOD[10:], "not UTF-8"),
-    "text": (b"hello, this is not a bundle at all", "header length"),
-    "pickle": (b"\x80\x04\x95" + bytes(200), "pickle or zip"),
-    "zip": (b"PK\x03\x04" + bytes(200), "pickle or zip archive, which can run code"),
-    "overlap": (
-        with_header({"a": TENSOR, "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}),
-        "overlap or leave a hole",
-    ),
-    "hole": (
-        with_header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}),
-        "overlap or leave a hole",
-    ),
-    "a shape that overflows": (
-        with_header({"a": {**TENSOR, "shape": [2**32, 2**32, 4]}}),
-        "at most",
-    ),
-    "metadata of numbers": (with_header({"__metadata__": {"n": 5}, "a": TENSOR}), "text to text"),
+    "pickle": (b"\x80\x04\x95" + bytes(200), "pickle or zip archive, which can run code"),
+    "hole": (with_header({"a": {**TENSOR, "shape": [3], "data_offsets": [4, 16]}}), "leave a hole"),
     "a tensor twice": (with_header('{"a":1,"a":1}'), "the key 'a' twice"),
-    "a key of the metadata twice": (
-        with_header('{"__metadata__":{"k":"1","k":"2"}}'),
-        "the key 'k' twice",
-    ),
     "nested 100,000 deep": (with_header("[" * 100_000 + "]" * 100_000), "nesting too deep"),
-    "an integer of 5,000 digits": (
-        with_header('{"a":' + "9" * 5000 + "}"),
-        "an integer of 5000 characters",
-    ),
-    "NaN": (with_header('{"a":NaN}'), "the number NaN"),
-    "1e999": (with_header('{"a":1e999}'), "which is not finite"),
-    "no hash": (
-        with_header({"__metadata__": {"fourierft": "{}"}, "a": TENSOR}),
-        "found another hash",
-    ),
+    "no hash": (with_header({"__metadata__": {"fourierft": "{}"}, "a": TENSOR}), "another hash"),
     "escape sequence in a name": (with_header({f"a{ESC}": 5}), "exactly dtype"),
 }
 
@@ -416,18 +381,10 @@ def test_escape_sequences_are_printed_escaped(
 ) -> None:
     path = tmp_path / "odd.fourierft.safetensors"
     name = f"w{ESC}\n\u202e[bold]"
-    tensors = [
-        ("fourierft.spectrum.0", "F32", [2, 4], bytes(32)),
-        (name, "F32", [1], bytes(4)),
-    ]
-    path.write_bytes(
-        craft(
-            groups=[{"layers": [f"a{ESC}\a.{{0-1}}"], "n_frequency": 4}],
-            base_model=f"base{ESC}",
-            task_type="\x07[red]",
-            tensors=tensors,
-        )
-    )
+    tensors = [stack([2, 4], bytes(32)), (name, "F32", [1], bytes(4))]
+    groups = [{"layers": [f"a{ESC}\a.{{0-1}}"], "n_frequency": 4}]
+    fields = {"base_model": f"base{ESC}", "task_type": "\x07[red]"}
+    path.write_bytes(craft(groups=groups, tensors=tensors, **fields))
     assert Bundle.load(path).saved.keys() == {name}
     assert run(["inspect", str(path), *flags]) == 0
     shown = capsys.readouterr()
@@ -440,20 +397,12 @@ def test_escape_sequences_are_printed_escaped(
             assert escaped in shown.out
 
 
-# --- row 11, and the same for PEFT directories ---------------------------------------------------
-
-
 def test_at_most_twenty_offenders_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "nan.fourierft.safetensors"
-    bad = floats([float("nan")] * 400)
-    path.write_bytes(
-        craft(
-            groups=[{"layers": ["a.{0-99}"], "n_frequency": 4}],
-            tensors=[stack([100, 4], bad)],
-        )
-    )
+    groups = [{"layers": ["a.{0-99}"], "n_frequency": 4}]
+    path.write_bytes(craft(groups=groups, tensors=[stack([100, 4], floats([np.nan] * 400))]))
     assert run(["inspect", str(path), "--json"]) == 3
     shown = capsys.readouterr()
     assert len(json.loads(shown.out)["error"]["offenders"]) == 100
@@ -461,3 +410,15 @@ def test_at_most_twenty_offenders_are_printed(
     assert len(lines) == 21
     assert lines[1] == "  layer a.0: NaN or infinity in the spectrum"
     assert lines[20] == "  ... and 81 more"
+
+
+def test_two_seconds_of_mutants_open_or_are_refused() -> None:
+    """The fuzzer can run for longer: python tests/fuzz_bundle.py --seconds 600."""
+    spec = importlib.util.spec_from_file_location("fuzz", GOLDEN.parent / "fuzz_bundle.py")
+    assert spec is not None and spec.loader is not None
+    fuzzer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzzer)
+    outcomes = fuzzer.fuzz(2.0, seed=1, max_seconds=30)
+    assert outcomes["opened"] >= 2  # the good files themselves
+    assert outcomes["BadInputError"] >= 10
+    assert set(outcomes) <= {"opened", "opened, entries refused", "BadInputError"}
