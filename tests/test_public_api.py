@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import inspect
 import re
 import subprocess
@@ -66,7 +67,37 @@ def test_name_loads_and_is_documented(name: str) -> None:
     assert callable(value)
     assert value.__name__ == name
     assert value.__module__.startswith("fourierft_export.")
-    assert inspect.getdoc(value)
+    text = inspect.getdoc(value) or ""
+    assert text.splitlines()[0].endswith(".")
+    if name != "TrainSettings":  # its fields are options: `train --help` describes them
+        assert "Args:" in text or "Attributes:" in text
+
+
+EXAMPLES = (
+    "AdapterSession",
+    "Bundle",
+    "FourierFTConfig",
+    "apply_onnx",
+    "attach",
+    "capture",
+    "export_onnx",
+    "fuse",
+    "inject",
+    "merge_checkpoint",
+    "route",
+    "to_peft",
+    "validate",
+)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_in_the_docstring_runs(name: str) -> None:
+    value = getattr(ff, name)
+    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", {}, name, None, 0)
+    assert examples.examples
+    printed: list[str] = []
+    result = doctest.DocTestRunner().run(examples, out=printed.append)
+    assert result.failed == 0, "".join(printed)
 
 
 def test_type_checkers_see_the_same_homes_as_the_loader() -> None:

@@ -56,10 +56,13 @@ def activate(model: Model, names: str | Sequence[str]) -> Model:
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Within the block, `model` is its base: no adapter changes it, also if it is fused.
+    """Makes `model` its bare base within the block: no adapter changes it, also if it is fused.
 
-    Afterwards, and after an exception, the same adapters are active and fused as before, and no
-    others. What was detached meanwhile stays away; if it was fused, nothing is fused any more.
+    Afterwards, also after an exception, the same adapters are active and fused as before. An
+    adapter that was detached within the block stays detached; if it was fused, nothing is fused.
+
+    Args:
+        model: with adapters or without.
 
     Yields:
         The same model.

@@ -75,6 +75,15 @@ def attach(
             within a `route` block; the bundle both replaces and changes a weight.
         BaseMismatchError: layers or tensors that the model lacks, other shapes, other base
             weights: all of them listed. The model is unchanged after any of these.
+
+    Example:
+        >>> import fourierft_export as ff, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> bundle = ff.capture(ff.inject(model, config))
+        >>> model = ff.attach(ff.detach(model), bundle, "again")
+        >>> ff.adapter_names(model)
+        ('again',)
     """
     check_new_name(model, name)
     loaded = open_bundle(bundle)
@@ -200,15 +209,30 @@ def detach(model: Model, name: str | None = None) -> Model:
 
 
 def capture(model: nn.Module, name: str = "default") -> Bundle:
-    """The adapter `name` of a live model as a bundle, bound to the base under it.
+    """Makes a bundle of one adapter of a live model, bound to the model's base.
 
-    Layers and tensors are named by their paths in the base, as if no adapter were there. Layers
-    without a plain float weight (quantised ones) get no fingerprint: the adapter may be merged
-    into the unquantised base, whose weights are other numbers.
+    Layers and tensors are named by their paths in the base, without adapters. Layers without a
+    plain float weight (quantised ones) get no fingerprint: the adapter may be merged into the
+    unquantised base, whose weights are other numbers.
+
+    Args:
+        model: with adapters; it stays as it is.
+        name: of the adapter.
+
+    Returns:
+        The bundle.
 
     Raises:
         UsageError: no adapter of that name, or it has no values yet (meta device).
         BadInputError: its values are not finite.
+
+    Example:
+        >>> import fourierft_export as ff, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> bundle = ff.capture(model)
+        >>> bundle.is_bound, bundle.spectra["0"].shape
+        (True, (5,))
     """
     check_known(model, [name])
     specs: list[LayerSpec] = []

@@ -73,6 +73,12 @@ class FourierFTConfig:
 
     Raises:
         UsageError: a value is out of range, or options contradict each other; all are listed.
+
+    Example:
+        >>> import fourierft_export as ff
+        >>> config = ff.FourierFTConfig(n_frequency=100, target_modules=["q_proj", "v_proj"])
+        >>> config.scaling, config.target_modules
+        (150.0, ('q_proj', 'v_proj'))
     """
 
     n_frequency: int = 1000

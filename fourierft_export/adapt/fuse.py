@@ -55,6 +55,16 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
             the base's dtype (float16 ends at 65,504); a layer is quantised, its weight is computed
             from others, or it stands at several places in the model: all such layers listed, and
             the model unchanged.
+
+    Example:
+        >>> import fourierft_export as ff, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> x = torch.rand(2, 8)
+        >>> adapted = model(x)
+        >>> torch.allclose(ff.fuse(model)(x), adapted, atol=1e-5)
+        True
+        >>> model = ff.restore(model)
     """
     before, layers = _activate_for_merge(model, names, "fuse")
     try:
@@ -69,7 +79,13 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undo `fuse`: the base's weights, bit for bit, with the same adapters active beside them.
+    """Undoes `fuse`: gives the base's weights back bit for bit; the same adapters stay active.
+
+    Args:
+        model: a fused model; changed in place.
+
+    Returns:
+        The same model.
 
     Raises:
         UsageError: the model is not fused.

@@ -46,6 +46,14 @@ def inject(model: Model, config: ConfigSource, name: str = "default") -> Model:
     Raises:
         UsageError: the name is taken, or the configuration does not fit the model (`select`);
             the model is unchanged then.
+
+    Example:
+        >>> import fourierft_export as ff, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(model, config)
+        >>> type(model[0]).__name__, ff.trainable_parameters(model).count
+        ('FourierLinear', 5)
     """
     check_new_name(model, name)
     config = load_config(config)

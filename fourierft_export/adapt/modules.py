@@ -161,14 +161,28 @@ def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters on `model`, in the order in which they were added."""
+    """Returns the names of a model's adapters.
+
+    Args:
+        model: with adapters or without.
+
+    Returns:
+        The names in the order in which they were added.
+    """
     return tuple(
         dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.adapters)
     )
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the active adapters of `model`, in the order in which their changes add up."""
+    """Returns the names of a model's active adapters.
+
+    Args:
+        model: with adapters or without.
+
+    Returns:
+        The names in the order in which their changes add up.
+    """
     return tuple(dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.active))
 
 

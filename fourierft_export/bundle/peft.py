@@ -217,7 +217,7 @@ def to_peft(
         >>> directory = ff.to_peft(bundle, tempfile.mkdtemp() + "/adapter")
         >>> sorted(file.name for file in directory.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
-        >>> (ff.from_peft(directory).spectra["0"] == bundle.spectra["0"]).all()
+        >>> bool((ff.from_peft(directory).spectra["0"] == bundle.spectra["0"]).all())
         True
     """
     bundle = open_bundle(bundle)

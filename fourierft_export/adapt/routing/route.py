@@ -63,6 +63,16 @@ def route(
         UsageError: an unknown name or none at all; adapters whose heads differ in shape, or hold
             modules that adapters change as well; the model is fused; while the model runs, a batch
             with another number of rows, or nn.DataParallel.
+
+    Example:
+        >>> import fourierft_export as ff, torch
+        >>> config = ff.FourierFTConfig(n_frequency=5, target_modules=["0"])
+        >>> model = ff.inject(torch.nn.Sequential(torch.nn.Linear(8, 4)), config, "mine")
+        >>> x = torch.rand(1, 8).expand(2, 8)
+        >>> with ff.route(model, ["mine", None]):
+        ...     rows = model(x)
+        >>> torch.allclose(rows[0], model(x)[0], atol=1e-5), torch.equal(rows[0], rows[1])
+        (True, False)
     """
     layers, saved = fourier_layers(model), adapted_modules(model)
     rows = _checked(model, layers, saved, names, num_beams)
