@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .sections import section
-
-if TYPE_CHECKING:
-    pass
 
 # Paths are not checked by click: its exit code for a missing one is 2, ours is 6.
 PATH = click.Path(path_type=str)

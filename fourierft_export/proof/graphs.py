@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class Graph:
     Attributes:
         path: the file.
         precision: of most of its weights: "float32", "float16", "bfloat16", "int8", "float64".
-        inputs, outputs: their names.
+        inputs, outputs: names of its inputs and outputs.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
@@ -57,16 +58,10 @@ class Graph:
         options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
+        with self._bad_input("an ONNX model that ONNX Runtime loads"):
             self._session = onnxruntime.InferenceSession(
                 self.path, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ONNX Runtime's exceptions have no other root
-            raise BadInputError(
-                self.path,
-                expected="an ONNX model that ONNX Runtime loads",
-                found=first_line(error),
-            ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self.inputs: tuple[str, ...] = tuple(self._inputs)
         self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
@@ -93,7 +88,7 @@ class Graph:
             inputs: name -> (rows, ...); names that the graph does not have are left out. A graph
                 with a key-value cache that is not given starts with an empty one, and of a bank of
                 adapters each row gets the first.
-            batch_size: rows per call; default all at once. A graph that fixes it has its way.
+            batch_size: rows per call, if the graph does not fix them; default all at once.
 
         Returns:
             Output name -> array.
@@ -135,7 +130,7 @@ class Graph:
         return {n: np.concatenate(c) for n, c in zip(self.outputs, columns, strict=True)}
 
     def _with_defaults(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Adds an empty key-value cache and the number of a bank's first adapter, if they lack."""
+        """Adds an empty key-value cache and the number of a bank's first adapter, if missing."""
         found = dict(inputs)
         if "adapter_id" in self._inputs and inputs:
             rows = next(iter(inputs.values())).shape[0]
@@ -152,16 +147,29 @@ class Graph:
         return found
 
     def _call(self, feed: dict[str, Array]) -> list[Array]:
-        try:
+        """Runs the graph once."""
+        with self._bad_input("a graph that runs on these inputs"):
             outputs: list[Array] = self._session.run(None, feed)
-        except Exception as error:
-            raise BadInputError(
-                self.path, expected="a graph that runs on these inputs", found=first_line(error)
-            ) from error
         return outputs
 
+    @contextmanager
+    def _bad_input(self, expected: str) -> Iterator[None]:
+        """Raises ONNX Runtime's errors as a BadInputError, and a lack of memory as a MemoryError.
+
+        ONNX Runtime's exceptions have no root but Exception.
+        """
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            found = first_line(error)
+            if "Failed to allocate memory" in found or "bad_alloc" in found:
+                raise MemoryError(f"{self.path}: {found}") from error
+            raise BadInputError(self.path, expected=expected, found=found) from error
+
     def _cast(self, name: str, array: Array) -> Array:
-        """Integers and floats as wide as the graph wants them."""
+        """Converts integers and floats to the width of the graph's input."""
         wanted = _NUMPY_TYPES.get(self._inputs[name].type)
         if wanted is None or np.can_cast(array.dtype, wanted, casting="same_kind"):
             return array if wanted is None else array.astype(wanted, copy=False)
@@ -171,7 +179,7 @@ class Graph:
 
 
 def _weights_precision(path: Path) -> str:
-    """The type of most values of the graph's initializers; integers of a byte are "int8"."""
+    """Finds the type of most values of the graph's initializers; bytes count as "int8"."""
     import onnx
     from google.protobuf import message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import log10
 from pathlib import Path
@@ -20,38 +21,38 @@ WIDE = 120
 
 SIDES = {
     "base": "the model without the adapter",
-    "plain": "the base with the adapter's heads and biases, without its weight changes",
-    "torch": "the adapted model, rebuilt here from base and bundle by the formula, in float64",
-    "peft": "the adapted model as PEFT itself computes it",
-    "merged": "the merged checkpoint, loaded by transformers",
-    "onnx": "the ONNX file, run by ONNX Runtime",
+    "plain": "the base with the adapter's heads and biases only",
+    "torch": "the base with the bundle added by the paper's formula",
+    "peft": "the base with the adapter in PEFT",
+    "merged": "the merged checkpoint in transformers",
+    "onnx": "the ONNX file in ONNX Runtime",
 }
 """What each side is, by the part of its name before a colon."""
 
 FIGURES = {
     "max_abs": "the largest difference between two values",
-    "max_rel": "the largest difference relative to its value",
+    "max_rel": "the largest difference, as a fraction of the value",
     "mean_abs": "the mean difference",
     "rms": "the root mean square of the differences",
-    "allowed": "the bounds on them: by the output's size, by the adapter's effect and rounding",
-    "cosine": "1 where both point in the same direction",
+    "allowed": "the largest differences that pass",
+    "cosine": "cosine of the angle between the outputs",
     "argmax": "the share of rows with the same largest entry, that is, the same prediction",
 }
 NARROW_FIGURES = ("max_abs", "mean_abs", "cosine", "argmax")
 
 
 def describe_side(side: Side) -> str:
-    """What a side is, in one sentence without a full stop."""
+    """Describes a side in one phrase."""
     if not side.source:
         return "a function that the caller gave"
     kind, _, rounded = side.name.partition(":")
     meaning = SIDES.get(kind, "")
     half = rounded in ("float16", "bfloat16")
-    return f"{meaning}, its weights rounded to {rounded}" if meaning and half else meaning
+    return f"{meaning}, rounded to {rounded}" if meaning and half else meaning
 
 
 def explain_figures(names: tuple[str, ...]) -> str:
-    """What the columns of the comparisons mean, as one line."""
+    """Explains the columns of the table of pairs in one line."""
     signs = "=: must agree; ≠: must differ. "
     return signs + "; ".join(f"{name.replace('_', ' ')}: {FIGURES[name]}" for name in names) + "."
 
@@ -60,47 +61,55 @@ def render_text(report: Report) -> RenderableType:
     """Renders the sides, the comparisons and the verdict for a rich console.
 
     Narrow terminals get fewer columns, so that a pair stays on one line; the page and `to_dict`
-    have all figures.
+    have all figures. The first difference is left to the error that follows.
     """
     return _Text(report)
 
 
+@dataclass(frozen=True)
 class _Text:
-    """A report that knows the console's width when it is drawn."""
+    """A report that is drawn as wide as the console."""
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
+    report: Report
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
         del console
-        figures = tuple(FIGURES) if options.max_width >= WIDE else NARROW_FIGURES
-        yield _sides_table(self.report)
+        wide, report = options.max_width >= WIDE, self.report
+        figures = tuple(FIGURES) if wide else NARROW_FIGURES
+        yield Text(_title(report))
         yield Text("")
-        yield _pairs_table(self.report, figures)
+        yield _sides_table(report, wide)
+        yield Text("")
+        yield _pairs_table(report, figures)
         yield Text(explain_figures(figures), style="dim")
         yield Text("")
-        yield from (Text(line) for line in _verdict(self.report))
+        failed = sum(not pair.ok for pair in report.comparisons)
+        lines = [f"FAILED: {failed} of {len(report.comparisons)} pairs.", *_suspects(report)]
+        lines += [f"{problem}." for problem in report.problems]
+        yield Text(printable(" ".join(_verdict(report) if report.ok else lines)))
 
 
-def _sides_table(report: Report) -> Table:
+def _sides_table(report: Report, wide: bool) -> Table:
+    """Makes the table of sides; only a wide one says which files they came from."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=_title(report), title_justify="left", box=None)
-    for name in ("side", "what it is", "weights", "outputs", "seconds", "from"):
-        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("side", "weights", "seconds", "what it is", *["outputs", "from"] * wide):
+        right = name == "seconds"
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "what it is")
     for side in report.sides:
-        cells = (side.name, describe_side(side), side.precision, _shapes(side.outputs))
+        cells = [side.name, side.precision, f"{side.seconds:.1f}", describe_side(side)]
+        cells += [_shapes(side.outputs), side.source] if wide else []
         # Text objects, so that no name from a file is taken for markup.
-        row = (*cells, f"{side.seconds:.1f}", side.source)
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
 def _pairs_table(report: Report, figures: tuple[str, ...]) -> Table:
-    """One line per output of a pair; the output is named where there are several."""
+    """Makes the table of pairs, a line per output; outputs are named where there are several."""
     from rich.table import Table
     from rich.text import Text
 
@@ -157,22 +166,28 @@ def _title(report: Report) -> str:
 
 
 def _verdict(report: Report) -> list[str]:
-    """One line if all is well, else what is wrong, the first difference first."""
+    """Says in one line that all is well, or what is wrong, the first difference first."""
     if report.ok:
         equal = sum(pair.expect == "equal" for pair in report.comparisons)
-        return [f"OK: {equal} pairs agree, {len(report.comparisons) - equal} differ as they must."]
+        different = len(report.comparisons) - equal
+        pairs = "pair agrees" if equal == 1 else "pairs agree"
+        return [f"OK: {equal} {pairs}, {different} differ as they must."]
     lines = [f"FAILED: {problem}" for problem in report.problems]
     if report.first_failure is not None:
         pair, output = report.first_failure
         place = f"{pair.left} against {pair.right}, output {output.output}"
         lines.append(f"FAILED: {place}: {output.reason}")
-    if report.suspects:
-        lines.append(f"Every failing pair contains {' and '.join(report.suspects)}.")
-    return [printable(line) for line in lines]
+    return [printable(line) for line in (*lines, *_suspects(report))]
+
+
+def _suspects(report: Report) -> list[str]:
+    """Names the sides that every failing pair contains, if there are any."""
+    names = printable(" and ".join(report.suspects))
+    return [f"Every failing pair contains {names}."] if names else []
 
 
 def _rows(report: Report) -> Iterator[dict[str, str]]:
-    """Each output of each comparison as text, by column."""
+    """Yields the cells of each output of each pair, by column."""
     for pair in report.comparisons:
         for output in pair.outputs:
             yield {
@@ -189,7 +204,7 @@ def _rows(report: Report) -> Iterator[dict[str, str]]:
 
 
 def _places(output: OutputComparison) -> dict[str, str]:
-    """Where the page's scale shows the difference and its bound: 0 to 100 for 1e-12 to 1."""
+    """Places the difference and its bound on the page's scale, where 1e-12 is 0 and 1 is 100."""
     found = output.difference
     if found is None or found.scale <= 0:
         return {"dot": "", "bar": ""}
@@ -203,6 +218,7 @@ def _places(output: OutputComparison) -> dict[str, str]:
 
 
 def _figures(output: OutputComparison) -> dict[str, str]:
+    """Writes the figures of one output, by column."""
     found = output.difference
     if found is None:
         return dict.fromkeys(FIGURES, "-")

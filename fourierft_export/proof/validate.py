@@ -108,7 +108,8 @@ def validate(
     def step(name: str) -> None:
         # Models that are rebuilt for coarse precisions are not in the total.
         if progress is not None:
-            progress(name, min(len(started), total), total)
+            label = name if name == "comparing" else f"running {name}"
+            progress(label, min(len(started), total), total)
         started.append(name)
 
     graphs = dict(zip(_graph_names(files), (Graph(path, threads) for path in files), strict=True))

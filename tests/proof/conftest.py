@@ -65,7 +65,7 @@ def adapted_model(adapted: Adapted, fault: str = "", scaling: float = SCALING) -
         path = name.removeprefix("base_model.model.")
         if not path.endswith(".fourierft_spectrum"):
             if fault != "head dropped":
-                model.get_parameter(path).data = value
+                model.get_parameter(path).data = value * (1 + 0.01 * (fault == "head * 1.01"))
             continue
         weight = model.get_submodule(path.removesuffix(".fourierft_spectrum")).weight
         rows, columns = weight.shape

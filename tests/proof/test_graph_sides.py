@@ -72,18 +72,22 @@ def test_a_half_precision_graph(classifier: Any, clean_onnx: Path, plant_onnx: A
         assert pair.precision == "float16"
 
 
-def test_an_unmerged_graph_of_a_faulty_bundle(classifier: Any, tmp_path: Path) -> None:
-    spec = classifier.bundle.spec
+@pytest.mark.parametrize("fault", ["scaling * 1.01", "seed + 1", "head * 1.01"])
+def test_an_unmerged_graph_of_a_faulty_bundle(classifier: Any, tmp_path: Path, fault: str) -> None:
+    bundle = classifier.bundle
     # Unbound, so that nothing else shows the fault.
-    layers = tuple(LayerSpec(layer.name, layer.n_frequency) for layer in spec.layers)
-    faulty = ff.Bundle.build(
-        replace(spec, layers=layers, scaling=spec.scaling * 1.01),
-        classifier.bundle.spectra,
-        classifier.bundle.saved,
-    )
+    layers = tuple(LayerSpec(layer.name, layer.n_frequency) for layer in bundle.layers)
+    spec = replace(bundle.spec, layers=layers)
+    if fault == "scaling * 1.01":
+        spec = replace(spec, scaling=spec.scaling * 1.01)
+    elif fault == "seed + 1":
+        spec = replace(spec, entry_seed=spec.entry_seed + 1)
+    factor = np.float32(1.01 if fault == "head * 1.01" else 1)
+    saved = {name: value * factor for name, value in bundle.saved.items()}
     path = tmp_path / "model.onnx"
+    faulty = ff.Bundle.build(spec, bundle.spectra, saved)
     ff.export_pretrained(classifier.base, faulty, path, mode="unmerged")
-    report = ff.validate(base=classifier.base, bundle=classifier.bundle, onnx=path)
+    report = ff.validate(base=classifier.base, bundle=bundle, onnx=path)
     assert [(p.left, p.right) for p in report.comparisons if not p.ok] == [
         ("torch", "onnx:model.onnx")
     ]
@@ -134,6 +138,20 @@ def test_a_graph_with_an_output_for_the_whole_batch(tmp_path: Path) -> None:
     floats = inputs | {"input_ids": np.ones((10, 4))}
     with pytest.raises(UsageError, match="input input_ids: expected int64"):
         ff.validate(sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=floats)
+
+
+def test_a_lack_of_memory_is_no_bad_input(tmp_path: Path) -> None:
+    node = helper.make_node("ConstantOfShape", ["n"], ["y"])
+    size = helper.make_tensor_value_info("n", TensorProto.INT64, [1])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    model = helper.make_model(
+        helper.make_graph([node], "g", [size], [output]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(MemoryError, match="Failed to allocate memory"):
+        Graph(tmp_path / "model.onnx").run({"n": np.array([2**50])})
 
 
 def test_external_data_behind_a_link_is_not_opened(tmp_path: Path) -> None:

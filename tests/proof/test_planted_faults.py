@@ -12,7 +12,8 @@ import torch
 import fourierft_export as ff
 from fourierft_export.errors import ValidationError
 
-FAULTS = ("adapter zeroed", "head dropped", "delta transposed", "seed + 1", "scaling * 1.01")
+FAULTS = ("adapter zeroed", "head dropped", "head * 1.01", "delta transposed", "seed + 1")
+FAULTS += ("scaling * 1.01",)
 
 Plant = Callable[..., Path]
 

@@ -121,7 +121,8 @@ def test_given_inputs_reach_every_side(
     )
     report.raise_for_failure()
     assert {dict(side.outputs)["logits"] for side in report.sides} == {(12, 3)}
-    steps = ["merged", "base", "torch", "onnx:clean.onnx", "comparing"]
+    steps = [f"running {name}" for name in ("merged", "base", "torch", "onnx:clean.onnx")]
+    steps.append("comparing")
     assert [what for what, _, _ in seen] == steps
     assert seen[-1][1:] == (4, 4)
 
