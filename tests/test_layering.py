@@ -12,40 +12,16 @@ PACKAGE = "fourierft_export"
 SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 
 ROOMS = (
-    "errors",
-    "types",
-    "spectral",
-    "files",
-    "models",
-    "bundle",
-    "adapt",
-    "train",
-    "merge",
-    "onnx_graph",
-    "recover",
-    "proof",
-    "demo",
-    "cli",
-)
+    "errors", "types", "spectral", "files", "models", "bundle", "adapt", "train", "merge",
+    "onnx_graph", "recover", "proof", "demo", "cli",
+)  # fmt: skip
 # proof checks what these make, so it must not share their code.
 CHECKED_BY_PROOF = {"adapt", "merge", "onnx_graph", "recover"}
 # Within onnx_graph: what all of it shares, then folder by folder, then the verbs.
 FOLDERS = (
-    {
-        "bundle_record",
-        "fit",
-        "groups",
-        "metadata",
-        "mode_names",
-        "report",
-        "adapters",
-    },
-    {"graph"},
-    {"locate"},
-    {"modes"},
-    {"trace"},
-    {"runtime"},
-)
+    {"bundle_record", "fit", "groups", "metadata", "mode_names", "report", "adapters"},
+    {"graph"}, {"locate"}, {"modes"}, {"trace"}, {"runtime"},
+)  # fmt: skip
 STRANGERS = {"trace", "runtime"}
 NOT_IN_ROOMS = {"__init__", "__main__"}  # the front door: it may see every room
 
@@ -180,32 +156,19 @@ def test_import_circles_are_found() -> None:
 @pytest.mark.parametrize(
     ("source", "module", "expected"),
     [
-        ("import fourierft_export.merge.engine", "fourierft_export.adapt.layer", "below adapt"),
-        ("from fourierft_export import cli", "fourierft_export.proof.run", "below proof"),
-        ("from ..cli import main", "fourierft_export.demo.run", "below demo"),
-        (
-            "def f():\n    from ..merge import x",
-            "fourierft_export.spectral.delta",
-            "below spectral",
-        ),
-        ("import_module('fourierft_export.cli.main')", "fourierft_export.merge.a", "below merge"),
-        ("from fourierft_export.merge import x", "fourierft_export.proof.run", "has to check"),
-        ("from fourierft_export import Bundle", "fourierft_export.merge.a", "in no room"),
+        ("import fourierft_export.merge.engine", "adapt.layer", "below adapt"),
+        ("from fourierft_export import cli", "proof.run", "below proof"),
+        ("from ..cli import main", "demo.run", "below demo"),
+        ("def f():\n    from ..merge import x", "spectral.delta", "below spectral"),
+        ("import_module('fourierft_export.cli.main')", "merge.a", "below merge"),
+        ("from fourierft_export.merge import x", "proof.run", "has to check"),
+        ("from fourierft_export import Bundle", "merge.a", "in no room"),
+        ("from . import entries", "spectral.delta", None),
+        ("from ..errors import UsageError", "cli.main", None),
+        ("from fourierft_export import __version__", "cli.main", None),
     ],
 )
-def test_the_rule_sees_every_kind_of_import(source: str, module: str, expected: str) -> None:
-    (found,) = violations(source, module)
-    assert expected in found
-
-
-@pytest.mark.parametrize(
-    ("source", "module"),
-    [
-        ("from . import entries", "fourierft_export.spectral.delta"),
-        ("from ..errors import UsageError", "fourierft_export.cli.main"),
-        ("import numpy as np", "fourierft_export.spectral.delta"),
-        ("from fourierft_export import __version__", "fourierft_export.cli.main"),
-    ],
-)
-def test_the_rule_allows(source: str, module: str) -> None:
-    assert violations(source, module) == []
+def test_the_rule_sees_every_kind_of_import(source: str, module: str, expected: str | None) -> None:
+    found = violations(source, f"fourierft_export.{module}")
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]

@@ -151,16 +151,3 @@ def test_validate_proves_it(job: Job, capsys: pytest.CaptureFixture[str], tmp_pa
     sides = {side["name"] for side in report["validate"]["sides"]}
     assert {"base", "torch", "peft", "merged"} < sides
     assert "</html>" in page.read_text("utf-8")
-
-
-def test_inspect_tells_what_each_file_is(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = {
-        job.bundle: "bundle",
-        job.adapter: "adapter",
-        job.merged: "checkpoint",
-        job.onnx_unmerged: "onnx",
-    }
-    for path, kind in kinds.items():
-        capsys.readouterr()
-        assert do("inspect", path, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["inspect"]["kind"] == kind

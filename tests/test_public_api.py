@@ -15,44 +15,13 @@ import pytest
 
 import fourierft_export as ff
 
-PUBLIC = [
-    "AdapterSession",
-    "Bundle",
-    "BundleCallback",
-    "FourierFTConfig",
-    "FourierLinear",
-    "TrainSettings",
-    "TrainingTask",
-    "activate",
-    "active_adapters",
-    "adapter_names",
-    "apply_onnx",
-    "attach",
-    "capture",
-    "combine",
-    "detach",
-    "disabled",
-    "errors",
-    "export_onnx",
-    "export_pretrained",
-    "from_peft",
-    "fuse",
-    "inject",
-    "merge_checkpoint",
-    "parameter_groups",
-    "recover_bundle",
-    "recover_onnx",
-    "replace",
-    "restore",
-    "route",
-    "save_bundles",
-    "to_peft",
-    "train_adapter",
-    "trainable_parameters",
-    "unload",
-    "validate",
-    "verify_merged",
-]
+PUBLIC = """
+AdapterSession Bundle BundleCallback FourierFTConfig FourierLinear TrainSettings TrainingTask
+activate active_adapters adapter_names apply_onnx attach capture combine detach disabled errors
+export_onnx export_pretrained from_peft fuse inject merge_checkpoint parameter_groups
+recover_bundle recover_onnx replace restore route save_bundles to_peft train_adapter
+trainable_parameters unload validate verify_merged
+""".split()  # noqa: SIM905
 CALLABLES = [name for name in PUBLIC if name != "errors"]
 
 

@@ -1,4 +1,4 @@
-"""demo: the whole job on real data, without a download."""
+"""demo: runs the whole job on real images, without a download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .console import Outcome, verb
 
 @verb(examples=("demo", "demo -o elsewhere --seed 1"))
 @options.setting_option(
-    "--seed", type=int, default=0, show_default=True, metavar="N", help="Of the training."
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the training."
 )
 @options.output_section(
     "-o",
@@ -22,10 +22,11 @@ from .console import Outcome, verb
 )
 @options.force_option
 def demo(progress: Progress, output: str, seed: int, force: bool) -> Outcome:
-    """Train, pack, merge, export and validate two adapters of a small vision transformer.
+    """Run the whole job on real images, without a download.
 
-    It is trained here on scikit-learn's handwritten digits; one adapter teaches it inverted
-    images, the other rotated ones.
+    A small vision transformer is trained on scikit-learn's handwritten digits. Two adapters, one
+    for inverted images and one for rotated ones, are trained, packed, merged, exported and
+    validated.
     """
     from ..files.staging import check_output
 

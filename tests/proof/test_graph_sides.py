@@ -81,7 +81,7 @@ def test_an_unmerged_graph_of_a_faulty_bundle(classifier: Any, tmp_path: Path, f
     if fault == "scaling * 1.01":
         spec = replace(spec, scaling=spec.scaling * 1.01)
     elif fault == "seed + 1":
-        spec = replace(spec, entry_seed=spec.entry_seed + 1)
+        spec = replace(spec, seed=spec.seed + 1)
     factor = np.float32(1.01 if fault == "head * 1.01" else 1)
     saved = {name: value * factor for name, value in bundle.saved.items()}
     path = tmp_path / "model.onnx"
