@@ -24,7 +24,6 @@ from fourierft_export.files.container import (
     header_length,
     open_regular,
     parse_header,
-    read_exactly,
     read_header,
 )
 
@@ -82,7 +81,8 @@ def test_offsets_are_those_of_the_file(tmp_path: Path) -> None:
         (container(changed(shape=[2, True])), "a shape of"),
         (container(changed(shape=[2, 1.5])), "a shape of"),
         (container(changed(shape=[-2, -3])), "a shape of"),
-        (container(changed(shape=[2**62, 4])), "at most"),
+        *((container(changed(shape=axes)), "at most")
+          for axes in ([2**62, 4], [1] * 33, [2**62] * 17, [2**62] * 5000, [2**62, 4, 0])),
         (container(changed(shape=[2**63, 0])), "a shape of"),
         (container(changed(shape="23")), "a shape of"),
         (container(changed(shape=[3, 3])), "36 bytes for F32"),
@@ -157,17 +157,6 @@ def test_damaged_bytes_give_the_packages_own_error_or_a_sound_header(data: st.Da
     assert spans == [] or spans[-1][1] == len(good)
 
 
-def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"0123456789")
-    fd = open_regular(tmp_path / "f")
-    try:
-        assert read_exactly(fd, 2, 5, "f") == b"234"
-        with pytest.raises(BadInputError, match="the end of the file at byte 10"):
-            read_exactly(fd, 8, 11, "f")
-    finally:
-        os.close(fd)
-
-
 @pytest.mark.parametrize("kind", ["absent", "folder", "fifo", "device", "nul"])
 def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
     path = {"device": Path("/dev/null"), "nul": Path("a\0b")}.get(kind, tmp_path / kind)
@@ -200,11 +189,3 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(length: int) -> None:
     data = struct.pack("<Q", length) + text + bytes(25)
     assert data[0] == 0x80
     assert set(parse(data).tensors) == {"a", "b"}
-
-
-@pytest.mark.parametrize("axes", [[1] * 33, [2**62] * 17, [2**62] * 5000, [2**62, 4, 0]])
-def test_shapes_that_no_array_has(axes: list[int]) -> None:
-    offsets = [0, 0 if 0 in axes else 25]
-    tensor = {"dtype": "I8", "shape": axes, "data_offsets": offsets}
-    with pytest.raises(BadInputError, match="at most"):
-        parse(container({"a": tensor}))

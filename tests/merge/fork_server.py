@@ -1,8 +1,8 @@
 """Runs the command line in forks of one warm process, and kills them on demand.
 
-Reads lines of JSON: [words, seconds until SIGKILL or null], or with two more values, a signal and
-the number of weight files after which the fork sends it to itself, and the file for its stderr.
-Prints the exit code of each, which is negative for a signal.
+Reads lines of JSON: words, seconds until SIGKILL or null, [a signal, the number of weight files
+after which the fork sends it to itself] or null, and the file for its stderr. Prints the exit code
+of each, which is negative for a signal.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ def signal_after(number: int, count: int) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        words, kill_after, *more = json.loads(line)
+        words, kill_after, at_shard, stderr = json.loads(line)
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            stderr = more[1] if more else os.devnull
             for fd, name in enumerate((os.devnull, os.devnull, stderr)):
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
-            if more and more[0]:
-                signal_after(*more[0])
+            if at_shard:
+                signal_after(*at_shard)
             os._exit(fourierft_export.cli.main.run(words))
         if kill_after is not None:
             time.sleep(kill_after)

@@ -157,25 +157,18 @@ def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(
     assert len(ff.merge_checkpoint(base, bundle, tmp_path / "out").resumed) == 3
 
 
-def test_another_plan_does_not_resume(
-    base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf, kill: Callable[..., Path]
-) -> None:
-    kill(tmp_path / "out")
-    report = ff.merge_checkpoint(base, bundle, tmp_path / "out", weights=[0.5])
-    assert report.resumed == ()
-    ff.merge_checkpoint(base, bundle, tmp_path / "half", weights=[0.5])
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "half")
-    assert names(tmp_path) == ["b", "base", "half", "out"]
-
-
-@pytest.mark.parametrize("how", ["its time", "written over", "another file"])
-def test_another_base_does_not_resume(
+@pytest.mark.parametrize("how", ["options", "its time", "written over", "another file"])
+def test_another_merge_does_not_resume(
     base: Path, bundle: Path, tmp_path: Path, kill: Callable[..., Path], how: str
 ) -> None:
-    """Another time of modification, or other content of the same sizes and times."""
+    """Another weight, time of modification, or content of the same sizes and times."""
     for path in base.iterdir():
         os.utime(path, (1, 1))
     kill(tmp_path / "out")
+    if how == "options":
+        report = ff.merge_checkpoint(base, bundle, tmp_path / "out", weights=[0.5])
+        assert report.resumed == () and names(tmp_path) == ["b", "base", "out"]
+        return
     for number, shard in enumerate(base / name for name in SHARDS):
         if how == "its time":
             os.utime(shard, (2, 2))
@@ -190,6 +183,7 @@ def test_another_base_does_not_resume(
             file.write(bytes(4))
         os.utime(shard, (1, 1))
     assert ff.merge_checkpoint(base, bundle, tmp_path / "out").resumed == ()
+    assert not list(tmp_path.glob("*.partial-*"))
 
 
 def test_a_single_file_survives_a_kill(

@@ -298,23 +298,6 @@ def test_low_survival_is_noted_with_the_remedy(
     assert full.notes == ()
 
 
-def test_the_remedy_for_low_survival_is_for_half_precision_only(
-    tmp_path: Path, make_bundle: MakeBundle
-) -> None:
-    def survival_note(dtype: Any, scaling: float, out: str) -> str:
-        tensors = {name: value.astype(dtype) for name, value in values(FIRST, 1).items()}
-        save_file(tensors, tmp_path / f"{out}.safetensors")
-        bundle = make_bundle(tmp_path / f"{out}.safetensors", TARGETS[:1], scaling=scaling)
-        report = ff.merge_checkpoint(
-            tmp_path / f"{out}.safetensors", bundle, tmp_path / f"{out}-out.safetensors"
-        )
-        (note,) = [note for note in report.notes if "less than half" in note]
-        return note
-
-    assert "--dtype" not in survival_note(np.float32, 1e-8, "full")
-    assert "dtype float32 (--dtype float32)" in survival_note(np.float16, 1e-3, "half")
-
-
 def test_an_unbound_bundle_is_bound_and_said_to_be_unchecked(
     base: Path, tmp_path: Path, make_bundle: MakeBundle
 ) -> None:

@@ -112,30 +112,28 @@ def test_applied_bundles_with_heads(
     assert all("initializer" in tensors[name] for name in SAVED)
 
 
-def test_a_bank_of_unlike_adapters(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
-    """Other seeds, n, layers and heads in one table."""
+@pytest.mark.parametrize("mode", ["bank", "unmerged"])
+def test_several_unlike_adapters(
+    mode: str, exported: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    """Adapters that differ in seed, n, layers and heads."""
     bundles = {
         "one": make_bundle(["a", "b"], saved=SAVED),
         "two": make_bundle(["a"], n=20, seed=9, saved={"head.bias": np.ones(3, np.float32)}),
         "three": make_bundle(["b"], n=5, seed=9, scaling=2),
     }
-    out = tmp_path / "bank.onnx"
-    ff.apply_onnx(exported, bundles, out, mode="bank")
+    if mode == "unmerged":
+        bundles["two"] = make_bundle(["a"], n=20, seed=9)  # one head only
+    weights = [2.0, -1.0, 1.0] if mode == "unmerged" else None
+    out = tmp_path / "out.onnx"
+    ff.apply_onnx(exported, bundles, out, mode=mode, weights=weights)
     got = ff.recover_onnx(out)
     assert {k: b.to_bytes() for k, b in got.items()} == {
         k: b.to_bytes() for k, b in bundles.items()
     }
 
 
-def test_several_unmerged_adapters(exported: Path, make_bundle: Any, tmp_path: Path) -> None:
-    bundles = [make_bundle(["a", "b"], n=n, seed=n) for n in (6, 9)]
-    out = tmp_path / "out.onnx"
-    ff.apply_onnx(exported, bundles, out, mode="unmerged", weights=[2.0, -1.0])
-    got = ff.recover_onnx(out)
-    assert [b.to_bytes() for b in got.values()] == [b.to_bytes() for b in bundles]
-
-
-def test_beside_quantised_weights(make_bundle: Any, tmp_path: Path) -> None:
+def test_adapters_of_quantised_layers(make_bundle: Any, tmp_path: Path) -> None:
     """A DequantizeLinear by hand; the adapter is constants of a float branch."""
     integers = np.random.default_rng(0).integers(-127, 128, (8, 6)).astype(np.int8)
     constants = {"w": integers, "s": np.float32(0.01), "z": np.int8(0)}
