@@ -1,1 +1,1 @@
-"""Safetensors checkpoints: read by position, written in a stream, staged and renamed. No torch."""
+"""Reads safetensors checkpoints by position, and writes outputs that are complete or absent."""

@@ -20,6 +20,7 @@ from ..errors import FileAccessError, UsageError
 from .external import external_files
 from .links import real_paths
 from .locks import try_lock, unlock
+from .write import set_umask_mode, sync
 
 _PARTIAL = ".partial-"
 _LOCK = ".lock"
@@ -287,21 +288,3 @@ def os_errors_named(path: Path, work: Path, nbytes: int = 0) -> Iterator[None]:
             found="no space left" if full else found,
             remedy="free some space and run again; nothing was written" if full else "",
         ) from error
-
-
-def set_umask_mode(path: Path) -> None:
-    """Give a file the mode that the umask says; several libraries write 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries where the system can, to disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

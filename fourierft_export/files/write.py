@@ -205,3 +205,21 @@ def check_space(directory: Path, needed: int) -> None:
             found=f"{free:,} bytes",
             remedy="free some, or write elsewhere",
         )
+
+
+def set_umask_mode(path: Path) -> None:
+    """Give a file the mode that the umask says; several libraries write 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries where the system can, to disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

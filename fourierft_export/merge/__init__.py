@@ -1,1 +1,1 @@
-"""Checkpoint + bundles -> checkpoint: streamed, rounded once, staged and renamed. No torch."""
+"""Merges bundles into a checkpoint, one shard at a time, without torch."""

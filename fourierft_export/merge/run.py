@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..bundle.names import natural_key
-from ..files.staging import os_errors_named, publish, set_umask_mode, sync, work_folder
-from ..files.write import check_space, copy_file
+from ..files.staging import os_errors_named, publish, work_folder
+from ..files.write import check_space, copy_file, set_umask_mode, sync
 from ..types import Progress, byte_counter
 from .base_files import MANIFEST, file_blocks
 from .changes import TensorPlan

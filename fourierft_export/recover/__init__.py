@@ -1,1 +1,1 @@
-"""Bundles recovered from merged checkpoints and from ONNX files."""
+"""Recovers bundles from merged checkpoints and from ONNX files."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInputError, UsageError
 from ...files.external import EXTERNAL, tensor_bytes, tensors
-from ...files.staging import check_output, os_errors_named, set_umask_mode, sync, work_folder
-from ...files.write import check_space
+from ...files.staging import check_output, os_errors_named, work_folder
+from ...files.write import check_space, set_umask_mode, sync
 from ...types import Progress
 from .source import Source
 
