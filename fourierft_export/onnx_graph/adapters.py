@@ -8,7 +8,8 @@ from dataclasses import replace
 from ..bundle.file import Bundle
 from ..bundle.peft import BundleSource, list_bundles, open_bundle
 from ..errors import UsageError
-from ..spectral.delta import Term
+from ..spectral.delta import Term, add_delta_weight
+from ..types import Array
 
 Bundles = BundleSource | Sequence[BundleSource] | Mapping[str, BundleSource]
 
@@ -51,3 +52,30 @@ def layer_terms(bundles: Mapping[str, Bundle], layer: str) -> dict[str, Term]:
         for name, bundle in bundles.items()
         if layer in bundle.spectra
     }
+
+
+def adapted_weight(
+    weight: Array,
+    parts: Mapping[str, slice],
+    terms: Mapping[str, Sequence[Term]],
+    *,
+    transposed: bool,
+) -> Array:
+    """A weight plus the changes of the layers that it holds, rounded once.
+
+    Args:
+        weight: (out, in), or (in, out) when `transposed`; it is not changed.
+        parts: layer -> its outputs among those of the weight.
+        terms: layer -> its changes.
+        transposed: the weight is stored as (in, out).
+    """
+    outputs = weight.shape[int(transposed)]
+    if [(part.start, part.stop) for part in parts.values()] == [(0, outputs)]:
+        (whole,) = terms.values()
+        new: Array = add_delta_weight(weight, whole, transposed=transposed)
+        return new
+    total: Array = weight.copy()
+    for layer, part in parts.items():
+        where = (slice(None), part) if transposed else (part,)
+        total[where] = add_delta_weight(weight[where], terms[layer], transposed=transposed)
+    return total

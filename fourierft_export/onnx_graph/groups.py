@@ -17,7 +17,6 @@ import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.spec import Fingerprint
-from ..spectral.delta import Term, add_delta_weight
 from ..types import Array
 
 PREFIX = "fourierft."
@@ -158,19 +157,15 @@ class WeightInput:
 
     Attributes:
         name: of the input, and of the expander's output.
-        layer: module path.
         base: the base weight as the graph has it.
         transposed: that is (in, out).
+        parts: layer -> its outputs among those of the weight; several where layers are packed.
     """
 
     name: str
-    layer: str
     base: Array
     transposed: bool
-
-    def adapted(self, terms: Sequence[Term]) -> Array:
-        """W + delta_W, rounded once, in the graph's layout."""
-        return add_delta_weight(self.base, terms, transposed=self.transposed)
+    parts: dict[str, slice] = field(default_factory=dict)
 
 
 def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:

@@ -24,7 +24,8 @@ class Written:
     """What a mode wrote into a graph.
 
     Attributes:
-        weights: layer -> (initializer or input that holds its weight, whether as (in, out)) each.
+        weights: layer -> (initializer or input that holds its weight, whether as (in, out), its
+            first output there where mode paired takes several layers in one input) each.
         terms: (layer, adapter) -> names of its initializers "spectrum", "entries" and "scaling".
         changed: layer -> the values by which the adapters reach the rest of the graph.
         interface: the adapter inputs; None where there are none.
@@ -32,16 +33,23 @@ class Written:
         expander: of mode paired.
     """
 
-    weights: dict[str, list[tuple[str, bool]]] = field(default_factory=dict)
+    weights: dict[str, list[tuple[str, bool, int | None]]] = field(default_factory=dict)
     terms: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     changed: dict[str, list[ir.Value]] = field(default_factory=dict)
     interface: Interface | None = None
     base: Mapping[str, Array] = field(default_factory=dict)
     expander: ir.Model | None = None
 
-    def add(self, layer: str, weight: str, transposed: bool, changed: ir.Value | None) -> None:
+    def add(
+        self,
+        layer: str,
+        weight: str,
+        transposed: bool,
+        changed: ir.Value | None,
+        start: int | None = None,
+    ) -> None:
         """Note where a layer's weight is, and the value that its adapter changed."""
-        self.weights.setdefault(layer, []).append((weight, transposed))
+        self.weights.setdefault(layer, []).append((weight, transposed, start))
         if changed is not None:
             self.changed.setdefault(layer, []).append(changed)
 
@@ -59,19 +67,23 @@ def describe(
 
     Returns:
         {KEY: text} with "schema", "version", "mode"; "weights", per layer the initializers that
-        hold its weight and whether as (in, out); "adapters", per name "seed", "scaling"
-        (a bundle's own times its weight), "bundle_scaling", "bundle_sha256", "task_type", "saved"
-        (names of its dense tensors) and "layers": name, shape, n_frequency, entry_rule,
-        entries_sha256, dtype of the spectrum, and unmerged the names of the initializers
-        "spectrum", "entries", "scaling"; "inputs", the adapter inputs (`Interface.to_dict`), with
-        "rows", the adapters' names in the order of a bank's table.
+        hold its weight, whether as (in, out), and in a packed one of mode paired its "start";
+        "adapters", per name "seed", "scaling" (a bundle's own times its weight), "bundle_scaling",
+        "bundle_sha256", "task_type", "saved" (names of its dense tensors) and "layers": name,
+        shape, n_frequency, entry_rule, entries_sha256, dtype of the spectrum, and unmerged the
+        names of the initializers "spectrum", "entries", "scaling"; "inputs", the adapter inputs
+        (`Interface.to_dict`), with "rows", the adapters' names in the order of a bank's table.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
         "mode": mode,
         "weights": {
-            layer: [{"initializer": name, "transposed": transposed} for name, transposed in held]
+            layer: [
+                {"initializer": name, "transposed": transposed}
+                | ({} if start is None else {"start": start})
+                for name, transposed, start in held
+            ]
             for layer, held in written.weights.items()
         },
         "adapters": {

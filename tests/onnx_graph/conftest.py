@@ -36,6 +36,39 @@ def quiet_options() -> Any:
 
 
 @pytest.fixture(scope="session")
+def write_onnx() -> Callable[..., Path]:
+    """`write(path, nodes, constants, inputs, outputs, dtype, **saving)`: an ONNX file.
+
+    Nodes are the arguments of `helper.make_node`, its attributes last; constants arrays by name;
+    inputs and outputs shapes by name, all of one dtype.
+    """
+    from onnx import helper, numpy_helper
+
+    def write(
+        path: Path,
+        nodes: list[tuple[Any, ...]],
+        constants: dict[str, Any],
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+        dtype: int = onnx.TensorProto.FLOAT,
+        **saving: Any,
+    ) -> Path:
+        made = [helper.make_node(*one[:3], **dict(*one[3:])) for one in nodes]
+        tensors = [numpy_helper.from_array(np.array(a, order="C"), n) for n, a in constants.items()]
+        values = [
+            [helper.make_tensor_value_info(name, dtype, shape) for name, shape in named.items()]
+            for named in (inputs, outputs)
+        ]
+        graph = helper.make_graph(made, "g", *values, tensors)
+        opsets = [helper.make_opsetid("", 18)]
+        model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
+        onnx.save_model(model, path, **saving)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def run() -> Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]:
     return run_onnx
 

@@ -256,18 +256,21 @@ def test_mistakes_leave_nothing(exports: dict[str, Path], make_bundle: Any, tmp_
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_16_bit_weights(
-    mode: str, dtype: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, folded: Any
+    mode: str,
+    dtype: str,
+    make_bundle: Any,
+    exact_delta: Any,
+    tmp_path: Path,
+    folded: Any,
+    write_onnx: Any,
 ) -> None:
     kind = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[dtype]
     numpy_type = helper.tensor_dtype_to_np_dtype(kind)
     full = np.random.default_rng(2).standard_normal((6, 10)).astype(np.float32)
     weight = full.astype(numpy_type)
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    nodes = [helper.make_node("MatMul", ["x", "lin.weight"], ["y"], "/lin/MatMul")]
-    io = [helper.make_tensor_value_info(n, kind, [2, s]) for n, s in (("x", 10), ("y", 6))]
-    tensor = numpy_helper.from_array(np.ascontiguousarray(weight.T), "lin.weight")
-    graph = helper.make_graph(nodes, "g", io[:1], io[1:], [tensor])
-    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
+    node = ("MatMul", ["x", "lin.weight"], ["y"], {"name": "/lin/MatMul"})
+    write_onnx(path, [node], {"lin.weight": weight.T}, {"x": [2, 10]}, {"y": [2, 6]}, kind)
     bundle = make_bundle(["lin"], {"lin": full})
     report = apply_onnx(path, bundle, out, mode=mode)
     assert any("another precision" in note for note in report.notes)
@@ -286,60 +289,38 @@ def test_16_bit_weights(
     assert (error <= 0.5 * step * np.maximum(np.abs(want), 2.0**-14) * 1.0001 + 1e-6).all()
 
 
-def test_overflow_names_the_tensor(make_bundle: Any, tmp_path: Path) -> None:
+def test_overflow_names_the_tensor(make_bundle: Any, tmp_path: Path, write_onnx: Any) -> None:
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    linear_file(path, np.zeros((6, 10), np.float16))
+    constants = {"lin.weight": np.zeros((6, 10), np.float16)}
+    node = ("Gemm", ["x", "lin.weight"], ["y"], {"transB": 1})
+    write_onnx(path, [node], constants, {"x": [2, 10]}, {"y": [2, 6]}, TensorProto.FLOAT16)
     with pytest.raises(BadInputError, match=r"weight lin\.weight.*overflow"):
         apply_onnx(path, make_bundle(["lin"], scaling=1e7), out)
     assert list(tmp_path.iterdir()) == [path]
 
 
-OPSET = helper.make_opsetid("", 18)
-
-
-def linear_file(path: Path, weight: np.ndarray) -> None:
-    """One Gemm with transB=1 over `lin.weight` (out, in)."""
-    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
-    node = helper.make_node("Gemm", ["x", "lin.weight"], ["y"], transB=1)
-    rows, columns = weight.shape
-    io = [helper.make_tensor_value_info(n, kind, [2, s]) for n, s in (("x", columns), ("y", rows))]
-    tensor = numpy_helper.from_array(weight, "lin.weight")
-    graph = helper.make_graph([node], "g", io[:1], io[1:], [tensor])
-    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
-
-
-OTHER_USES: dict[str, tuple[list[Any], dict[str, Any]]] = {
-    "Einsum": ([("Einsum", ["x", "lin.weight"], ["y"])], {"equation": "bi,oi->bo"}),
-    "Gemm": ([("Gemm", ["x", "lin.weight"], ["y"])], {"alpha": 2.0, "transB": 1}),
-    "Mul": ([("Mul", ["lin.weight", "two"], ["w"]), ("MatMul", ["x", "w"], ["y"])], {}),
-    "Gather": ([("Gather", ["lin.weight", "rows"], ["y"])], {}),
-    "nothing that reaches an output": (
-        [("Gemm", ["x", "lin.weight"], ["z"]), ("Identity", ["x"], ["y"])],
-        {"transB": 1},
-    ),
+OTHER_USES: dict[str, list[tuple[Any, ...]]] = {
+    "Einsum": [("Einsum", ["x", "lin.weight"], ["y"], {"equation": "bi,oi->bo"})],
+    "Gemm": [("Gemm", ["x", "lin.weight"], ["y"], {"alpha": 2.0, "transB": 1})],
+    "Mul": [("Mul", ["lin.weight", "two"], ["w"]), ("MatMul", ["x", "w"], ["y"])],
+    "Gather": [("Gather", ["lin.weight", "rows"], ["y"])],
+    "nothing that reaches an output": [
+        ("Gemm", ["x", "lin.weight"], ["z"], {"transB": 1}),
+        ("Identity", ["x"], ["y"]),
+    ],
 }
 
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable", "paired", "bank"])
 @pytest.mark.parametrize("use", OTHER_USES)
 def test_a_weight_that_no_product_takes_as_it_is(
-    use: str, mode: str, make_bundle: Any, tmp_path: Path
+    use: str, mode: str, make_bundle: Any, tmp_path: Path, write_onnx: Any
 ) -> None:
-    """The adapter would be dropped without a word, or change something else than its layer."""
+    """The adapter would be dropped silently, or change something else than its layer."""
     weight = np.random.default_rng(0).standard_normal((6, 10)).astype(np.float32)
-    (first, *others), attributes = OTHER_USES[use]
-    nodes = [helper.make_node(*first, **attributes), *(helper.make_node(*one) for one in others)]
     path, bundle = tmp_path / "in.onnx", make_bundle(["lin"], {"lin": weight})
     constants = {"lin.weight": weight, "two": np.float32(2), "rows": np.array([0, 3])}
-    kind = TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", kind, [2, 10])],
-        [helper.make_tensor_value_info("y", kind, None)],
-        [numpy_helper.from_array(np.asarray(a), name) for name, a in constants.items()],
-    )
-    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[OPSET]), path)
+    write_onnx(path, OTHER_USES[use], constants, {"x": [2, 10]}, {"y": None})
     with pytest.raises(BaseMismatchError) as caught:
         apply_onnx(path, bundle, tmp_path / "out.onnx", mode=mode)
     (why,) = caught.value.offenders

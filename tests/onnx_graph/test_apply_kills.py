@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 KILLS = 100
 WARM = (
@@ -54,24 +53,17 @@ def runner() -> Iterator[Runner]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_apply_survives_a_hundred_kills(runner: Runner, make_bundle: Any, tmp_path: Path) -> None:
+def test_apply_survives_a_hundred_kills(
+    runner: Runner, make_bundle: Any, tmp_path: Path, write_onnx: Any
+) -> None:
     names = [f"l{i}" for i in range(8)]
     rng = np.random.default_rng(0)
-    nodes = [
-        helper.make_node("MatMul", [f"x{i}", f"{name}.weight"], [f"x{i + 1}"])
-        for i, name in enumerate(names)
-    ]
-    tensors = [
-        numpy_helper.from_array(rng.standard_normal((384, 384), dtype=np.float32), f"{name}.weight")
-        for name in names
-    ]
-    io = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["n", 384]) for x in ("x0", "x8")]
-    graph = helper.make_graph(nodes, "g", io[:1], io[1:], tensors)
-    opset = helper.make_opsetid("", 18)
-    path = tmp_path / "in.onnx"
-    onnx.save_model(
-        helper.make_model(graph, ir_version=8, opset_imports=[opset]),
-        path,
+    path = write_onnx(
+        tmp_path / "in.onnx",
+        [("MatMul", [f"x{i}", f"{name}.weight"], [f"x{i + 1}"]) for i, name in enumerate(names)],
+        {f"{name}.weight": rng.standard_normal((384, 384), dtype=np.float32) for name in names},
+        {"x0": ["n", 384]},
+        {"x8": ["n", 384]},
         save_as_external_data=True,
         location="weights",
     )
@@ -118,19 +110,19 @@ def test_apply_survives_a_hundred_kills(runner: Runner, make_bundle: Any, tmp_pa
     assert sorted(p.name for p in folder.iterdir()) == ["out.onnx", "out.onnx.data"]
 
 
-def test_data_whose_model_never_came_is_replaced(make_bundle: Any, tmp_path: Path) -> None:
+def test_data_whose_model_never_came_is_replaced(
+    make_bundle: Any, tmp_path: Path, write_onnx: Any
+) -> None:
     """A run killed between its two renames leaves the data, and the model in its work folder."""
     from fourierft_export.errors import UsageError
     from fourierft_export.onnx_graph.apply import apply_onnx
 
-    weight = numpy_helper.from_array(np.ones((8, 8), np.float32), "a.weight")
-    io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in "xy"]
-    node = helper.make_node("MatMul", ["x", "a.weight"], ["y"])
-    graph = helper.make_graph([node], "g", io[:1], io[1:], [weight])
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)])
-    onnx.save_model(
-        model,
+    write_onnx(
         tmp_path / "in.onnx",
+        [("MatMul", ["x", "a.weight"], ["y"])],
+        {"a.weight": np.ones((8, 8), np.float32)},
+        {"x": ["n", 8]},
+        {"y": ["n", 8]},
         save_as_external_data=True,
         location="weights",
         size_threshold=0,

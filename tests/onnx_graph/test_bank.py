@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
@@ -263,46 +262,35 @@ def test_files_that_tell_no_shapes(
 
 
 @pytest.mark.parametrize("field", [{"alpha": 2.0}, {"beta": 0.5}])
-def test_heads_in_a_gemm_that_does_more_are_refused(field: Any, flat: Any, tmp_path: Path) -> None:
+def test_heads_in_a_gemm_that_does_more_are_refused(
+    field: Any, flat: Any, tmp_path: Path, write_onnx: Any
+) -> None:
     _, bundles, _, _ = flat(False)
     rng = np.random.default_rng(0)
     shapes = {"layer.weight": (8, 8), "head.weight": (3, 8), "head.bias": (3,)}
     nodes = [
-        helper.make_node("Gemm", ["x", "layer.weight"], ["t"], transB=1),
-        helper.make_node("Gemm", ["t", "head.weight", "head.bias"], ["y"], transB=1, **field),
+        ("Gemm", ["x", "layer.weight"], ["t"], {"transB": 1}),
+        ("Gemm", ["t", "head.weight", "head.bias"], ["y"], {"transB": 1} | field),
     ]
-    x, y = (helper.make_tensor_value_info(n, 1, ["batch", s]) for n, s in (("x", 8), ("y", 3)))
-    weights = [
-        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
-        for name, shape in shapes.items()
-    ]
-    graph = helper.make_graph(nodes, "g", [x], [y], weights)
-    opsets = [helper.make_opsetid("", 18)]
+    weights = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
     plain = tmp_path / "plain.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), plain)
+    write_onnx(plain, nodes, weights, {"x": ["batch", 8]}, {"y": ["batch", 3]})
     with pytest.raises(UsageError, match="saved tensors of linear layers") as caught:
         ff.apply_onnx(plain, bundles, tmp_path / "bank.onnx", mode="bank", allow_base_mismatch=True)
     assert any("Gemm" in offender for offender in caught.value.offenders)
     assert not (tmp_path / "bank.onnx").exists()
 
 
-def test_position_ids_leave_the_batch_where_it_is(tmp_path: Path) -> None:
+def test_position_ids_leave_the_batch_where_it_is(tmp_path: Path, write_onnx: Any) -> None:
     """TorchScript slices a constant up to the number of tokens; inference then knows no size."""
-    ints = {"start": [0], "axis": [1], "all": np.zeros((1, 9, 8))}
-    weights = [
-        numpy_helper.from_array(np.array(v, np.float32 if n == "all" else np.int64), n)
-        for n, v in ints.items()
-    ]
+    constants = {"start": [0], "axis": [1], "all": np.zeros((1, 9, 8), np.float32)}
     nodes = [
-        helper.make_node("Shape", ["x"], ["stop"], start=1, end=2),
-        helper.make_node("Slice", ["all", "start", "stop", "axis"], ["places"]),
-        helper.make_node("Add", ["x", "places"], ["y"]),
+        ("Shape", ["x"], ["stop"], {"start": 1, "end": 2}),
+        ("Slice", ["all", "start", "stop", "axis"], ["places"]),
+        ("Add", ["x", "places"], ["y"]),
     ]
-    x = helper.make_tensor_value_info("x", 1, ["batch", "tokens", 8])
-    graph = helper.make_graph(nodes, "g", [x], [helper.make_empty_tensor_value_info("y")], weights)
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
-    model = open_onnx(tmp_path / "m.onnx").model
+    x = {"x": ["batch", "tokens", 8]}
+    model = open_onnx(write_onnx(tmp_path / "m.onnx", nodes, constants, x, {"y": None})).model
     fill_shapes(model)
     slice_, add = model.graph[1].outputs[0], model.graph[2].outputs[0]
     assert is_batch_first(add, "batch")

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 import fourierft_export as ff
 from fourierft_export.bundle.fingerprint import fingerprint
@@ -20,19 +18,10 @@ WEIGHT = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
 
 
 @pytest.fixture
-def plain(tmp_path: Path) -> Path:
+def plain(tmp_path: Path, write_onnx: Any) -> Any:
     """x W^T, with W stored as (in, out)."""
-    path = tmp_path / "plain.onnx"
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
-        for name, size in (("x", 32), ("y", 16))
-    )
-    node = helper.make_node("MatMul", ["x", "up.weight"], ["y"])
-    weight = numpy_helper.from_array(np.ascontiguousarray(WEIGHT.T), "up.weight")
-    graph = helper.make_graph([node], "g", [x], [y], [weight])
-    opset = helper.make_opsetid("", 18)
-    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
-    return path
+    node, x, y = ("MatMul", ["x", "up.weight"], ["y"]), ["batch", 32], ["batch", 16]
+    return write_onnx(tmp_path / "plain.onnx", [node], {"up.weight": WEIGHT.T}, {"x": x}, {"y": y})
 
 
 def accepts(path: Path, bundle: Any) -> bool:

@@ -10,26 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 import fourierft_export as ff
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 LAYERS = ("a", "b", "c")
-
-
-def chain(held: dict[str, np.ndarray], path: Path) -> None:
-    """`y = x A^T B^T C^T`."""
-    nodes, last = [], "x"
-    for name in held:
-        out = "y" if name == LAYERS[-1] else f"{name}.out"
-        nodes.append(helper.make_node("MatMul", [last, f"{name}.weight"], [out], f"/{name}/MatMul"))
-        last = out
-    weights = [numpy_helper.from_array(w.T.copy(), f"{n}.weight") for n, w in held.items()]
-    values = [helper.make_tensor_value_info(name, 1, ["batch", 3, 32]) for name in "xy"]
-    graph = helper.make_graph(nodes, "g", [values[0]], [values[1]], weights)
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
 
 
 BESIDE = ("unmerged", "swappable", "bank")
@@ -39,15 +24,27 @@ BESIDE = ("unmerged", "swappable", "bank")
     ("form", "mode"), [*itertools.product(["float", "4 bit"], BESIDE), ("float", "paired")]
 )
 def test_each_layer_gets_what_the_adapted_one_before_gives(
-    form: str, mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
+    form: str,
+    mode: str,
+    make_bundle: Any,
+    exact_delta: Any,
+    tmp_path: Path,
+    run: Run,
+    write_onnx: Any,
 ) -> None:
+    """`y = x A^T B^T C^T`."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 3, 32)).astype(np.float32)
     held = {name: rng.standard_normal((32, 32)).astype(np.float32) / 6 for name in LAYERS}
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    chain(held, source)
+    nodes = [
+        ("MatMul", [x, f"{layer}.weight"], [y], {"name": f"/{layer}/MatMul"})
+        for x, layer, y in (("x", "a", "t"), ("t", "b", "u"), ("u", "c", "y"))
+    ]
+    weights, shape = {f"{name}.weight": w.T for name, w in held.items()}, ["batch", 3, 32]
+    write_onnx(source, nodes, weights, {"x": shape}, {"y": shape})
     bundle = make_bundle(list(LAYERS), held, scaling=30.0)
     exact = {name: weight.astype(np.float64) for name, weight in held.items()}
     if form == "4 bit":

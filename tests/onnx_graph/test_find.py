@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError
 from fourierft_export.onnx_graph.locate.module_names import module_of_node
+from fourierft_export.onnx_graph.runtime.exported import parameters_for
 
 MODES = ("merged", "unmerged")
 RNG = np.random.default_rng(0)
@@ -386,9 +387,10 @@ def test_packed_weights_and_adapters_that_come_at_run_time(
         got = session.run({"x": X}, adapter=adapter)["y"]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     assert np.abs(case.want(changed)["y"] - plain).max() > 0.1
-    # Beside it a weight may stay whole; as inputs the layers' weights are taken apart.
-    held = {t.name for t in onnx.load(out).graph.initializer}
-    assert ("qkv" in held) == (mode != "paired")
+    # The weight stays whole, with the nodes that use it; mode paired takes it as one input.
+    graph = onnx.load(out).graph
+    assert "qkv" in {tensor.name for tensor in graph.initializer}
+    assert ("qkv" in {value.name for value in graph.input}) == (mode == "paired")
 
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable"])
@@ -427,15 +429,13 @@ def test_packed_weights_behind_other_nodes(
     case = PACKED_OTHERWISE[name]
     path = save(tmp_path / "in.onnx", case.nodes, case.constants, {"y": [3, 16]})
     bundle, out = make_bundle(["q", "k"], case.layers), tmp_path / "out.onnx"
-    if mode == "paired":
-        with pytest.raises(UsageError, match="mode merged or unmerged") as caught:
-            ff.apply_onnx(path, bundle, out, mode=mode)
-        why = f"q: packed with others in qkv, and a {name.split()[-1]} comes before the MatMul"
-        assert why in caught.value.offenders
-        return
     ff.apply_onnx(path, bundle, out, mode=mode)
     feeds = {"x": X} | ({"adapter_id": np.ones(3, np.int64)} if mode == "bank" else {})
     changed = {key: w + exact_delta(bundle, key, w.shape) for key, w in case.layers.items()}
+    if mode == "paired":
+        feeds |= run(
+            out.with_suffix(".expand.onnx"), parameters_for(tmp_path / "out.expand.onnx", bundle)
+        )
     got = run(out, feeds)["y"]
     np.testing.assert_allclose(got, case.want(changed)["y"], rtol=0, atol=1e-5)
 

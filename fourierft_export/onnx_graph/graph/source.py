@@ -75,6 +75,13 @@ class Source:
             return both[: math.prod(shape)].view(tensor.dtype.numpy()).reshape(shape)
         return np.frombuffer(data, tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
 
+    def read_constant(self, value: ir.Value) -> Array:
+        """The content of a constant; see `read`."""
+        tensor = constant_of(value)
+        if tensor is None:
+            raise ValueError(f"{value.name} is no constant")
+        return self.read(tensor)
+
     def isolate_constant(self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> ir.Value:
         """Return an initializer of the main graph with this constant that only `uses` consume.
 
@@ -109,16 +116,6 @@ class Source:
         else:
             producer.attributes["value"] = ir.AttrTensor("value", new)
             value.const_value = None
-
-    def add_initializer(
-        self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Callable[[], Array]
-    ) -> ir.Value:
-        """Add an initializer to the main graph: dtype of `like`, external data where `like` is.
-
-        Its name gets a number if it is taken.
-        """
-        name = free_name(name, self.model.graph.initializers)
-        return register_constant(self.model, name, self._tensor_like(like, name, shape, make))
 
     def external_tensor(
         self, name: str, like: ir.TensorProtocol, shape: Sequence[int], make: Callable[[], Array]

@@ -74,14 +74,9 @@ def write(
         spectrum, entries, scaling = (
             rows.pick(value) for value in group_inputs(ops, group, feeds, [ADAPTERS])
         )
-        if group.dtype != "float32":
-            spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
         scaling = ops.op("Mul", [scaling, rows.adapted], f"{group.scaling}.or_none")
-        name = f"fourierft.group.{group.index}"
-        frequencies = branches.group(
-            spectrum, entries, scaling, group.shape, name=name, batch=rows.batch
-        )
-        written.changed |= branches.add_all(frequencies, group.layers, ends)
+        tensors = spectrum, entries, scaling
+        written.changed |= branches.add_group(group, tensors, ends, batch=rows.batch)
     ops.finish()
     return written
 

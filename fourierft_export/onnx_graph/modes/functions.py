@@ -16,8 +16,14 @@ Tables are a function of their own, so that layers with the same entries share t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..graph.ops import Ops
+from ..locate.site import Site
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -125,3 +131,39 @@ def add_functions(model: ir.Model) -> None:
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION
     model.ir_version = max(model.ir_version, IR_VERSION)
+
+
+def call_table(
+    ops: Ops, entries: ir.Value, axis: int, length: int, name: str
+) -> Sequence[ir.Value]:
+    """The outputs of FourierTable for one side of the matrix."""
+    return ops.ops(TABLE, [entries], name, TABLE_OUTPUTS, domain=DOMAIN, axis=axis, length=length)
+
+
+def call_delta(
+    ops: Ops,
+    site: Site,
+    spectrum: ir.Value,
+    scaling: ir.Value,
+    tables: Sequence[Sequence[ir.Value]],
+    name: str,
+) -> ir.Value:
+    """delta_W in the layout of the site's weight, with zeros around a part of a packed one.
+
+    Args:
+        ops: of the graph.
+        site: where the layer is.
+        spectrum: [n], any float.
+        scaling: [], float32.
+        tables: those of the layer's outputs, then of its inputs.
+        name: of the new node.
+    """
+    rows, columns = reversed(tables) if site.transposed else tables
+    delta = ops.op(DELTA, [spectrum, scaling, *rows, *columns], name, domain=DOMAIN)
+    if site.start is None:
+        return delta
+    pads = np.zeros((2, 2), np.int64)
+    pads[:, int(site.transposed)] = site.start, site.outputs - site.rows.stop
+    return ops.op(
+        "Pad", [delta, ops.initializer(pads.reshape(-1), f"{name}.pads")], f"{name}.padded"
+    )

@@ -65,10 +65,7 @@ def adapter_inputs(
     base: dict[str, Array] = {}
     for name in sorted(saved):
         for place in saved[name]:
-            tensor = constant_of(place.value)
-            if tensor is None:
-                raise ValueError(f"{place.value.name} is no constant")
-            array = source.read(tensor)
+            array = source.read_constant(place.value)
             base[name] = array.T if place.transposed else array
             value = source.isolate_constant(place.value, place.uses)
             places.setdefault(name, []).append(Place(value, place.uses, place.transposed))

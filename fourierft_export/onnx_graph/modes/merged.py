@@ -10,11 +10,9 @@ import numpy as np
 
 from ...bundle.file import Bundle
 from ...errors import BadInputError, UsageError
-from ...spectral.delta import add_delta_weight
 from ...types import Array
-from ..adapters import layer_terms
+from ..adapters import adapted_weight, layer_terms
 from ..graph.source import Source, constant_of
-from ..locate.content import part_of
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written
@@ -72,24 +70,17 @@ def _merged(
     name: str,
 ) -> Array:
     """A constant with the changes of all layers in it."""
-    weight = source.read(tensor)
-    total = weight if all(site.start is None for site in group) else weight.copy()
-    for site in group:
-        part = part_of(weight, site.transposed, site.start, site.shape[0])
-        terms = list(layer_terms(adapters, site.layer).values())
-        with np.errstate(over="ignore"):  # judged by its result
-            new = add_delta_weight(part, terms, transposed=site.transposed)
-        if not np.isfinite(new).all():
-            raise BadInputError(
-                f"weight {name}",
-                expected=f"W + delta_W within {new.dtype.name}",
-                found="an overflow, or values that are not finite",
-                remedy="check the adapter's scaling, or use a model of a wider dtype",
-            )
-        if site.start is None:
-            total = new
-        else:
-            part_of(total, site.transposed, site.start, site.shape[0])[...] = new
+    parts = {site.layer: site.rows for site in group}
+    terms = {layer: [*layer_terms(adapters, layer).values()] for layer in parts}
+    with np.errstate(over="ignore"):  # judged by its result
+        total = adapted_weight(source.read(tensor), parts, terms, transposed=group[0].transposed)
+    if not np.isfinite(total).all():
+        raise BadInputError(
+            f"weight {name}",
+            expected=f"W + delta_W within {total.dtype.name}",
+            found="an overflow, or values that are not finite",
+            remedy="check the adapter's scaling, or use a model of a wider dtype",
+        )
     return total
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..graph.ops import FLOAT32, Ops, replace_uses
+from ..groups import PREFIX, Group
 from .ends import Ends
 from .transforms import Transforms, is_dense
 
@@ -113,14 +114,29 @@ class SideBranches:
         start = op("Mul", [v, self._int(rows // 2 + 1, f"half{rows}")], f"{name}.row")
         return Frequencies(shape, scaled, sine, None, op("Add", [start, u], f"{name}.place"), batch)
 
-    def add_all(
-        self, frequencies: Frequencies, layers: Sequence[str], ends: Mapping[str, Sequence[Ends]]
+    def add_group(
+        self,
+        group: Group,
+        tensors: tuple[ir.Value, ir.Value, ir.Value],
+        ends: Mapping[str, Sequence[Ends]],
+        batch: ir.Value | None = None,
     ) -> dict[str, list[ir.Value]]:
         """Add the adapter's shares to the layers of a group.
+
+        Args:
+            group: of the adapter inputs.
+            tensors: its spectrum, entries and scaling, with `batch` as in `group`.
+            ends: layer -> where its x comes in and its y goes out.
+            batch: as in `group`.
 
         Returns:
             Layer -> the sums.
         """
+        spectrum, entries, scaling = tensors
+        if group.dtype != "float32":
+            spectrum = self.ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
+        name = f"{PREFIX}group.{group.index}"
+        frequencies = self.group(spectrum, entries, scaling, group.shape, name=name, batch=batch)
         return {
             layer: [
                 self.add(
@@ -132,7 +148,7 @@ class SideBranches:
                 )
                 for number, end in enumerate(ends[layer])
             ]
-            for row, layer in enumerate(layers)
+            for row, layer in enumerate(group.layers)
         }
 
     def add(

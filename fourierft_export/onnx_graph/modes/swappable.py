@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...bundle.file import Bundle
-from ..graph.ops import FLOAT32, Ops
+from ..graph.ops import Ops
 from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
@@ -49,12 +49,8 @@ def write(
     saved_inputs(ops, inputs)
     branches = SideBranches(ops)
     for group in inputs.interface.groups:
-        spectrum, entries, scaling = group_inputs(ops, group, inputs.defaults[0])
-        if group.dtype != "float32":
-            spectrum = ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
-        name = f"fourierft.group.{group.index}"
-        frequencies = branches.group(spectrum, entries, scaling, group.shape, name=name)
-        written.changed |= branches.add_all(frequencies, group.layers, ends)
+        tensors = group_inputs(ops, group, inputs.defaults[0])
+        written.changed |= branches.add_group(group, tensors, ends)
     ops.finish()
     return written
 

@@ -97,20 +97,13 @@ class _Writer:
         self.written.add(site.layer, self.names[key], site.transposed, total)
 
     def _delta(self, site: Site, adapter: str, term: Term) -> ir.Value:
-        """delta_W in the layout of the graph's weight, with zeros around a part of a packed one."""
+        """delta_W of one adapter, as it is added to the site's weight."""
         prefix = f"{site.layer}.{adapter}" if self.several else site.layer
-        inputs = self._inputs(site.layer, adapter, prefix, term)
-        sides = [self._table(inputs["entries"], axis, site.shape[axis]) for axis in (0, 1)]
-        rows, columns = reversed(sides) if site.transposed else sides
-        given = [inputs["spectrum"], inputs["scaling"], *rows, *columns]
-        name = f"{prefix}.delta"
-        delta = self.ops.op(functions.DELTA, given, name, domain=functions.DOMAIN)
-        if site.start is None:
-            return delta
-        pads = np.zeros((2, 2), np.int64)
-        pads[:, int(site.transposed)] = site.start, site.outputs - site.rows.stop
-        sizes = self.ops.initializer(pads.reshape(-1), f"{name}.pads")
-        return self.ops.op("Pad", [delta, sizes], f"{name}.padded")
+        held = self._inputs(site.layer, adapter, prefix, term)
+        tables = [self._table(held["entries"], axis, site.shape[axis]) for axis in (0, 1)]
+        return functions.call_delta(
+            self.ops, site, held["spectrum"], held["scaling"], tables, f"{prefix}.delta"
+        )
 
     def _inputs(self, layer: str, adapter: str, prefix: str, term: Term) -> dict[str, ir.Value]:
         """The adapter's tensors for one layer, by kind."""
@@ -128,19 +121,11 @@ class _Writer:
         return self.inputs[key]
 
     def _table(self, entries: ir.Value, axis: int, length: int) -> Sequence[ir.Value]:
-        """The outputs of FourierTable for one side of the matrix."""
+        """The table of one side of the matrix, which layers with equal entries share."""
         key = str(entries.name), axis, length
         if key not in self.tables:
             name = f"{entries.name}.{'columns' if axis else 'rows'}.{length}"
-            self.tables[key] = self.ops.ops(
-                functions.TABLE,
-                [entries],
-                name,
-                functions.TABLE_OUTPUTS,
-                domain=functions.DOMAIN,
-                axis=axis,
-                length=length,
-            )
+            self.tables[key] = functions.call_table(self.ops, entries, axis, length, name)
         return self.tables[key]
 
 

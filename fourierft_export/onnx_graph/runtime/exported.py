@@ -28,14 +28,15 @@ class Exported:
         mode: how it was exported.
         interface: its adapter inputs; None where it has none.
         adapters: names of the adapters in it, in the order of a bank's rows.
-        weights: layer -> (name of its weight, whether that is (in, out)), one or several each.
+        weights: layer -> (name of its weight, whether that is (in, out), the layer's first output
+            in it, or None), one or several each.
     """
 
     source: Source
     mode: str
     interface: Interface | None
     adapters: tuple[str, ...]
-    weights: Mapping[str, tuple[tuple[str, bool], ...]]
+    weights: Mapping[str, tuple[tuple[str, bool, int | None], ...]]
 
     def base_saved(self) -> dict[str, Array]:
         """The base's saved tensors, which the file keeps beside the adapter's."""
@@ -50,13 +51,16 @@ class Exported:
 
     def weight_inputs(self) -> list[WeightInput]:
         """Of an expander: the weights that it makes, with their base values."""
+        groups = self.interface.layers if self.interface else {}
         sites = [(layer, *site) for layer, several in self.weights.items() for site in several]
-        bases = {f"{name}.base": self._constant(f"{name}.base") for _, name, _ in sites}
-        arrays = self._all(bases, "the base weights of every adapted layer")
-        return [
-            WeightInput(name, layer, array, transposed)
-            for (layer, name, transposed), array in zip(sites, arrays, strict=True)
-        ]
+        held = {name: self._constant(f"{name}.base") for _, name, _, _ in sites}
+        arrays = self._all(held, "the base weights of every adapted layer")
+        bases = dict(zip(held, arrays, strict=True))
+        weights: dict[str, WeightInput] = {}
+        for layer, name, transposed, start in sites:
+            weight = weights.setdefault(name, WeightInput(name, bases[name], transposed))
+            weight.parts[layer] = slice(start or 0, (start or 0) + groups[layer].shape[0])
+        return [*weights.values()]
 
     def _constant(self, name: str) -> Array | None:
         value = self.source.model.graph.initializers.get(name)
@@ -99,7 +103,9 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
             Interface.from_dict(inputs) if inputs else None,
             tuple(map(str, names)),
             {
-                layer: tuple((str(s["initializer"]), bool(s["transposed"])) for s in sites)
+                layer: tuple(
+                    (str(s["initializer"]), bool(s["transposed"]), s.get("start")) for s in sites
+                )
                 for layer, sites in content["weights"].items()
             },
         )

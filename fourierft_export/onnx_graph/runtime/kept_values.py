@@ -8,6 +8,7 @@ from typing import Any
 
 from ...spectral.delta import Term
 from ...types import Array
+from ..adapters import adapted_weight
 from ..groups import Interface, WeightInput
 from .ort_session import to_value
 
@@ -60,12 +61,17 @@ class KeptValues:
         arrays = {saved.name: feeds[saved.name] for saved in self._interface.saved}
         groups = self._interface.layers
         for weight in self._weights or ():
-            group = groups[weight.layer]
-            row = group.layers.index(weight.layer)
-            term = Term(
-                feeds[group.spectrum][row], feeds[group.entries], float(feeds[group.scaling][row])
+            terms = {}
+            for layer in weight.parts:
+                group = groups[layer]
+                row = group.layers.index(layer)
+                scaling = float(feeds[group.scaling][row])
+                terms[layer] = [Term(feeds[group.spectrum][row], feeds[group.entries], scaling)]
+            arrays[weight.name] = (
+                weight.base
+                if name is None
+                else adapted_weight(weight.base, weight.parts, terms, transposed=weight.transposed)
             )
-            arrays[weight.name] = weight.base if name is None else weight.adapted([term])
         return arrays
 
     def _make_room(self, newest: str | None) -> None:
