@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def activate(model: Model, names: str | Sequence[str]) -> Model:
-    """Use these adapters, and no others; their changes add up.
+    """Makes these adapters the active ones; their changes add up.
 
     Args:
         model: a model with adapters.
@@ -128,7 +128,7 @@ class TrainableParameters:
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """Count the parameters that learn, as PEFT's `get_nb_trainable_parameters` does.
+    """Counts the parameters that learn, as PEFT's `get_nb_trainable_parameters` does.
 
     Args:
         model: with adapters or without.

@@ -50,7 +50,7 @@ def attach(
     trainable: bool = False,
     allow_base_mismatch: bool = False,
 ) -> Model:
-    """Put a bundle's adapter on a live model and make it the only active one.
+    """Puts a bundle's adapter on a live model and makes it the only active one.
 
     The base is frozen, as PEFT freezes it; `detach` lets it learn again. Layer names may differ
     from the model's by one leading segment (an adapter trained on `bert.encoder...` fits a bare
@@ -116,7 +116,7 @@ def replace(
     *,
     allow_base_mismatch: bool = False,
 ) -> Model:
-    """Give adapter `name` the values of another bundle, in place.
+    """Gives adapter `name` the values of another bundle, in place.
 
     Its parameters stay the same objects, so a compiled model is not compiled again (unless the
     scaling differs) and an optimizer goes on with them. Seed, entries and scaling may differ.
@@ -125,7 +125,7 @@ def replace(
         model: changed in place.
         bundle: for the same layers, with as many coefficients each, and the same saved tensors.
         name: the adapter to replace.
-        allow_base_mismatch: as in `attach`.
+        allow_base_mismatch: accept base weights other than those the bundle was trained on.
 
     Returns:
         The same model.
@@ -169,7 +169,7 @@ def replace(
 
 
 def detach(model: Model, name: str | None = None) -> Model:
-    """Take one adapter off a model, or all of them.
+    """Takes one adapter off a model, or all of them.
 
     Where no adapter is left, the original module stands again, the same object. With the last
     adapter gone, the base learns again as before the first. A model without adapters stays as it

@@ -22,7 +22,7 @@ def combine(
     heads: str | None = None,
     trainable: bool = False,
 ) -> Model:
-    """Add the adapter whose delta_W is the weighted sum of those of others, and activate it.
+    """Adds an adapter whose delta_W is the weighted sum of other adapters', and activates it.
 
     The sum is exact (`bundle.combine.combine_bundles` says how it is stored); the adapters
     themselves stay as they are, and the new one can be captured, saved and merged as any other.

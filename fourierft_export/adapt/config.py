@@ -45,7 +45,7 @@ _OTHER_PEFT_FIELDS = {
 
 @dataclass(frozen=True)
 class FourierFTConfig:
-    """Settings of a new adapter.
+    """The settings of a new adapter, with the names, meanings and defaults of PEFT's.
 
     Lists and sets become tuples. Patterns are the author's own regular expressions; files that
     others made are read without running theirs.

@@ -36,7 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
-    """Compute W + delta_W once, so that the forward pass costs what the base costs.
+    """Computes W + delta_W once, so that a forward pass costs no more than the base's.
 
     Each adapted layer runs its own forward and hooks on the merged weight, and holds both weights
     until `restore`. Nothing of the adapters learns meanwhile, state dicts hold the base's
@@ -101,7 +101,7 @@ def restore(model: Model) -> Model:
 
 @torch.no_grad()
 def unload(model: Model, merge: bool = False) -> Model:
-    """Take all adapters off a model; with `merge`, keep what the active ones do to it.
+    """Takes all adapters off a model; with `merge`, keeps the effect of the active ones.
 
     Merging adds delta_W to the base's own weights in place, without a second copy of them where
     they cannot overflow, and gives the modules that adapters saved to the model for good.
@@ -114,7 +114,8 @@ def unload(model: Model, merge: bool = False) -> Model:
         The same model, without wrappers: `save_pretrained` writes it as any other.
 
     Raises:
-        UsageError: as for `fuse`, for merging; the model is unchanged then.
+        UsageError: with `merge`: no adapter is active, or layers cannot be merged (not finite,
+            quantised, shared), all of them listed; the model is unchanged then.
     """
     check_not_routed(model, "unload")
     if not merge:

@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def inject(model: Model, config: ConfigSource, name: str = "default") -> Model:
-    """Replace the targeted layers by `FourierLinear` and freeze everything but the new adapter.
+    """Replaces the targeted layers by `FourierLinear` and freezes all but the new adapter.
 
     The new adapter becomes the only active one. Its spectra are drawn as PEFT draws them: from
     torch's global CPU generator, layer by layer in the model's order.

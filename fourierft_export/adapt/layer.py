@@ -36,7 +36,9 @@ from .saved_modules import AdaptedModule, link_versions, module_in_use, unwrap
 
 
 class FourierLinear(nn.Module):
-    """y = base(x) + sum over active adapters of x delta_W^T (arXiv 2405.03003, equations 2 to 4).
+    """A linear layer with adapters: y = base(x) + sum over active adapters of x delta_W^T.
+
+    These are equations 2 to 4 of arXiv 2405.03003.
 
     Args:
         base_layer: `nn.Linear`; transformers' `Conv1D`, which stores its weight as (in, out); or

@@ -47,7 +47,7 @@ def merge_checkpoint(
     scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add adapters to a checkpoint: a plain model, which needs nothing of this package.
+    """Merges adapters into a checkpoint; the result is a plain model without this package.
 
     W' = W + sum of weight_i * delta_W_i, computed in float32 or better and rounded once. Heads and
     biases that the adapters have replace the base's, or are added. The output is absent or

@@ -68,11 +68,14 @@ class VerifyReport:
 def verify_merged(
     directory: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> VerifyReport:
-    """Check a folder that `merge_checkpoint` wrote against its manifest.
+    """Checks a folder that `merge_checkpoint` wrote against its manifest.
 
     Args:
         directory: the folder.
         progress: called with ("verifying", bytes done, bytes in all).
+
+    Returns:
+        What was checked, and which files are missing, damaged or unknown.
 
     Raises:
         FileAccessError: the folder or its manifest is missing or unreadable.

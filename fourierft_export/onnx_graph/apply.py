@@ -48,7 +48,7 @@ def apply_onnx(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Put adapters into an ONNX file that other tools made; several add up.
+    """Puts adapters into an ONNX file that other tools made; several add up.
 
     Each layer's weight is found by its name, by the scope or name of the node that uses it, by the
     bias beside it, or by its content, which a bound bundle (or `base`) tells; never by shape alone.

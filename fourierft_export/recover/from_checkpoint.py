@@ -66,7 +66,7 @@ def recover_bundle(
     allow_links: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Bundle, RecoverReport]:
-    """Find the bundle whose merge into `base` gives `merged`.
+    """Finds the bundle whose merge into `base` gives `merged`.
 
     The difference of two weights determines the product of spectrum and scaling, and the sum of
     two entries that mirror each other, which get equal shares.

@@ -22,7 +22,7 @@ from ..types import Array
 
 
 def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> dict[str, Bundle]:
-    """Read the bundles that an ONNX file holds, bit for bit as they were exported or applied.
+    """Reads the bundles that an ONNX file holds, bit for bit as they were exported or applied.
 
     Args:
         path: a file of mode unmerged, swappable or bank, or the expander of mode paired.

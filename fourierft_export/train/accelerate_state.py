@@ -29,7 +29,7 @@ class BundleState:
 
 
 def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
-    """Let `accelerator.save_state` write, and `load_state` read, an adapter in its model's stead.
+    """Makes accelerate's `save_state` and `load_state` write and read an adapter, not its model.
 
     Call it once, before the first of them. A folder that `save_state` makes then holds
     `NAME.fourierft.safetensors` and the optimizer's and the generators' states. Models without
@@ -40,9 +40,13 @@ def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
         accelerator: accelerate's; with models prepared before or after.
         name: the adapter that is trained.
 
-    `save_state` raises UsageError if other parameters learn besides the adapter, if two models
-    have one of that name, or where accelerate breaks tensors into pieces (FSDP, DeepSpeed);
-    `load_state` raises BaseMismatchError if the bundle is of another adapter or base.
+    Returns:
+        A handle; its `remove` lets the accelerator save whole models again.
+
+    Raises:
+        UsageError: in `save_state`: other parameters than the adapter's learn, two models have an
+            adapter of that name, or accelerate splits tensors (FSDP, DeepSpeed).
+        BaseMismatchError: in `load_state`: the bundle is of another adapter or base.
     """
     file = f"{name}{SUFFIX}"
 

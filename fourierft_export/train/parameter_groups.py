@@ -26,7 +26,7 @@ def parameter_groups(
     same_rate: bool = False,
     steps: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The parameters of `model` that learn, as groups for an optimizer of torch.
+    """Groups the parameters of `model` that learn, for an optimizer of torch.
 
     For example `torch.optim.AdamW(parameter_groups(model))`. Every group has `params`, `lr`,
     `weight_decay`, and `name`: "spectrum" (a group for each rate), "head" (matrices), "vector"
@@ -42,6 +42,9 @@ def parameter_groups(
         same_rate: give every layer the same rate, rather than the one at which its delta_W moves
             like the others'.
         steps: of the run, if known: longer runs learn at a lower rate by default.
+
+    Returns:
+        The groups, as torch's optimizers take them.
 
     Raises:
         UsageError: no spectrum learns.

@@ -150,10 +150,10 @@ class _Checked:
 
 @dataclass(frozen=True)
 class TrainSettings(_Checked):
-    """How to train. Field names are the keys of a settings file and, with dashes, the options.
+    """The settings of a training run: of its adapter, its steps and its evaluation.
 
-    `fourierft-export train --help` says what each one does. None means "by the rules of
-    `train.defaults`".
+    Args: the keys of a settings file, and with dashes the options of `fourierft-export train`,
+    whose `--help` describes each. None means "by the rules of `train.defaults`".
 
     Raises:
         UsageError: values out of range; all of them are listed.

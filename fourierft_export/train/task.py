@@ -11,7 +11,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A model and what to train it on. The first nine are `transformers.Trainer`'s own arguments.
+    """A model and the rows to train it on.
+
+    The first nine fields are `transformers.Trainer`'s own arguments.
 
     Attributes:
         model: the base with its task head, on the CPU, without adapters. Without a

@@ -55,7 +55,7 @@ def train_adapter(
     picture: bool = True,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train an adapter with transformers' Trainer; write it as a bundle, always the best so far.
+    """Trains an adapter with transformers' Trainer and writes the best one so far as a bundle.
 
     Beside the bundle, `OUT.train/` holds the Trainer's last checkpoint, from which `resume` goes
     on, `metrics.json` and `curve.png`. The bundle is the old file or the new one, whenever the

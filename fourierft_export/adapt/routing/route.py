@@ -28,7 +28,7 @@ from .context import ONE_BY_ONE, Names, OpenBlocks, RowAdapters, open_block
 def route(
     model: nn.Module, names: Sequence[str | None], *, num_beams: int = 1
 ) -> Iterator[nn.Module]:
-    """Within the block, row i of every batch uses adapter `names[i]`: spectra, head and biases.
+    """Lets row i of every batch use adapter `names[i]` within the block: spectra, head, biases.
 
     Each row gets what it would get alone under `activate(model, names[i])`, whatever the seeds,
     sizes, scalings and dtypes of the adapters; which ones are active does not matter meanwhile,

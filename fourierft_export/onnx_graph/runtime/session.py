@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class AdapterSession:
-    """An ONNX Runtime session whose adapter is chosen at every run; safe to share among threads.
+    """An ONNX Runtime session whose adapter is chosen at every run; threads may share it.
 
     What a run does with an adapter depends on the mode of the file: swappable feeds it; paired
     feeds the adapted weights, which are made at the adapter's first run and kept; bank feeds a

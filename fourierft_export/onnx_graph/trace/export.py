@@ -48,7 +48,7 @@ def export_onnx(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Export a model with its active adapters; several add up.
+    """Exports a model with its active adapters to ONNX; several add up.
 
     The graph is that of the bare base, whose adapted weights are then replaced: by W + delta_W
     (merged), or by W plus a delta_W that the graph rebuilds from the initializers `LAYER.spectrum`,

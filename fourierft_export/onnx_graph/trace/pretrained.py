@@ -55,7 +55,7 @@ def export_pretrained(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Export a transformers model with its adapters: dynamic batch and sequence, usual names.
+    """Exports a transformers model with adapters to ONNX, with dynamic batch and sequence.
 
     Inputs are input_ids, attention_mask and, where the model tells token types apart,
     token_type_ids; or pixel_values (image-classification). Outputs are logits; start_logits and
