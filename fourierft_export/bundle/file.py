@@ -12,13 +12,13 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import BadInputError
-from ..files.container import Header, header_length, parse_header, read_file, read_header
+from ..files.container import read_file, read_header
 from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
 from ..types import Array
 from .fit import check_fits, fit_adapter, layers_of_base
-from .format import HASH_KEY, check_kind, decode, encode
+from .format import HASH_KEY, check_kind, decode, encode, split_file
 from .names import natural_key
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec, spec_offenders
 
@@ -183,7 +183,7 @@ class Bundle:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the content as hex: the hash that the bundle's file holds."""
-        return _split(self.to_bytes(), "bundle")[0].metadata[HASH_KEY]
+        return split_file(self.to_bytes(), "bundle")[0].metadata[HASH_KEY]
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "bundle") -> Bundle:
@@ -196,8 +196,7 @@ class Bundle:
         Raises:
             BadInputError: they are not a bundle, or a damaged one.
         """
-        header, payload = _split(data, where)
-        return cls.build(*decode(header, payload, where), where=where)
+        return cls.build(*decode(data, where), where=where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -232,12 +231,6 @@ class Bundle:
         with staged_file(path, force=force) as partial:
             partial.write_bytes(self.to_bytes())
         return Path(path)
-
-
-def _split(data: bytes, where: str) -> tuple[Header, bytes]:
-    """The header and the payload of a file in memory."""
-    end = 8 + header_length(data[:8], len(data), where)
-    return parse_header(data[8:end], len(data), where), data[end:]
 
 
 def _frozen(arrays: Mapping[str, Array]) -> Mapping[str, Array]:

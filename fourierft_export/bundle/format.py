@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import BadInputError
 from ..files import dtypes, strict_json
-from ..files.container import Header, encode_header
+from ..files.container import Header, encode_header, header_length, parse_header
 from ..files.dtypes import DTYPE_BITS
 from ..files.strict_json import canonical
 from ..types import Array
@@ -24,20 +24,21 @@ from . import names, peft_config
 from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
 from .spec import EXPLICIT_RULE, RESERVED, AdapterSpec, Fingerprint, LayerSpec
 
-Kinds = dict[str, tuple[type, ...]]
-"""Field -> the types that it may have."""
+Kinds = dict[str, str]
+"""Field -> the names of the types that it may have."""
 VERSION = 1
 SPEC_KEY, HASH_KEY = "fourierft", "sha256"
-_REQUIRED: Kinds = {"version": (int,), "seed": (int,), "scaling": (int, float), "groups": (list,)}
-_OPTIONAL: Kinds = {"task_type": (str,), "base_model": (str,), "peft": (dict,)}
-_GROUP: Kinds = {"layers": (list,), "n_frequency": (int,)}
+_REQUIRED: Kinds = {"version": "int", "seed": "int", "scaling": "int or float", "groups": "list"}
+_OPTIONAL: Kinds = {"task_type": "str", "base_model": "str", "peft": "dict"}
+_GROUP: Kinds = {"layers": "list", "n_frequency": "int"}
 _GROUP_OPTIONAL: Kinds = {
-    "shape": (list,),
-    "entry_rule": (str,),
-    "entries_sha256": (str,),
-    "fan_in_fan_out": (bool,),
-    "base_dtype": (str,),
+    "shape": "list",
+    "entry_rule": "str",
+    "entries_sha256": "str",
+    "fan_in_fan_out": "bool",
+    "base_dtype": "str",
 }
+_PEFT: Kinds = {"set": "dict", "absent": "list"}
 
 TensorRow = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype and shape."""
@@ -121,9 +122,8 @@ def _group_object(layers: list[LayerSpec]) -> dict[str, Any]:
 def _fields(value: Any, where: str, required: Kinds, optional: Kinds) -> dict[str, Any]:
     """Checks a JSON object's fields and their types (bool is no int); absent ones are None."""
     _require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
-    for key, kinds in {**required, **optional}.items():
+    for key, wanted in {**required, **optional}.items():
         if key in required or key in value:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
             found = type(value[key]).__name__ if key in value else "nothing"
             _require(found in wanted.split(" or "), f"{where}, field {key}", wanted, found)
     extra = ", ".join(sorted(value.keys() - {*required, *optional})[:5])
@@ -134,6 +134,12 @@ def _fields(value: Any, where: str, required: Kinds, optional: Kinds) -> dict[st
 def _require(holds: bool, where: str, expected: str, found: str, remedy: str = "") -> None:
     if not holds:
         raise BadInputError(where, expected=expected, found=found, remedy=remedy)
+
+
+def split_file(data: bytes, where: str) -> tuple[Header, bytes]:
+    """Splits the bytes of a bundle file into header and payload, checked against each other."""
+    end = 8 + header_length(data[:8], len(data), where)
+    return parse_header(data[8:end], len(data), where), data[end:]
 
 
 def check_kind(header: Header, where: str) -> None:
@@ -152,14 +158,13 @@ def check_kind(header: Header, where: str) -> None:
 
 
 def decode(
-    header: Header, payload: bytes, where: str
+    data: bytes, where: str
 ) -> tuple[AdapterSpec, dict[str, Array], dict[str, Array], dict[str, Array]]:
     """Reads the fields of a bundle, which `Bundle.build` then checks.
 
     Args:
-        header: of the safetensors container, already checked against the file's length.
-        payload: every byte after the header.
-        where: the file, for errors.
+        data: the bytes of a bundle file.
+        where: what errors name as the place.
 
     Returns:
         The spec, the spectra, the saved tensors and the explicit entries.
@@ -167,6 +172,7 @@ def decode(
     Raises:
         BadInputError: not a bundle, damaged, or with fields of other types.
     """
+    header, payload = split_file(data, where)
     check_kind(header, where)
     text, tensors = header.metadata[SPEC_KEY], header.tensors.values()
     table = [(t.name, t.dtype, t.shape) for t in tensors]
@@ -201,16 +207,13 @@ def decode(
     explicit: dict[str, Array] = {}
     for i, group in enumerate(groups):
         for layer, spectrum, entries in _read_group(i, group, arrays, where):
-            where_twice = f"{where}, layer {layer.name}"
-            _require(layer.name not in spectra, where_twice, "one spectrum", "two")
             layers.append(layer)
             spectra[layer.name] = spectrum
             if entries is not None:
                 explicit[layer.name] = entries
     spec = replace(spec, layers=tuple(layers))
     if fields["peft"] is not None:
-        kinds: Kinds = {"set": (dict,), "absent": (list,)}
-        short = _fields(fields["peft"], f"{where}, the PEFT config", {}, kinds)
+        short = _fields(fields["peft"], f"{where}, the PEFT config", {}, _PEFT)
         config = peft_config.restore_config(spec, short["set"] or {}, short["absent"] or [])
         spec = replace(spec, peft_config=config)
     return spec, spectra, arrays, explicit
@@ -233,7 +236,6 @@ def _read_group(
     rule, digest, base_dtype = (fields[k] for k in ("entry_rule", "entries_sha256", "base_dtype"))
     is_text = all(isinstance(template, str) for template in templates)
     _require(is_text, where, "layer templates as text", "something else")
-    _require(n >= 1, where, "an n_frequency from 1", str(n)[:80])
     if shape is not None:
         whole = len(shape) == 2 and all(type(size) is int for size in shape)
         _require(whole, where, "a shape of two whole numbers", repr(shape)[:80])
