@@ -19,10 +19,10 @@ from .adapters import Bundles, named_bundles, weighted
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_model
-from .locate.content import verdict
+from .locate.content import compare_site
 from .locate.finder import Finder, Found
 from .locate.saved import find_saved
-from .locate.search import search
+from .locate.search import find_layers
 from .locate.site import Site, Wanted
 from .metadata import KEY
 from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
@@ -118,7 +118,7 @@ def apply_onnx(
         progress("find weights", 0, 1)
     wanted = _wanted_layers(bound, opened)
     beside = mode in (SWAPPABLE, BANK)
-    finder, found, expanded = search(source, wanted, mapping, bound, beside=beside)
+    finder, found, expanded = find_layers(source, wanted, mapping, bound, in_main_graph=beside)
     sites = found.sites
     fits = _fits(source, found, wanted, bound)
     check_fits(
@@ -260,7 +260,7 @@ def _comparing(
     def compare(expected: Fingerprint) -> LayerVerdict:
         one = replace(want, fingerprint=expected)
         verdicts = {
-            site.verdict if one == looked_for else verdict(source, site, one) for site in sites
+            site.verdict if one == looked_for else compare_site(source, site, one) for site in sites
         }
         if "different" in verdicts:
             return "different"

@@ -1,4 +1,4 @@
-"""An ONNX file as plain facts, for `inspect`."""
+"""Describes an ONNX file for the verb `inspect`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def describe_onnx(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an ONNX file holds, as JSON values; external data is not read.
+    """Describe what an ONNX file holds, as JSON values; external data is not read.
 
     Raises:
         FileAccessError: missing or unreadable.
@@ -63,7 +63,7 @@ def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
 
 
 def _adapter(model: onnx.ModelProto) -> dict[str, Any] | None:
-    """What our own metadata says of the adapters; None for a file that has none."""
+    """The adapters in this package's metadata; None for a file without."""
     text = next((p.value for p in model.metadata_props if p.key == KEY), None)
     if text is None:
         return None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,48 +46,11 @@ def model(request: pytest.FixtureRequest) -> Classifier:
 
 @pytest.fixture(scope="module")
 def files(
-    model: Classifier, x: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+    model: Classifier, x: np.ndarray, tools: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """What onnxruntime's quantisers make of the model."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rows: Iterator[dict[str, np.ndarray]] = iter([{"x": x}])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.rows, None)
-
-    folder = tmp_path_factory.mktemp("heads")
-    plain, out = folder / "float.onnx", {form: folder / f"{form}.onnx" for form in FORMS}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        torch.onnx.export(
-            model,
-            (torch.from_numpy(x),),
-            plain,
-            input_names=["x"],
-            output_names=["y"],
-            dynamo=False,
-            verbose=False,
-            opset_version=18,
-            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
-        )
-        quantize_dynamic(plain, out["dynamic int8"], weight_type=QuantType.QInt8)
-        quantize_static(plain, out["QDQ"], Rows(), quant_format=QuantFormat.QDQ, per_channel=True)
-        quantiser = MatMulNBitsQuantizer(onnx.load(plain), bits=4, block_size=16, is_symmetric=True)
-        quantiser.process()
-        quantiser.model.save_model_to_file(str(out["4 bit"]))
-        logging.disable(logging.NOTSET)
-    return out
+    plain = tools.torchscript(model, x, tmp_path_factory.mktemp("heads") / "float.onnx")
+    return {form: tools.quantise(plain, form, [{"x": x}]) for form in FORMS}
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_maps_that_cannot_be(
     cases = {
         f"{name}[40:88]": "has no outputs 40 to 88",
         f"{name}[0:32]": "shape [48, 32] expected",
-        name: f"say which: {name}[START:STOP]",
+        name: f"name the layer's part: {name}[START:STOP]",
         f"{name}[20:68]": f"is found for {q}, too",
         "nothing": "no constant of the graph",
         "bias": "which is FLOAT [80], used by Add add: neither a matrix of floats",

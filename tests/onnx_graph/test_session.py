@@ -64,7 +64,7 @@ def test_files_that_hold_their_adapter_for_good(small_tenants: Any, mode: str) -
     assert session.adapters == ("one",)
     for adapter in (None, session.adapters[0]):
         small_tenants.check(session.run(small_tenants.inputs, adapter)["output"], "one")
-    with pytest.raises(UsageError, match="for good"):
+    with pytest.raises(UsageError, match="is fixed in the file"):
         session.run(small_tenants.inputs, "two")
     with pytest.raises(UsageError, match="swappable, paired or bank"):
         session.load("two", small_tenants.bundles["two"])

@@ -234,8 +234,8 @@ def test_nothing_tells_the_base_of_an_unbound_bundle(
     unbound = ff.Bundle.build(replace(bundle.spec, layers=layers), bundle.spectra, bundle.saved)
     unbound.save(tmp_path / "unbound")
     for source, said in (
-        (small_tenants.bundle_file("one"), "it was done here"),
-        (tmp_path / "unbound", "no check was possible that it belongs to the graph's base"),
+        (small_tenants.bundle_file("one"), "was checked against the graph's base"),
+        (tmp_path / "unbound", "so it was not checked against the graph's base"),
     ):
         out = ["--to", "onnx-adapter", "--onnx", str(path), "-o", f"{source.name}.onnx_adapter"]
         out[-1] = str(tmp_path / out[-1])
@@ -255,7 +255,7 @@ def test_paired_graphs_and_expanders_are_told_apart_without_saved_tensors(tmp_pa
     ff.inject(model, ff.FourierFTConfig(n_frequency=9, target_modules=["0"]))
     path, bundle = tmp_path / "paired.onnx", ff.capture(model)
     ff.export_onnx(model, (x,), path, mode="paired")
-    with pytest.raises(UsageError, match="takes nothing of this adapter") as caught:
+    with pytest.raises(UsageError, match="takes only the weights") as caught:
         parameters_for(path, bundle)
     assert "paired.expand.onnx" in str(caught.value)
     names = {"fourierft.spectrum.0", "fourierft.entries.0", "fourierft.scaling.0"}

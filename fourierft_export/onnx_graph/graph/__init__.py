@@ -1,1 +1,1 @@
-"""ONNX files read and written, and the graph operations that every mode needs."""
+"""Reads, edits and writes ONNX graphs; nothing here knows of adapters."""

@@ -1,8 +1,8 @@
 """Model-local functions expanded where they are called.
 
-onnx.version_converter and the usual float16 converters fail on functions or leave them as they are;
-after this a graph holds standard operators only. And a weight inside a function is out of reach of
-everything that looks at the graph: such functions are expanded before an adapter goes in.
+onnx.version_converter and the usual float16 converters fail on functions or skip them; an inlined
+graph holds standard operators only. And the modes change weights of the graph, not of functions:
+functions that hold an adapted weight are expanded before an adapter is written.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def inline_functions(model: ir.Model) -> None:
         model.opset_imports.pop(domain, None)
 
 
-def inline_some(
+def inline_chosen(
     model: ir.Model, functions: Collection[ir.OperatorIdentifier], path: str | os.PathLike[str]
 ) -> tuple[str, ...]:
     """Expand some functions, and those that call them; their constants become initializers.
 
-    A function's constant is one for all its calls, and so is the initializer: what changes it for
-    one call changes it for all, as before. (onnx-ir's own pass would make one for each call.)
+    All calls of a function share one initializer per constant, as they shared the constant.
+    (onnx-ir's own pass would make one for each call.)
 
     Args:
         model: changed in place; other functions stay.
-        functions: which.
-        path: the file, to say so where that cannot be done.
+        functions: the functions to expand.
+        path: the file, for the error message.
 
     Returns:
-        The names of those that were expanded.
+        The names of the expanded functions.
 
     Raises:
         BadInputError: functions that call themselves, of another opset than the model, or with
@@ -82,7 +82,7 @@ def inline_some(
     return tuple(sorted(one[1] for one in chosen))
 
 
-def holders(
+def functions_with_constants(
     model: ir.Model, wanted: Callable[[str, ir.TensorProtocol], bool]
 ) -> set[ir.OperatorIdentifier]:
     """The functions that hold a constant for which `wanted(name, tensor)` is true."""
@@ -94,7 +94,7 @@ def holders(
 
 
 def _constants(graph: ir.Function | ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """The tensors of a graph's Constant nodes, with the values that they are."""
+    """Yield the output and the tensor of every Constant node."""
     for node in graph.all_nodes():
         if node.op_type == "Constant" and node.domain in STANDARD and "value" in node.attributes:
             attribute = node.attributes["value"]

@@ -21,11 +21,11 @@ FLOAT32 = 1  # onnx.TensorProto.FLOAT
 class Ops:
     """Adds nodes and constants to a graph.
 
-    New nodes go to the end of the graph until `finish` sorts it, so that they may feed old ones.
+    New nodes are appended; `finish` then sorts the graph, so that they may feed older nodes.
 
     Args:
         graph: changed in place.
-        ahead: the new nodes depend on constants only, and go to the start, when `finish` is called.
+        ahead: the new nodes depend on constants only; `finish` puts them at the start.
     """
 
     def __init__(self, graph: ir.Graph, *, ahead: bool = False) -> None:
@@ -36,17 +36,17 @@ class Ops:
         self._names = {str(node.name) for node in nodes} | used_names(graph)
 
     def free(self, name: str) -> str:
-        """`name`, with a number behind it if the graph uses it already; it is taken from now on."""
+        """Reserve `name` and return it, with a number appended if the graph uses it already."""
         name = free_name(name, self._names)
         self._names.add(name)
         return name
 
     def release(self, name: str) -> None:
-        """Let `name` be taken again."""
+        """Make a reserved name available again."""
         self._names.discard(name)
 
     def op(self, kind: str, inputs: Sequence[ir.Value], name: str, **attributes: Any) -> ir.Value:
-        """The output of a new node; node and output are called `name`."""
+        """Add a node with one output and return the output; both are called `name`."""
         return self.ops(kind, inputs, name, 1, **attributes)[0]
 
     def ops(
@@ -58,7 +58,7 @@ class Ops:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """The outputs of a new node: so many, or one for each of these endings of its name."""
+        """Add a node and return its outputs: `outputs` many, or one for each name suffix in it."""
         import onnx_ir as ir
 
         name = self.free(name)
@@ -73,7 +73,7 @@ class Ops:
         return node.outputs
 
     def constant(self, content: npt.ArrayLike, name: str) -> ir.Value:
-        """An initializer with this content; an equal one that was made here before serves again."""
+        """Return an initializer with this content; equal constants share one."""
         array = np.asarray(content)
         key = array.dtype.name, array.shape, array.tobytes()
         if key not in self._constants:
@@ -81,7 +81,7 @@ class Ops:
         return self._constants[key]
 
     def initializer(self, array: Array, name: str) -> ir.Value:
-        """A new initializer; its name gets a number if it is taken."""
+        """Add an initializer; its name gets a number if it is taken."""
         value = constant_value(array, self.free(name))
         self.graph.register_initializer(value)
         return value
@@ -89,7 +89,7 @@ class Ops:
     def overridable(
         self, array: Array, name: str, shape: Sequence[int | str] | None = None
     ) -> ir.Value:
-        """A new graph input of this very name with a default; sizes by name are the caller's."""
+        """Add a graph input of exactly this name with a default value; `shape` may name sizes."""
         import onnx_ir as ir
 
         value = constant_value(array, name)
@@ -101,7 +101,7 @@ class Ops:
         return value
 
     def finish(self) -> None:
-        """Bring all nodes into an order in which they can run."""
+        """Sort the nodes so that each comes after those that feed it."""
         if self._ahead is None:
             self.graph.sort()
         else:
@@ -109,7 +109,7 @@ class Ops:
 
 
 def constant_value(array: Array, name: str) -> ir.Value:
-    """A value with a constant content, in no graph yet."""
+    """Make a constant value that is in no graph yet."""
     import onnx_ir as ir
 
     tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
@@ -117,7 +117,7 @@ def constant_value(array: Array, name: str) -> ir.Value:
 
 
 def register_constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new initializer of the main graph."""
+    """Add an initializer to the main graph."""
     import onnx_ir as ir
 
     value = ir.val(name, const_value=tensor)
@@ -128,14 +128,14 @@ def register_constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> 
 
 
 def used_names(graph: ir.Graph) -> set[str]:
-    """Every name of a value in a graph and its subgraphs."""
+    """The names of all values in a graph and its subgraphs."""
     names = {str(value.name) for node in graph.all_nodes() for value in node.outputs}
     names |= {str(value.name) for value in graph.inputs}
     return names | {name for one in (graph, *graph.subgraphs()) for name in one.initializers}
 
 
 def free_name(name: str, taken: Container[str]) -> str:
-    """`name`, with a number behind it if it is taken."""
+    """`name`, with a number appended if it is taken."""
     numbers = itertools.count(1)
     free = name
     while free in taken:
@@ -144,7 +144,7 @@ def free_name(name: str, taken: Container[str]) -> str:
 
 
 def replace_uses(users: Sequence[tuple[ir.Node, int]], old: ir.Value, new: ir.Value) -> None:
-    """Feed `new` to `users` of `old`; new gets its type and shape, and a graph output its name."""
+    """Feed `new` to `users` of `old` and give it the type and shape, and a graph output's name."""
     for node, index in users:
         node.replace_input_with(index, new)
     new.type, new.shape = old.type, old.shape

@@ -1,4 +1,4 @@
-"""An ONNX model to disk: checked, with its weights beside it where they must be, all or nothing."""
+"""Writes an ONNX model, checked, and its external data: complete or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PAGE, _SMALL = 4096, 64
 
 
 def data_path(path: Path) -> Path:
-    """Where the external data of `path` lies."""
+    """The file with the external data of the model `path`."""
     return path.with_name(path.name + DATA_SUFFIX)
 
 
@@ -105,7 +105,7 @@ def _write_data(
     path: Path,
     progress: Progress | None,
 ) -> None:
-    """Place external tensors in one new file, and say so in their messages."""
+    """Write external tensors to one new file, and its offsets into their messages."""
     from onnx_ir import external_data
 
     parts: dict[tuple[str, int, int], Any] = {}
@@ -171,7 +171,7 @@ def _part(
 
 
 def _check(staged: Path, source: Path) -> None:
-    """onnx.checker on the output; what it finds in the input, too, is the input's own business."""
+    """Run onnx.checker on the output; errors that the input has, too, are ignored."""
     import onnx
 
     try:
@@ -186,7 +186,7 @@ def _check(staged: Path, source: Path) -> None:
 
 
 def refuse_inputs(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse a model, or data beside it, that would replace what it is made of, even by force."""
+    """Refuse outputs that would replace the inputs they are made from, even with `force`."""
     for output in (Path(path), data_path(Path(path))):
         check_output(output, force=True, inputs=tuple(inputs))
 
@@ -201,9 +201,9 @@ def _is_left_over(out: Path) -> bool:
 def _publish(staged: Path, out: Path) -> tuple[Path, ...]:
     """Move model and data to their place.
 
-    The model goes last, and an old one goes away first: a model never meets another's data.
+    An old model is deleted first and the new one moved last: a model never meets other data.
     """
-    staged_data, beside = data_path(staged), data_path(out)
+    staged_data, data = data_path(staged), data_path(out)
     for file in (staged, staged_data):
         if file.exists():
             set_umask_mode(file)
@@ -212,10 +212,10 @@ def _publish(staged: Path, out: Path) -> tuple[Path, ...]:
     replaces = os.path.lexists(out)
     if staged_data.exists():
         out.unlink(missing_ok=True)
-        os.replace(staged_data, beside)
-        files = (out, beside)
+        os.replace(staged_data, data)
+        files = (out, data)
     os.replace(staged, out)
     if replaces and len(files) == 1:
-        beside.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
     sync(out.parent)
     return files

@@ -1,4 +1,4 @@
-"""Where an adapter's layers are in a graph, float or quantised. Nothing here changes a graph.
+"""Finds an adapter's layers, heads and biases in a graph, float or quantised.
 
-Knows nothing of what is done with what is found: `edit` comes after it.
+Start at `search.find_layers`. The graph is not changed, but for functions that must be expanded.
 """

@@ -1,7 +1,7 @@
-"""Is this constant that weight? By the fingerprint, in both orientations and within packed weights.
+"""Compares constants with fingerprints, in both orientations and within packed weights.
 
-Eight sampled values say no at once. Of a float weight the hash (or, in another precision, the
-samples) says yes; of a quantised one the samples do, within a quantisation step.
+Eight sampled values rule out most constants. A float weight is confirmed by its hash (in another
+precision by the samples), a quantised one by the samples, within a quantisation step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Sampler = Callable[[Array, Array, bool], "tuple[Array, Array | None]"]
 _MAX_PARTS = 64
 
 
-def verdict(source: Source, site: Site, want: Wanted) -> str | None:
+def compare_site(source: Source, site: Site, want: Wanted) -> str | None:
     """Whether a site holds the weight that was fingerprinted: "same", "precision" or "different".
 
-    None where nothing can say it: no fingerprint, or a quantised form that is not understood.
+    None if it cannot be known: no fingerprint, or a quantised form that is not understood.
     """
     tensor = constant_of(site.value)
     if want.fingerprint is None or tensor is None:
@@ -44,17 +44,17 @@ def verdict(source: Source, site: Site, want: Wanted) -> str | None:
 
 
 def part_of(weight: Array, transposed: bool, start: int | None, outputs: int) -> Array:
-    """A layer's part of a packed weight, as a view; all of one that is not packed."""
+    """The layer's outputs of a packed weight, as a view; the whole weight if `start` is None."""
     if start is None:
         return weight
     where = slice(start, start + outputs)
     return weight[:, where] if transposed else weight[where]
 
 
-def matches(
+def match_constant(
     source: Source, one: Site, wanted: Sequence[Wanted], sizes: Sequence[int]
 ) -> Iterator[tuple[Wanted, bool, tuple[int, int]]]:
-    """Where a constant has the sampled values of layers; it is read or dequantised once.
+    """Find the layers whose sampled values a constant holds; it is read or dequantised once.
 
     Args:
         one: the constant, its shape as the graph holds it.
@@ -62,8 +62,7 @@ def matches(
         sizes: numbers of outputs of the adapter's layers, of which packed weights are made.
 
     Yields:
-        The layer, whether the constant holds it as (in, out), and its first output and the one
-        behind its last.
+        The layer, whether the constant holds it as (in, out), and its outputs (first, last + 1).
     """
     sample = _sampler(source, one) if wanted else None
     if sample is None:

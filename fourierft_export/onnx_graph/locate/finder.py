@@ -1,20 +1,21 @@
-"""Where the weights of an adapter's layers are in a graph that somebody else made.
+"""Finds the weights of an adapter's layers in a graph.
 
-In this order: what the caller says; the weight's name; the scope or name of the node that uses it;
-the name of the bias beside it; its content, compared with the fingerprint of the base weight in
-both orientations. Never by shape alone: square layers make that unsafe. Quantised weights are found
-in the same way, and several layers may be packed in one weight.
+Evidence is tried in this order: the caller's mapping; the weight's name; the scope or name of the
+node that uses it; the name of the bias that is added; its content, compared with the fingerprint of
+the base weight in both orientations. Never the shape alone: square layers make that unsafe.
+Quantised weights are found in the same way, and several layers may be packed in one weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...models.names import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constant_shape, constants
-from .content import matches, verdict
+from .candidates import describe_sites, list_candidates, make_site, may_hold
+from .content import match_constant
 from .module_names import (
     module_of_weight,
     packed_in,
@@ -23,20 +24,17 @@ from .module_names import (
     same_module,
     same_path,
 )
-from .quantised import QuantisedLinear, other_quantised, quantised_linears
+from .quantised import find_quantised_linears, list_unsupported
 from .site import Site, Wanted
-from .uses import Use, linear_uses, use_of, users_of
+from .uses import Use, describe_users
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
-_SHOWN = 6
-
 
 @dataclass
 class Found:
-    """What a search gave.
+    """The result of a search.
 
     Attributes:
         sites: layer -> its sites; several where the graph holds the weight more than once.
@@ -47,14 +45,6 @@ class Found:
     sites: dict[str, list[Site]] = field(default_factory=dict)
     bridge: Bridge = field(default_factory=Bridge)
     missing: dict[str, str] = field(default_factory=dict)
-
-
-def may_hold(shape: tuple[int, ...], want: Wanted) -> bool:
-    """Whether a matrix, in some orientation, is as large as a layer, or as several packed ones."""
-    if want.shape is None:
-        return True
-    outputs, inputs = want.shape
-    return any(there[1] == inputs and there[0] >= outputs for there in (shape, shape[::-1]))
 
 
 class Finder:
@@ -69,8 +59,8 @@ class Finder:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.linears = quantised_linears(source)
-        self._candidates = list(_candidates(source, self.linears))
+        self.linears = find_quantised_linears(source)
+        self._candidates = list(list_candidates(source, self.linears))
         # By names, scopes and biases: module path -> (constant, the uses that it is about).
         self._lookups: list[dict[str, list[tuple[Site, tuple[Use, ...]]]]] = [{}, {}, {}]
         for one in self._candidates:
@@ -89,12 +79,12 @@ class Finder:
         self._lookups[number].setdefault(same_path(path), []).append((one, uses))
 
     def find(self, wanted: Sequence[Wanted], mapping: Mapping[str, str]) -> Found:
-        """The sites of every layer; what is not found, or not beyond doubt, is in `missing`.
+        """Find the sites of every layer; one without, or with several candidates, is in `missing`.
 
         Args:
             wanted: the layers.
             mapping: layer -> constant, or `constant[start:stop]` for a part of a packed weight
-                (of its outputs), as the caller says.
+                (of its outputs).
         """
         found = Found(bridge=self.bridge(one.name for one in wanted))
         unknown = []
@@ -108,7 +98,7 @@ class Finder:
                 continue
             if result:
                 found.sites[want.name] = result
-            # The order in a packed weight is a convention only: its content tells better.
+            # The order in a packed weight is a convention only: its content is better evidence.
             guessed = bool(result) and result[0].start is not None and want.name not in mapping
             if not result or (guessed and result[0].verdict == "different"):
                 unknown.append(want)
@@ -137,12 +127,12 @@ class Finder:
         path = same_path(bridge.to_base(want.name))
         for lookup in self._lookups:
             hits = lookup.get(path, [])
-            results = [self._site(want, one, uses) for one, uses in hits]
+            results = [make_site(self.source, want, one, uses) for one, uses in hits]
             good = [site for site in results if not isinstance(site, str)]
             fits = [site for site in good if site.verdict != "different"]
             several = len({site.name for site in fits or good}) > 1
             if several and not (fits and all(site.verdict for site in fits)):
-                return f"several weights at this path: {_listed(good)}"
+                return f"several weights at this path: {describe_sites(good)}"
             if results:
                 return fits or good or str(results[0])
         return []
@@ -151,38 +141,38 @@ class Finder:
         return [hit for lookup in self._lookups for hit in lookup.get(path, [])]
 
     def _mapped(self, want: Wanted, text: str) -> list[Site] | str:
-        """The sites that the caller says."""
+        """The sites in the constant that the caller named, or why it has none."""
         name, part = parse_mapped(text)
         sites = []
         for one in (one for one in self._candidates if one.name == name):
-            site = self._site(want, one, one.uses, part=part)
+            site = make_site(self.source, want, one, one.uses, part=part)
             if isinstance(site, str):
                 return site
             sites.append(site)
         return sites or f"--map names {name}, {self._other(name)}"
 
     def _other(self, name: str) -> str:
-        """What a constant is that may hold no layer."""
+        """Describe a constant that cannot hold a layer."""
         value = next((v for v in constants(self.source.model) if v.name == name), None)
         tensor = constant_of(value)
         if value is None or tensor is None:
             return "which is no constant of the graph"
         return (
             f"which is {tensor.dtype.name} {list(constant_shape(value))}, used by "
-            f"{users_of(value)}: neither a matrix of floats, nor the integers of a quantised layer "
-            "of the main graph"
+            f"{describe_users(value)}: neither a matrix of floats, nor the integers of a quantised "
+            "layer of the main graph"
         )
 
     def _packed(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
-        """The layer's part of what its name is packed in; the parts but the first have one size."""
+        """The layer's part of the weight it is packed in; all parts but the first have one size."""
         whole, from_end = packed_in(same_path(bridge.to_base(want.name))) or ("", 0)
         sites: list[Site] = []
         hits = self._hits(whole) if whole else []
         if hits and want.shape is None:
             one = hits[0][0]
             return (
-                f"packed in {one.describe()}, and nothing tells how many of its outputs are this "
-                f"layer's: give --base, or --map {want.name}={one.name}[START:STOP]"
+                f"packed in {one.describe()}, but the adapter does not record the layer's size: "
+                f"give --base, or --map {want.name}={one.name}[START:STOP]"
             )
         if want.shape is None or len({one.name for one, _ in hits}) > 1:
             return []
@@ -191,7 +181,7 @@ class Finder:
             start = total - from_end * want.shape[0] if from_end else 0
             if start >= 0:
                 part = start, start + want.shape[0]
-                site = self._site(want, one, uses, part=part)
+                site = make_site(self.source, want, one, uses, part=part)
                 sites += [] if isinstance(site, str) else [site]
         return sites
 
@@ -205,14 +195,14 @@ class Finder:
         hits: dict[str, list[Site]] = {want.name: [] for want in wanted}
         for one in self._candidates:
             fit = [w for w in wanted if w.fingerprint and w.shape and may_hold(one.shape, w)]
-            for want, transposed, part in matches(self.source, one, fit, sizes):
-                site = self._site(want, one, one.uses, part=part, transposed=transposed)
+            for want, transposed, part in match_constant(self.source, one, fit, sizes):
+                site = make_site(self.source, want, one, one.uses, part=part, transposed=transposed)
                 if not isinstance(site, str) and site.verdict != "different":
                     hits[want.name].append(site)
         return [(want, _unambiguous(hits[want.name])) for want in wanted]
 
     def _hint(self, want: Wanted) -> str:
-        """That a layer is not found, with the constants whose size fits."""
+        """Say that a layer was not found, and list the constants whose size fits."""
         by = "path or content" if want.fingerprint and want.shape else "or path"
         why = f"no weight of this name{',' if 'content' in by else ''} {by}"
         size = sorted(want.shape or ())
@@ -222,70 +212,8 @@ class Finder:
             if one.uses
             and (may_hold(one.shape, want) if one.quantised else size in ([], sorted(one.shape)))
         ]
-        why += f"; candidates: {_listed(fit)}" if fit else ", nor any of its size"
-        return why + "".join(f"; or in {kind}" for kind in other_quantised(self.source))
-
-    def _site(
-        self,
-        want: Wanted,
-        one: Site,
-        uses: tuple[Use, ...],
-        *,
-        part: tuple[int, int] | None = None,
-        transposed: bool | None = None,
-    ) -> Site | str:
-        """The site that this constant, or its outputs `part`, is for the layer; or why it is none.
-
-        Args:
-            transposed: it holds the weight as (in, out); by default as its uses take it.
-        """
-        layouts = {use.transposed for use in uses} if transposed is None else {transposed}
-        if not layouts and want.shape and want.shape[0] != want.shape[1]:
-            layouts = {one.shape != want.shape}  # its name is known: only the layout is open
-        if not layouts:
-            return f"{one.describe()} is used by {users_of(one.value)}, not as a layer's weight"
-        if len(layouts) != 1:
-            return f"{one.describe()} is used in both orientations"
-        transposed = layouts.pop()
-        total, inputs = reversed(one.shape) if transposed else one.shape
-        start, stop = part or (0, total)
-        if not start < stop <= total:
-            return f"{one.describe()} has no outputs {start} to {stop}"
-        shape = stop - start, inputs
-        if want.shape is not None and shape != want.shape:
-            larger = part is None and inputs == want.shape[1] and total > want.shape[0]
-            return (
-                f"shape {list(want.shape)} expected, {one.describe()} holds {list(shape)}"
-                + (" as (in, out)" if transposed else "")
-                + (f"; say which: {one.name}[START:STOP]" if larger else "")
-            )
-        site = replace(
-            one,
-            layer=want.name,
-            shape=shape,
-            transposed=transposed,
-            uses=uses,
-            start=None if shape[0] == total else start,
-            shared=len(uses) < len(one.value.uses()) or one.value.is_graph_output(),
-        )
-        return replace(site, verdict=verdict(self.source, site, want))
-
-
-def _candidates(source: Source, linears: Sequence[QuantisedLinear]) -> Iterator[Site]:
-    """Constants that may hold layers: sites of none yet, with the shape that the graph holds."""
-    for value in constants(source.model):
-        tensor, shape = constant_of(value), constant_shape(value)
-        if tensor is not None and tensor.dtype.name in FLOATS and len(shape) == 2 and value.uses():
-            uses = tuple(linear_uses(source.model, value))
-            yield Site("", value, (shape[0], shape[1]), False, uses)
-    for one in linears:
-        uses = (use_of(*one.integers, one.node, False),)
-        yield Site("", one.value, one.shape, False, uses, quantised=one)
-
-
-def _listed(some: Sequence[Site]) -> str:
-    more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
-    return ", ".join(one.describe() for one in some[:_SHOWN]) + more
+        why += f"; candidates: {describe_sites(fit)}" if fit else ", nor any of its size"
+        return why + "".join(f"; or in {kind}" for kind in list_unsupported(self.source))
 
 
 def _unambiguous(hits: list[Site]) -> list[Site] | str:
@@ -297,7 +225,7 @@ def _unambiguous(hits: list[Site]) -> list[Site] | str:
     # Within a quantisation step other parts of a packed weight may fit by chance.
     chosen = floats or [site for site in hits if site.start is None] or hits
     if len(floats) > 1 or len({(site.name, site.start) for site in chosen}) > 1:
-        return f"several weights have its content: {_listed(chosen)}"
+        return f"several weights have its content: {describe_sites(chosen)}"
     return chosen
 
 

@@ -12,7 +12,7 @@ _BIAS = re.compile(r"(?:\.Add)?\.bias(?:_quantized)?$")
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _MAPPED = re.compile(r"(?P<name>.*?)(?:\[(?P<start>\d+):(?P<stop>\d+)\])?", re.DOTALL)
 _MAX_TEXT = 4096
-# What onnxruntime-genai and others pack: the name of the whole -> its parts, in their order.
+# Weights that onnxruntime-genai and other tools pack: name of the whole -> its parts, in order.
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -52,26 +52,26 @@ def module_of_node(name: str) -> str | None:
 
 
 def same_path(path: str) -> str:
-    """A module path without what onnxruntime-genai writes differently."""
+    """Spell a module path as onnxruntime-genai does."""
     return path.replace(".self_attn.", ".attn.")
 
 
 def same_module(one: str, other: str) -> bool:
-    """Whether two paths may be one module's, a prefix aside."""
+    """Whether two paths are equal apart from a prefix."""
     a, b = f".{same_path(one)}", f".{same_path(other)}"
     return a.endswith(b) or b.endswith(a)
 
 
 def packed_modules(path: str) -> list[str]:
-    """The modules that are packed in the one of this path; none by most names."""
+    """The modules that a module of this path packs together; usually none."""
     stem, dot, name = path.rpartition(".")
     return [stem + dot + part for part in _PARTS.get(name, ())]
 
 
 def packed_in(path: str) -> tuple[str, int] | None:
-    """The module that a layer may be packed in, and how many parts there are from its own on.
+    """The module that a layer may be packed in, and the number of parts from it to the end.
 
-    The first of several counts as 0, as it begins at the beginning.
+    That number is 0 for the first part, which begins at output 0 whatever the sizes.
     """
     stem, dot, name = path.rpartition(".")
     for whole, parts in _PARTS.items():

@@ -1,7 +1,7 @@
 """Linear layers with quantised weights: MatMulNBits, QDQ and dynamic int8.
 
-Their weights stay as they are. What an adapter needs of them is where x comes in and y goes out in
-float, and whether they are the layers it was trained on.
+Their weights are not changed. An adapter is added between the layer's float input x and float
+output y; the dequantised weight shows whether it is the layer that the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class QuantisedLinear:
         return str(self.value.name)
 
 
-def quantised_linears(source: Source) -> list[QuantisedLinear]:
+def find_quantised_linears(source: Source) -> list[QuantisedLinear]:
     """Every linear layer with a constant quantised weight in the main graph."""
     found = []
     for node in source.model.graph:
@@ -82,8 +82,8 @@ def quantised_linears(source: Source) -> list[QuantisedLinear]:
     return found
 
 
-def other_quantised(source: Source) -> list[str]:
-    """Kinds of quantised products beside which no adapter can be put, and why, one line each."""
+def list_unsupported(source: Source) -> list[str]:
+    """The quantised products to which no adapter can be added, and why, one line each."""
     graph, found = source.model.graph, set()
     for node in graph.all_nodes():
         if node.op_type in _OTHERS:
@@ -112,7 +112,7 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
         weight, step = _scaled(values, np.repeat(scale, size, axis=1), zero)
         return weight[:, :columns], step[:, :columns]
 
-    # Columns in another order (g_idx) are not taken apart here.
+    # Reordered columns (g_idx) are not supported.
     ordered = len(node.inputs) > 4 and node.inputs[4] is not None
     known = not ordered and bits in (4, 8) and _constants_only(node, 2, 3)
     return QuantisedLinear(
@@ -168,8 +168,8 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     """MatMul or Gemm whose weight comes out of a DequantizeLinear, perhaps through a Transpose."""
     weight = node.inputs[1]
     producer = weight.producer() if weight is not None else None
-    turned = producer is not None and producer.op_type == "Transpose"
-    if producer is not None and turned and producer.inputs[0] is not None:
+    flipped = producer is not None and producer.op_type == "Transpose"
+    if producer is not None and flipped and producer.inputs[0] is not None:
         producer = producer.inputs[0].producer()
     if node.inputs[0] is None or producer is None or producer.op_type != "DequantizeLinear":
         return None
@@ -180,14 +180,14 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
     value, tensor = dequantise.inputs[0], _constant(dequantise, 0)
     if value is None or tensor is None or len(tensor.shape) != 2:
         return None
-    transposed = turned == bool("transB" in node.attributes and node.attributes["transB"].as_int())
+    transposed = flipped == bool("transB" in node.attributes and node.attributes["transB"].as_int())
     axis, block = (
         int(dequantise.attributes[name].as_int()) if name in dequantise.attributes else default
         for name, default in (("axis", 1), ("block_size", 0))
     )
 
     def spread(values: Array, shape: tuple[int, ...]) -> Array:
-        """Scales or zero points in a form that the matrix can be multiplied with."""
+        """Scales or zero points, broadcastable to the matrix."""
         if block:
             return np.repeat(values, block, axis=axis % 2)[: shape[0], : shape[1]]
         return values.reshape([-1, 1] if axis % 2 == 0 else [1, -1])
@@ -214,7 +214,7 @@ def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
 
 
 def _before_qdq(node: ir.Node) -> tuple[ir.Node, int]:
-    """Where x comes in: before it is quantised and dequantised on its way to the node."""
+    """Where x comes in, before it is quantised and dequantised."""
     x = node.inputs[0]
     dequantise = x.producer() if x is not None else None
     if dequantise is None or dequantise.op_type != "DequantizeLinear":
@@ -225,7 +225,7 @@ def _before_qdq(node: ir.Node) -> tuple[ir.Node, int]:
 
 
 def after_qdq(y: ir.Value) -> ir.Value:
-    """Y behind its quantisation: the range that was measured for the base would clip the sum."""
+    """Y after its quantisation: the range measured for the base would clip the sum."""
     quantise = only_user(y, "QuantizeLinear")
     after = only_user(quantise.outputs[0], "DequantizeLinear") if quantise is not None else None
     return y if after is None else after.outputs[0]

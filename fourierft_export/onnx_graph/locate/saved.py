@@ -1,4 +1,4 @@
-"""An adapter's dense tensors (heads, biases) in a graph that somebody else made."""
+"""Finds an adapter's dense tensors (heads, biases) in a graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...models.names import Bridge
 from ..graph.source import constant_of, constant_shape
 from .finder import Finder
 from .site import Wanted
-from .uses import belongs, find_bias
+from .uses import find_bias, may_belong_to
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a dense tensor goes.
+    """The constant that a dense tensor replaces.
 
     Attributes:
         value: the constant.
-        uses: its consumers that shall see the new content.
+        uses: its consumers that get the new content.
         transposed: the graph holds the transpose.
     """
 
@@ -34,7 +34,7 @@ class Place:
 
 
 def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) -> dict[str, Place]:
-    """Where the adapters' dense tensors go.
+    """Find the constants that the adapters' dense tensors replace.
 
     Raises:
         BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
@@ -45,17 +45,17 @@ def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) ->
         raise BaseMismatchError(
             finder.source.path,
             expected="a graph with the heads and biases of the adapter",
-            found=f"{len(offenders)} tensors that it does not have so",
+            found=f"{len(offenders)} tensors that it lacks or has in another shape",
             remedy="export the base with its head from PyTorch, or use an adapter without one",
             offenders=offenders,
         )
     return {key: place for key, place in places.items() if not isinstance(place, str)}
 
 
-def lacking(
+def missing_saved(
     finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]
 ) -> dict[str, tuple[int, ...]]:
-    """The adapters' dense tensors that the graph does not have: name -> shape."""
+    """The adapters' dense tensors that the graph lacks: name -> shape."""
     return {
         key: shape
         for key, shape in _shapes(bundles).items()
@@ -68,7 +68,7 @@ def _shapes(bundles: Mapping[str, Bundle]) -> dict[str, tuple[int, ...]]:
 
 
 def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:
-    """Where a tensor of this name (in the graph's language) is, or why nowhere."""
+    """The place of a tensor, by its name in the graph, or why there is none."""
     module, _, kind = name.rpartition(".")
     if kind == "weight" and len(shape) == 2:
         result = finder.by_path(Wanted(module, (shape[0], shape[1])), Bridge())
@@ -79,11 +79,11 @@ def _find(finder: Finder, name: str, shape: tuple[int, ...]) -> Place | str:
         if result:
             site = result[0]
             uses = tuple((use.node, use.index) for use in site.uses)
-            # Whoever asks for an embedding by its name means the table itself.
+            # An embedding has no such uses: its name means the table itself.
             return Place(site.value, uses or tuple(site.value.uses()), site.transposed)
     value = finder.source.model.graph.initializers.get(name)
     if value is not None and value.const_value is not None:
-        mine = tuple((node, index) for node, index in value.uses() if belongs(node, module))
+        mine = tuple((node, index) for node, index in value.uses() if may_belong_to(node, module))
         return _fitting(Place(value, mine or tuple(value.uses())), shape)
     linear = finder.linear_at(module) if kind == "bias" else None
     bias = find_bias(linear) if linear is not None else None

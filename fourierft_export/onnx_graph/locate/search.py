@@ -1,4 +1,4 @@
-"""The search of a graph for all that an adapter changes, also within model-local functions."""
+"""Finds an adapter's layers in a graph, also within model-local functions."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...bundle.file import Bundle
-from ..graph.inline import holders, inline_some
+from ..graph.inline import functions_with_constants, inline_chosen
 from ..graph.source import Source
-from .finder import FLOATS, Finder, Found, may_hold
+from .candidates import FLOATS, may_hold
+from .finder import Finder, Found
 from .module_names import parse_mapped
-from .saved import lacking
+from .saved import missing_saved
 from .site import Wanted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def search(
+def find_layers(
     source: Source,
     wanted: Sequence[Wanted],
     mapping: Mapping[str, str],
     bundles: Mapping[str, Bundle],
     *,
-    beside: bool,
+    in_main_graph: bool,
 ) -> tuple[Finder, Found, tuple[str, ...]]:
-    """Find layers; functions that hold what the graph itself does not are expanded first.
+    """Find layers; functions that hold weights which the graph itself lacks are expanded.
 
     Args:
         source: the graph; functions are expanded in place.
         wanted, mapping: as in `Finder.find`.
         bundles: whose saved tensors are looked for, too.
-        beside: the layers themselves are to be in the main graph, not only their weights.
+        in_main_graph: also expand functions that hold the layers' products, not only weights.
 
     Returns:
-        The finder of the graph as it is now, what it found, and notes on functions expanded.
+        The finder of the changed graph, what it found, and notes on the functions expanded.
     """
     finder = Finder(source)
     found = finder.find(wanted, mapping)
     functions = _in_functions(finder, found, wanted, mapping, bundles)
-    if beside:
+    if in_main_graph:
         nodes = {
             id(use.linear) for each in found.sites.values() for one in each for use in one.uses
         }
@@ -50,7 +51,7 @@ def search(
         }
     if not functions:
         return finder, found, ()
-    names = inline_some(source.model, functions, source.path)
+    names = inline_chosen(source.model, functions, source.path)
     finder = Finder(source)
     note = f"functions expanded, which hold layers of the adapter: {', '.join(names)}"
     return finder, finder.find(wanted, mapping), (note,)
@@ -63,13 +64,13 @@ def _in_functions(
     mapping: Mapping[str, str],
     bundles: Mapping[str, Bundle],
 ) -> set[ir.OperatorIdentifier]:
-    """The functions that hold constants which may be what was not found."""
+    """The functions with constants that may be layers or tensors which were not found."""
     model = finder.source.model
     if not model.functions:
         return set()
     missing = [want for want in wanted if want.name in found.missing]
     named = {parse_mapped(mapping[want.name])[0] for want in missing if want.name in mapping}
-    saved = set(lacking(finder, found.bridge, bundles).values())
+    saved = set(missing_saved(finder, found.bridge, bundles).values())
     saved |= {shape[::-1] for shape in saved}
 
     def fits(name: str, tensor: ir.TensorProtocol) -> bool:
@@ -81,4 +82,4 @@ def _in_functions(
             return bool(missing) and len(shape) > 1
         return len(shape) == 2 and any(may_hold(shape, want) for want in missing)
 
-    return holders(model, fits)
+    return functions_with_constants(model, fits)

@@ -1,6 +1,4 @@
-"""Where a layer of an adapter is in a graph: the one record that the search, the trace and the
-modes share.
-"""
+"""Records of the layers to find in a graph, and of where they are; also used by trace and modes."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ class Wanted:
     """A layer to find.
 
     Attributes:
-        name: module path, in the adapter's language.
+        name: module path, as the adapter names it.
         shape: (out, in), if known.
         transposed: the base stores its weight as (in, out).
         fingerprint: of the base weight as stored, if known.
@@ -35,16 +33,16 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where (part of) a constant is a layer's weight.
+    """A constant, or a part of it, that is a layer's weight.
 
     Attributes:
-        layer: module path, in the adapter's language.
+        layer: module path, as the adapter names it.
         value: the constant that holds the weight, or a quantised weight's integers.
         shape: (out, in) of the layer.
         transposed: the constant holds the weight as (in, out).
         uses: the consumers that are this layer.
         start: the layer's first output, where its weight is a part of a packed one; else None.
-        shared: others use the constant, too, and keep the base's weight.
+        shared: other consumers use the constant, too, and keep the base's weight.
         quantised: the quantised linear layer that this is; None for a float weight.
         verdict: of the fingerprint: "same", "precision", "different", or None without one.
     """

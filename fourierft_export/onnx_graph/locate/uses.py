@@ -1,8 +1,8 @@
-"""Who uses a weight in a graph: in which orientation, and on behalf of which module.
+"""Finds the nodes that use a weight, the orientation they take it in, and their modules.
 
-Exporters leave three traces of a module beside its weight's name: the scopes in a node's metadata
-(torch's dynamo exporter), the node's own name (TorchScript: `/encoder/layer.0/dense/MatMul`; the
-same in onnxruntime-genai), and the name of the bias that is added next. Any may be missing.
+Apart from the weight's name, exporters leave three traces of a module: the scopes in a node's
+metadata (torch's dynamo exporter), the node's name (`/encoder/layer.0/dense/MatMul`: TorchScript,
+onnxruntime-genai), and the name of the bias that is added next. Any may be missing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Use:
         node, index: the consumer of the constant itself, and which of its inputs it is.
         linear: the MatMul or Gemm at the end, perhaps behind a Transpose, Cast or function call.
         transposed: the constant is taken as (in, out).
-        scope: module path by metadata or node name, if they say one.
-        bias: module path by the bias that is added, if that has a name.
+        scope: module path in the metadata or the node's name, or None.
+        bias: module path in the name of the bias that is added, or None.
     """
 
     node: ir.Node
@@ -53,14 +53,14 @@ class Use:
 
 
 def use_of(node: ir.Node, index: int, linear: ir.Node, transposed: bool) -> Use:
-    """The use of a constant by a node for a linear one, with the modules that they name."""
+    """Make the record of a use, with the modules that the nodes name."""
     return Use(
         node, index, linear, transposed, scope_of(linear) or scope_of(node), _bias_module(linear)
     )
 
 
-def linear_uses(model: ir.Model, value: ir.Value) -> list[Use]:
-    """The uses of a constant as a matrix of weights; other uses are left out."""
+def find_linear_uses(model: ir.Model, value: ir.Value) -> list[Use]:
+    """The uses of a constant as the weight of a linear layer."""
     return [
         use_of(node, index, linear, transposed)
         for node, index in value.uses()
@@ -69,12 +69,12 @@ def linear_uses(model: ir.Model, value: ir.Value) -> list[Use]:
 
 
 def _follow(
-    model: ir.Model, node: ir.Node, index: int, turned: bool, depth: int
+    model: ir.Model, node: ir.Node, index: int, flipped: bool, depth: int
 ) -> Iterator[tuple[ir.Node, bool]]:
-    """(linear node, the constant is taken as (in, out)) per way from here to a MatMul or Gemm."""
+    """Yield (linear node, the constant is taken as (in, out)) per path to a MatMul or Gemm."""
     layout = _layout(node, index)
     if layout is not None:
-        yield node, layout != turned
+        yield node, layout != flipped
         return
     if depth > 8:
         return
@@ -83,22 +83,22 @@ def _follow(
         flips = node.op_type == "Transpose" and _attribute(node, "perm", [1, 0]) == [1, 0]
         for output in node.outputs[:1]:
             for user, at in output.uses():
-                yield from _follow(model, user, at, turned != flips, depth + 1)
+                yield from _follow(model, user, at, flipped != flips, depth + 1)
         return
     function = model.functions.get(node.op_identifier())
     if function is not None and index < len(function.inputs):
         for user, at in function.inputs[index].uses():
-            yield from _follow(model, user, at, turned, depth + 1)
+            yield from _follow(model, user, at, flipped, depth + 1)
 
 
-def users_of(value: ir.Value) -> str:
+def describe_users(value: ir.Value) -> str:
     """The nodes that use a value, for a message: their operators and names."""
     users = {f"{node.op_type} {node.name or ''}".strip() for node, _ in value.uses()}
     return ", ".join(sorted(users)) or "nothing"
 
 
 def source_of(value: ir.Value | None) -> ir.Value | None:
-    """Where a value comes from, through what only turns or casts it."""
+    """The value that another one is a transposed, cast or identical copy of."""
     node = value.producer() if value is not None else None
     while node is not None and _passes_on(node, 0):
         value = node.inputs[0]
@@ -118,8 +118,8 @@ def _layout(node: ir.Node, index: int) -> bool | None:
     if _attribute(node, "alpha", 1.0) != 1.0:
         return None  # the layer's weight is a multiple of this constant
     if node.op_type in ("Gemm", "FusedGemm") and index in (0, 1):
-        turned = bool(_attribute(node, "transB" if index else "transA", 0))
-        return turned != bool(index)
+        flipped = bool(_attribute(node, "transB" if index else "transA", 0))
+        return flipped != bool(index)
     if node.op_type == "FusedMatMul" and index == 1:
         return not _attribute(node, "transB", 0)
     if node.op_type == "Attention" and node.domain == "com.microsoft" and index == 1:
@@ -140,13 +140,13 @@ def scope_of(node: ir.Node) -> str | None:
 
 
 def modules_of(linear: ir.Node, weight: str) -> list[str]:
-    """The module paths that a weight's name, its node and its bias say, strongest first."""
-    said = (module_of_weight(weight), scope_of(linear), _bias_module(linear))
-    return [path for path in said if path]
+    """The module paths in the names of a weight, its node and its bias, best evidence first."""
+    paths = (module_of_weight(weight), scope_of(linear), _bias_module(linear))
+    return [path for path in paths if path]
 
 
-def belongs(node: ir.Node, module: str) -> bool:
-    """Whether a node may be the module's: nothing says that it is another's."""
+def may_belong_to(node: ir.Node, module: str) -> bool:
+    """Whether a node names the module, or names none."""
     scope = scope_of(node)
     return scope is None or same_module(scope, module)
 

@@ -16,7 +16,7 @@ from ..fit import full_feeds
 from ..graph.ops import Ops, constant_value
 from ..graph.source import Source, constant_of
 from ..groups import BASE_PREFIX, Group, Interface, Saved, base_feeds, group_layers
-from ..locate.content import part_of, verdict
+from ..locate.content import compare_site, part_of
 from ..locate.saved import Place
 from ..locate.site import Site, Wanted
 from ..mode_names import DEFAULTS
@@ -97,7 +97,7 @@ def _fingerprints(
     prints: dict[str, Fingerprint] = {}
     for name, several in sites.items():
         for want in wanted.get(name, ()):
-            verdicts = {verdict(source, site, want) for site in several}
+            verdicts = {compare_site(source, site, want) for site in several}
             if want.fingerprint is not None and "different" not in verdicts:
                 prints.setdefault(name, want.fingerprint)
         site, tensor = several[0], constant_of(several[0].value)

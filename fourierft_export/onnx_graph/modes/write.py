@@ -12,7 +12,7 @@ from ..bundle_record import record_bundles
 from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
-from ..locate.uses import users_of
+from ..locate.uses import describe_users
 from ..metadata import Written, describe
 from ..mode_names import BANK, DEFAULTS, MERGED, MODES, PAIRED, REQUIRED, SWAPPABLE, UNMERGED
 from . import bank, merged, paired, swappable, unmerged
@@ -112,7 +112,7 @@ def _check_used(where: str | os.PathLike[str], sites: Mapping[str, Sequence[Site
             expected="weights that a MatMul or Gemm multiplies its input with",
             found=f"{len(unused)} that are used in another way",
             remedy="leave these layers out of the adapter, or export the base another way",
-            offenders=[f"{s.layer}: {s.name} is used by {users_of(s.value)}" for s in unused],
+            offenders=[f"{s.layer}: {s.name} is used by {describe_users(s.value)}" for s in unused],
         )
 
 

@@ -1,4 +1,4 @@
-"""A graph in ONNX Runtime, with adapters that come and go. No torch and no onnx_ir.
+"""Runs exported graphs in ONNX Runtime, with adapters that are loaded and unloaded. Without torch.
 
-Knows what the graph's metadata says of the adapter inputs, and nothing of how they came there.
+All that is known of a graph's adapter inputs comes from its metadata.
 """

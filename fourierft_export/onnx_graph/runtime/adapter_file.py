@@ -1,7 +1,7 @@
 """Files with an adapter's inputs for one graph: ONNX Runtime's `.onnx_adapter`, or safetensors.
 
-Any program with ONNX Runtime can load the first and name it in its run options; the graph must have
-the inputs, and the file knows nothing of the base: that is checked where it is made.
+Any program with ONNX Runtime can load the first and name it in its run options. The file does not
+identify the base: whether the adapter belongs to it is checked when the file is made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def write_adapter(
     """Write an adapter's inputs for ONNX Runtime; the file is absent or complete.
 
     Args:
-        path: ends in `.onnx_adapter` by custom.
+        path: the file to write, by convention with the suffix `.onnx_adapter`.
         parameters: input name -> array.
         force: replace an existing file.
 
@@ -51,7 +51,14 @@ def write_inputs(
 ) -> Path:
     """Write an adapter's inputs as a plain safetensors file, which any language can read.
 
-    Args and errors: as in `write_adapter`; onnxruntime is not needed.
+    Args:
+        path: the file to write.
+        parameters: input name -> array.
+        force: replace an existing file.
+
+    Raises:
+        UsageError: the file exists, without `force`.
+        FileAccessError: it cannot be written.
     """
     from safetensors.numpy import save
 
@@ -62,7 +69,7 @@ def write_inputs(
 
 
 def read_adapter(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """The inputs in an `.onnx_adapter` file, copied out of it.
+    """Read the inputs (name -> array) in an `.onnx_adapter` file.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.

@@ -1,4 +1,4 @@
-"""An exported file's own account of itself, and what it keeps of the base."""
+"""Opens a file that this package exported: its metadata, and the base values that it keeps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Exported:
     weights: Mapping[str, tuple[tuple[str, bool, int | None], ...]]
 
     def base_saved(self) -> dict[str, Array]:
-        """The base's saved tensors, which the file keeps beside the adapter's."""
+        """The base's saved tensors, which the file keeps in addition to the adapter's."""
         saved = () if self.interface is None else self.interface.saved
         found = {one.name: self._constant(BASE_PREFIX + one.name) for one in saved}
         if self.mode != BANK:
@@ -50,7 +50,7 @@ class Exported:
         }
 
     def weight_inputs(self) -> list[WeightInput]:
-        """Of an expander: the weights that it makes, with their base values."""
+        """The weights that an expander computes, with their base values."""
         groups = self.interface.layers if self.interface else {}
         sites = [(layer, *site) for layer, several in self.weights.items() for site in several]
         held = {name: self._constant(f"{name}.base") for _, name, _, _ in sites}
@@ -126,15 +126,21 @@ def parameters_for(
     allow_base_mismatch: bool = False,
     allow_links: bool = False,
 ) -> dict[str, Array]:
-    """What an adapter feeds a swappable graph, or the expander of a paired one, input by input.
+    """The inputs (name -> array) that an adapter feeds a graph.
 
-    Of a paired graph itself these are its saved heads and biases; with `both_graphs` also what its
-    expander takes. `allow_links` as in `open_exported`.
+    Args:
+        path: a swappable graph, a paired graph (which takes saved heads and biases) or the expander
+            of a paired one.
+        bundle: the adapter.
+        both_graphs: for a paired graph, also return what its expander takes.
+        allow_base_mismatch: accept an adapter that was trained on other weights.
+        allow_links: also accept external data behind links that end inside the model's folder.
 
     Raises:
-        UsageError: the graph takes no single adapter, or nothing of this one.
+        UsageError: the graph takes no adapter, several at once, or no input of this one.
         BaseMismatchError: the adapter does not fit the graph.
-        BadInputError, FileAccessError: as `open_exported`.
+        FileAccessError: the graph or its external data is missing or unreadable.
+        BadInputError: not a file of this package, or external data that must not be read.
     """
     graph = open_exported(path, allow_links=allow_links)
     if graph.interface is None or graph.mode == BANK:
@@ -163,8 +169,7 @@ def parameters_for(
         raise UsageError(
             path,
             expected="a graph with inputs for the adapter",
-            found="one of mode paired, which takes nothing of this adapter but the weights that "
-            "its expander makes",
+            found="one of mode paired, which takes only the weights that its expander computes",
             remedy=f"name the expander, {expander_path(path).name}",
         )
     return wanted

@@ -1,4 +1,4 @@
-"""What a swappable or paired graph is fed for an adapter: made at its first run, and kept."""
+"""The cache of what a swappable or paired graph is fed per adapter, filled at its first run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .ort_session import to_value
 
 
 class KeptValues:
-    """ONNX Runtime values per adapter, those used longest ago first; for one thread at a time.
+    """ONNX Runtime values per adapter, least recently used first; not safe for several threads.
 
     Args:
         interface: the adapter inputs.
         weights: of mode paired, the weights that the graph takes in place of the groups' inputs.
-        device: (name, number) as ONNX Runtime has it, where the values shall be.
+        device: where the values go: ONNX Runtime's device name and number.
         memory_limit: bytes of values to keep, for weights only.
     """
 
@@ -45,11 +45,11 @@ class KeptValues:
         }
 
     def forget(self, name: str) -> None:
-        """Let an adapter's values go; runs that are under way keep them."""
+        """Drop an adapter's values; running calls keep theirs."""
         self._kept.pop(name, None)
 
     def values(self, name: str | None, feeds: Mapping[str, Array]) -> dict[str, Any]:
-        """What the graph is fed for an adapter (None: the base) with these interface inputs."""
+        """The inputs of the graph for an adapter (None: the base), made of its `feeds` at first."""
         if name not in self._kept:
             arrays = feeds if self._weights is None else self._adapted(name, feeds)
             self._kept[name] = {n: to_value(array, *self._device) for n, array in arrays.items()}

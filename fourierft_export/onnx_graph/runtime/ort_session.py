@@ -20,7 +20,7 @@ _EXACT_INT8 = "session.x64quantprecision"
 
 
 def onnxruntime_for(what: str) -> Any:
-    """The module onnxruntime; MissingExtraError, which names `what` needs it, without."""
+    """Import onnxruntime, or raise a MissingExtraError that says that `what` needs it."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -29,7 +29,7 @@ def onnxruntime_for(what: str) -> Any:
 
 
 def to_value(array: Array, device: str = "cpu", number: int = 0) -> Any:
-    """An OrtValue; on the CPU it shares the array's memory, which must live as long."""
+    """Make an OrtValue; on the CPU it shares the array's memory, which must outlive it."""
     make = onnxruntime_for("ONNX Runtime values").OrtValue
     array = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.name == "bfloat16":
@@ -41,8 +41,8 @@ def session_options(options: Any = None) -> Any:
     """The SessionOptions of every session that this package makes.
 
     Args:
-        options: the user's onnxruntime.SessionOptions. What it sets stays; "1" is added for
-            `session.x64quantprecision` where it has no entry of that name.
+        options: the user's onnxruntime.SessionOptions. Its settings are kept;
+            `session.x64quantprecision` = "1" is added if it has no entry of that name.
     """
     if options is None:
         options = onnxruntime_for("AdapterSession").SessionOptions()
@@ -103,7 +103,7 @@ def run_session(
 def device_of(
     providers: Sequence[str], options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, int]:
-    """Where a session with these wants its inputs: ("cuda", number) or ("cpu", 0)."""
+    """The device for the inputs of a session: ("cuda", number) or ("cpu", 0)."""
     first = providers[0]
     if first != "CUDAExecutionProvider":
         return "cpu", 0

@@ -1,4 +1,4 @@
-"""The arguments of `AdapterSession.run`, validated."""
+"""Validates the arguments of `AdapterSession.run`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Adapter = str | Sequence[str | None] | None
 def check_inputs(
     arrays: Mapping[str, Array], inputs: Sequence[str], reserved: Collection[str]
 ) -> None:
-    """Refuse inputs other than the model's own `inputs`; `reserved` are the adapter's names."""
+    """Refuse missing and unknown inputs, and those that belong to the adapter (`reserved`)."""
     wrong = [f"{name}: missing" for name in inputs if name not in arrays]
     for name in arrays:
         if name in reserved:
@@ -25,7 +25,7 @@ def check_inputs(
 
 
 def per_row(adapter: Adapter, arrays: Mapping[str, Array], first: str) -> list[str | None]:
-    """The adapter of each row of the batch; `first` is the input whose rows count."""
+    """The adapter of each row of the batch, whose size is that of the input `first`."""
     if adapter is None or isinstance(adapter, str):
         return [adapter] * (len(arrays[first]) if arrays[first].ndim else 0)
     sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
@@ -53,12 +53,12 @@ def check_known(
 
 
 def check_baked_in(adapter: Adapter, held: Sequence[str]) -> None:
-    """Refuse to choose an adapter in a file that holds `held` for good."""
+    """Refuse to choose an adapter in a file in which the adapters `held` are fixed."""
     names = {adapter} if adapter is None or isinstance(adapter, str) else {*adapter}
     if not names <= {None, *(held if len(held) == 1 else ())}:
         raise UsageError(
             "adapter",
-            expected=f"None: the file holds {', '.join(held)} for good",
+            expected=f"None: {', '.join(held)} is fixed in the file",
             found=", ".join(map(repr, names)),
             remedy="export in mode swappable, paired or bank to choose at run time",
         )

@@ -1,4 +1,4 @@
-"""ONNX Runtime with adapters that come and go: one session, one base, many adapters."""
+"""ONNX Runtime with many adapters on one base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AdapterSession:
 
     What a run does with an adapter depends on the mode of the file: swappable feeds it; paired
     feeds the adapted weights, which are made at the adapter's first run and kept; bank feeds a
-    table of all loaded adapters. Files of mode merged and unmerged run as they are.
+    table of all loaded adapters. In merged and unmerged files the adapter is fixed.
 
     Args:
         onnx_path: a file that `export_onnx` or `apply_onnx` wrote.
@@ -40,8 +40,8 @@ class AdapterSession:
             loaded, since ONNX Runtime warns of every overridable input. Where it has no entry
             `session.x64quantprecision`, "1" is added: without it, x86-64 CPUs that lack VNNI
             compute int8 products with sums that saturate (3 to 27 times the error).
-        memory_limit: bytes of weights to keep for the adapters (mode paired), the base's among
-            them: what was used longest ago goes first. No limit by default.
+        memory_limit: bytes of weights to keep for the adapters and the base (mode paired); the
+            least recently used are dropped first. No limit by default.
         allow_links: follow links of external data that end inside the model's folder.
 
     Attributes:
@@ -51,7 +51,7 @@ class AdapterSession:
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        FileAccessError: the file, or the expander beside it, is missing.
+        FileAccessError: the file, or its expander, is missing or unreadable.
         BadInputError: not a file that this package made, external data that must not be read, or
             a file that ONNX Runtime cannot load.
 
@@ -98,9 +98,9 @@ class AdapterSession:
         interface = self._interface or Interface(())
         self._base = base_feeds(interface.groups) | graph.base_saved()
         self._kept = KeptValues(interface, weights, self._device, memory_limit)
-        own = {ADAPTER_ID, *self._base, *(weight.name for weight in weights or ())}
-        self.inputs = tuple(i.name for i in self._session.get_inputs() if i.name not in own)
-        self._reserved = own if self._interface is not None else set()
+        reserved = {ADAPTER_ID, *self._base, *(weight.name for weight in weights or ())}
+        self.inputs = tuple(i.name for i in self._session.get_inputs() if i.name not in reserved)
+        self._reserved = reserved if self._interface is not None else set()
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     @property
@@ -128,10 +128,10 @@ class AdapterSession:
         """Make an adapter available; it replaces one of the same name.
 
         Args:
-            name: to ask for it by.
-            bundle: a bundle, its file, a PEFT adapter directory, or an `.onnx_adapter` file (which
-                says nothing of its base, so that only names, sizes and dtypes are checked). Of an
-                unbound bundle nothing tells its base either: a warning is logged.
+            name: the adapter's name in `run`.
+            bundle: a bundle, its file, a PEFT adapter directory, or an `.onnx_adapter` file, of
+                which only names, sizes and dtypes can be checked. A warning is logged for an
+                unbound bundle, as it does not identify its base.
             allow_base_mismatch: accept a base other than the one it was trained on.
 
         Raises:
@@ -168,8 +168,7 @@ class AdapterSession:
             self._table = None
 
     def prepare(self, name: str | None) -> None:
-        """Make an adapter's inputs ready (mode paired: its weights), so that its next run is not
-        the one that waits for it.
+        """Compute an adapter's inputs (mode paired: its weights) now instead of at its next run.
 
         Raises:
             UsageError: no adapter of that name.
@@ -183,7 +182,7 @@ class AdapterSession:
             self._values(name)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; runs that are under way keep what they need.
+        """Remove an adapter; running calls finish with it.
 
         Raises:
             UsageError: no adapter of that name.
@@ -235,7 +234,7 @@ class AdapterSession:
     def _run_rows(
         self, arrays: Mapping[str, Array], names: Sequence[str | None], run_options: Any
     ) -> dict[str, Array]:
-        """Rows of the batch with different adapters: one run for each adapter."""
+        """Run the batch once for each adapter, with its rows, and join the outputs."""
         if not names:
             return self._run(arrays, self._values(None), run_options)
         places: dict[str | None, list[int]] = {}
@@ -262,7 +261,7 @@ class AdapterSession:
         return outputs
 
     def _values(self, name: str | None) -> dict[str, Any]:
-        """What a swappable or paired graph is fed for one adapter."""
+        """The inputs of a swappable or paired graph for one adapter."""
         with self._lock:
             if name is None:
                 return self._kept.values(None, self._base)
@@ -270,7 +269,7 @@ class AdapterSession:
             return self._kept.values(name, self._adapters[name])
 
     def _bank(self) -> tuple[dict[str, Any], dict[str | None, int]]:
-        """The table of all adapters, and the row of each; kept until one comes or goes."""
+        """The table of all adapters, and the row of each; made anew after a load or unload."""
         interface = self._interface
         with self._lock:
             if self._table is None and interface is not None:

@@ -26,7 +26,7 @@ from ..graph.ops import constant_value
 from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
-from ..locate.uses import linear_uses
+from ..locate.uses import find_linear_uses
 from .trace import Inputs, trace
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def trace_base(
 
 
 def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned: bool) -> Site:
-    uses = tuple(linear_uses(graph, value))
+    uses = tuple(find_linear_uses(graph, value))
     transposed = turned != is_conv1d(module)
     site = Site(path, value, layer_shape(module), transposed, uses)
     return replace(site, shared=len(site.consumers) < len(value.uses()))
