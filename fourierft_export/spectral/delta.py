@@ -4,24 +4,30 @@ FourierFT (arXiv 2405.03003, eq. 2-4; PEFT: tuners/fourierft/layer.py, get_delta
 
     delta_W = Re(ifft2(S)) * scaling,   S[u_k, v_k] = c_k, else 0
 
-The fast forms make a block of rows at a time (`half_spectrum`), and add it and its mirror image
-where they belong (`blocks`): no delta_W is ever allocated, and layers that share entries share
-their tables.
+The fast forms make a block of rows at a time (`half_spectrum`) and add it and its mirror image to
+the weight at once: no whole delta_W is ever allocated, and layers that share entries share their
+tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
 from ..types import Entries
-from .blocks import AnyFloat, Put, adder, rebuild_blocks
-from .cost import choose_delta_path
+from .cost import choose_delta_path, useful_threads
 from .entries import check_shape
+from .half_spectrum import ROW_MAKERS, half_spectrum
+from .threads import default_threads, run_shares
+
+Float32 = npt.NDArray[np.float32]
+AnyFloat = npt.NDArray[Any]  # numpy's own floats or ml_dtypes.bfloat16
+# Takes (layer, rows, float32 values of them); the values are overwritten afterwards.
+Put = Callable[[int, slice, Float32], None]
 
 
 class Term(NamedTuple):
@@ -80,7 +86,11 @@ def add_delta_weight(
         UsageError: sizes that do not fit together.
     """
     target = np.empty(weight.shape, weight.dtype if out_dtype is None else out_dtype)
-    _add_terms(weight, target, list(terms), transposed, threads)
+    changes = list(terms)
+    if changes:
+        each_block(weight.shape, changes, _adder([weight], [target]), transposed, threads)
+    else:
+        target[...] = weight
     return target
 
 
@@ -105,21 +115,6 @@ def check_term(spectrum: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> 
             remedy="derive them from this layer's shape",
         )
     return rows, columns
-
-
-def _upright(entries: Entries, transposed: bool) -> Entries:
-    """Entries for the weight as stored: delta_W transposed is delta_W with u and v exchanged."""
-    return entries[:, ::-1] if transposed else entries
-
-
-def _add_terms(
-    source: AnyFloat, target: AnyFloat, terms: list[Term], transposed: bool, threads: int | None
-) -> None:
-    if not terms:
-        if target is not source:
-            target[...] = source
-        return
-    each_block(source.shape, terms, adder([source], [target]), transposed, threads)
 
 
 def each_block(
@@ -147,9 +142,11 @@ def each_block(
     # delta_W is linear: all terms are one, over all of their entries; so the sum is rounded once.
     spectrum = np.concatenate([t.spectrum.astype(np.float64) * float(t.scaling) for t in terms])
     entries = np.concatenate([term.entries for term in terms])
+    if transposed:  # delta_W transposed is delta_W with u and v exchanged
+        entries = entries[:, ::-1]
     shape = (stored[0], stored[1])
     path = choose_delta_path(shape, len(entries))
-    rebuild_blocks(shape, spectrum[None], _upright(entries, transposed), 1.0, threads, put, path)
+    _rebuild_blocks(shape, spectrum[None], entries, 1.0, threads, put, path)
 
 
 def rebuild(
@@ -171,4 +168,60 @@ def rebuild(
         threads: at most this many; by default `threads.default_threads()`.
     """
     shape = (targets[0].shape[0], targets[0].shape[1])
-    rebuild_blocks(shape, spectra, entries, scaling, threads, adder(sources, targets))
+    _rebuild_blocks(shape, spectra, entries, scaling, threads, _adder(sources, targets))
+
+
+def _adder(sources: Sequence[AnyFloat] | None, targets: Sequence[AnyFloat]) -> Put:
+    """A function that writes rows of delta_W, plus those of its source if any, to its target."""
+
+    def put(layer: int, where: slice, values: Float32) -> None:
+        target = targets[layer][where]
+        if sources is None:
+            target[...] = values
+        elif target.dtype == sources[layer].dtype in (np.float32, np.float64):
+            np.add(sources[layer][where], values, out=target)
+        else:
+            values += sources[layer][where].astype(np.float32)
+            target[...] = values
+
+    return put
+
+
+def _rebuild_blocks(
+    shape: tuple[int, int],
+    spectra: AnyFloat,
+    entries: Entries,
+    scaling: float,
+    threads: int | None,
+    put: Put,
+    path: str | None = None,
+) -> None:
+    """Call `put` with (layer, rows, float32 values) until every delta_W is complete."""
+    rows, columns = shape
+    shared = half_spectrum(entries, shape)
+    amplitudes = shared.amplitudes(spectra, float(scaling))
+    count, blocks = len(spectra), range(shared.block_count)
+    limit = default_threads() if threads is None else threads
+    used = useful_threads(shape, count, limit)
+    path = path or choose_delta_path(shape, len(entries), layers=count, threads=used)
+    make_rows = ROW_MAKERS[path]
+
+    def work(layers: range, blocks: range) -> None:
+        for where, index, values in make_rows(shared, amplitudes[layers], blocks):
+            layer = layers[index]
+            # Rows 1 .. (M-1)//2 have a mirror image: row M-p holds columns -q.
+            first, last = max(where.start, 1), min(where.stop, (rows + 1) // 2)
+            if first < last:
+                mirrored = np.empty((last - first, columns), np.float32)
+                upside_down = values[first - where.start : last - where.start][::-1]
+                mirrored[:, 0] = upside_down[:, 0]
+                mirrored[:, 1:] = upside_down[:, :0:-1]
+                put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
+            put(layer, where, values)
+
+    if path == "products":  # the library beneath has threads of its own
+        work(range(count), blocks)
+    elif path == "columns" or count >= used:
+        run_shares(lambda layers: work(layers, blocks), count, min(used, count))
+    else:
+        run_shares(lambda share: work(range(count), share), len(blocks), used)

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 def default_threads() -> int:
     """`OMP_NUM_THREADS` where it is set, as for the libraries beneath; else the usable cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    if setting.isdecimal() and int(setting) > 0:
+        return int(setting)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import delta as numpy_delta
-from .blocks import AnyFloat
+from .delta import AnyFloat
 from .token_tables import TokenTables, token_tables
 
 Shape = tuple[int, int]
