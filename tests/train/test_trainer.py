@@ -389,6 +389,18 @@ def test_release_gives_back_what_was_there(tmp_path: Path) -> None:
     assert not model._load_state_dict_post_hooks
 
 
+def test_the_trainer_saves_checkpoints_without_our_callback(tmp_path: Path) -> None:
+    """`save_pretrained` is refused to all but the Trainer, which resumes from its own file."""
+    settings = {"bundles": tf.TrainerCallback(), "steps": 2, "save_steps": 1}
+    run = trainer(injected(), tmp_path, **settings)
+    run.train()
+    with pytest.raises(UsageError, match="a model without adapters"):
+        run.model.save_pretrained(tmp_path / "other")
+    again = trainer(injected(), tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert ff.capture(again.model).to_bytes() == ff.capture(run.model).to_bytes()
+
+
 def test_loading_half_a_state_still_fails() -> None:
     from fourierft_export.train.callback import divert
 
