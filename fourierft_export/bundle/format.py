@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import BadInputError
 from ..files import dtypes, strict_json
-from ..files.container import Header, encode_header, header_length, parse_header
+from ..files.container import Header, decode_header_length, encode_header, parse_header
 from ..files.dtypes import DTYPE_BITS
 from ..files.strict_json import canonical
 from ..types import Array
@@ -138,7 +138,7 @@ def _require(holds: bool, where: str, expected: str, found: str, remedy: str = "
 
 def split_file(data: bytes, where: str) -> tuple[Header, bytes]:
     """Splits the bytes of a bundle file into header and payload, checked against each other."""
-    end = 8 + header_length(data[:8], len(data), where)
+    end = 8 + decode_header_length(data[:8], len(data), where)
     return parse_header(data[8:end], len(data), where), data[end:]
 
 

@@ -76,7 +76,7 @@ def merge(
     """
     from ..files.staging import check_output
     from ..merge.merge import merge_checkpoint
-    from ..merge.report import least_survival
+    from ..merge.report import find_least_survival
 
     if not dry_run:
         check_output(output, force=force, inputs=(base, *bundles))
@@ -96,7 +96,7 @@ def merge(
     if report.added or report.replaced:
         line += f", {len(report.added)} tensors added, {len(report.replaced)} replaced"
     lines = [line]
-    least = least_survival(report.layers)
+    least = find_least_survival(report.layers)
     if least is not None and least.survival is not None:
         share, where = math.floor(100 * least.survival), f"{least.name}, {least.dtype}"
         lines.append(f"at least {share}% of each layer's weights changed (least: {where})")

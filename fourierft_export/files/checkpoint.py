@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError
-from .container import Header, TensorInfo, file_stamp, open_regular, read_exactly, read_header
+from .container import Header, TensorInfo, open_regular, read_exactly, read_header, read_stamp
 from .dtypes import to_numpy
-from .layout import PICKLED, SUFFIX, pickled_error, read_index, weights_file
-from .links import checked_file
+from .layout import PICKLED, SUFFIX, find_weights_file, make_pickled_error, read_index
+from .links import check_link
 from .write import Hash
 
 BLOCK = 2 << 20
@@ -76,12 +76,12 @@ class Checkpoint:
             raise FileAccessError(path, expected="a checkpoint", found="nothing there")
         if not is_folder:
             return cls._open_files(path, {path: ()})
-        file = checked_file(weights_file(path), path, allow_links=allow_links)
+        file = check_link(find_weights_file(path), path, allow_links=allow_links)
         if file.name.endswith(SUFFIX):
             return cls._open_files(path, {file: ()})
         listed, metadata = read_index(file)
         names_in = {
-            checked_file(path / shard, path, allow_links=allow_links): names
+            check_link(path / shard, path, allow_links=allow_links): names
             for shard, names in sorted(listed.items())
         }
         absent = [shard.name for shard in names_in if not shard.exists()]
@@ -108,7 +108,7 @@ class Checkpoint:
         home: dict[str, Path] = {}
         for file, names in names_in.items():
             if file.suffix in PICKLED:
-                raise pickled_error(file)
+                raise make_pickled_error(file)
             header = read_header(file)
             headers.append(header)
             absent += [f"{n} in {file.name}" for n in names if n not in header.tensors]
@@ -154,7 +154,7 @@ class Checkpoint:
             ) from None
         array = np.empty(info.shape, dtype)
         at, memory = 0, array.reshape(-1).view(np.uint8)
-        for block in self.blocks(name):
+        for block in self.read_blocks(name):
             memory[at : at + len(block)] = np.frombuffer(block, np.uint8)
             at += len(block)
             if digest is not None:
@@ -169,12 +169,12 @@ class Checkpoint:
         pieces = (self._span(info.path, at, at + dtype.itemsize, BLOCK) for at in starts)
         return np.frombuffer(b"".join(block for piece in pieces for block in piece), dtype)
 
-    def blocks(self, name: str, size: int = BLOCK) -> Iterator[bytes]:
+    def read_blocks(self, name: str, size: int = BLOCK) -> Iterator[bytes]:
         """Yield the bytes of one tensor in pieces of at most `size`, whatever its dtype."""
         info = self.info(name)
         yield from self._span(info.path, info.start, info.stop, size)
 
-    def file_blocks(self, shard: Path, size: int = BLOCK) -> Iterator[bytes]:
+    def read_file_blocks(self, shard: Path, size: int = BLOCK) -> Iterator[bytes]:
         """Yield the bytes of a whole shard in pieces of at most `size`."""
         yield from self._span(shard, 0, self._headers_by_path[shard].size, size)
 
@@ -187,7 +187,7 @@ class Checkpoint:
         with open(open_regular(path), "rb") as file:
             for at in range(start, stop, size):
                 block = read_exactly(file.fileno(), at, min(at + size, stop), path)
-                if file_stamp(file.fileno()) != self._headers_by_path[path].stamp:
+                if read_stamp(file.fileno()) != self._headers_by_path[path].stamp:
                     raise BadInputError(
                         path,
                         expected="a file that nothing writes to while it is read",

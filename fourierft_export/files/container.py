@@ -137,23 +137,23 @@ def _read_at(fd: int, start: int, count: int) -> bytes:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of a safetensors file."""
     with open(open_regular(path), "rb") as file:
-        stamp = file_stamp(file.fileno())
+        stamp = read_stamp(file.fileno())
         size = stamp[1]
         head = read_exactly(file.fileno(), 0, min(8, size), path)
-        length = header_length(head, size, os.fspath(path))
+        length = decode_header_length(head, size, os.fspath(path))
         text = read_exactly(file.fileno(), 8, 8 + length, path)
     header = parse_header(text, size, os.fspath(path), Path(path))
     return replace(header, path=Path(path), stamp=stamp)
 
 
-def file_stamp(fd: int) -> Stamp:
+def read_stamp(fd: int) -> Stamp:
     """Inode, size and time of an open file, which change when a process writes to it."""
     # Without the device's number, which may differ between machines that share a file system.
     status = os.fstat(fd)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def header_length(head: bytes, size: int, where: str) -> int:
+def decode_header_length(head: bytes, size: int, where: str) -> int:
     """Decode the length of the JSON header from the first 8 bytes of a file of `size` bytes."""
     if size == 0:
         raise BadInputError(where, expected="a safetensors file", found="an empty file")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BadInputError, FileAccessError
-from .links import cache_repository, checked_file, is_plain_path
+from .links import check_link, find_cache_repository, is_plain_path
 
 EXTERNAL = 1  # onnx.TensorProto.EXTERNAL
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
@@ -33,7 +33,7 @@ class Range(NamedTuple):
     length: int
 
 
-def external_ranges(
+def check_external_ranges(
     model: Any, path: str | os.PathLike[str], *, allow_links: bool = False
 ) -> dict[tuple[str, int], Range]:
     """Check every external tensor of a model, and say where its bytes are.
@@ -77,7 +77,7 @@ def external_ranges(
     return ranges
 
 
-def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+def find_external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     """Find the real files with the external data of an ONNX file; none for any other file."""
     if not os.fspath(path).endswith(".onnx") or not os.path.isfile(path):
         return ()
@@ -86,7 +86,7 @@ def external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
     try:
         model = onnx.load(os.fspath(path), load_external_data=False)
-        ranges = external_ranges(model, path, allow_links=True)
+        ranges = check_external_ranges(model, path, allow_links=True)
     except (BadInputError, FileAccessError, DecodeError, ValueError, OSError):
         return ()  # the function that reads the model will raise the error
     return tuple({Path(os.path.realpath(one.file)) for one in ranges.values()})
@@ -128,7 +128,7 @@ def _range(
     file = files[location]
     if isinstance(file, str):
         raise ValueError(file)
-    size, needed = file.stat().st_size, tensor_bytes(tensor)
+    size, needed = file.stat().st_size, count_tensor_bytes(tensor)
     offset = _number(keys, "offset", 0)
     length = _number(keys, "length", needed)
     if length != needed:
@@ -147,7 +147,7 @@ def _number(keys: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def tensor_bytes(tensor: Any) -> int:
+def count_tensor_bytes(tensor: Any) -> int:
     """Compute a TensorProto's size in bytes by its shape; ValueError if it cannot be external."""
     bits = _BITS.get(tensor.data_type)
     if bits is None:
@@ -164,7 +164,7 @@ def _file(location: str, folder: Path, allow_links: bool) -> Path | str:
         return f"location {location[:80]!r}, which is no plain path below the model's folder"
     file = folder / location
     try:
-        checked_file(file, folder, allow_links=allow_links)
+        check_link(file, folder, allow_links=allow_links)
         found = os.stat(file)
     except BadInputError as error:
         return f"{error.found}; {error.remedy}"
@@ -174,6 +174,6 @@ def _file(location: str, folder: Path, allow_links: bool) -> Path | str:
         ) from None
     if not stat.S_ISREG(found.st_mode):
         return f"{location!r} is no regular file"
-    if found.st_nlink > 1 and cache_repository(Path(os.path.realpath(folder))) is None:
+    if found.st_nlink > 1 and find_cache_repository(Path(os.path.realpath(folder))) is None:
         return f"{location!r} is a hard link: another name of that file lies elsewhere"
     return file

@@ -18,7 +18,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_INDEX_BYTES = 256 << 20
 
 
-def weights_file(directory: Path) -> Path:
+def find_weights_file(directory: Path) -> Path:
     """Find the shard index, or else the one .safetensors file, of a folder's weights.
 
     The names that transformers looks for come first; else there may be only one candidate.
@@ -44,7 +44,7 @@ def weights_file(directory: Path) -> Path:
         return directory / files[0]
     pickled = [n for n in names if n.endswith(PICKLED)]
     if pickled and not files:
-        raise pickled_error(directory / pickled[0])
+        raise make_pickled_error(directory / pickled[0])
     raise BadInputError(
         directory,
         expected=f"{SINGLE} or {INDEX}",
@@ -88,7 +88,7 @@ def _is_plain_name(name: object) -> bool:
     return name.endswith(SUFFIX) and is_plain_path(name)
 
 
-def pickled_error(path: Path) -> BadInputError:
+def make_pickled_error(path: Path) -> BadInputError:
     """Make the error for a checkpoint that only pickle could read."""
     return BadInputError(
         path,

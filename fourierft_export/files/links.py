@@ -22,7 +22,7 @@ def is_plain_path(path: str) -> bool:
     return bool(posix.parts) and ".." not in posix.parts and not rooted and path.isprintable()
 
 
-def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
+def check_link(path: Path, named: Path, *, allow_links: bool = False) -> Path:
     """Return `path`, unless it is a link, or behind one, that must not be followed.
 
     `named` is the folder that the user named, which `path` lies in: links up to and including it
@@ -37,7 +37,7 @@ def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
     inside = root in real.parents
     if real == root / path.relative_to(named) or (allow_links and inside):
         return path
-    repository = cache_repository(root)
+    repository = find_cache_repository(root)
     if repository is not None and repository in real.parents:
         return path
     raise BadInputError(
@@ -50,7 +50,7 @@ def checked_file(path: Path, named: Path, *, allow_links: bool = False) -> Path:
     )
 
 
-def real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
+def find_real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield where a file or folder really lies, and where every link below it leads."""
     yield Path(os.path.realpath(source))
     for folder, subfolders, files in os.walk(source):
@@ -60,7 +60,7 @@ def real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
                 yield Path(os.path.realpath(path))
 
 
-def cache_repository(directory: Path) -> Path | None:
+def find_cache_repository(directory: Path) -> Path | None:
     """Find the Hugging Face cache repository that a snapshot folder, or one below it, is in.
 
     Layout: `models--OWNER--NAME/snapshots/REVISION/...`, whose files link to `../../blobs/HASH`.

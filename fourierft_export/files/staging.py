@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
-from .external import external_files
-from .links import real_paths
+from .external import find_external_files
+from .links import find_real_paths
 from .locks import try_lock, unlock
 from .write import set_umask_mode, sync
 
@@ -49,8 +49,8 @@ def check_output(
         _refuse_impossible(os.fspath(named))
     real = Path(os.path.realpath(path))
     for source in inputs:
-        data = external_files(source) if os.path.lexists(path) else ()
-        for origin in (*real_paths(source), *data):
+        data = find_external_files(source) if os.path.lexists(path) else ()
+        for origin in (*find_real_paths(source), *data):
             if real == origin or real in origin.parents or origin in real.parents:
                 where = "a place inside " if origin in real.parents else ""
                 raise UsageError(
@@ -98,7 +98,7 @@ def _refuse_impossible(path: str) -> None:
 
 
 @contextmanager
-def work_folder(
+def open_work_folder(
     out: str | os.PathLike[str], *, plan: str | None = None, keep: bool = False
 ) -> Iterator[Path]:
     """Make and lock a folder next to `out`; it is removed when the block ends, but for a kill.
@@ -113,10 +113,10 @@ def work_folder(
     """
     path = Path(out)
     folder = path.with_name(f"{path.name}{_PARTIAL}{plan or os.getpid()}")
-    with os_errors_named(path, folder):
+    with name_os_errors(path, folder):
         lock = _take(folder)
     try:
-        with os_errors_named(path, folder):
+        with name_os_errors(path, folder):
             clean_leftovers(path, folder)
             if not keep:
                 _empty(folder)
@@ -147,7 +147,7 @@ def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Ite
 @contextmanager
 def _staged(out: str | os.PathLike[str], force: bool) -> Iterator[Path]:
     path = check_output(out, force=force)
-    with work_folder(path) as folder, os_errors_named(path, folder):
+    with open_work_folder(path) as folder, name_os_errors(path, folder):
         staged = folder / path.name
         yield staged
         sync(staged)
@@ -157,7 +157,7 @@ def _staged(out: str | os.PathLike[str], force: bool) -> Iterator[Path]:
 def publish(staged: Path, out: Path, *, force: bool) -> None:
     """Rename a complete, flushed file or folder to its place.
 
-    `staged` lies in a `work_folder` of `out`, which keeps what is replaced until the end.
+    `staged` lies in a `open_work_folder` of `out`, which keeps what is replaced until the end.
 
     Raises:
         UsageError: another process has made `out` meanwhile, and `force` is not set.
@@ -262,7 +262,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def os_errors_named(path: Path, work: Path, nbytes: int = 0) -> Iterator[None]:
+def name_os_errors(path: Path, work: Path, nbytes: int = 0) -> Iterator[None]:
     """Turn an `OSError` of the block into a `FileAccessError` that names the file.
 
     It names the output `path`, which needs `nbytes` bytes (0: not known), for errors without a

@@ -122,7 +122,7 @@ class Slot(NamedTuple):
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def in_file_order(slots: Iterable[Slot]) -> tuple[Slot, ...]:
+def sort_slots(slots: Iterable[Slot]) -> tuple[Slot, ...]:
     """Sort `slots`: those with the widest elements first, otherwise in their order.
 
     Readers view the payload in place, which needs every tensor aligned to its element size; the
@@ -165,7 +165,7 @@ class TensorWriter:
         if not self._left:
             raise ValueError("all tensors are written")
         slot = self._left.popleft()
-        done = sum(self._file.put(as_bytes(piece), digest) for piece in pieces)
+        done = sum(self._file.put(view_bytes(piece), digest) for piece in pieces)
         if done != slot.nbytes:
             raise ValueError(f"{slot.name!r} takes {slot.nbytes} bytes, not {done}")
 
@@ -179,7 +179,7 @@ class TensorWriter:
         self._file.__exit__(*error)
 
 
-def as_bytes(piece: Buffer) -> memoryview:
+def view_bytes(piece: Buffer) -> memoryview:
     """View the bytes of a buffer or array (made C-contiguous and little-endian)."""
     if isinstance(piece, np.ndarray):
         little = np.ascontiguousarray(piece, dtype=piece.dtype.newbyteorder("<"))

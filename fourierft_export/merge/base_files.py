@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import FileAccessError
 from ..files import strict_json
 from ..files.container import open_regular, read_exactly, read_file
-from ..files.links import checked_file
+from ..files.links import check_link
 
 MANIFEST = "manifest.json"
 STALE_SUFFIXES = (
@@ -52,26 +52,26 @@ def sort_files(
     return tuple(copied), tuple(stale)
 
 
-def file_size(directory: Path, name: str, *, allow_links: bool = False) -> int:
+def measure_file(directory: Path, name: str, *, allow_links: bool = False) -> int:
     """Return the size of a file of a folder in bytes; an error if it may not or cannot be read."""
-    path = checked_file(directory / name, directory, allow_links=allow_links)
+    path = check_link(directory / name, directory, allow_links=allow_links)
     with open(open_regular(path), "rb") as file:
         return os.fstat(file.fileno()).st_size
 
 
-def file_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
+def read_blocks(directory: Path, name: str, *, allow_links: bool = False) -> Iterator[bytes]:
     """Yield the content of a file of a folder, in pieces."""
-    path = checked_file(directory / name, directory, allow_links=allow_links)
+    path = check_link(directory / name, directory, allow_links=allow_links)
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         for at in range(0, size, BLOCK):
             yield read_exactly(file.fileno(), at, min(at + BLOCK, size), path)
 
 
-def file_sha256(directory: Path, name: str, *, allow_links: bool = False) -> tuple[str, int]:
+def hash_file(directory: Path, name: str, *, allow_links: bool = False) -> tuple[str, int]:
     """Return the sha256 of a file of a folder, in hex, and its size in bytes."""
     digest, size = hashlib.sha256(), 0
-    for block in file_blocks(directory, name, allow_links=allow_links):
+    for block in read_blocks(directory, name, allow_links=allow_links):
         digest.update(block)
         size += len(block)
     return digest.hexdigest(), size

@@ -14,7 +14,7 @@ from .changes import Changes
 Config = Mapping[str, Any]
 
 
-def merged_config(
+def make_config(
     base: Base,
     bundles: Sequence[Bundle],
     weights: Sequence[float],

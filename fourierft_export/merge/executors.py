@@ -71,7 +71,7 @@ def _worker_is_lost(error: BaseException) -> bool:
 
 
 @contextmanager
-def local_processes(workers: int) -> Iterator[Executor]:
+def start_processes(workers: int) -> Iterator[Executor]:
     """`workers` fresh processes of this machine; they die with this one, whatever kills it."""
     from concurrent.futures import ProcessPoolExecutor
 
@@ -109,7 +109,7 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 @contextmanager
-def dask_cluster(address: str) -> Iterator[Executor]:
+def connect_dask(address: str) -> Iterator[Executor]:
     """Connect to the workers of the Dask scheduler at `address`, such as "tcp://host:8786".
 
     They see this file system and have this package. FileAccessError if no scheduler answers.

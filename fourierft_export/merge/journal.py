@@ -18,8 +18,8 @@ from ..bundle.fit import LayerVerdict
 from ..errors import FourierFTError
 from ..files import strict_json
 from ..files.container import read_file
-from .base_files import file_sha256
-from .plan import ShardPlan, changed_tensors
+from .base_files import hash_file
+from .plan import ShardPlan, list_changed_tensors
 from .shard import Count, WrittenShard, WrittenTensor
 
 _TENSOR_KINDS = {"sha256": str, "source_sha256": str, "survival": float, "error": float,
@@ -43,7 +43,7 @@ class Journal:
         finally:
             os.close(fd)
 
-    def finished(self, place: Callable[[str], Path], count: Count) -> dict[int, WrittenShard]:
+    def read_finished(self, place: Callable[[str], Path], count: Count) -> dict[int, WrittenShard]:
         """Read which shards are finished: those listed whose files have the stated hash.
 
         `place` gives the file of a shard's name; `count` is called with the bytes of each of them.
@@ -58,7 +58,7 @@ class Journal:
                 fields = strict_json.loads(line, str(self.path))
                 number, shard = _parsed(fields, self._shards)
                 file = place(shard.name)
-                if file_sha256(file.parent, file.name) == (shard.sha256, shard.size):
+                if hash_file(file.parent, file.name) == (shard.sha256, shard.size):
                     good[number] = shard
             except (FourierFTError, AttributeError, KeyError, TypeError, ValueError):
                 continue  # cut off, or not of this merge
@@ -73,7 +73,7 @@ def _parsed(fields: Any, shards: Sequence[ShardPlan]) -> tuple[int, WrittenShard
     if type(number) is not int or not 0 <= number < len(shards):
         raise ValueError("not a shard of this merge")
     shard = WrittenShard(**fields)
-    expected = changed_tensors([shards[number]])
+    expected = list_changed_tensors([shards[number]])
     if shard.name != shards[number].name or shard.tensors.keys() != expected.keys():
         raise ValueError("another shard")
     tensors = {}

@@ -20,7 +20,7 @@ from ..errors import BadInputError
 from ..files import strict_json
 from ..files.container import read_file
 from ..files.links import is_plain_path
-from .plan import MergePlan, changed_tensors
+from .plan import MergePlan, list_changed_tensors
 from .report import MergeReport
 from .shard import WrittenTensor
 
@@ -28,7 +28,7 @@ SCHEMA = 1
 KIND = "fourierft_export.merge"
 
 
-def manifest_text(
+def format_manifest(
     plan: MergePlan,
     report: MergeReport,
     written: Mapping[str, WrittenTensor],
@@ -45,7 +45,7 @@ def manifest_text(
         written: the changed weights, by their names in the output.
         files: sha256 in hex and size in bytes of every file of the output but the manifest.
     """
-    changed = changed_tensors(plan.shards)
+    changed = list_changed_tensors(plan.shards)
     content = {
         "schema": SCHEMA,
         "kind": KIND,

@@ -21,7 +21,7 @@ from .plan import ShardPlan
 _PROCESS = 192 << 20
 
 
-def memory_needed(shards: Sequence[ShardPlan]) -> int:
+def estimate_memory(shards: Sequence[ShardPlan]) -> int:
     """Estimate the bytes of memory that one process needs.
 
     It holds three changed weights at a time (one is written, one waits, one is computed), whatever
@@ -44,7 +44,7 @@ def _changed_bytes(plan: TensorPlan) -> int:
 
 def check_memory(needed: int, workers: int) -> None:
     """Refuse work of `workers` processes that need `needed` bytes each, if there are less."""
-    available = available_memory()
+    available = read_available_memory()
     if available is not None and needed * workers > available:
         raise FileAccessError(
             "memory",
@@ -54,7 +54,7 @@ def check_memory(needed: int, workers: int) -> None:
         )
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
+def read_available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that this process can still get; None if unknown."""
     machine = _left_in_machine(root)
     return min([*_left_in_groups(root), *([] if machine is None else [machine])], default=None)

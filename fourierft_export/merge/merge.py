@@ -17,14 +17,14 @@ from ..files.staging import check_output
 from ..files.write import check_space
 from ..models.base import open_base
 from ..types import Progress
-from .base_files import MANIFEST, file_sha256, file_size, sort_files
+from .base_files import MANIFEST, hash_file, measure_file, sort_files
 from .changes import collect_changes, fit_bundle
-from .config import merged_config
-from .executors import OpenExecutor, dask_cluster, local_processes
-from .memory import check_memory, memory_needed
-from .plan import DTYPES, MergePlan, changed_tensors, plan_shards, replaced_and_added
+from .config import make_config
+from .executors import OpenExecutor, connect_dask, start_processes
+from .memory import check_memory, estimate_memory
+from .plan import DTYPES, MergePlan, list_changed_tensors, list_replaced_and_added, plan_shards
 from .report import BundleReport, MergeReport
-from .run import layer_reports, run_merge
+from .run import report_layers, run_merge
 
 # Headers, config, index and manifest, on top of what is counted byte by byte.
 SMALL_FILES = 1 << 20
@@ -118,11 +118,11 @@ def merge_checkpoint(
     bound = [replace(bundle, spec=fit.spec) for bundle, fit in zip(loaded, fits, strict=True)]
     changes = collect_changes(opened, bound, called, factors)
     shards = plan_shards(opened, changes, dtype)
-    config, notes = merged_config(opened, bound, factors, changes, dtype, labels)
+    config, notes = make_config(opened, bound, factors, changes, dtype, labels)
     weight_files = (*opened.checkpoint.shards, opened.checkpoint.index or Path())
     copied, stale = sort_files(opened.directory, weight_files) if is_folder else ((), ())
-    sizes = [file_size(opened.directory, name, allow_links=allow_links) for name in copied]
-    replaced, added = replaced_and_added(opened, changes)
+    sizes = [measure_file(opened.directory, name, allow_links=allow_links) for name in copied]
+    replaced, added = list_replaced_and_added(opened, changes)
     nbytes = sum(shard.nbytes for shard in shards)
     report = MergeReport(
         out=target,
@@ -132,19 +132,19 @@ def merge_checkpoint(
             BundleReport(name, bundle.sha256, factor, len(bundle.layers), fit.verdict)
             for name, bundle, factor, fit in zip(called, loaded, factors, fits, strict=True)
         ),
-        layers=layer_reports(changed_tensors(shards)),
+        layers=report_layers(list_changed_tensors(shards)),
         replaced=replaced,
         added=added,
         carried=copied,
         left_behind=stale,
         nbytes=nbytes,
         disk_bytes=nbytes + sum(sizes) + SMALL_FILES,
-        memory_bytes=memory_needed(shards),
+        memory_bytes=estimate_memory(shards),
         notes=notes if is_folder else (*notes, "a single file has no manifest.json"),
     )
     own_manifest = None
     if MANIFEST in stale:
-        own_manifest, _ = file_sha256(opened.directory, MANIFEST, allow_links=allow_links)
+        own_manifest, _ = hash_file(opened.directory, MANIFEST, allow_links=allow_links)
     plan = MergePlan(
         base=opened,
         fits=tuple(fits),
@@ -163,9 +163,9 @@ def merge_checkpoint(
         return replace(plan.with_fits(fits).report, dry_run=True)
     executor: OpenExecutor | None = None
     if scheduler is not None:
-        executor = partial(dask_cluster, scheduler)
+        executor = partial(connect_dask, scheduler)
     elif workers:
-        executor = partial(local_processes, workers)
+        executor = partial(start_processes, workers)
     return run_merge(plan, executor, force=force, progress=progress)
 
 

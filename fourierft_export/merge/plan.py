@@ -19,7 +19,7 @@ from ..files import strict_json
 from ..files.checkpoint import Checkpoint
 from ..files.container import Header, TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
-from ..files.write import Slot, in_file_order
+from ..files.write import Slot, sort_slots
 from ..models.base import Base
 from .changes import Changes, TensorPlan
 from .report import MergeReport
@@ -121,7 +121,7 @@ def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ..
         if number == len(checkpoint.headers) - 1:
             added = sorted(changes.tensors.keys() - checkpoint.tensors.keys())
             tensors += [_named(changes.tensors[key], changes, common) for key in added]
-        order = {slot.name: n for n, slot in enumerate(in_file_order(t.slot for t in tensors))}
+        order = {slot.name: n for n, slot in enumerate(sort_slots(t.slot for t in tensors))}
         tensors.sort(key=lambda plan: order[plan.slot.name])
         nbytes = sum(plan.slot.nbytes for plan in tensors)
         written = () if all(plan.is_copied for plan in tensors) else tuple(tensors)
@@ -129,7 +129,7 @@ def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ..
     return tuple(shards)
 
 
-def index_text(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> str:
+def format_index(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> str:
     """Write the shard index of the output as transformers does."""
     where: dict[str, str] = {}
     elements = 0
@@ -162,7 +162,9 @@ def _most_common_float(tensors: Iterable[TensorInfo]) -> str:
     return max(sizes, key=lambda name: (sizes[name], name), default="F32")
 
 
-def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def list_replaced_and_added(
+    base: Base, changes: Changes
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names in the output of tensors that are replaced, and of added ones."""
     replaced = [k for k, plan in changes.tensors.items() if plan.value is not None]
     return (
@@ -173,7 +175,7 @@ def replaced_and_added(base: Base, changes: Changes) -> tuple[tuple[str, ...], t
     )
 
 
-def changed_tensors(shards: Iterable[ShardPlan]) -> Mapping[str, TensorPlan]:
+def list_changed_tensors(shards: Iterable[ShardPlan]) -> Mapping[str, TensorPlan]:
     """Return the tensors that get delta_W, by their names in the output."""
     return {plan.slot.name: plan for shard in shards for plan in shard.tensors if plan.shares}
 

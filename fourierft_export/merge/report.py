@@ -100,7 +100,7 @@ class MergeReport:
         }
 
 
-def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
+def find_least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
     """Find the layer of which the smallest share changed; None in a dry run.
 
     Layers to which nothing was added (a weight of 0, a spectrum of zeros) do not count.
@@ -109,9 +109,9 @@ def least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
     return min(changed, key=lambda layer: layer.survival or 0.0, default=None)
 
 
-def survival_notes(layers: Sequence[LayerReport]) -> tuple[str, ...]:
+def note_low_survival(layers: Sequence[LayerReport]) -> tuple[str, ...]:
     """Warn when rounding loses most of a change, and say what to do."""
-    worst = least_survival(layers)
+    worst = find_least_survival(layers)
     if worst is None or worst.survival is None or worst.survival >= LOW_SURVIVAL:
         return ()
     low = [x for x in layers if x.error and (x.survival or 0.0) < LOW_SURVIVAL]

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..bundle.names import natural_key
-from ..files.staging import os_errors_named, publish, work_folder
+from ..files.staging import name_os_errors, open_work_folder, publish
 from ..files.write import check_space, copy_file, set_umask_mode, sync
 from ..types import Progress, byte_counter
-from .base_files import MANIFEST, file_blocks
+from .base_files import MANIFEST, read_blocks
 from .changes import TensorPlan
 from .executors import OpenExecutor, run_tasks
 from .journal import Journal
-from .manifest import manifest_text
-from .plan import MergePlan, changed_tensors, index_text
-from .report import LayerReport, MergeReport, survival_notes
+from .manifest import format_manifest
+from .plan import MergePlan, format_index, list_changed_tensors
+from .report import LayerReport, MergeReport, note_low_survival
 from .shard import UNFINISHED, WrittenShard, WrittenTensor, write_shard
 
 
@@ -37,20 +37,20 @@ def run_merge(
     """
     out = plan.report.out
     with (
-        work_folder(out, plan=plan.hash(), keep=True) as folder,
-        os_errors_named(out, folder, plan.report.disk_bytes),
+        open_work_folder(out, plan=plan.hash(), keep=True) as folder,
+        name_os_errors(out, folder, plan.report.disk_bytes),
     ):
         written, resumed = _write_shards(plan, folder, executor, progress)
         tensors = {name: one for shard in written for name, one in shard.tensors.items()}
         fits = _updated_fits(plan, tensors)
         check_fits(plan.base.directory, fits, allow_base_mismatch=plan.allow_base_mismatch)
         report = plan.with_fits(fits).report
-        layers = layer_reports(changed_tensors(plan.shards), tensors)
+        layers = report_layers(list_changed_tensors(plan.shards), tensors)
         report = replace(
             report,
             layers=layers,
             shards={shard.name: shard.sha256 for shard in written},
-            notes=(*report.notes, *survival_notes(layers)),
+            notes=(*report.notes, *note_low_survival(layers)),
             resumed=tuple(plan.shards[number].name for number in sorted(resumed)),
         )
         staged = folder / out.name
@@ -73,7 +73,7 @@ def _write_shards(
     def place(name: str) -> Path:
         return payload / name if plan.is_folder else payload
 
-    written = journal.finished(place, count)
+    written = journal.read_finished(place, count)
     resumed = set(written)
     _remove_unfinished(folder, payload, {place(shard.name) for shard in written.values()})
     if plan.is_folder:
@@ -112,7 +112,7 @@ def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def layer_reports(
+def report_layers(
     plans: Mapping[str, TensorPlan], written: Mapping[str, WrittenTensor] | None = None
 ) -> tuple[LayerReport, ...]:
     """Report each weight that gets delta_W, in natural order of the layers' names.
@@ -129,7 +129,7 @@ def layer_reports(
 def _updated_fits(plan: MergePlan, written: Mapping[str, WrittenTensor]) -> tuple[Fit, ...]:
     """Put the verdicts of the hashes, taken while the weights were read, in the fits."""
     verdicts: list[dict[str, LayerVerdict]] = [{} for _ in plan.fits]
-    for name, tensor in changed_tensors(plan.shards).items():
+    for name, tensor in list_changed_tensors(plan.shards).items():
         for share, verdict in zip(tensor.shares, written[name].verdicts, strict=True):
             verdicts[share.number][share.layer] = verdict
     return tuple(fit.updated(one) for fit, one in zip(plan.fits, verdicts, strict=True))
@@ -146,7 +146,7 @@ def _write_small_files(
     checkpoint, source = plan.base.checkpoint, plan.base.directory
     texts = {}
     if checkpoint.index is not None:
-        texts[checkpoint.index.name] = index_text(checkpoint, plan.shards)
+        texts[checkpoint.index.name] = format_index(checkpoint, plan.shards)
     if plan.config != plan.base.config:
         texts["config.json"] = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     files = {shard.name: (shard.sha256, shard.size) for shard in written}
@@ -158,6 +158,6 @@ def _write_small_files(
         if name in texts:
             sha256 = copy_file(target, [texts[name].encode()])
         else:
-            sha256 = copy_file(target, file_blocks(source, name, allow_links=plan.allow_links))
+            sha256 = copy_file(target, read_blocks(source, name, allow_links=plan.allow_links))
         files[name] = (sha256, target.stat().st_size)
-    copy_file(folder / MANIFEST, [manifest_text(plan, report, tensors, files).encode()])
+    copy_file(folder / MANIFEST, [format_manifest(plan, report, tensors, files).encode()])

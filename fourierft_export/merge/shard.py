@@ -17,7 +17,7 @@ from ..bundle.fingerprint import fingerprint, judge
 from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import to_numpy
-from ..files.write import Buffer, Hash, TensorWriter, as_bytes, copy_file
+from ..files.write import Buffer, Hash, TensorWriter, copy_file, view_bytes
 from ..types import Array
 from .changes import TensorPlan
 from .plan import ShardPlan
@@ -81,7 +81,7 @@ def write_shard(
         if shard.tensors:
             written = _write_tensors(shard, unfinished, count)
         else:
-            blocks = shard.checkpoint.file_blocks(shard.source.path)
+            blocks = shard.checkpoint.read_file_blocks(shard.source.path)
             sha256 = copy_file(unfinished, _counted(blocks, count))
             written = WrittenShard(shard.name, sha256, shard.source.size, {})
         os.replace(unfinished, target)
@@ -158,7 +158,7 @@ def _payload(plan: TensorPlan, checkpoint: Checkpoint) -> Iterator[Buffer]:
     if plan.value is not None:
         yield convert(plan.value, slot.dtype, slot.name)
     elif source is not None:
-        for block in checkpoint.blocks(source.name):
+        for block in checkpoint.read_blocks(source.name):
             same = source.dtype == slot.dtype
             yield (
                 block
@@ -173,5 +173,5 @@ _Piece = TypeVar("_Piece", bound=Buffer)
 def _counted(pieces: Iterable[_Piece], count: Count) -> Iterator[_Piece]:
     """Yield the pieces, and call `count` with the bytes of each."""
     for piece in pieces:
-        count(as_bytes(piece).nbytes)
+        count(view_bytes(piece).nbytes)
         yield piece

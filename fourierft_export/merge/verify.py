@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BadInputError, FileAccessError, ValidationError
 from ..types import Progress
-from .base_files import MANIFEST, file_sha256, sort_files
+from .base_files import MANIFEST, hash_file, sort_files
 from .manifest import read_manifest
 
 
@@ -128,6 +128,6 @@ def _problems(folder: Path, name: str, expected: tuple[str, int]) -> list[str]:
     size = path.stat().st_size
     if size != expected[1]:
         return [f"{name}: {size:,} bytes instead of {expected[1]:,}"]
-    if file_sha256(path.parent, path.name) == expected:
+    if hash_file(path.parent, path.name) == expected:
         return []
     return [f"{name}: other bytes than were written"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..bundle.file import Bundle
-from ..files.container import header_length, parse_header
+from ..files.container import decode_header_length, parse_header
 from ..types import Array
 from .metadata import KEY
 
@@ -93,7 +93,7 @@ def _record(
                 }
                 break
     data = bundle.to_bytes()
-    length = 8 + header_length(data[:8], len(data), "bundle")
+    length = 8 + decode_header_length(data[:8], len(data), "bundle")
     record: dict[str, Any] = {"header": data[8:length].decode("utf-8"), "tensors": {}}
     inline = 0
     for key, info in parse_header(data[8:length], len(data), "bundle").tensors.items():

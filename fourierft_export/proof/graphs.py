@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
-from ..files.external import external_ranges
+from ..files.external import check_external_ranges
 from ..types import Array
 from .report import first_line
 
@@ -190,7 +190,7 @@ def _weights_precision(path: Path) -> str:
     except OSError as error:
         raise FileAccessError(path, found=error.strerror or str(error)) from error
     # ONNX Runtime follows links and any name: nothing is opened before this.
-    external_ranges(model, path)
+    check_external_ranges(model, path)
     types = onnx.TensorProto
     kinds = {types.DOUBLE: "float64", types.FLOAT: "float32", types.FLOAT16: "float16"}
     kinds |= {types.BFLOAT16: "bfloat16", types.INT8: "int8", types.UINT8: "int8"}

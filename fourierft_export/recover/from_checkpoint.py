@@ -24,7 +24,7 @@ from ..spectral.delta import Term
 from ..spectral.entries import spectral_entries
 from ..types import Array, Progress, byte_counter
 from .other_tensors import compare_other_tensors
-from .spectrum import RecoveredLayer, judge_spectrum, spectrum_of
+from .spectrum import RecoveredLayer, compute_spectrum, judge_spectrum
 
 DEFAULT_SCALING = 150.0
 UNCERTAIN = 0.1
@@ -131,7 +131,7 @@ def recover_bundle(
         stored = entries[:, ::-1] if there[name].transposed else entries
         weight = before.checkpoint.read(there[name].tensor)
         result = after.checkpoint.read(here[name].tensor)
-        values = spectrum_of(weight, result, stored, scale)
+        values = compute_spectrum(weight, result, stored, scale)
         layers.append(judge_spectrum(name, weight, result, Term(values, stored, scale)))
         spectra[name] = values.astype(like.spectra[name].dtype if like else np.float32)
         count(weight.nbytes)

@@ -90,7 +90,7 @@ def _is_same(before: Base, mine: TensorInfo, after: Base, its: TensorInfo) -> bo
     if mine.shape != its.shape:
         return False
     if mine.dtype == its.dtype:
-        blocks = before.checkpoint.blocks(mine.name), after.checkpoint.blocks(its.name)
+        blocks = before.checkpoint.read_blocks(mine.name), after.checkpoint.read_blocks(its.name)
         return all(a == b for a, b in zip(*blocks, strict=True))
     if not {mine.dtype, its.dtype} <= {*FLOAT_DTYPES}:
         return False

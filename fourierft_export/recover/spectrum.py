@@ -45,7 +45,7 @@ class RecoveredLayer:
     objection: str
 
 
-def spectrum_of(before: Array, after: Array, entries: Array, scaling: float) -> Array:
+def compute_spectrum(before: Array, after: Array, entries: Array, scaling: float) -> Array:
     """Compute the coefficients of delta_W = after - before.
 
     By orthogonality of the cosines: sum over p, q of delta_W cos(2 pi (u p / M + v q / N)) is
@@ -91,7 +91,9 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
         difference = _difference(before[rows], after[rows])
         left = difference - delta
         largest = float(np.abs(delta).max(initial=0.0))
-        far = np.abs(left) > FAR * half_unit(after[rows]) + reach + 10 * ARITHMETIC * largest
+        far = (
+            np.abs(left) > FAR * compute_half_unit(after[rows]) + reach + 10 * ARITHMETIC * largest
+        )
         changed = int(np.count_nonzero(difference))
         squares = (float(np.square(x, dtype=np.float64).sum()) for x in (left, delta))
         sums.append((rows.start, changed, float(np.count_nonzero(far)), *squares))
@@ -127,11 +129,11 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
 def _rounding(values: Array) -> float:
     """Sum the squares of the errors that are expected of rounding to these values."""
     step = max(1, _BLOCK // values.shape[1])
-    blocks = (half_unit(values[at : at + step]) for at in range(0, len(values), step))
+    blocks = (compute_half_unit(values[at : at + step]) for at in range(0, len(values), step))
     return math.fsum(float(np.square(block).sum()) for block in blocks) / 3
 
 
-def half_unit(values: Array) -> Array:
+def compute_half_unit(values: Array) -> Array:
     """Return half the distance of each value to its neighbour in its dtype, as float64."""
     if values.dtype == np.float64:
         return np.asarray(np.spacing(np.abs(values)) / 2)

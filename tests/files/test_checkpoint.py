@@ -67,10 +67,10 @@ def test_bfloat16_is_read_as_ml_dtypes_bfloat16(tmp_path: Path) -> None:
 
 def test_blocks_join_to_the_payload(sharded: Path) -> None:
     checkpoint = Checkpoint.open(sharded)
-    pieces = list(checkpoint.blocks("a.weight", 7))
+    pieces = list(checkpoint.read_blocks("a.weight", 7))
     assert [len(piece) for piece in pieces] == [7] * 6 + [6]
     assert b"".join(pieces) == TENSORS["a.weight"].tobytes()
-    assert b"".join(checkpoint.file_blocks(sharded / B, 16)) == (sharded / B).read_bytes()
+    assert b"".join(checkpoint.read_file_blocks(sharded / B, 16)) == (sharded / B).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_dtypes_that_numpy_lacks_are_copied_but_not_read(tmp_path: Path) -> None
     text = b'{"w":{"dtype":"F4","shape":[2,3],"data_offsets":[0,3]}}'
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
     checkpoint = Checkpoint.open(tmp_path)
-    assert b"".join(checkpoint.blocks("w")) == b"abc"
+    assert b"".join(checkpoint.read_blocks("w")) == b"abc"
     with pytest.raises(BadInputError, match="F4"):
         checkpoint.read("w")
     with pytest.raises(BadInputError, match="'v'"):

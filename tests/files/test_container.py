@@ -20,8 +20,8 @@ from safetensors.numpy import save
 from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError, printable
 from fourierft_export.files import dtypes
 from fourierft_export.files.container import (
+    decode_header_length,
     encode_header,
-    header_length,
     open_regular,
     parse_header,
     read_header,
@@ -37,7 +37,7 @@ def container(header: object, payload: bytes = bytes(25)) -> bytes:
 
 
 def parse(data: bytes) -> Any:
-    length = header_length(data[:8], len(data), "here")
+    length = decode_header_length(data[:8], len(data), "here")
     return parse_header(data[8 : 8 + length], len(data), "here")
 
 

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 from fourierft_export.errors import FileAccessError, UsageError
-from fourierft_export.files.staging import check_output, staged_directory, staged_file, work_folder
+from fourierft_export.files.staging import (
+    check_output,
+    open_work_folder,
+    staged_directory,
+    staged_file,
+)
 
 
 def listing(directory: Path) -> list[str]:
@@ -120,13 +125,13 @@ def test_what_a_killed_run_had_moved_aside_comes_back(tmp_path: Path) -> None:
 
 def test_a_plan_is_taken_over_and_kept_apart(tmp_path: Path) -> None:
     out = tmp_path / "x"
-    with work_folder(out, plan="p") as folder:
+    with open_work_folder(out, plan="p") as folder:
         with (
             pytest.raises(FileAccessError, match="another process at work"),
-            work_folder(out, plan="p"),
+            open_work_folder(out, plan="p"),
         ):
             raise AssertionError("two may not work in one folder")
-        with work_folder(out, plan="q") as other:
+        with open_work_folder(out, plan="q") as other:
             assert listing(tmp_path) == ["x.partial-p", "x.partial-q"]
             assert other != folder
         assert listing(tmp_path) == ["x.partial-p"]

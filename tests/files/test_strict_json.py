@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 from hypothesis import given, settings
@@ -26,28 +25,15 @@ JSON = st.recursive(
 
 @given(JSON)
 @settings(deadline=None)
-def test_what_python_writes_is_read_back(value: object) -> None:
-    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), canonical(value)):
-        assert loads(text, "w") == value
-        assert loads(text.encode(), "w") == value
-    assert json.loads(pretty(value)) == value
-
-
-@given(JSON)
-@settings(deadline=None)
 def test_one_value_has_one_canonical_text(value: object) -> None:
     text = canonical(value)
+    for written in (json.dumps(value), json.dumps(value, ensure_ascii=False), text):
+        assert loads(written, "w") == loads(written.encode(), "w") == value
+    assert json.loads(pretty(value)) == value
     assert text.isascii()
     assert canonical(loads(text, "w")) == text
     if isinstance(value, dict):
         assert canonical(dict(reversed(value.items()))) == text
-
-
-def test_numbers_keep_their_kind() -> None:
-    assert canonical(loads('{"a": 1, "b": 1.0, "c": 1e2, "d": -0.0}', "w")) == (
-        '{"a":1,"b":1.0,"c":100.0,"d":-0.0}'
-    )
-    assert math.copysign(1, loads("-0.0", "w")) == -1
 
 
 @given(st.text(max_size=60))
@@ -61,7 +47,7 @@ def test_any_text_is_read_as_python_reads_it_or_refused(text: str) -> None:
     assert value == json.loads(text)
 
 
-REFUSED = {
+REFUSED: dict[str | bytes, str] = {
     "": "Expecting value",
     "nope": "Expecting value",
     "[1,]": "character",
@@ -81,11 +67,13 @@ REFUSED = {
     "[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2): "nesting too deep",
     "[" * 200_000: "nesting too deep",
     '{"a":' * 200_000: "nesting too deep",
+    b"\xff\xfe": "not UTF-8 at offset 0",
+    b'"\xed\xa0\x80"': "not UTF-8 at offset 1",
 }
 
 
-@pytest.mark.parametrize(("text", "words"), REFUSED.items(), ids=[t[:30] for t in REFUSED])
-def test_refused(text: str, words: str) -> None:
+@pytest.mark.parametrize(("text", "words"), REFUSED.items(), ids=range(len(REFUSED)))
+def test_refused(text: str | bytes, words: str) -> None:
     with pytest.raises(BadInputError, match=f"(?i){words}"):
         loads(text, "file")
 
@@ -94,12 +82,6 @@ def test_limits_are_met_exactly() -> None:
     assert loads("9" * 400, "w") == int("9" * 400)
     assert loads("[" * MAX_DEPTH + "]" * MAX_DEPTH, "w")
     assert loads('"\\ud83d\\ude00"', "w") == "\N{GRINNING FACE}"
-
-
-@pytest.mark.parametrize("data", [b"\xff\xfe", b'"\xc3"', b'"\xed\xa0\x80"'])
-def test_bytes_that_are_not_utf8(data: bytes) -> None:
-    with pytest.raises(BadInputError, match="not UTF-8 at offset"):
-        loads(data, "file")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}])

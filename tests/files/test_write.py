@@ -18,7 +18,7 @@ from fourierft_export.files.write import (
     FileWriter,
     Slot,
     TensorWriter,
-    in_file_order,
+    sort_slots,
 )
 
 VALUES = {
@@ -64,7 +64,7 @@ def test_misuse_is_an_error(tmp_path: Path) -> None:
 def test_order_keeps_every_payload_aligned() -> None:
     slots = [Slot("half", "F16", (3,)), Slot("long", "I64", (1,)), Slot("byte", "U8", (1,)),
              Slot("half2", "BF16", (1,)), Slot("float", "F32", (1,))]  # fmt: skip
-    assert [s.name for s in in_file_order(slots)] == ["long", "float", "half", "half2", "byte"]
+    assert [s.name for s in sort_slots(slots)] == ["long", "float", "half", "half2", "byte"]
 
 
 def test_pieces_of_any_size_arrive_in_order_and_are_hashed(tmp_path: Path) -> None:

@@ -158,5 +158,5 @@ def test_workers_share_the_cores(
     monkeypatch: pytest.MonkeyPatch, cores: str, workers: int, expected: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", cores)
-    with executors.local_processes(workers) as pool:
+    with executors.start_processes(workers) as pool:
         assert pool.submit(default_threads).result() == expected

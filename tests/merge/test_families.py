@@ -135,8 +135,8 @@ def test_every_dtype_is_rounded_once_and_no_further_off_than_pefts(
         exact = before[layer.tensor].astype(np.float64) + delta
         error = np.abs(after[layer.tensor].astype(np.float64) - exact)
         _, exponent = np.frexp(exact)
-        half_unit = np.ldexp(0.5, np.maximum(exponent - 1, smallest) + 1 - mantissa)
-        assert (error <= half_unit + 1e-6 * np.abs(delta).max()).all(), layer.name
+        compute_half_unit = np.ldexp(0.5, np.maximum(exponent - 1, smallest) + 1 - mantissa)
+        assert (error <= compute_half_unit + 1e-6 * np.abs(delta).max()).all(), layer.name
         ours += np.square(error).sum()
         theirs += np.square(peft[layer.tensor].double().numpy() - exact).sum()
     assert ours < theirs or dtype == "float32"

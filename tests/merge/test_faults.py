@@ -251,14 +251,14 @@ def test_too_little_space_or_memory_is_found_before_any_work(
         for dry_run in (False, True):
             with pytest.raises(FileAccessError, match="bytes of free space, found 1,000 bytes"):
                 ff.merge_checkpoint(base, bundle, tmp_path / "out", dry_run=dry_run)
-    monkeypatch.setattr(memory, "available_memory", lambda: 400 << 20)
+    monkeypatch.setattr(memory, "read_available_memory", lambda: 400 << 20)
     assert ff.merge_checkpoint(base, bundle, tmp_path / "a").memory_bytes < 400 << 20
     with pytest.raises(FileAccessError, match="419,430,400 bytes available; use fewer workers"):
         ff.merge_checkpoint(base, bundle, tmp_path / "out", workers=2)
     with pytest.raises(FileAccessError, match=r"for 4 process"):  # there are four weight files
         ff.merge_checkpoint(base, bundle, tmp_path / "out", workers=50)
     # The memory of this machine does not matter to a cluster.
-    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    monkeypatch.setattr(memory, "read_available_memory", lambda: 0)
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
     with pytest.raises(FileAccessError, match="a Dask scheduler"):
         ff.merge_checkpoint(base, bundle, tmp_path / "out", scheduler="tcp://127.0.0.1:1")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fourierft_export.merge.memory import available_memory
+from fourierft_export.merge.memory import read_available_memory
 
 MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
 
@@ -57,11 +57,11 @@ def test_the_least_of_machine_and_groups(
     for name, text in {**MACHINE, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert available_memory(tmp_path) == expected
+    assert read_available_memory(tmp_path) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/meminfo")
 def test_the_memory_of_this_machine_is_known() -> None:
-    available = available_memory()
+    available = read_available_memory()
     assert available is not None
     assert 1 << 20 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

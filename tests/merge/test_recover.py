@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError, ValidationError
-from fourierft_export.recover.spectrum import judge_spectrum, spectrum_of
+from fourierft_export.recover.spectrum import compute_spectrum, judge_spectrum
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
@@ -53,7 +53,7 @@ def test_delta_gives_back_its_spectrum(shape: tuple[int, int], share: float) -> 
     spectrum = random.standard_normal(n)
     weight = random.standard_normal(shape)
     delta = reference_delta(spectrum, entries, shape, 5.0)
-    found = spectrum_of(weight, weight + delta, entries, 5.0)
+    found = compute_spectrum(weight, weight + delta, entries, 5.0)
     index = {tuple(entry): k for k, entry in enumerate(entries.tolist())}
     mirrors = [index.get((-u % shape[0], -v % shape[1]), k) for k, (u, v) in enumerate(index)]
     expected = np.array([(spectrum[k] + spectrum[m]) / 2 for k, m in enumerate(mirrors)])
@@ -197,7 +197,7 @@ def test_noise_below_rounding_is_not_taken_for_an_adapter() -> None:
     bits = weight.view(np.uint16) + (random.random((256, 256)) < 0.02).astype(np.uint16)
     entries = spectral_entries(11, (256, 256), 64)
     after = bits.view(ml_dtypes.bfloat16)
-    spectrum = spectrum_of(weight, after, entries, 150.0)
+    spectrum = compute_spectrum(weight, after, entries, 150.0)
     found = judge_spectrum("w", weight, after, Term(spectrum, entries, 150.0))
     assert found.residual < 1.5
     assert found.objection.endswith("no more in these entries than in others")

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import BadInputError
 from ...files.container import open_regular, read_exactly
-from ...files.external import EXTERNAL, external_ranges, tensors
+from ...files.external import EXTERNAL, check_external_ranges, tensors
 from ...types import Array
 from .ops import free_name, register_constant, used_names
 
@@ -152,7 +152,7 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     import onnx_ir as ir
 
     proto = read_proto(path)
-    ranges = external_ranges(proto, path, allow_links=allow_links)
+    ranges = check_external_ranges(proto, path, allow_links=allow_links)
     for tensor in tensors(proto):
         if tensor.data_location == EXTERNAL:
             keys = {entry.key: entry for entry in tensor.external_data}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInputError, UsageError
-from ...files.external import EXTERNAL, tensor_bytes, tensors
-from ...files.staging import check_output, os_errors_named, work_folder
+from ...files.external import EXTERNAL, count_tensor_bytes, tensors
+from ...files.staging import check_output, name_os_errors, open_work_folder
 from ...files.write import check_space, set_umask_mode, sync
 from ...types import Progress
 from .source import Source
@@ -90,7 +90,7 @@ def write_model(
     if external:
         # Data that a run left which was killed before its model came is no obstacle.
         check_output(data_path(out), force=force or _is_left_over(out))
-    with work_folder(out) as folder, os_errors_named(out, folder):
+    with open_work_folder(out) as folder, name_os_errors(out, folder):
         staged = folder / out.name
         if external:
             _write_data(source, external, data_path(staged), progress)
@@ -112,7 +112,9 @@ def _write_data(
     keys = []
     for tensor in external:
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        keys.append((entries["location"], int(entries.get("offset", 0)), tensor_bytes(tensor)))
+        keys.append(
+            (entries["location"], int(entries.get("offset", 0)), count_tensor_bytes(tensor))
+        )
         if keys[-1] not in parts:
             parts[keys[-1]] = _part(source, tensor, *keys[-1])
     total, done = sum(length for _, _, length in parts), 0
