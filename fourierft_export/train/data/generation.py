@@ -12,7 +12,7 @@ from .models import Row, TextEncoder
 from .rows import BadRows, Rows
 from .scores import IGNORED
 from .split import split
-from .text import IDS, TEXTS, Source, read_texts
+from .text import IDS, TEXTS, Source
 
 LENGTH = 512
 
@@ -20,23 +20,23 @@ LENGTH = 512
 def text_generation(source: Source) -> TrainingTask:
     """A causal language model and rows to continue: text, or a column of ready `input_ids`."""
     model = models.load_generator(source.directory, dtype=source.dtype)
-    asked = source.settings.max_length
+    longest = source.settings.max_length
     if IDS in source.train.columns and not source.data.text_column:
         pad = models.Pad(0, mask="attention_mask" in models.text_inputs(model))
-        length = models.row_length(asked, LENGTH, models.positions(model))
+        length = models.row_length(longest, LENGTH, models.positions(model))
         parts = [_ready_ids(rows, models.vocabulary(model)) for rows in source.both()]
     else:
         encoder = TextEncoder(source.directory, model)
         pad = encoder.pad()
-        length = models.row_length(asked, LENGTH, encoder.limit)
-        wanted = [tuple(source.data.text_column)] if source.data.text_column else TEXTS
-        columns = source.train.pick(wanted, "a column of text", "--text-column")
-        parts = [_encode_texts(rows, columns, encoder) for rows in source.both()]
+        length = models.row_length(longest, LENGTH, encoder.limit)
+        texts = source.read_texts(TEXTS)
+        parts = [
+            _encode_texts(rows, found, encoder)
+            for rows, found in zip(source.both(), texts, strict=True)
+        ]
     learnt, scored, notes = split(parts, source.settings)
     train_rows, long = _fit_rows(learnt, length, source.data.pack)
-    eval_rows, too_long = (None, 0) if scored is None else _fit_rows(
-        scored, length, source.data.pack
-    )  # fmt: skip
+    eval_rows, too_long = _fit_rows(scored or (), length, source.data.pack)
     if long + too_long:
         notes += (f"{long + too_long} rows are longer than {length} tokens and were cut",)
     if not train_rows:
@@ -63,8 +63,8 @@ def text_generation(source: Source) -> TrainingTask:
     )
 
 
-def _encode_texts(rows: Rows, columns: Sequence[str], encoder: TextEncoder) -> list[Row]:
-    encoded, _ = encoder.encode(read_texts(rows, columns), None)
+def _encode_texts(rows: Rows, texts: Sequence[tuple[str, ...]], encoder: TextEncoder) -> list[Row]:
+    encoded, _ = encoder.encode(texts, None)
     end = encoder.tokenizer.eos_token_id
     found = []
     for row in encoded:

@@ -7,7 +7,8 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInputError, UsageError, missing_extra
-from ...models.load import quiet_transformers
 from ..task import TrainingTask
 from . import models, scores
 from .rows import BadRows, Rows, regular_file_problem
@@ -46,23 +46,13 @@ Image = str | bytes  # a file's path or its content
 
 def image_classification(source: Source) -> TrainingTask:
     """A model of one label per image; the directory's image processor is used, if it has one."""
-    data, settings = source.data, source.settings
-    wanted = ((data.label_column,),) if data.label_column else LABELS
-    (label,) = source.train.pick(wanted, "a column of labels", "--label-column")
-    known = source.train.class_names(label) or models.known_classes(
-        source.directory, "image-classification"
-    )
-    images = [_read_images(rows, data.text_column) for rows in source.both()]
+    label = source.label_column(LABELS)
+    known = source.known_classes(label, "image-classification")
+    images = [_read_images(rows, source.data.text_column or ()) for rows in source.both()]
     targets, labels = read_targets(source, label, SINGLE, known)
     parts = [list(zip(x, y, strict=True)) for x, y in zip(images, targets, strict=True)]
-    learnt, scored, notes = split(parts, settings)
-    model, new = models.load_classifier(
-        source.directory,
-        "image-classification",
-        labels.names,
-        dtype=source.dtype,
-        seed=settings.seed,
-    )
+    learnt, scored, notes = split(parts, source.settings)
+    model, new = source.load_classifier("image-classification", labels.names)
     transform, how = _transform(source.directory, model)
     return TrainingTask(
         model=model,
@@ -80,9 +70,9 @@ def image_classification(source: Source) -> TrainingTask:
     )
 
 
-def _read_images(rows: Rows, asked: Any) -> list[Image]:
+def _read_images(rows: Rows, named: Sequence[str]) -> list[Image]:
     """The image of every row."""
-    (name,) = rows.pick([tuple(asked)] if asked else IMAGES, "images", "--text-column")
+    (name,) = rows.find_columns(named, IMAGES, "images", "--text-column")
     bad = BadRows(rows.where, "an image file in every row")
     root = Path(rows.where) if os.path.isdir(rows.where) else Path(rows.where).parent
     found: list[Image] = []
@@ -103,19 +93,16 @@ def _read_images(rows: Rows, asked: Any) -> list[Image]:
 
 def _image_problem(image: Image) -> str | None:
     """Why a file is no image that can be learnt from, if so; pixels are not decoded yet."""
-    pillow = _pillow()
     wrong = regular_file_problem(image) if isinstance(image, str) else None
     if wrong:
         return wrong
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                width, height = opened.size
-                if width * height > MAX_PIXELS:
-                    return f"{width} x {height} pixels, more than {MAX_PIXELS}"
-                opened.verify()
-    except (*_DAMAGED, pillow.DecompressionBombError) as error:
+        with _open_image(image) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                return f"{width} x {height} pixels, more than {MAX_PIXELS}"
+            opened.verify()
+    except (*_DAMAGED, _pillow().DecompressionBombError) as error:
         return f"not an image: {type(error).__name__}"
     return None
 
@@ -128,15 +115,20 @@ def _pillow() -> Any:
     return PIL.Image
 
 
+@contextmanager
+def _open_image(image: Image) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, which no model sees
+        with _pillow().open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            yield opened
+
+
 def load_image(image: Image, mode: str) -> Any:
     """One image in Pillow's `mode` ("RGB", "L")."""
-    pillow = _pillow()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata, which no model sees
-            with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                return opened.convert(mode)
-    except (*_DAMAGED, pillow.DecompressionBombError) as error:
+        with _open_image(image) as opened:
+            return opened.convert(mode)
+    except (*_DAMAGED, _pillow().DecompressionBombError) as error:
         raise BadInputError(
             image if isinstance(image, str) else "an image in the data",
             expected="an image",
@@ -168,7 +160,12 @@ def _transform(directory: str, model: nn.Module) -> tuple[Callable[[Sequence[Ima
     config: Any = model.config
     channels = getattr(config, "num_channels", 3)
     if (Path(directory) / "preprocessor_config.json").is_file() and channels == 3:
-        processor = _load_processor(directory)
+        from transformers import AutoImageProcessor
+
+        remedy = "correct or remove preprocessor_config.json"
+        processor = models.load_processor(
+            AutoImageProcessor, directory, "an image processor", remedy
+        )
 
         def processed(images: Sequence[Image]) -> Tensor:
             loaded = [load_image(image, "RGB") for image in images]
@@ -197,23 +194,3 @@ def _transform(directory: str, model: nn.Module) -> tuple[Callable[[Sequence[Ima
         f"no image processor for this model: images are resized to {height} x {width} and scaled "
         "to -1..1 (mean and standard deviation 0.5)"
     )
-
-
-def _load_processor(directory: str) -> Any:
-    try:
-        from transformers import AutoImageProcessor
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", "reading images") from None
-    with quiet_transformers():
-        try:
-            return AutoImageProcessor.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            text = str(error).strip() or repr(error)
-            raise BadInputError(
-                directory,
-                expected="an image processor that transformers loads",
-                found=text.splitlines()[0],
-                remedy="correct or remove preprocessor_config.json",
-            ) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapt.config import ALL_LINEAR
 from ...adapt.targets import SEQUENCE_HEADS, USUAL_TARGETS
-from ...errors import BadInputError, BaseMismatchError, FileAccessError, UsageError, missing_extra
+from ...errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from ...models.examples import input_names
 from ...models.load import from_pretrained, load_model, quiet_transformers
 from ...models.task import get_task, likely_task, read_config
@@ -225,7 +225,7 @@ def text_inputs(model: nn.Module) -> list[str]:
 
 
 def positions(model: nn.Module, pad_id: int = 0) -> int | None:
-    """How many positions a model has, if its config tells."""
+    """How many positions a model has, if its config says so."""
     config: Any = getattr(model, "config", None)
     found = getattr(config, "max_position_embeddings", None)
     if isinstance(found, int) and getattr(config, "model_type", "") in _OFFSET_POSITIONS:
@@ -233,21 +233,21 @@ def positions(model: nn.Module, pad_id: int = 0) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def row_length(asked: int | None, usual: int, limit: int | None) -> int:
-    """The longest row: what was asked for, else the usual as far as the model can take it."""
-    if asked is None:
+def row_length(max_length: int | None, usual: int, limit: int | None) -> int:
+    """The longest row: the user's `--max-length`, else `usual` or the model's limit."""
+    if max_length is None:
         return min(usual, limit or usual)
-    if asked < 4 or (limit is not None and asked > limit):
+    if max_length < 4 or (limit is not None and max_length > limit):
         raise UsageError(
             "max_length",
             expected=f"4 to {limit} tokens" if limit else "at least 4 tokens",
-            found=str(asked),
+            found=str(max_length),
         )
-    return asked
+    return max_length
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """How many ids a model has embeddings for, if it tells."""
+    """How many ids a model has embeddings for, if it has any."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     return getattr(embedding, "num_embeddings", None)
 
@@ -264,28 +264,31 @@ def check_ids(where: str, rows: Sequence[Row], size: int | None) -> None:
         )
 
 
-def load_tokenizer(directory: str, *, words: bool = False) -> Any:
-    """The directory's tokenizer, without touching the network."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", "reading text") from None
-    # Byte-level tokenizers take words only if told that a space stands before each.
-    options = {"add_prefix_space": True} if words else {}
-    remedy = "add the tokenizer's files, or for text-generation give rows of input_ids"
+def load_processor(auto: Any, directory: str, what: str, remedy: str, **options: Any) -> Any:
+    """A tokenizer or an image processor of a model's directory, without the network."""
     with quiet_transformers():
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
+            return auto.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False, **options
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             text = str(error).strip() or repr(error)
             raise BadInputError(
                 directory,
-                expected="a tokenizer that transformers loads",
+                expected=f"{what} that transformers loads",
                 found=text.splitlines()[0],
                 remedy=remedy,
             ) from error
+
+
+def load_tokenizer(directory: str, *, words: bool = False) -> Any:
+    """The directory's tokenizer, without the network."""
+    from transformers import AutoTokenizer
+
+    # Byte-level tokenizers take lists of words only with this option.
+    options = {"add_prefix_space": True} if words else {}
+    remedy = "add the tokenizer's files, or for text-generation give rows of input_ids"
+    tokenizer = load_processor(AutoTokenizer, directory, "a tokenizer", remedy, **options)
     # Without its vocabulary's files, transformers makes an empty tokenizer and says nothing.
     ids = tokenizer("a 1 . the", add_special_tokens=False)["input_ids"]
     if set(ids) <= {tokenizer.unk_token_id}:
@@ -298,7 +301,7 @@ def load_tokenizer(directory: str, *, words: bool = False) -> Any:
     if words and not tokenizer.is_fast:
         raise BadInputError(
             directory,
-            expected="a fast tokenizer, which tells what word a token is of",
+            expected="a fast tokenizer, which knows the word that a token belongs to",
             found=type(tokenizer).__name__,
             remedy="add tokenizer.json to the model's directory",
         )

@@ -90,13 +90,16 @@ class Rows:
         return list(self.dataset.cast_column(name, Image(decode=False))[name])
 
     def class_names(self, column: str) -> tuple[str, ...]:
-        """The names of the classes, where the data set tells them (`ClassLabel`); else ()."""
+        """The names of the classes, where the data set has them (`ClassLabel`); else ()."""
         feature = self.dataset.features[column]
         inner = getattr(feature, "feature", feature)  # of a list
         return tuple(getattr(inner, "names", None) or ())
 
-    def pick(self, wanted: Sequence[Sequence[str]], what: str, option: str) -> tuple[str, ...]:
-        """The first of `wanted` whose columns are all there."""
+    def find_columns(
+        self, named: Sequence[str], usual: Sequence[Sequence[str]], what: str, option: str
+    ) -> tuple[str, ...]:
+        """The columns that the user named, else the first of `usual` that are all there."""
+        wanted = [tuple(named)] if named else usual
         for names in wanted:
             if all(name in self.columns for name in names):
                 return tuple(names)

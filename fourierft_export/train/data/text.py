@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
 from . import models, scores
@@ -59,28 +61,40 @@ class Source:
         """The rows to learn from, and those to score if there are any."""
         return [self.train] if self.eval is None else [self.train, self.eval]
 
+    def label_column(self, usual: Sequence[Sequence[str]]) -> str:
+        """The column of labels."""
+        named = (self.data.label_column,) if self.data.label_column else ()
+        return self.train.find_columns(named, usual, "a column of labels", "--label-column")[0]
+
+    def known_classes(self, column: str, task: str) -> tuple[str, ...]:
+        """The classes that the data set names, or that the model decides between already."""
+        return self.train.class_names(column) or models.known_classes(self.directory, task)
+
+    def load_classifier(self, task: str, names: Sequence[str]) -> tuple[nn.Module, tuple[str, ...]]:
+        """The model with a head for `names`, and the modules that its checkpoint lacks."""
+        return models.load_classifier(
+            self.directory, task, names, dtype=self.dtype, seed=self.settings.seed
+        )
+
+    def read_texts(self, usual: Sequence[Sequence[str]]) -> list[list[tuple[str, ...]]]:
+        """The texts of every row, one or two, of both data sets."""
+        named = self.data.text_column or ()
+        columns = self.train.find_columns(named, usual, "columns of text", "--text-column")
+        return [_read_texts(rows, columns) for rows in self.both()]
+
 
 def text_classification(source: Source) -> TrainingTask:
     """A model of one label per row of text, of several, or of a number."""
-    data, train = source.data, source.train
-    columns = pick_texts(train, data)
-    (label,) = train.pick(((data.label_column,),) if data.label_column else LABELS,
-                          "a column of labels", "--label-column")  # fmt: skip
-    lists = isinstance(train.column(label)[0], list)
-    problem = data.problem_type or (SEVERAL if lists else SINGLE)
-    known = models.known_classes(source.directory, "text-classification")
-    targets, labels = read_targets(source, label, problem, train.class_names(label) or known)
-    texts = [read_texts(rows, columns) for rows in source.both()]
+    label = source.label_column(LABELS)
+    lists = isinstance(source.train.column(label)[0], list)
+    problem = source.data.problem_type or (SEVERAL if lists else SINGLE)
+    known = source.known_classes(label, "text-classification")
+    texts = source.read_texts((*PAIRS, *TEXTS))
+    targets, labels = read_targets(source, label, problem, known)
     names = labels.names if problem != NUMBER else ("value",)
     parts = [list(zip(t, y, strict=True)) for t, y in zip(texts, targets, strict=True)]
     learnt, scored, notes = split(parts, source.settings)
-    model, new = models.load_classifier(
-        source.directory,
-        "text-classification",
-        names,
-        dtype=source.dtype,
-        seed=source.settings.seed,
-    )
+    model, new = source.load_classifier("text-classification", names)
     config: Any = model.config
     config.problem_type = problem
     notes += head_notes(new, names)
@@ -148,16 +162,10 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def pick_texts(rows: Rows, data: DataSettings) -> tuple[str, ...]:
-    """The one or two columns of text: those asked for, else the usual ones, pairs first."""
-    wanted = [tuple(data.text_column)] if data.text_column else [*PAIRS, *TEXTS]
-    return rows.pick(wanted, "columns of text", "--text-column")
-
-
-def read_texts(rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
+def _read_texts(rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The texts of every row."""
     bad = BadRows(rows.where, "text in every row")
-    columns = rows.pick([columns], "columns of text", "--text-column")
+    columns = rows.find_columns(columns, (), "columns of text", "--text-column")
     found = list(zip(*(rows.column(name) for name in columns), strict=True))
     for i, texts in enumerate(found):
         for name, text in zip(columns, texts, strict=True):
@@ -177,32 +185,19 @@ def head_notes(new: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def token_classification(source: Source) -> TrainingTask:
-    """A model of one label per word; the word's first token carries it."""
-    train = source.train
-    (tags,) = train.pick(
-        ((source.data.label_column,),) if source.data.label_column else TAGS,
-        "labels",
-        "--label-column",
-    )
-    known = train.class_names(tags) or models.known_classes(
-        source.directory, "token-classification"
-    )
+    """A model of one label per word; the word's first token has it."""
+    tags = source.label_column(TAGS)
+    known = source.known_classes(tags, "token-classification")
     parts: list[list[tuple[list[str], list[int]]]] = []
     labels = Labels((), {})
     for rows in source.both():
         sentences, flat, places = _read_words(rows, source.data, tags)
-        if rows is train:
+        if rows is source.train:
             labels = make_labels(rows.where, flat, known)
         ids = iter(label_ids(rows.where, flat, places, labels))
         parts.append([(words, [next(ids) for _ in words]) for words in sentences])
     learnt, scored, notes = split(parts, source.settings)
-    model, new = models.load_classifier(
-        source.directory,
-        "token-classification",
-        labels.names,
-        dtype=source.dtype,
-        seed=source.settings.seed,
-    )
+    model, new = source.load_classifier("token-classification", labels.names)
     encoder = TextEncoder(source.directory, model, words=True)
     length = models.row_length(source.settings.max_length, LENGTH, encoder.limit)
 
@@ -243,8 +238,7 @@ def _read_words(
     rows: Rows, data: DataSettings, tags: str
 ) -> tuple[list[list[str]], list[Any], list[str]]:
     """Every row's words, and all words' labels and places in one list each."""
-    wanted = [tuple(data.text_column)] if data.text_column else WORDS
-    (words,) = rows.pick(wanted, "words", "--text-column")
+    (words,) = rows.find_columns(data.text_column or (), WORDS, "words", "--text-column")
     bad = BadRows(rows.where, "a list of words, and as many labels, in every row")
     sentences: list[list[str]] = []
     found: list[Any] = []
