@@ -20,14 +20,14 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What was given.
+    """The models and adapters to validate; None for those that were not given.
 
     Attributes:
         base, merged: Hugging Face directories.
         bundle: the adapter.
-        source: the base and the bundle, in words.
+        source: the base and the bundle, for the report.
         peft: PEFT adapter directory.
-        task: what the models are for; None if there is no model directory and none was named.
+        task: what the models are for; None without a model directory and a name.
     """
 
     base: Path | None
@@ -47,7 +47,7 @@ class Artifacts:
         merged: PathLike | None = None,
         task: str | None = None,
     ) -> Artifacts:
-        """Checks the paths, reads the bundle, chooses the task.
+        """Checks the paths, reads the bundle and chooses the task.
 
         Raises:
             MissingExtraError: a package that an artifact needs is not installed.
@@ -66,7 +66,7 @@ class Artifacts:
         if task_type is None and peft_dir is not None:
             found = read_peft_config(peft_dir / CONFIG_FILE).get("task_type")
             task_type = found if isinstance(found, str) else None
-        # A merged checkpoint's architecture already says what the adapter's head made of the base.
+        # The merged checkpoint's architecture is that of the adapted model.
         config_dir = merged_dir or base_dir
         chosen = None if task is None else get_task(task)
         if config_dir is not None:
@@ -75,7 +75,7 @@ class Artifacts:
         return cls(base_dir, opened, source, peft_dir, merged_dir, chosen)
 
     def check_base(self) -> None:
-        """Compares the base with what a bound bundle holds about it.
+        """Compares the base with the shapes and hashes in a bound bundle.
 
         Raises:
             BaseMismatchError: layers that are absent, of another shape or with other weights.
@@ -85,7 +85,7 @@ class Artifacts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sides these artifacts give."""
+        """Names of the sides that these artifacts give."""
         given = {
             "base": self.base is not None,
             "torch": self.base is not None and self.bundle is not None,
@@ -96,26 +96,26 @@ class Artifacts:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The first model directory with a tokenizer."""
+        """The first model directory that holds a tokenizer."""
         places = [place for place in (self.base, self.merged) if place is not None]
         return next((place for place in places if has_tokenizer(place)), None)
 
     @property
     def num_labels(self) -> int | None:
-        """The labels of the head that the adapter brings; None if it brings none."""
+        """Number of labels of the adapter's classification head; None if it has none."""
         if self.bundle is not None:
             return head_labels({name: a.shape for name, a in self.bundle.saved.items()})
         return None if self.peft is None else head_labels(saved_shapes(self.peft))
 
     def config_number(self, *keys: str) -> int | None:
-        """The first of these config fields that is a whole number above 0, base before merged."""
+        """Finds the first of these config fields that is a positive integer, base before merged."""
         configs = [read_config(place) for place in (self.base, self.merged) if place is not None]
         values = [config.get(key) for config in configs for key in keys]
         return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def saved_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a PEFT adapter's dense tensors, by name in the adapted model."""
+    """Reads the shapes of a PEFT adapter's dense tensors, by name in the adapted model."""
     from safetensors import SafetensorError, safe_open
 
     path = adapter / WEIGHTS_FILE
@@ -129,7 +129,7 @@ def saved_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _adapter_directory(path: PathLike) -> Path:
-    """The directory at `path`, or its one subfolder, that holds a PEFT FourierFT adapter."""
+    """Finds the PEFT FourierFT adapter in `path` or its only subfolder."""
     directory = find_adapter(path)
     read_peft_config(directory / CONFIG_FILE)
     if not (directory / WEIGHTS_FILE).is_file():
@@ -140,7 +140,7 @@ def _adapter_directory(path: PathLike) -> Path:
 
 
 def _model_directory(path: PathLike) -> Path:
-    """`path`, which must be a directory with a config.json: nothing is ever fetched."""
+    """Checks that `path` is a directory with a config.json; nothing is downloaded."""
     directory = Path(path)
     if (directory / "config.json").is_file():
         return directory

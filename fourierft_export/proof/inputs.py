@@ -33,7 +33,7 @@ class Inputs:
 
     Attributes:
         arrays: input name -> array; the first axis is the batch.
-        description: what they are, in words.
+        description: where they come from, for the report.
     """
 
     arrays: Mapping[str, Array]
@@ -168,7 +168,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int]], int, bool]:
-    """Token ids per row, the padding id, and whether the tokenizer makes token types."""
+    """Returns token ids per row, the padding id, and whether the tokenizer makes token types."""
     from transformers import AutoTokenizer
 
     try:
@@ -190,7 +190,7 @@ def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int
 
 
 def _pseudo_random(vocab_size: int, count: int, longest: int) -> list[list[int]]:
-    """Ids that are the same in every version of numpy, in rows of 1 to `longest`."""
+    """Draws rows of 1 to `longest` ids, the same in every version of numpy."""
     draw = np.random.RandomState(ID_SEED)
     lengths = draw.randint(1, longest + 1, size=count)
     return [draw.randint(0, vocab_size, size=length).tolist() for length in lengths]

@@ -29,10 +29,10 @@ class ModelSides:
     Attributes:
         references: runs without the weight changes; the last is the closest to the adapted ones.
         adapted: runs that must agree, the most trustworthy first.
-        noise: what was measured on the way.
+        noise: the noise that was measured.
         problems: findings that fail the validation by themselves.
-        notes: what a reader of the report should know.
-        random_outputs: outputs that rest on parameters no file holds: they are not compared.
+        notes: limits of the result, for the report.
+        random_outputs: outputs that depend on parameters in no file; they are not compared.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ModelSides:
             self.adapted.append(merged)
 
     def _run_merged(self, directory: Path) -> tuple[Run, rebuild.Rounding]:
-        """Runs the merged checkpoint as anybody would load it; also says how it is rounded."""
+        """Runs the merged checkpoint as transformers loads it; also returns how it is rounded."""
         began = self._begin("merged")
         model, unset = load_model(directory, self.task)
         random = self._ignorable(unset)
@@ -175,17 +175,16 @@ class ModelSides:
         model, lacking = load_peft_model(base, adapter)
         self.problems += [f"peft: {adapter}: {line}" for line in lacking]
         side = Side("peft", "adapted", str(adapter), "float32")
-        self.adapted.append(self._run(side, model, began, random, forward=base))
+        self.adapted.append(self._run(side, model, began, random))
 
     def _begin(self, name: str) -> float:
+        """Reports that a side begins; returns the time."""
         self.started(name)
         return time.monotonic()
 
-    def _outputs(
-        self, model: torch.nn.Module, forward: torch.nn.Module | None = None
-    ) -> dict[str, Array]:
-        size = self.batch_size
-        return run_model(model, self.task, self.inputs.arrays, batch_size=size, forward=forward)
+    def _outputs(self, model: torch.nn.Module) -> dict[str, Array]:
+        """Computes the task's outputs on the inputs."""
+        return run_model(model, self.task, self.inputs.arrays, batch_size=self.batch_size)
 
     def _run(
         self,
@@ -195,10 +194,9 @@ class ModelSides:
         random: tuple[str, ...],
         *,
         rebuilt: bool = False,
-        forward: torch.nn.Module | None = None,
     ) -> Run:
-        """Computes the outputs of a side; `random` are parameters whose outputs do not count."""
-        outputs = self._outputs(model, forward)
+        """Computes a side's outputs, without those that depend on the parameters `random`."""
+        outputs = self._outputs(model)
         notes = side.notes
         if random:
             extra = {name for name in outputs if name != self.task.outputs[0]}
@@ -223,14 +221,15 @@ class ModelSides:
         return rms_difference(run.outputs, outputs, self.inputs.mask)
 
     def _ignorable(self, unset: tuple[str, ...]) -> tuple[str, ...]:
-        """Random parameters that only reach an output other than the main one."""
-        extra = self.task.name == "feature-extraction"
-        return tuple(name for name in unset if extra and name.startswith("pooler."))
+        """Selects the random parameters that do not affect the task's main output."""
+        if self.task.name != "feature-extraction":
+            return ()
+        return tuple(name for name in unset if name.startswith("pooler."))
 
     def _check_unset(
         self, directory: Path, unset: tuple[str, ...], filled: tuple[str, ...]
     ) -> tuple[str, ...]:
-        """Raises if parameters that matter would stay random; returns those that do not matter."""
+        """Raises if the main output depends on random parameters; returns the harmless ones."""
         left = tuple(name for name in unset if name not in filled)
         ignorable = self._ignorable(left)
         random = [name for name in left if name not in ignorable]

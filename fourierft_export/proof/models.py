@@ -29,7 +29,7 @@ def load_model(
     Args:
         directory: a model directory.
         task: what to load it for.
-        num_labels: of the classification head; default what the config says.
+        num_labels: outputs of the classification head; default as in the config.
 
     Returns:
         The model, and the parameters that the directory lacks or holds in another shape: their
@@ -41,7 +41,7 @@ def load_model(
     import torch
     import transformers
 
-    # transformers follows whatever paths an index names: the strict reader looks first.
+    # transformers follows any path that an index names, so the strict reader checks it first.
     Checkpoint.open(directory)
     auto = getattr(transformers, auto_class_for(read_config(directory), task))
     options = {} if num_labels is None else {"num_labels": num_labels}
@@ -68,11 +68,11 @@ def load_model(
 
 
 def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module, list[str]]:
-    """Lets PEFT put an adapter on a model, unmerged, in eval mode.
+    """Loads an adapter onto a model with PEFT itself, unmerged, in eval mode.
 
     Args:
-        base: freshly loaded, float32; PEFT changes it.
-        directory: of the adapter.
+        base: a freshly loaded float32 model; PEFT changes it.
+        directory: the adapter's directory.
 
     Returns:
         The model, and PEFT's warnings about keys that the file lacks: those spectra are random.
@@ -103,17 +103,15 @@ def run_model(
     inputs: Mapping[str, Array],
     *,
     batch_size: int,
-    forward: torch.nn.Module | None = None,
 ) -> dict[str, Array]:
     """Computes the task's outputs on the inputs, in batches.
 
     Args:
-        model: in the precision in which it is to compute.
+        model: transformers' or PEFT's, in the precision in which it is to compute.
         task: whose outputs to keep; those that the model gives as None are left out. For one of
             the encoder alone, only that is run.
         inputs: name -> (rows, ...); names that the model does not take are left out.
         batch_size: rows per call.
-        forward: whose signature to read, if `model` is a wrapper that takes anything.
 
     Returns:
         Output name -> array of `rows` rows, in the model's dtype.
@@ -125,9 +123,10 @@ def run_model(
     import torch
 
     if task.encoder_only:
-        # Through PEFT's wrapper too: it hands on what it does not have itself.
-        model = forward = model.get_encoder()  # type: ignore[operator]
-    known = inspect.signature((forward or model).forward).parameters
+        model = model.get_encoder()  # type: ignore[operator]  # of PEFT's wrapper, too
+    # PEFT's wrapper itself accepts any argument.
+    plain = getattr(model, "get_base_model", lambda: model)()
+    known = inspect.signature(plain.forward).parameters
     taken = {name: array for name, array in inputs.items() if name in known}
     if not taken:
         raise UsageError(
@@ -160,7 +159,7 @@ def run_model(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No logs, warnings or progress bars from transformers; what was set before comes back."""
+    """Silences transformers' logs, warnings and progress bars, and restores the settings."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -177,7 +176,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def find_module(model: torch.nn.Module, path: str) -> tuple[str, Any] | None:
-    """The module at `path`, with or without transformers' base model prefix, and its own path."""
+    """Finds the module at `path`, with or without transformers' prefix; returns its path too."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
         try:

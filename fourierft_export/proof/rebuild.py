@@ -122,7 +122,7 @@ def put_saved(
                 f"{name}: shape {list(value.shape)} against {list(current.shape)} in the model"
             )
         else:
-            # A new parameter: one that is shared (a tied head) stays as it was for the others.
+            # A new parameter, since the old one may be shared (a tied head).
             tensor = torch.from_numpy(value.astype(np.float32))
             setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
             done.append(parameter)
@@ -158,9 +158,8 @@ def set_weights(
     Args:
         targets: from `find_targets`; their `weight` stays the base's, so this can be repeated.
         bundle: the adapter.
-        rounding: dtype per parameter; float32 where it says nothing.
-        in_float32: sum in float32 instead of float64: the same weights, as float32 arithmetic
-            makes them, to see what that alone changes.
+        rounding: parameter name -> dtype; others stay float32.
+        in_float32: add in float32 instead of float64, to measure what that alone changes.
     """
     import torch
 
@@ -176,14 +175,14 @@ def set_weights(
 
 
 def round_all(model: torch.nn.Module, rounding: Rounding) -> None:
-    """Rounds every parameter in `rounding`; the weights that targets hold stay unrounded."""
+    """Rounds every parameter in `rounding`, but not the weights that `Target` objects hold."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in rounding:
             parameter.data = _rounded(parameter.data, rounding[name])
 
 
 def uniform_rounding(model: torch.nn.Module, precision: str) -> Rounding:
-    """Every parameter to one precision ("float16" or "bfloat16")."""
+    """Maps every parameter to one precision ("float16" or "bfloat16")."""
     import torch
 
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
@@ -193,7 +192,7 @@ def uniform_rounding(model: torch.nn.Module, precision: str) -> Rounding:
 def find_rounding(model: torch.nn.Module) -> Rounding:
     """Finds the parameters whose values all survive rounding to bfloat16 or float16.
 
-    Seen from the values, since a model is loaded as float32 whatever its files hold.
+    The values are compared because models are loaded as float32 whatever dtype their files have.
     """
     import torch
 
@@ -207,7 +206,7 @@ def find_rounding(model: torch.nn.Module) -> Rounding:
 
 
 def weights_precision(model: torch.nn.Module, rounding: Rounding, paths: list[str] | None) -> str:
-    """The precision of most weights, counted by element: those at `paths`, or all matrices."""
+    """Finds the precision of most weights, by element: of those at `paths`, or of all matrices."""
     counts = Counter({"float32": 0})
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim >= 2 if paths is None else name.removesuffix(".weight") in paths:

@@ -1,4 +1,4 @@
-"""What a validation found: frozen data that says everything and prints nothing."""
+"""The results of a validation, as frozen data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Side:
     Attributes:
         name: "base", "plain" (the adapter's heads and biases without its deltas), "torch",
             "torch:bfloat16", "peft", "merged", "onnx:<file>", or the caller's own name.
-        role: "base" (the adapter must change it) or "adapted" (must agree with its like).
+        role: "base" (the adapter must change it) or "adapted" (must agree with other such sides).
         source: where it came from; empty for a callable.
         precision: of its weights: "float32", "float16", "bfloat16", "int8".
         outputs: names of its outputs, with their shapes.
         seconds: how long loading and running took.
-        notes: what a reader should know about how it was made.
+        notes: how it was made, if that is unusual.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Side:
     notes: tuple[str, ...] = ()
 
     def measured(self, outputs: Mapping[str, Array], began: float, notes: tuple[str, ...]) -> Side:
-        """The side with its outputs' shapes, and the seconds since `began` (time.monotonic)."""
+        """Adds notes, the outputs' shapes, and the seconds since `began` (time.monotonic)."""
         shapes = tuple((name, tuple(array.shape)) for name, array in outputs.items())
         seconds = round(time.monotonic() - began, 3)
         return replace(self, outputs=shapes, seconds=seconds, notes=notes)
@@ -173,7 +173,7 @@ class Report:
         return tuple(name for name, times in seen.items() if times == len(failing))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready data; numbers that JSON has no word for become None."""
+        """Returns the report as JSON-ready data; NaN and infinities become None."""
         data: dict[str, Any] = _as_json(asdict(self))
         for pair, entry in zip(self.comparisons, data["comparisons"], strict=True):
             entry["ok"] = pair.ok
@@ -218,7 +218,7 @@ def first_line(error: Exception) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Tuples as lists, and floats that JSON has no number for as None."""
+    """Converts tuples to lists, and NaN and infinities to None."""
     if isinstance(value, dict):
         return {name: _as_json(one) for name, one in value.items()}
     if isinstance(value, tuple):

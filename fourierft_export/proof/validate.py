@@ -106,7 +106,7 @@ def validate(
     started: list[str] = []
 
     def step(name: str) -> None:
-        # Models that are rebuilt for coarse precisions are not in the total.
+        # The total leaves out models that are rebuilt for coarse precisions.
         if progress is not None:
             label = name if name == "comparing" else f"running {name}"
             progress(label, min(len(started), total), total)
@@ -159,7 +159,7 @@ def _check_sides(
     twice = sorted(set(artifacts.names) & set(functions))
     if twice:
         raise UsageError(
-            "sides", expected="names of their own", found=f"{', '.join(twice)}, given twice"
+            "sides", expected="names other than those of the artifacts", found=", ".join(twice)
         )
     names = [*artifacts.names, *functions, *files]
     if len(names) < 2:
@@ -203,7 +203,7 @@ def _ready_inputs(
 
 
 def _graph_names(files: Sequence[PathLike]) -> Iterator[str]:
-    """The file's name after "onnx:", or its whole path where two files share their name."""
+    """Names each graph "onnx:" and its file's name, or its path where two files share a name."""
     times = Counter(Path(path).name for path in files)
     for path in files:
         yield f"onnx:{Path(path).name if times[Path(path).name] == 1 else os.fspath(path)}"
@@ -218,19 +218,19 @@ def _run_function(name: str, call: SideFunction, inputs: Inputs) -> Run:
 
 def _run_graph(name: str, graph: Graph, inputs: Inputs, batch_size: int) -> Run:
     began = time.monotonic()
-    # Without a mask nothing says that the rows are independent examples: one call.
+    # Without a mask the rows may not be independent examples, so they are run in one call.
     outputs = graph.run(inputs.arrays, batch_size=batch_size if inputs.mask is not None else None)
     side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
     return Run(side.measured(outputs, began, ()), outputs, computes=graph.precision)
 
 
 def _without(run: Run, names: Set[str]) -> Run:
-    """The run without outputs that rest on random parameters: no two exports share those."""
+    """Removes outputs that depend on random parameters, which differ between exports."""
     return replace(run, outputs={n: a for n, a in run.outputs.items() if n not in names})
 
 
 def _limits_of(references: Sequence[Run], comparisons: Sequence[Comparison]) -> Iterator[str]:
-    """What the validation could not see."""
+    """Says which errors the validation could not have found."""
     if not references:
         yield "no base to compare with: whether the adapter changes anything was not checked"
     # Side -> the smallest error of the adapter that any comparison would have caught in it.
@@ -242,6 +242,6 @@ def _limits_of(references: Sequence[Run], comparisons: Sequence[Comparison]) -> 
     for name, resolution in seen.items():
         if resolution > USEFUL_RESOLUTION:
             yield (
-                f"{name}: an error of the adapter below {resolution:.1%} of its effect would not "
-                "be seen: the effect is small compared with rounding"
+                f"{name}: an error below {resolution:.1%} of the adapter's effect would not be "
+                "seen, because the effect is small compared with rounding"
             )

@@ -133,6 +133,33 @@ def test_the_entry_rule_of_older_torch(
     assert {group["entry_rule"] for group in found["bundle"]["groups"]} == {"r64"}
 
 
+# --- export ---------------------------------------------------------------------------------------
+
+
+def test_options_of_export(
+    tiny_base: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    run_verb: Callable[..., Any],
+) -> None:
+    import onnx
+
+    out, adapter = tmp_path / "m.onnx", tiny_adapter("llama", target_modules=["q_proj"])
+    words = ["export", "--base", tiny_base("llama"), "--bundle", adapter, "--mode", "unmerged"]
+    words += ["--cache", "--dtype", "float16", "--inline", "--task", "text-generation", "-o", out]
+    code, _, err = run_verb(*words, "--opset", 17)
+    assert code == 2 and "17" in err and not out.exists()
+    assert run_verb(*words, "--opset", 21, "--ir-version", 11).code == 0
+    model = onnx.load(out)
+    assert {one.domain: one.version for one in model.opset_import}[""] == 21
+    assert model.ir_version == 11
+    assert not model.functions
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    assert types["past_key_values.1.value"] == onnx.TensorProto.FLOAT16
+    assert types["input_ids"] == onnx.TensorProto.INT64
+    assert run_verb(*words, "--task", "poetry", "--force").code == 2
+
+
 # --- help -----------------------------------------------------------------------------------------
 
 
