@@ -29,12 +29,6 @@ def blocks(text: str) -> list[Block]:
     return [Block(*found.groups()) for found in BLOCK.finditer(text)]
 
 
-def test_marked_blocks_are_found() -> None:
-    marked = "<!-- test -->\n```python\na = 1\n```\n\n<!-- test -->\n\n```bash\nls\n```\n"
-    text = f"```bash\nnot this one\n```\n{marked}"
-    assert blocks(text) == [Block("python", "a = 1\n"), Block("bash", "ls\n")]
-
-
 def test_every_mark_has_a_block() -> None:
     text = README.read_text("utf-8")
     found = blocks(text)

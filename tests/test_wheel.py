@@ -97,11 +97,6 @@ def test_no_extra_leaks_in(scripts: Path, tmp_path: Path) -> None:
     assert call(scripts / "python", "-c", script.format(names=names), cwd=tmp_path) == "[]\n"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"]])
-def test_help(argv: list[str], scripts: Path, tmp_path: Path) -> None:
-    assert "fourierft-export" in call(scripts / "fourierft-export", *argv, cwd=tmp_path)
-
-
 def test_pack_and_inspect(scripts: Path, stories_adapter: Path, tmp_path: Path) -> None:
     program = scripts / "fourierft-export"
     bundle = tmp_path / "a.fourierft.safetensors"

@@ -45,11 +45,6 @@ class Inputs:
         mask = self.arrays.get("attention_mask")
         return mask.astype(bool) if mask is not None and mask.ndim == 2 else None
 
-    @property
-    def rows(self) -> int:
-        """Number of examples."""
-        return int(next(iter(self.arrays.values())).shape[0])
-
 
 def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs:
     """Takes inputs from an .npz file or a mapping.

@@ -47,7 +47,7 @@ def test_a_small_effect_is_measured_with_a_fine_rule(
         assert output.resolution is not None and output.resolution < 0.01
 
 
-def test_a_small_effect_is_told_from_rounding(
+def test_a_small_effect_is_not_taken_for_rounding(
     classifier: Any, make_adapted: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The adapter changes less than bfloat16 does: only a base rounded alike shows its effect."""
@@ -67,14 +67,6 @@ def test_a_small_effect_is_told_from_rounding(
         assert ("base", "merged") not in rms and ("plain:bfloat16", "merged") in rms
 
 
-def test_an_adapter_without_effect_fails(classifier: Any, plant: Callable[..., Path]) -> None:
-    nothing = rescaled(classifier.bundle, 0)
-    report = ff.validate(base=classifier.base, bundle=nothing, merged=plant("adapter zeroed"))
-    assert all(pair.ok for pair in report.comparisons if pair.expect == "equal")
-    with pytest.raises(ValidationError, match="the adapter changes nothing in logits"):
-        report.raise_for_failure()
-
-
 def test_a_head_that_is_not_there_at_all_is_a_problem_by_name(
     classifier: Any, make_adapted: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -87,7 +79,7 @@ def test_a_head_that_is_not_there_at_all_is_a_problem_by_name(
         report.raise_for_failure()
 
 
-def test_a_base_with_a_head_of_its_own_is_told_from_the_deltas(
+def test_a_base_with_another_head_is_not_taken_for_an_effect(
     classifier: Any, make_adapted: Callable[..., Any], plant: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The head alone changes the outputs; that must not pass for the adapter's effect."""
@@ -178,17 +170,6 @@ def test_feature_extraction_with_a_prefix_in_the_adapter(classifier: Any) -> Non
     assert failing == {("torch", "again"), ("base", "again")}
     change = next(p for p in report.comparisons if (p.left, p.right) == ("base", "torch"))
     assert [output.ok for output in change.outputs] == [True, True]
-
-
-def test_a_base_against_its_own_export_changes_nothing(
-    classifier: Any, make_adapted: Callable[..., Any], plant: Callable[..., Path], padded_ids: Any
-) -> None:
-    report = ff.validate(
-        base=plant(), merged=plant(), inputs=padded_ids, task="text-classification"
-    )
-    assert not report.ok
-    assert report.first_failure is not None
-    assert report.first_failure[0].expect == "different"
 
 
 def test_padded_positions_do_not_count(classifier: Any, padded_ids: Any) -> None:
