@@ -239,10 +239,7 @@ def _read_group(
     if shape is not None:
         whole = len(shape) == 2 and all(type(size) is int for size in shape)
         _require(whole, where, "a shape of two whole numbers", repr(shape)[:80])
-    spectrum = arrays.pop(f"{RESERVED}spectrum.{i}", np.empty(0))
-    columns = f"a tensor {RESERVED}spectrum.{i} with {str(n)[:20]} columns"
-    is_stack = spectrum.ndim == 2 and spectrum.shape[1] == n
-    _require(is_stack, where, columns, f"shape {list(spectrum.shape)}" if spectrum.size else "none")
+    spectrum = _pop_tensor(f"{RESERVED}spectrum.{i}", (None, n), arrays, where)
     try:
         # One row for each layer, so the file's size bounds how many names are made.
         layer_names = names.expand(templates, len(spectrum))
@@ -270,11 +267,13 @@ def _read_group(
         yield LayerSpec(name, n, size, transposed, rule, digest, fingerprint), row, entries
 
 
-def _pop_tensor(name: str, shape: tuple[int, ...], arrays: dict[str, Array], where: str) -> Array:
-    """Pops the tensor `name`, which must have this shape, from `arrays`."""
-    found = arrays.pop(name, None)
-    shown = "none" if found is None else f"shape {list(found.shape)}"
-    wanted = f"a tensor {name} of shape {list(shape)}"
-    if found is None or found.shape != shape:
-        raise BadInputError(where, expected=wanted, found=shown)
+def _pop_tensor(
+    name: str, shape: tuple[int | None, int], arrays: dict[str, Array], where: str
+) -> Array:
+    """Pops the tensor `name`, which must have this shape (None: any number of rows)."""
+    found = arrays.pop(name, np.empty(()))
+    wanted = "[{}, {}]".format(*("L" if size is None else str(size)[:20] for size in shape))
+    rows = len(found) if shape[0] is None and found.ndim else shape[0]
+    shown = f"shape {list(found.shape)}" if found.ndim else "none"
+    _require(found.shape == (rows, shape[1]), where, f"a tensor {name} of shape {wanted}", shown)
     return found

@@ -260,9 +260,9 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "shape of one size": (group(shape=[16]), "two whole numbers"),
     "shape 4.0": (group(shape=[4.0, 4]), "two whole numbers"),
     "shape true": (group(shape=[True, 4]), "two whole numbers"),
-    "n 0": (group(n_frequency=0), "with 0 columns"),
-    "n negative": (group(n_frequency=-4), "with -4 columns"),
-    "n 1e9": (group(n_frequency=10**9), "with 1000000000 columns, found shape \\[2, 4\\]"),
+    "n 0": (group(n_frequency=0), "of shape .L, 0., found shape"),
+    "n negative": (group(n_frequency=-4), "of shape .L, -4., found"),
+    "n 1e9": (group(n_frequency=10**9), ".L, 1000000000., found shape \\[2, 4\\]"),
     "n above M*N": (group(shape=[1, 3]), "above the 3 elements"),
     "n and the spectrum differ": (group(n_frequency=3), "found shape \\[2, 4\\]"),
     # binding
