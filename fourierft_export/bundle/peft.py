@@ -198,7 +198,7 @@ def to_peft(
     Another one gets a config that names its layers one by one.
 
     Args:
-        bundle: a bundle, or the path of a bundle file.
+        bundle: a `Bundle`, or the path of a bundle file or of another PEFT adapter directory.
         directory: to write: adapter_config.json and adapter_model.safetensors.
         force: replace an existing directory.
 

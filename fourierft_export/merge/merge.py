@@ -57,7 +57,8 @@ def merge_checkpoint(
 
     Args:
         base: a Hugging Face folder (one safetensors file or shards), or one safetensors file.
-        bundles: one or several; each a bundle, a bundle file or a PEFT adapter directory.
+        bundles: one or several; each a `Bundle`, or the path of a bundle file or of a PEFT adapter
+            directory.
         out: the folder to make; a file, when `base` is a file.
         weights: a factor on each bundle's delta_W; 1 by default.
         dtype: "keep", "float32", "float16" or "bfloat16", for all float tensors.

@@ -59,7 +59,8 @@ def apply_onnx(
     Args:
         onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; beside
             quantised weights, swappable and bank: 18 or newer).
-        bundles: one adapter, several that add up, or several by name.
+        bundles: one adapter, several that add up, or a mapping from name to adapter; each a
+            `Bundle`, or the path of a bundle file or of a PEFT adapter directory.
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
         mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. Beside a
             quantised weight, which stays as it is, the adapter is a float branch (not in modes

@@ -54,7 +54,8 @@ def validate(
 
     Args:
         base: Hugging Face directory of the base model.
-        bundle: an adapter bundle; the adapted model is rebuilt from it and `base`.
+        bundle: a `Bundle`, or the path of a bundle file or of a PEFT adapter directory; the adapted
+            model is rebuilt from it and `base`.
         peft: PEFT adapter directory, run on `base` by PEFT itself.
         merged: Hugging Face directory with the adapter merged in.
         onnx: ONNX files of the adapted model.

@@ -74,7 +74,7 @@ def recover_bundle(
     Args:
         base: the checkpoint that was merged into.
         merged: the checkpoint that came out.
-        like: a bundle of the same layers, entries and scaling; without it, `seed`, `n_frequency`
+        like: a bundle (or its path) of the same layers, entries and scaling; without it, `seed`, `n_frequency`
             and `targets` are needed.
         seed: of the entries.
         n_frequency: coefficients of each layer.

@@ -67,7 +67,7 @@ def train_adapter(
             linear layers.
         out: the bundle, *.fourierft.safetensors by custom.
         settings: how; by default the rules of `train.defaults`.
-        bundle: train this adapter further rather than a new one.
+        bundle: train this adapter (or the one at this path) further, rather than a new one.
         resume: go on with the run whose checkpoint lies beside `out`; in one process on the CPU
             the result is, bit for bit, that of a run that was never stopped.
         force: replace `out` and its folder.

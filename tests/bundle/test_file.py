@@ -282,7 +282,7 @@ def test_entries_come_from_seed_rule_or_file() -> None:
     with pytest.raises(BadInputError, match="layer pooler: expected a bound bundle"):
         bundle.entries("pooler")
     with pytest.raises(KeyError):
-        bundle.entries("nobody")
+        bundle.entries("unknown")
 
 
 @pytest.mark.parametrize("rule", ["small", "r64"])

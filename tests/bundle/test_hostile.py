@@ -27,7 +27,7 @@ from fourierft_export.errors import BadInputError, FileAccessError
 ESC = "\x1b[31m"
 GOLDEN = Path(__file__).parent.parent / "golden"
 Tensor = tuple[str, str, list[int], bytes]
-# What the crafted bundle says when nobody asks for anything else: two unbound layers, n = 4.
+# The crafted bundle by default: two unbound layers, n = 4.
 SPEC: dict[str, Any] = {
     "version": 1,
     "seed": 777,
@@ -280,7 +280,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "known dtype",
     ),
-    "fingerprints nobody asked for": (
+    "fingerprints without base_dtype": (
         {"tensors": [EIGHT, ("fourierft.fingerprint.0", "U8", [2, 32], bytes(64))]},
         "reserved",
     ),
@@ -365,7 +365,7 @@ def test_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_refused(loop, "symbolic links", capsys, code=6)
 
 
-# --- row 10: names that speak to the terminal ----------------------------------------------------
+# --- row 10: names with escape sequences ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

@@ -167,7 +167,7 @@ SPECTRUM = np.ones(3, np.float32)
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "found none"),
     "no prefix": ({"l.0.q.fourierft_spectrum": SPECTRUM}, "1 with other names"),
-    "other names beside": (
+    "other names as well": (
         {f"{PREFIX}q.fourierft_spectrum": SPECTRUM, "w": SPECTRUM},
         "1 with other names",
     ),

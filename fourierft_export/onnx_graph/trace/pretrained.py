@@ -64,7 +64,8 @@ def export_pretrained(
 
     Args:
         base: a Hugging Face model directory.
-        bundles: one adapter, several that add up, or several by name.
+        bundles: one adapter, several that add up, or a mapping from name to adapter; each a
+            `Bundle`, or the path of a bundle file or of a PEFT adapter directory.
         path: the file to write.
         mode: one of `export_onnx`'s. A bank holds a row per bundle, swappable and paired take one.
         weights: one factor per bundle, by which its change counts; 1 by default.
