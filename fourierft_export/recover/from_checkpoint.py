@@ -74,8 +74,8 @@ def recover_bundle(
     Args:
         base: the checkpoint that was merged into.
         merged: the checkpoint that came out.
-        like: a bundle (or its path) of the same layers, entries and scaling; without it, `seed`, `n_frequency`
-            and `targets` are needed.
+        like: a bundle (or its path) of the same layers, entries and scaling; without
+            it, `seed`, `n_frequency` and `targets` are needed.
         seed: of the entries.
         n_frequency: coefficients of each layer.
         targets: layers, by their full paths or the ends of them ("q_proj").
