@@ -56,6 +56,25 @@ CASES: dict[str, tuple[int, list[Any], dict[str, Any], int, str]] = {
 }
 
 
+def save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    fed: dict[str, np.ndarray],
+    outputs: tuple[str, ...],
+) -> None:
+    """A model of x [batch, tokens, 16] and `fed`, whose outputs say nothing of their shapes."""
+    inputs = [helper.make_tensor_value_info("x", 1, ["batch", "tokens", 16])]
+    for name, array in fed.items():
+        dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+        inputs.append(helper.make_tensor_value_info(name, dtype, ["batch", *array.shape[1:]]))
+    values = [helper.make_empty_tensor_value_info(name) for name in outputs]
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", inputs, values, tensors)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MINE, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_a_bank_behind_an_operator_of_onnxruntime(
     kind: str, tmp_path: Path, run: Run, make_bundle: Any, exact_delta: Any
@@ -63,38 +82,18 @@ def test_a_bank_behind_an_operator_of_onnxruntime(
     """Each row gets its own adapter: y + operator(x) delta_W^T, against float64."""
     count, others, attributes, outputs, domain = CASES[kind]
     weight = floats(16, 4)
-    weights = {f"w{i}": array for i, array in enumerate(others)} | {"layer.weight": weight.T}
+    arrays = {f"w{i}": array for i, array in enumerate(others)}
+    fed = {name: array for name, array in arrays.items() if array.shape[:1] == (3,)}
+    constants = {name: arrays[name] for name in arrays.keys() - fed.keys()}
     names = ["inner", "inner.1", "inner.2", "sum"][:outputs]
+    inputs = [*["x"] * count, *arrays]
     nodes = [
-        helper.make_node(
-            kind, [*["x"] * count, *list(weights)[:-1]], names, domain=domain, **attributes
-        ),
+        helper.make_node(kind, inputs, names, domain=domain, **attributes),
         helper.make_node("Transpose", ["layer.weight"], ["turned"], perm=[1, 0]),
         helper.make_node("MatMul", ["inner", "turned"], ["y"], name="/layer/MatMul"),
     ]
-    fed = {name: array for name, array in weights.items() if array.shape[:1] == (3,)}
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [
-            helper.make_tensor_value_info("x", 1, ["batch", "tokens", 16]),
-            *(
-                helper.make_tensor_value_info(
-                    name, helper.np_dtype_to_tensor_dtype(array.dtype), ["batch", *array.shape[1:]]
-                )
-                for name, array in fed.items()
-            ),
-        ],
-        [helper.make_empty_tensor_value_info(name) for name in ("y", "inner")],
-        [
-            numpy_helper.from_array(array, name)
-            for name, array in weights.items()
-            if name not in fed
-        ],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MINE, 1)]
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    save(path, nodes, constants | {"layer.weight": weight.T}, fed, ("y", "inner"))
     bundles = {
         name: make_bundle(["layer"], {"layer": weight.T}, seed=seed, scaling=60.0)
         for name, seed in (("a", 1), ("b", 2))
@@ -133,15 +132,7 @@ def test_sizes_that_grow_without_end(
         "constant": np.array([3, 5, 7]),
         "huge": np.array([1 << 20, 1 << 20]),
     }
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", 1, ["batch", "tokens", 16])],
-        [helper.make_empty_tensor_value_info(name) for name in ("y", last, "zeros")],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(MINE, 1)]
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    save(path, nodes, constants, {}, ("y", last, "zeros"))
     report = ff.apply_onnx(path, make_bundle(["layer"]), out, mode="bank")
     assert report.outputs["y"] == ("batch", "tokens", 4)
