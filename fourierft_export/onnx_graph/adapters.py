@@ -35,7 +35,7 @@ def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
 def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float]) -> dict[str, Bundle]:
     """The bundles with their scaling times their weight, of which there is one for each.
 
-    delta_W is linear in the scaling. A bundle of weight 1 stays as it is.
+    delta_W is linear in the scaling. A bundle of weight 1 is not changed.
     """
     return {
         name: bundle

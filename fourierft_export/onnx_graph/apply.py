@@ -31,7 +31,7 @@ from .modes.heads import float_heads
 from .modes.write import check_mode, write_adapters
 from .report import ExportReport, report_on
 
-_SIDE_OPSET = 18  # of a graph with an adapter beside its layers
+_SIDE_OPSET = 18  # of a graph with side branches
 
 
 def apply_onnx(
@@ -51,20 +51,20 @@ def apply_onnx(
     """Puts adapters into an ONNX file that other tools made; several add up.
 
     Each layer's weight is found by its name, by the scope or name of the node that uses it, by the
-    bias beside it, or by its content, which a bound bundle (or `base`) tells; never by shape alone.
+    bias added after it, or by its content, known from a bound bundle (or `base`); never by shape.
     A weight that other nodes use too is changed for the adapter's layers only. Functions that hold
-    layers of the adapter are expanded; others stay. Weights in external data stay on disk: memory
+    layers of the adapter are expanded; the rest stay. Weights in external data stay on disk: memory
     holds two at a time.
 
     Args:
-        onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; beside
+        onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; with
             quantised weights, swappable and bank: 18 or newer).
         bundles: one adapter, several that add up, or a mapping from name to adapter; each a
             `Bundle`, or the path of a bundle file or of a PEFT adapter directory.
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
-        mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. Beside a
-            quantised weight, which stays as it is, the adapter is a float branch (not in modes
-            merged and paired). Run int8 files with the session option
+        mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. A
+            quantised weight is not changed: the adapter becomes a float branch next to it (not in
+            modes merged and paired). Run int8 files with the session option
             `session.x64quantprecision` = "1", as `AdapterSession` does: without it, ONNX Runtime's
             int8 sums saturate on x86-64 CPUs that lack VNNI.
         weights: one factor per bundle, by which its change counts; 1 by default.
@@ -144,7 +144,9 @@ def apply_onnx(
     quantised = {layer: each for layer, each in sites.items() if each[0].quantised}
     if quantised:
         _check_quantised(source, mode, quantised)
-        notes.append(f"{len(quantised)} layers are quantised: the adapter is a float branch beside")
+        notes.append(
+            f"{len(quantised)} layers are quantised: the adapter is a float branch next to each"
+        )
     bound = {n: replace(b, spec=f.spec) for (n, b), f in zip(bound.items(), fits, strict=True)}
     places = find_saved(finder, found.bridge, bound)
     if mode == BANK:
@@ -166,7 +168,7 @@ def apply_onnx(
 
 
 def _wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Wanted]:
-    """Every layer once, with all that any bundle or the base knows of it; the base knows best."""
+    """Every layer once, with its shape and fingerprint in the base, or else in a bundle."""
     wanted: dict[str, Wanted] = {}
     for bundle in bundles.values():
         for layer in bundle.layers:
@@ -206,8 +208,8 @@ def _check_source(source: Source, mode: str) -> None:
     if text is not None and '"mode":"merged"' not in text:
         raise UsageError(
             source.path,
-            expected="a model without adapters of its own",
-            found="one that holds some, unmerged",
+            expected="a model without unmerged adapters",
+            found="one that this package wrote with adapters in it",
             remedy="apply all bundles together to the base's model",
         )
 
@@ -219,13 +221,13 @@ def _check_quantised(source: Source, mode: str, quantised: Mapping[str, Sequence
             expected="float weights to merge into",
             found=f"{len(quantised)} quantised ones: quantising W + delta_W again would lose most "
             "of the adapter",
-            remedy="use --mode unmerged, swappable or bank, which add a float branch beside them",
+            remedy="use --mode unmerged, swappable or bank, which add a float branch next to them",
             offenders=[f"{layer}: {each[0].describe()}" for layer, each in quantised.items()],
         )
     if source.opset < _SIDE_OPSET:
         raise UsageError(
             source.path,
-            expected=f"opset {_SIDE_OPSET} or newer for an adapter beside quantised weights",
+            expected=f"opset {_SIDE_OPSET} or newer for an adapter on quantised weights",
             found=f"opset {source.opset}",
             remedy="quantise or export the base again at a newer opset",
         )
@@ -248,15 +250,15 @@ def _fits(
                 compare = _comparing(source, sites, known[layer.name], want)
                 held = sites[0].describe() if sites[0].quantised else sites[0].name
                 layers[layer.name] = FoundLayer(sites[0].shape, compare=compare, name=held)
-        speaking = f"adapter {name}" if len(bundles) > 1 else "the adapter"
-        fits.append(fit_adapter(bundle.spec, layers, name=speaking))
+        title = f"adapter {name}" if len(bundles) > 1 else "the adapter"
+        fits.append(fit_adapter(bundle.spec, layers, name=title))
     return fits
 
 
 def _comparing(
     source: Source, sites: Sequence[Site], looked_for: Wanted, want: Wanted
 ) -> Callable[[Fingerprint], LayerVerdict]:
-    """What a fingerprint says of a layer's sites; the search knows of the one it looked for."""
+    """A function that judges a layer's sites by a fingerprint; that of the search is known."""
 
     def compare(expected: Fingerprint) -> LayerVerdict:
         one = replace(want, fingerprint=expected)

@@ -33,7 +33,7 @@ def fit(
 
     Layer names may differ by one leading segment, as in `attach`. An unbound bundle takes its
     shapes from the graph. Layers that the adapter does not change, and saved tensors that it does
-    not bring, are the base's.
+    not have, are the base's.
 
     Args:
         interface: of the graph.
@@ -75,8 +75,7 @@ def fit(
             tensors[name] = "the graph has no input for this tensor"
     found = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
     missing = [
-        f"{name}: the base has none, and the adapter brings none"
-        for name in interface.not_brought(saved)
+        f"{name}: neither the base nor the adapter has one" for name in interface.not_brought(saved)
     ]
     check_fits(
         where,
@@ -101,7 +100,7 @@ def _comparing(there: Fingerprint) -> Callable[[Fingerprint], LayerVerdict]:
 
 
 def knows_base(bundle: Bundle) -> bool:
-    """Whether every layer tells the weight that it was trained on, so that `fit` checks it."""
+    """Whether every layer has a fingerprint of its base weight, by which `fit` checks it."""
     return all(layer.fingerprint is not None for layer in bundle.layers)
 
 

@@ -2,8 +2,8 @@
 
 Layers of one shape and n_frequency form a group with three inputs, as in the bundle: `spectrum`
 [L, n] raw, `entries` [n, 2], `scaling` [L]. Saved heads and biases are inputs under their own
-names. n is the adapter's own affair: an adapter whose layers differ in n or in entries where the
-graph has one group is fed with zeros in between. A bank has the number of adapters in front.
+names. Every adapter has its own n: one whose layers differ in n or in entries where the graph has
+one group is fed with zeros in between. A bank has the number of adapters in front.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Saved:
-    """A dense tensor (head, bias) that adapters bring along.
+    """A dense tensor (head, bias) that is part of adapters.
 
     Attributes:
         name: of the input, and in the adapted model.
         shape: of the tensor.
         dtype: numpy's name of the graph's dtype.
-        absent: the base has none (a bare encoder has no head): every adapter must bring its own.
+        absent: the base has none (a bare encoder has no head): every adapter must contain one.
     """
 
     name: str
@@ -169,7 +169,7 @@ class WeightInput:
 
 
 def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:
-    """The groups for these adapters: the first one's, then what the others adapt besides."""
+    """The groups for these adapters: the first one's, then layers that only later ones adapt."""
     members: dict[tuple[object, ...], list[str]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for bundle in bundles:
@@ -232,7 +232,7 @@ def base_feeds(groups: Iterable[Group]) -> dict[str, Array]:
 def _joined(entries: Mapping[str, Array]) -> tuple[Array, dict[str, slice]]:
     """One list of entries for several layers, and where each finds its own in it.
 
-    A shorter list that begins a longer one (same seed, smaller n) needs no room of its own.
+    A shorter list that begins a longer one (same seed, smaller n) needs no extra room.
     """
     lists: list[Array] = []
     for own in sorted(entries.values(), key=len, reverse=True):

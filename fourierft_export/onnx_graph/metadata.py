@@ -61,7 +61,7 @@ def describe(
 
     Args:
         mode: one of `mode_names.MODES`.
-        adapters: adapter name -> the adapter as it is in the model.
+        adapters: adapter name -> the adapter in the model, scaled by its weight.
         sources: adapter name -> the bundle it came from, where there is one.
         written: what the mode wrote.
 

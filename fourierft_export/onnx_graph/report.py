@@ -17,7 +17,7 @@ class ExportReport:
 
     Attributes:
         path: the model.
-        data: the external data beside it, or None.
+        data: the file with its external data, or None.
         bytes: size of all files together.
         mode: one of `modes.MODES`.
         opset: of the standard operators.

@@ -113,7 +113,7 @@ def quantise(plain: Path, form: str, feeds: list[dict[str, np.ndarray]] | None =
     return out
 
 
-def torchscript(model: Any, x: np.ndarray, path: Path) -> Path:
+def torchscript(model: Any, x: np.ndarray, path: Path, axes: dict[int, str] | None = None) -> Path:
     """`model` through torch's older exporter: x [batch, ...] to y [batch, ...]."""
     import torch
 
@@ -128,7 +128,7 @@ def torchscript(model: Any, x: np.ndarray, path: Path) -> Path:
             dynamo=False,
             verbose=False,
             opset_version=18,
-            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+            dynamic_axes={"x": axes or {0: "batch"}, "y": {0: "batch"}},
         )
     return path
 

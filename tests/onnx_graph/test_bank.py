@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -225,24 +224,12 @@ def test_flattened_tokens_are_of_their_row_or_refused(
 @pytest.mark.parametrize("stripped", [False, True])
 @pytest.mark.parametrize("by_place", [True, False])
 def test_files_that_tell_no_shapes(
-    flat: Any, by_place: bool, stripped: bool, tmp_path: Path, run: Any
+    flat: Any, by_place: bool, stripped: bool, tmp_path: Path, run: Any, tools: Any
 ) -> None:
     """TorchScript's exporter leaves the shapes in between out, some tools even the batch's name."""
     model, bundles, x, want = flat(by_place)
     plain, path = tmp_path / "plain.onnx", tmp_path / "bank.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (x,),
-            plain,
-            input_names=["x"],
-            output_names=["y"],
-            dynamo=False,
-            verbose=False,
-            opset_version=18,
-            dynamic_axes={"x": {0: "batch", 1: "tokens"}},
-        )
+    tools.torchscript(model, x.numpy(), plain, axes={0: "batch", 1: "tokens"})
     proto = onnx.load(plain)
     del proto.graph.value_info[:]
     proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "y_dim_0"  # as for logits

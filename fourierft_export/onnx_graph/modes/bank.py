@@ -43,7 +43,7 @@ def write(
     defaults: str = DEFAULTS[0],
     absent: Container[str] = (),
 ) -> Written:
-    """Give a graph a table of adapters, and every row of its batch the one it asks for.
+    """Give a graph a table of adapters, and every row of its batch the one that `adapter_id` names.
 
     Args:
         source, sites, saved, defaults, absent: as in `swappable.write`; the first dimension of the
@@ -92,7 +92,7 @@ def _check_batched(ends: Mapping[str, Sequence[Ends]], batch: int | str) -> None
         raise UsageError(
             "bank",
             expected=f"the batch ({batch}) first in the input of every adapted layer",
-            found=f"{len(wrong)} layers without, or where nothing tells",
+            found=f"{len(wrong)} layers whose input has another first dimension, or an unknown one",
             remedy="export in mode swappable, or make the batch a dynamic size",
             offenders=wrong,
         )

@@ -1,7 +1,7 @@
 """Which values of a graph hold the rows of the batch one after the other.
 
 Either a value's first dimension is the batch itself, or it is the batch times others, flattened out
-of such a value. Sizes alone cannot tell the latter: tokens times batch is as large as batch times
+of such a value. Sizes alone do not show the latter: tokens times batch is as large as batch times
 tokens. So the graph is followed back, through operators that leave the order of rows alone, to a
 value whose first dimension is the batch.
 """
@@ -62,7 +62,7 @@ def is_batch_first(value: ir.Value, batch: int | str) -> bool:
     Args:
         value: with a shape, or nothing is known of it.
         batch: the batch's size or symbol. A size must be that of one dimension only: of two equal
-            ones, nothing tells which is the batch. (The last one holds features.)
+            ones, either may be the batch. (The last one holds features.)
     """
     shape = value.shape
     if shape is None or not len(shape) or not _same(shape[0], batch):
@@ -128,7 +128,7 @@ def _keeps_rows(node: ir.Node, value: ir.Value, batch: int | str) -> bool:
     if kind == "Gemm":
         return not _attribute(node, "transA", 0)
     if kind == "MatMul":
-        # A factor of higher rank would bring dimensions of its own to the front.
+        # A factor of higher rank would add dimensions in front.
         a, b = (None if one is None else _rank(one) for one in node.inputs)
         return b == 2 or (a is not None and b is not None and b <= a)
     if kind == "Transpose":

@@ -36,7 +36,7 @@ class Ends:
 
     @property
     def x(self) -> ir.Value:
-        """X as it is now: with the adapter's share, if another adapted layer gives it."""
+        """The current x: with the adapter's change, if it comes from another adapted layer."""
         value = self.fed[0].inputs[self.fed[1]]
         if value is None:
             raise ValueError(f"nothing is fed to {self.fed[0].name}")
@@ -44,7 +44,7 @@ class Ends:
 
 
 def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Ends]]:
-    """The layers' ends, each with a y of its own.
+    """Find each layer's x and y; layers that share one product get a y each.
 
     Args:
         source: the graph, which gets a Split and a Concat for each packed y; types and shapes of
@@ -60,7 +60,7 @@ def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, li
         raise UsageError(
             source.path,
             expected="layers that are a MatMul or Gemm of the main graph each",
-            found=f"{len(offenders)} others",
+            found=f"{len(offenders)} layers that are not",
             remedy="adapt these layers before the others are quantised"
             if any(site.quantised for site in every)
             else "use mode merged or unmerged",
@@ -92,9 +92,9 @@ def _obstacle(source: Source, site: Site) -> str | None:
         node = use.linear
         if node.graph is not source.model.graph:
             return f"its {node.op_type} is in a subgraph or function, which sees no adapter"
-        turned = "transA" in node.attributes and node.attributes["transA"].as_int()
+        transposed_x = "transA" in node.attributes and node.attributes["transA"].as_int()
         first = source_of(node.inputs[0]) is site.value
-        if node.op_type not in ("MatMul", "Gemm") or turned or first:
+        if node.op_type not in ("MatMul", "Gemm") or transposed_x or first:
             return f"{site.name} is used by {node.op_type} in another way than x W"
     return None
 

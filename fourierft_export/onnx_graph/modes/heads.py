@@ -1,4 +1,4 @@
-"""Quantised layers that an adapter brings whole, as heads: made float again to take its tensors.
+"""Quantised heads that an adapter replaces: made float again, so that they can hold its tensors.
 
 A head in float does not go into integers, and need not: the adapter has all of it. So the layer
 becomes a plain MatMul with the dequantised weight, which is then replaced as in a float graph (and
@@ -64,7 +64,7 @@ def float_heads(
         raise BaseMismatchError(
             source.path,
             expected="heads in float, or plainly quantised",
-            found=f"{len(unknown)} others",
+            found=f"{len(unknown)} in a form that is not understood",
             remedy="quantise the base without these layers (nodes_to_exclude)",
             offenders=unknown,
         )

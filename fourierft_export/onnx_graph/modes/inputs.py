@@ -86,8 +86,8 @@ def _fingerprints(
     """The base weights' fingerprints, by which adapters that come later are checked.
 
     An adapter's own where it was trained on the graph's weight (in any precision), else that of the
-    graph's weight: an adapter let in in spite of its base must not vouch for others. None for
-    quantised weights that no adapter was trained on.
+    graph's weight: an adapter that was accepted although its base is another one must not make its
+    like pass the check. Quantised weights that no adapter was trained on have none.
     """
     wanted: dict[str, dict[Wanted, None]] = {}
     for bundle in adapters.values():
@@ -128,7 +128,7 @@ def group_inputs(
 def saved_inputs(ops: Ops, inputs: AdapterInputs) -> None:
     """Make saved tensors inputs under their own names, in the layout of the adapter.
 
-    The base's own are kept as constants beside them, where the defaults are others.
+    The base's own are kept as constants, too, where the defaults differ from them.
     """
     for tensor in inputs.interface.saved:
         places = inputs.places[tensor.name]

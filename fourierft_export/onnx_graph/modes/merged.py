@@ -36,7 +36,7 @@ def write(
         saved: saved tensor -> its places.
 
     Raises:
-        UsageError: two adapters bring different values for one saved tensor.
+        UsageError: two adapters have different values for one saved tensor.
         BadInputError: a value that the graph's dtype cannot hold.
     """
     put_saved(source, adapters, saved)
@@ -46,7 +46,9 @@ def write(
     for several in sites.values():
         for site in several:
             value = site.value
-            if site.shared:  # others keep the base's weight; parts of a packed one share a copy
+            if (
+                site.shared
+            ):  # other nodes keep the base's weight; parts of a packed one share a copy
                 key = value, site.consumers
                 if key not in copies:
                     copies[key] = source.isolate_constant(value, site.consumers)
@@ -101,10 +103,10 @@ def put_saved(
 
 
 def saved_values(adapters: Mapping[str, Bundle]) -> dict[str, Array]:
-    """Saved tensor -> the one value that the adapters bring.
+    """Saved tensor -> its value in the adapters that have it.
 
     Raises:
-        UsageError: two of them bring different ones.
+        UsageError: two of them have different values.
     """
     wanted: dict[str, Array] = {}
     for name, bundle in adapters.items():
@@ -112,8 +114,8 @@ def saved_values(adapters: Mapping[str, Bundle]) -> dict[str, Array]:
             if key in wanted and wanted[key].tobytes() != array.tobytes():
                 raise UsageError(
                     key,
-                    expected="one value",
-                    found=f"another in adapter {name}",
+                    expected="the same value in every adapter",
+                    found=f"another one in adapter {name}",
                     remedy="use adapters with heads of their own one at a time",
                 )
             wanted[key] = array

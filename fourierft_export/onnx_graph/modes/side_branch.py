@@ -1,6 +1,6 @@
-"""An adapter beside a linear layer: y + x delta_W^T, without ever building delta_W.
+"""An adapter as a branch next to a linear layer: y + x delta_W^T, without building delta_W.
 
-Plain operators only, so it runs on every execution provider, also beside a quantised weight.
+Plain operators only, so it runs on every execution provider, also next to a quantised weight.
 With A_v, B_v the cosine and sine transforms of x (v = 0 .. N/2: the rest is mirrored), and each
 entry folded there (sigma is -1 if just one of u, v was mirrored, as the sine is odd):
 
@@ -160,7 +160,7 @@ class SideBranches:
             frequencies: from `group`.
             row: which of the group's layers this is.
             x: the layer's input (..., N), float32, float16 or bfloat16; with a batch, its first
-                dimension is the batch, alone or times others.
+                dimension is the batch, or the batch times other dimensions.
             y: the layer's output (..., M), with its bias or before it.
             name: start of the new nodes' names.
 

@@ -1,4 +1,4 @@
-"""Mode swappable: the adapter as inputs of the graph, which adds it beside each linear layer."""
+"""Mode swappable: the adapter as inputs of the graph, and a branch next to each linear layer."""
 
 from __future__ import annotations
 

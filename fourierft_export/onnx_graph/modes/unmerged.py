@@ -2,8 +2,8 @@
 
 The new nodes depend on constants only, so ONNX Runtime folds them once, when it loads the file.
 Layers with equal entries share the entries and their tables. Where a layer is quantised, there is
-no float W to add to: then the adapter is a branch beside every layer, as in mode swappable, but of
-constants.
+no float W to add to: then the adapter is a branch next to every layer, as in mode swappable, but
+its tensors are constants.
 """
 
 from __future__ import annotations

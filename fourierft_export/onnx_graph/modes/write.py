@@ -72,7 +72,7 @@ def write_adapters(
 
 
 def check_mode(mode: str, defaults: str = DEFAULTS[0]) -> None:
-    """Refuse a mode, or defaults, that there are not.
+    """Refuse an unknown mode, or unknown defaults.
 
     Raises:
         UsageError: another word.
@@ -97,8 +97,12 @@ def check_adapter_count(
             f"mode {mode}" + (" of a quantised model" if quantised else ""),
             expected="one adapter",
             found=", ".join(adapters),
-            remedy="use --mode bank for several, each for rows of its own"
-            + ("" if mode == UNMERGED else "; or one of them: others can be loaded when it runs"),
+            remedy="use --mode bank, in which every row of the batch names its adapter"
+            + (
+                ""
+                if mode == UNMERGED
+                else "; or export one of them, and load the other ones when the model runs"
+            ),
         )
 
 

@@ -59,7 +59,8 @@ def export_onnx(
         model: a module with `FourierLinear` layers; it is as it was afterwards.
         example_inputs: one tensor, positional arguments, or keyword arguments by name.
         path: the file to write.
-        mode: "merged", "unmerged", "swappable", "paired" (with PATH.expand.onnx beside) or "bank".
+        mode: "merged", "unmerged", "swappable", "paired" (with a second file,
+            PATH.expand.onnx) or "bank".
         input_names: names of the graph's inputs; by default the arguments' own.
         output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
             else "output", or "output_0", "output_1", ...
@@ -75,8 +76,8 @@ def export_onnx(
             (the adapter on the model), "base", or "required" (it must be fed; onnxruntime-node
             ignores what is fed to inputs that have a default).
         absent: in those modes, names of saved tensors that the base lacks, so that what the model
-            has under the adapter is random (a new head): every adapter must bring them, and without
-            an adapter they are zeros.
+            has under the adapter is random (a new head): every adapter must contain them, and
+            without an adapter they are zeros.
         bundles: adapter name -> the bundle it came from, whose hash is written into the file; by
             default that of the adapter as `capture` gives it.
         force: replace an existing file.

@@ -57,7 +57,7 @@ def export_pretrained(
 ) -> ExportReport:
     """Exports a transformers model with adapters to ONNX, with dynamic batch and sequence.
 
-    Inputs are input_ids, attention_mask and, where the model tells token types apart,
+    Inputs are input_ids, attention_mask and, where the model has token types,
     token_type_ids; or pixel_values (image-classification). Outputs are logits; start_logits and
     end_logits (question-answering); or last_hidden_state (seq2seq-encoder), with pooler_output
     (feature-extraction).
@@ -122,7 +122,7 @@ def export_pretrained(
     absent = _absent(opened, adapters) if mode in RUNTIME_MODES else ()
     if absent:
         notes.append(
-            f"the base has no {', '.join(absent)}: every adapter must bring its own; without an "
+            f"the base has no {', '.join(absent)}: every adapter must contain its own; without an "
             "adapter (None, or row 0 of a bank) they are zeros, and so is what they give"
         )
     options: dict[str, Any] = {}

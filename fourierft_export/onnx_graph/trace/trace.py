@@ -52,7 +52,7 @@ def trace(
         opset: of the standard operators, 18 to 25; torch's default if not given.
 
     Raises:
-        UsageError: torch cannot export the model in this opset, or a size asked to be dynamic
+        UsageError: torch cannot export the model in this opset, or a size that was to be dynamic
             became fixed.
     """
     args, kwargs = _arguments(example_inputs)
@@ -124,7 +124,7 @@ def _raise_opset(graph: ir.Model, opset: int) -> None:
     if graph.opset_imports[""] != opset:
         raise UsageError(
             "opset",
-            expected=f"{opset}, as asked",
+            expected=f"{opset}, as requested",
             found=f"{graph.opset_imports['']}: this model cannot be written in that one",
             remedy="choose another opset",
         )

@@ -26,7 +26,7 @@ class CachedModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Look at `model`, which stays as it is.
+        """Wrap `model`, which is not changed.
 
         Raises:
             UsageError: the model keeps something else than one growing pair of keys and values per
@@ -81,7 +81,7 @@ class CachedModel(nn.Module):
         return ["logits", *_names("present", len(self.past))]
 
     def example(self, *, past: int = 5) -> dict[str, Any]:
-        """Inputs to trace with, as keyword arguments: two rows, some tokens after `past` others."""
+        """Keyword arguments to trace with: two rows, some tokens after `past` earlier ones."""
         given = example_inputs(self._model[0], length=8)
         ids, mask = given["input_ids"], given["attention_mask"]
         batch, length = ids.shape
@@ -149,7 +149,7 @@ class EncoderView(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Look at the encoder of `model`, which stays as it is.
+        """Wrap the encoder of `model`, which is not changed.
 
         Args:
             model: a transformers model with `get_encoder`.
