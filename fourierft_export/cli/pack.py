@@ -114,7 +114,7 @@ def _write_inputs(
     bundle: Bundle, output: str, target: str, onnx: str, *, allow_links: bool, force: bool
 ) -> Outcome:
     """Writes the bundle as inputs of the graph `onnx`."""
-    from ..onnx_graph.fit import knows_base
+    from ..onnx_graph.feeds import has_fingerprints
     from ..onnx_graph.runtime.adapter_file import write_adapter, write_inputs
     from ..onnx_graph.runtime.exported import parameters_for
 
@@ -126,7 +126,7 @@ def _write_inputs(
     lines = [f"{output}: {len(parameters)} inputs of {onnx}, {size_text(size)}"]
     note = (
         "the adapter was checked against the graph's base; this file is not checked again"
-        if knows_base(bundle)
+        if has_fingerprints(bundle)
         else "the bundle is unbound, so it was not checked against the graph's base; pack it with "
         "--base to have it checked"
     )

@@ -2,8 +2,8 @@
 
 Data flows one way, and each folder imports only from those before it:
 
-1. what all of it shares, no graph in it: the adapter inputs and what an adapter feeds them
-   (`groups`, `fit`, `adapters`), mode names, metadata, reports;
+1. what all of it shares, no graph in it: the adapter inputs (`interface`) and what an adapter feeds
+   them (`feeds`), the bundles by name (`adapters`), mode names, metadata, reports;
 2. `graph`: ONNX files read and written, nodes and constants changed;
 3. `locate`: where an adapter's layers are in a graph that another tool made;
 4. `modes`: adapters into a graph, one file per mode (`modes/write.py` is the way in);

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..bundle.file import Bundle
 from ..types import Array
-from .groups import Interface
+from .interface import Interface
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -54,8 +54,7 @@ def test_minilm_rows_equal_peft(minilm_tenants: Any, run: Any) -> None:
 
 def test_a_new_table_needs_no_new_graph(small_tenants: Any, run: Any) -> None:
     """Three rows where the file has two, the new one with the largest n."""
-    from fourierft_export.onnx_graph.fit import fit
-    from fourierft_export.onnx_graph.groups import table
+    from fourierft_export.onnx_graph.feeds import feed_bundle, table
     from fourierft_export.onnx_graph.runtime.exported import open_exported
 
     path = small_tenants.file("bank")
@@ -64,7 +63,7 @@ def test_a_new_table_needs_no_new_graph(small_tenants: Any, run: Any) -> None:
     assert graph.adapters == ("one", "two")
     base = graph.base_saved()
     order = ["two", "one", "two"]
-    feeds = [fit(graph.interface, small_tenants.bundles[name], base) for name in order]
+    feeds = [feed_bundle(graph.interface, small_tenants.bundles[name], base) for name in order]
     tables = table(graph.interface.groups, feeds)
     assert tables["fourierft.spectrum.0"].shape == (3, 2, 40)
     ids = np.array([3, 2, 1, 0, 3])

@@ -15,9 +15,10 @@ import numpy as np
 from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...types import Array
+from ..feeds import table
 from ..graph.ops import FLOAT32, Ops, replace_uses
 from ..graph.source import Source
-from ..groups import ADAPTER_ID, BASE_PREFIX, PREFIX, table
+from ..interface import ADAPTER_ID, BASE_PREFIX, PREFIX
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written

@@ -12,10 +12,10 @@ from ...bundle.file import Bundle
 from ...bundle.fingerprint import fingerprint
 from ...bundle.spec import Fingerprint
 from ...types import Array
-from ..fit import full_feeds
+from ..feeds import base_feeds, full_feeds
 from ..graph.ops import Ops, constant_value
 from ..graph.source import Source, constant_of
-from ..groups import BASE_PREFIX, Group, Interface, Saved, base_feeds, group_layers
+from ..interface import BASE_PREFIX, Group, Interface, Saved, group_layers
 from ..locate.content import compare_site, part_of
 from ..locate.saved import Place
 from ..locate.site import Site, Wanted

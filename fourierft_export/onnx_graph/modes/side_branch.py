@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from ..groups import PREFIX, Group
+from ..interface import PREFIX, Group
 from .ends import Ends
 from .transforms import Transforms, is_dense
 

@@ -12,9 +12,9 @@ import numpy as np
 from ...bundle.file import Bundle
 from ...errors import BadInputError, UsageError
 from ...types import Array
-from ..fit import fit
+from ..feeds import feed_bundle
 from ..graph.source import Source, open_onnx
-from ..groups import BASE_PREFIX, Interface, WeightInput
+from ..interface import BASE_PREFIX, Interface, WeightInput
 from ..metadata import KEY
 from ..mode_names import BANK, PAIRED, expander_path
 
@@ -155,7 +155,7 @@ def parameters_for(
     # An expander takes no saved tensors, and holds none.
     expands = graph.mode == PAIRED and takes_spectra
     zeros = {one.name: np.zeros(one.shape, one.dtype) for one in graph.interface.saved}
-    feeds = fit(
+    feeds = feed_bundle(
         graph.interface,
         bundle,
         zeros if expands else graph.base_saved(),

@@ -9,7 +9,7 @@ from typing import Any
 from ...spectral.delta import Term
 from ...types import Array
 from ..adapters import adapted_weight
-from ..groups import Interface, WeightInput
+from ..interface import Interface, WeightInput
 from .ort_session import to_value
 
 

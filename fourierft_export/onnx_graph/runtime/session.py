@@ -14,8 +14,8 @@ import numpy as np
 from ...bundle.peft import BundleSource, open_bundle
 from ...errors import UsageError
 from ...types import Array
-from ..fit import check_parameters, fit, knows_base
-from ..groups import ADAPTER_ID, Interface, base_feeds, table
+from ..feeds import base_feeds, check_parameters, feed_bundle, has_fingerprints, table
+from ..interface import ADAPTER_ID, Interface
 from ..mode_names import BANK, PAIRED, expander_path
 from .adapter_file import SUFFIX, read_adapter
 from .exported import open_exported
@@ -153,14 +153,14 @@ class AdapterSession:
             feeds = self._base | parameters
         else:
             bundle = open_bundle(bundle, bind=True)
-            feeds = fit(
+            feeds = feed_bundle(
                 interface,
                 bundle,
                 self._base,
                 where=f"adapter {name!r}",
                 allow_base_mismatch=allow_base_mismatch,
             )
-            if not knows_base(bundle):
+            if not has_fingerprints(bundle):
                 log.warning("adapter %r: no check was possible that it belongs to this base", name)
         with self._lock:
             self._adapters[name] = feeds

@@ -1,9 +1,9 @@
-"""What a bundle or an .onnx_adapter file feeds a graph, checked against the graph."""
+"""What an adapter feeds the inputs of a graph, checked against the graph."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import ml_dtypes
@@ -16,12 +16,12 @@ from ..bundle.spec import Fingerprint
 from ..errors import BadInputError, BaseMismatchError
 from ..models.names import find_bridge
 from ..types import Array
-from .groups import Interface, spectral_feeds
+from .interface import PREFIX, Group, Interface
 
 log = logging.getLogger(__name__)
 
 
-def fit(
+def feed_bundle(
     interface: Interface,
     bundle: Bundle,
     base: Mapping[str, Array],
@@ -99,8 +99,8 @@ def _comparing(there: Fingerprint) -> Callable[[Fingerprint], LayerVerdict]:
     return lambda expected: judge(expected, there)
 
 
-def knows_base(bundle: Bundle) -> bool:
-    """Whether every layer has a fingerprint of its base weight, by which `fit` checks it."""
+def has_fingerprints(bundle: Bundle) -> bool:
+    """Whether every layer has a fingerprint of its base weight, which `feed_bundle` compares."""
     return all(layer.fingerprint is not None for layer in bundle.layers)
 
 
@@ -179,3 +179,79 @@ def _misfits(interface: Interface, parameters: Mapping[str, Array]) -> Iterable[
                 f"{name}: {dtype} {list(shape)} expected, "
                 f"found {array.dtype.name} {list(array.shape)}"
             )
+
+
+def spectral_feeds(groups: Iterable[Group], bundle: Bundle) -> dict[str, Array]:
+    """What a bound adapter feeds the groups' inputs; layers that it lacks get zeros.
+
+    Args:
+        groups: of the graph.
+        bundle: bound, with the graph's layer names.
+    """
+    feeds: dict[str, Array] = {}
+    for group in groups:
+        spectra = {name: bundle.spectra[name] for name in group.layers if name in bundle.spectra}
+        if not spectra:
+            feeds |= base_feeds([group])
+            continue
+        entries, columns = _joined({name: bundle.entries(name) for name in spectra})
+        spectrum = np.zeros((len(group.layers), len(entries)), group.dtype)
+        scaling = np.zeros(len(group.layers), np.float32)
+        for row, name in enumerate(group.layers):
+            if name in spectra:
+                spectrum[row, columns[name]] = spectra[name]
+                scaling[row] = bundle.spec.scaling
+        feeds |= {group.spectrum: spectrum, group.entries: entries, group.scaling: scaling}
+    return feeds
+
+
+def base_feeds(groups: Iterable[Group]) -> dict[str, Array]:
+    """What makes no change: one coefficient of zero."""
+    return {
+        name: array
+        for group in groups
+        for name, array in (
+            (group.spectrum, np.zeros((len(group.layers), 1), group.dtype)),
+            (group.entries, np.zeros((1, 2), np.int64)),
+            (group.scaling, np.zeros(len(group.layers), np.float32)),
+        )
+    }
+
+
+def _joined(entries: Mapping[str, Array]) -> tuple[Array, dict[str, slice]]:
+    """One list of entries for several layers, and where each finds its own in it.
+
+    A shorter list that begins a longer one (same seed, smaller n) needs no extra room.
+    """
+    lists: list[Array] = []
+    for own in sorted(entries.values(), key=len, reverse=True):
+        if not any(np.array_equal(own, other[: len(own)]) for other in lists):
+            lists.append(own)
+    starts = np.cumsum([0, *(len(one) for one in lists)])
+    places = {}
+    for name, own in entries.items():
+        which = next(i for i, one in enumerate(lists) if np.array_equal(own, one[: len(own)]))
+        places[name] = slice(int(starts[which]), int(starts[which]) + len(own))
+    return np.concatenate(lists).astype(np.int64), places
+
+
+def table(groups: Iterable[Group], adapters: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The inputs of a bank: those of each adapter, one above the other, n filled up with zeros.
+
+    Args:
+        groups: of the graph.
+        adapters: per row its feeds by name, at least one.
+    """
+    stacked: dict[str, Array] = {}
+    names = {name for group in groups for name in (group.spectrum, group.entries)}
+    for name in adapters[0]:
+        arrays = [adapter[name] for adapter in adapters]
+        if name in names:
+            axis = 1 if name.startswith(f"{PREFIX}spectrum.") else 0
+            longest = max(array.shape[axis] for array in arrays)
+            arrays = [
+                np.pad(a, [(0, (longest - a.shape[i]) * (i == axis)) for i in range(a.ndim)])
+                for a in arrays
+            ]
+        stacked[name] = np.stack(arrays)
+    return stacked

@@ -1,4 +1,4 @@
-"""The adapter inputs of a graph: which there are, and what an adapter feeds them.
+"""The adapter inputs of a graph: which there are, and their names.
 
 Layers of one shape and n_frequency form a group with three inputs, as in the bundle: `spectrum`
 [L, n] raw, `entries` [n, 2], `scaling` [L]. Saved heads and biases are inputs under their own
@@ -9,7 +9,7 @@ one group is fed with zeros in between. A bank has the number of adapters in fro
 from __future__ import annotations
 
 import base64
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,79 +190,3 @@ def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:
         dtype = "float64" if wide & set(layers) else "float32"
         groups.append(Group(index, shape, tuple(layers), dtype))
     return tuple(groups)
-
-
-def spectral_feeds(groups: Iterable[Group], bundle: Bundle) -> dict[str, Array]:
-    """What a bound adapter feeds the groups' inputs; layers that it lacks get zeros.
-
-    Args:
-        groups: of the graph.
-        bundle: bound, with the graph's layer names.
-    """
-    feeds: dict[str, Array] = {}
-    for group in groups:
-        spectra = {name: bundle.spectra[name] for name in group.layers if name in bundle.spectra}
-        if not spectra:
-            feeds |= base_feeds([group])
-            continue
-        entries, columns = _joined({name: bundle.entries(name) for name in spectra})
-        spectrum = np.zeros((len(group.layers), len(entries)), group.dtype)
-        scaling = np.zeros(len(group.layers), np.float32)
-        for row, name in enumerate(group.layers):
-            if name in spectra:
-                spectrum[row, columns[name]] = spectra[name]
-                scaling[row] = bundle.spec.scaling
-        feeds |= {group.spectrum: spectrum, group.entries: entries, group.scaling: scaling}
-    return feeds
-
-
-def base_feeds(groups: Iterable[Group]) -> dict[str, Array]:
-    """What makes no change: one coefficient of zero."""
-    return {
-        name: array
-        for group in groups
-        for name, array in (
-            (group.spectrum, np.zeros((len(group.layers), 1), group.dtype)),
-            (group.entries, np.zeros((1, 2), np.int64)),
-            (group.scaling, np.zeros(len(group.layers), np.float32)),
-        )
-    }
-
-
-def _joined(entries: Mapping[str, Array]) -> tuple[Array, dict[str, slice]]:
-    """One list of entries for several layers, and where each finds its own in it.
-
-    A shorter list that begins a longer one (same seed, smaller n) needs no extra room.
-    """
-    lists: list[Array] = []
-    for own in sorted(entries.values(), key=len, reverse=True):
-        if not any(np.array_equal(own, other[: len(own)]) for other in lists):
-            lists.append(own)
-    starts = np.cumsum([0, *(len(one) for one in lists)])
-    places = {}
-    for name, own in entries.items():
-        which = next(i for i, one in enumerate(lists) if np.array_equal(own, one[: len(own)]))
-        places[name] = slice(int(starts[which]), int(starts[which]) + len(own))
-    return np.concatenate(lists).astype(np.int64), places
-
-
-def table(groups: Iterable[Group], adapters: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The inputs of a bank: those of each adapter, one above the other, n filled up with zeros.
-
-    Args:
-        groups: of the graph.
-        adapters: per row its feeds by name, at least one.
-    """
-    stacked: dict[str, Array] = {}
-    names = {name for group in groups for name in (group.spectrum, group.entries)}
-    for name in adapters[0]:
-        arrays = [adapter[name] for adapter in adapters]
-        if name in names:
-            axis = 1 if name.startswith(f"{PREFIX}spectrum.") else 0
-            longest = max(array.shape[axis] for array in arrays)
-            arrays = [
-                np.pad(a, [(0, (longest - a.shape[i]) * (i == axis)) for i in range(a.ndim)])
-                for a in arrays
-            ]
-        stacked[name] = np.stack(arrays)
-    return stacked
