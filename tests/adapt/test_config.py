@@ -96,7 +96,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any], culprit: str) -> None:
     assert any(line.startswith(culprit) for line in caught.value.offenders)
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_that_is_wrong_is_reported_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         FourierFTConfig(n_frequency=0, random_loc_seed=-1, bias="some")
     assert len(caught.value.offenders) == 3

@@ -119,7 +119,7 @@ def test_autocast(base_dtype: torch.dtype) -> None:
     assert error <= 4 * torch.finfo(torch.bfloat16).eps * reference.abs().max()
     found.float().sum().backward()
     grad = layer.adapter("a").spectrum.grad
-    assert grad is None  # nothing was asked to learn
+    assert grad is None  # nothing requires gradients
     layer.adapter("a").spectrum.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         layer(x).float().sum().backward()

@@ -152,7 +152,7 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize("make", [lambda: Scaled(8, 8), own_forward, hooked])
 @pytest.mark.parametrize("form", ["token", "dense"])
 def test_the_base_layer_keeps_its_forward_and_hooks(make: Any, form: str) -> None:
-    """As in PEFT, they run on the base's output beside the adapter, and on W + delta_W if fused."""
+    """As in PEFT, they run on W alone, without delta_W; on W + delta_W if fused."""
     model = net("a", q=make())
     change = (X @ model.q.adapter("a").delta_weight().T).detach()
     base = model.q.base_layer(X).detach()
@@ -211,7 +211,7 @@ def test_saved_modules_with_modules_in_them_open_in_peft(tmp_path: Path) -> None
 
 
 def test_parametrized_modules(tmp_path: Path) -> None:
-    """weight_norm beside the adapter, under bias="all", and in the adapted layer itself."""
+    """weight_norm next to an adapted layer, under bias="all", and in the adapted layer itself."""
     import onnxruntime
 
     torch.manual_seed(0)

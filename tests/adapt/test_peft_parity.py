@@ -1,4 +1,4 @@
-"""What PEFT's own tests ask of a FourierFT adapter, asked of this library, against PEFT itself.
+"""What PEFT's own tests check of a FourierFT adapter, checked here against PEFT itself.
 
 Injection, gradients, training, heads and biases are in test_inject.py; selection in
 test_targets.py; moving adapters between the two libraries in test_to_peft.py.
@@ -35,6 +35,7 @@ from fourierft_export.adapt.modules import active_adapters, adapter_names, fouri
 from fourierft_export.errors import BadInputError, UsageError
 
 MakeModel = Callable[[str], nn.Module]
+WithPeft = Callable[..., Any]
 
 LLAMA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
@@ -148,7 +149,7 @@ def test_merge_of_several_is_the_sum_in_any_order(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_adapter_is_not_merged(pair: Pair, tokens: Tensor, bad: float) -> None:
-    """What PEFT checks if asked to (safe_merge) is always checked, in every layer, at once."""
+    """What PEFT checks with safe_merge=True is always checked, in every layer, at once."""
     pair.activate("b")
     good, _ = pair.outputs(tokens)
     pair.activate("a")
@@ -286,7 +287,7 @@ def test_deleting_the_active_and_the_idle_one(pair: Pair, tokens: Tensor, gone: 
     pair.theirs.delete_adapter(gone)
     left = "b" if gone == "a" else "a"
     assert adapter_names(pair.ours) == (left,)
-    # With the active one gone PEFT activates another; here the base remains until told otherwise.
+    # With the active one gone PEFT activates another; here none is active until `activate`.
     assert active_adapters(pair.ours) == (() if gone == "a" else ("a",))
     assert not any(f".{gone}." in name for name in pair.ours.state_dict())
     pair.activate(left).check(tokens)
@@ -338,16 +339,12 @@ def test_a_name_is_just_a_name(make_model: MakeModel, tokens: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_training_in_half_precision(
-    make_model: MakeModel, tokens: Tensor, dtype: torch.dtype, autocast: bool
+    make_model: MakeModel, with_peft: WithPeft, tokens: Tensor, dtype: torch.dtype, autocast: bool
 ) -> None:
     """Spectra are float32 whatever the base is; loss and gradients are those of PEFT's."""
-    from peft import FourierFTConfig as PeftConfig
-    from peft import get_peft_model
-
     fields = COMMON | LLAMA
     base = make_model("llama").to(torch.float32 if autocast else dtype)
-    torch.manual_seed(1)
-    theirs: Any = get_peft_model(copy.deepcopy(base), PeftConfig(**fields))
+    theirs = with_peft(copy.deepcopy(base), seed=1, **fields)
     torch.manual_seed(1)
     ours: Any = inject(base, FourierFTConfig(**fields))
     found = []
@@ -579,14 +576,10 @@ def test_the_layers_attributes_are_the_bases(pair: Pair) -> None:
 # Other architectures, saved modules
 
 
-def test_encoder_and_decoder(make_model: MakeModel, tokens: Tensor) -> None:
-    from peft import FourierFTConfig as PeftConfig
-    from peft import get_peft_model
-
+def test_encoder_and_decoder(make_model: MakeModel, with_peft: WithPeft, tokens: Tensor) -> None:
     fields = COMMON | {"task_type": "SEQ_2_SEQ_LM"}  # the usual targets: q and v, in both halves
     base = make_model("t5")
-    torch.manual_seed(1)
-    theirs: Any = get_peft_model(copy.deepcopy(base), PeftConfig(**fields)).eval()
+    theirs = with_peft(copy.deepcopy(base), seed=1, **fields)
     torch.manual_seed(1)
     ours: Any = inject(copy.deepcopy(base), FourierFTConfig(**fields))
     assert len(fourier_layers(ours)) == 2 * (2 + 2 + 2)  # T5 attends across, too

@@ -1,4 +1,4 @@
-"""Adapters beside layers that torchao and bitsandbytes quantised: outputs, gradients, training."""
+"""Adapters on layers that torchao and bitsandbytes quantised: outputs, gradients, training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training asks of the layer: compile, checkpointing, DDP, memory for the backward pass."""
+"""What training needs from the layer: compile, checkpointing, DDP, memory for the backward pass."""
 
 from __future__ import annotations
 
