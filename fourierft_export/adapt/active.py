@@ -93,7 +93,7 @@ def disabled(model: Model) -> Iterator[Model]:
 def update_learning(model: nn.Module) -> None:
     """Let those adapter tensors learn that are active and trainable, none while the model is fused.
 
-    Idle ones must not ask for gradients: DistributedDataParallel waits for every one that does.
+    Inactive ones must not require gradients: DistributedDataParallel waits for all that do.
     """
     learning = set() if is_fused(model) else set(active_adapters(model))
     for name in adapter_names(model):
@@ -111,11 +111,11 @@ def let_learn(model: nn.Module, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class TrainableParameters:
-    """How many numbers of a model learn.
+    """How many values in the parameters of a model are trained.
 
     Attributes:
-        count: numbers in parameters that ask for gradients.
-        total: numbers in all parameters.
+        count: values in parameters that require gradients.
+        total: values in all parameters.
     """
 
     count: int

@@ -1,4 +1,4 @@
-"""Bundles onto a live model, off it again, and out of it."""
+"""Attach bundles to a live model, replace and detach adapters, and capture them as bundles."""
 
 from __future__ import annotations
 
@@ -169,11 +169,11 @@ def replace(
 
 
 def detach(model: Model, name: str | None = None) -> Model:
-    """Takes one adapter off a model, or all of them.
+    """Removes one adapter from a model, or all of them.
 
-    Where no adapter is left, the original module stands again, the same object. With the last
-    adapter gone, the base learns again as before the first. A model without adapters stays as it
-    is. Where others stay and none of them is active, the log says so.
+    A layer without adapters is the original module again, the same object. After the last adapter
+    the base learns as it did before the first. A model without adapters is not changed. Adapters
+    that are left stay active or inactive; if none of them is active, a log message says so.
 
     Args:
         model: changed in place.
@@ -183,8 +183,8 @@ def detach(model: Model, name: str | None = None) -> Model:
         The same model.
 
     Raises:
-        UsageError: no adapter of that name; the model is fused and others would stay; a `route`
-            block is open.
+        UsageError: no adapter of that name; the model is fused and other adapters would be left; a
+            `route` block is open.
     """
     if name is not None:
         check_known(model, [name])

@@ -1,4 +1,4 @@
-"""What to adapt and how, in PEFT's words.
+"""`FourierFTConfig`: which layers to adapt and how, with the field names of PEFT.
 
 Field names, meanings and defaults are those of PEFT's `FourierFTConfig`
 (tuners/fourierft/config.py), so that a configuration can move between the two as a dictionary.
@@ -32,7 +32,7 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-# What PEFT writes besides: it says nothing of what to adapt.
+# Fields that PEFT writes as well; they do not affect which layers are adapted, or how.
 _OTHER_PEFT_FIELDS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -47,8 +47,8 @@ _OTHER_PEFT_FIELDS = {
 class FourierFTConfig:
     """The settings of a new adapter, with the names, meanings and defaults of PEFT's.
 
-    Lists and sets become tuples. Patterns are the author's own regular expressions; files that
-    others made are read without running theirs.
+    Lists and sets become tuples. Patterns are regular expressions, which `inject` runs; reading a
+    bundle or a PEFT adapter runs none.
 
     Attributes:
         n_frequency: learnable coefficients per layer.
@@ -163,7 +163,7 @@ ConfigSource = FourierFTConfig | Mapping[str, Any] | str | os.PathLike[str] | An
 
 
 def load_config(source: ConfigSource) -> FourierFTConfig:
-    """A configuration from any of the forms in which people have one.
+    """Makes a `FourierFTConfig` from an object, a dictionary or a file.
 
     Args:
         source: a `FourierFTConfig`; PEFT's object of that name; a dictionary of the fields of

@@ -1,4 +1,4 @@
-"""What a base may not do while it has adapters: learn, and be saved under the wrappers' names."""
+"""Stop a base that has adapters from learning and from being saved under the wrappers' names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def refuse_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` of the model, and of models within it, refuse; `unfreeze` ends that."""
+    """Make `save_pretrained` of the model, and of models within it, raise; `unfreeze` undoes it."""
     for _, module in base_modules(model):
         base = original(module)
         if callable(getattr(type(base), _SAVE, None)) and _SAVE not in base.__dict__:
@@ -57,13 +57,13 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands for `model.save_pretrained` while there are adapters.
+    """Replaces `model.save_pretrained` while there are adapters.
 
-    Checkpoints of transformers' Trainer are written all the same: the Trainer reads them back by
-    the names that they have.
+    Checkpoints of transformers' Trainer are written: the Trainer reads them back under the same
+    names.
 
     Raises:
-        UsageError: somebody else calls it.
+        UsageError: the caller is not the Trainer.
     """
     if sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
         return getattr(type(model), _SAVE)(model, *args, **kwargs)

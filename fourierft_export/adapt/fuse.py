@@ -1,4 +1,4 @@
-"""In-memory merge: W + delta_W computed once, and taken back or kept for good.
+"""In-memory merge: W + delta_W computed once, then undone or kept permanently.
 
 `fuse` keeps the base's weight: subtracting delta_W again would not restore it.
 """
@@ -53,7 +53,7 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
     Raises:
         UsageError: fused already; no adapter named or active; a merged weight is not finite in
             the base's dtype (float16 ends at 65,504); a layer is quantised, its weight is computed
-            from others, or it stands at several places in the model: all such layers listed, and
+            from others, or it occurs at several places in the model: all such layers listed, and
             the model unchanged.
 
     Example:
@@ -221,9 +221,9 @@ def _activate_for_merge(
     if shared:
         raise UsageError(
             where,
-            expected="layers that stand at one place in the model",
-            found=f"{len(shared)} that stand at other paths as well, where no adapter is",
-            remedy="give each place a layer of its own",
+            expected="layers that occur once in the model",
+            found=f"{len(shared)} that occur at other paths as well, without an adapter",
+            remedy="put a copy of the layer at each path",
             offenders=shared,
         )
     activate(model, wanted)

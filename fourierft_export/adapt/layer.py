@@ -1,6 +1,6 @@
 """`FourierLinear`: a linear layer plus the changes that any number of adapters make to it.
 
-The base layer is kept as it is, as a child, and delta_W is added in the forward pass, so that
+The base layer is kept unchanged, as a child, and delta_W is added in the forward pass, so that
 detaching the adapters gives back the very same module. Each adapter's part of the layer is one
 small module in one mapping by adapter name; `active` names those in use.
 """
@@ -43,7 +43,7 @@ class FourierLinear(nn.Module):
     Args:
         base_layer: `nn.Linear`; transformers' `Conv1D`, which stores its weight as (in, out); or
             any module with `in_features` and `out_features`, such as a quantised layer: its
-            output is taken as it is, and x delta_W^T is added in float32.
+            output is kept, and x delta_W^T is added in float32.
 
     Attributes:
         base_layer: the layer as it was (an `AdaptedModule` around it where adapters have biases).
@@ -92,11 +92,11 @@ class FourierLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer stands for, active adapters included, in the base's layout.
+        """W plus the delta_W of the active adapters, in the base's layout.
 
         It is computed when it is read. torch reads the weights of some layers and never calls
         them: the output projection of `nn.MultiheadAttention`, and all of
-        `nn.TransformerEncoderLayer` when no gradients are asked for.
+        `nn.TransformerEncoderLayer` when gradients are disabled.
 
         Within `route`, where each row has its own, it is a stand-in that refuses to be used.
 

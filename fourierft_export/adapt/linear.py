@@ -2,7 +2,7 @@
 
 nn.Linear and transformers' Conv1D hold their weight as a plain float matrix. Any other module that
 maps in_features to out_features can have an adapter as well, quantised layers above all; delta_W
-is then applied beside the layer and never added to its weight.
+is then added to the output of the layer and never to its weight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..types import Array
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REMEDY = (
     "capture the adapter and merge it into the unquantised checkpoint, or put it on a dequantised "
-    "model; here it can only run beside the layer"
+    "model; on this model its effect can only be added to the output of the layer"
 )
 
 
@@ -165,7 +165,7 @@ _PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_bare(linear: nn.Module) -> bool:
-    """Whether calling the layer is nothing but x W^T + b: no forward of its own, no hooks.
+    """Whether calling the layer is nothing but x W^T + b: no replaced forward, no hooks.
 
     PEFT always calls the base layer, so whatever hangs on it must run here, too.
     """
@@ -212,7 +212,7 @@ def warn_if_gradients_stop(layer: nn.Module, x: Tensor) -> None:
 
     The layer is run once more for it, forward and backward, on `x`.
     """
-    # Hooks of its own hide what is saved here from gradient checkpointing, which counts.
+    # Separate hooks hide what is saved here from gradient checkpointing, which counts.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         probe = x.detach().requires_grad_()
         answer = layer(probe)
@@ -225,9 +225,9 @@ def warn_if_gradients_stop(layer: nn.Module, x: Tensor) -> None:
                 return
     if gradient is None:
         warnings.warn(
-            f"{describe(layer)}: no gradient passes through this layer. What lies before it "
-            "learns only through the adapter beside it; use weight-only quantisation to train, or "
-            "adapt the last layers alone.",
+            f"{describe(layer)}: no gradient passes through this layer. Layers before "
+            "it get gradients through its adapter only; use weight-only quantisation to train, or "
+            "adapt only the last layers.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -272,7 +272,7 @@ def to_array(tensor: Tensor) -> Array:
 
 
 def to_tensor(array: Array) -> Tensor:
-    """A numpy array as a tensor of its own, bit for bit."""
+    """A copy of a numpy array as a tensor, bit for bit."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(np.array(array, copy=True, order="C"))

@@ -91,7 +91,7 @@ def match_bundle(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) ->
         raise UsageError(
             where,
             expected="an adapter that either replaces a weight or changes it",
-            found=f"{len(both)} weights that it does both to",
+            found=f"{len(both)} that it both replaces and changes",
             remedy="leave these layers out of target_modules or of modules_to_save",
             offenders=both,
         )
@@ -180,7 +180,7 @@ def _found_layer(path: str, modules: Mapping[str, nn.Module]) -> FoundLayer | st
     module = modules.get(path)
     if module is None:
         linear = [p for p, m in modules.items() if is_linear(m)]
-        return f"no such layer in the model; {did_you_mean(path, linear) or 'none is alike'}"
+        return f"no such layer in the model; {did_you_mean(path, linear) or 'no name is similar'}"
     if not is_linear(module):
         return f"a linear layer expected, found {type(module).__name__}"
     check_not_meta(path, module)

@@ -115,7 +115,7 @@ def add_saved(
 
 
 def _exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` at all places of the model where `old` stands: a base may use a module twice."""
+    """Put `new` at all places of the model that hold `old`: a base may use a module twice."""
     for module in list(original(model).modules()):
         for name, child in module._modules.items():
             if child is old and module is not new:
@@ -123,7 +123,7 @@ def _exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> No
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Remove adapter `name`; where it was the last one, the base's own module stands again."""
+    """Remove adapter `name`; where it was the last one, put the base's own module back."""
     for adapted in adapted_modules(model).values():
         remove_version(adapted, name)
         if not versions_of(adapted):

@@ -163,7 +163,7 @@ def module_in_use(adapted: AdaptedModule) -> nn.Module:
 def add_version(
     adapted: AdaptedModule, name: str, own: Mapping[str, Tensor], trainable: bool
 ) -> None:
-    """Add adapter `name`'s version with these tensors of its own; it is not active yet."""
+    """Add adapter `name`'s version, which holds copies of these tensors; it is not active yet."""
     version = Version(original_of(adapted), own, trainable).train(adapted.training)
     cast(nn.ModuleDict, adapted._modules["versions"])[name] = version
 
@@ -245,7 +245,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def check_can_be_saved(path: str, module: nn.Module) -> None:
-    """Refuse modules that no wrapper can stand in for: those that are read rather than called.
+    """Refuse modules that a wrapper cannot replace: those that are read rather than called.
 
     Raises:
         UsageError: `module` has no forward, or is the whole model; its tensors are spread over

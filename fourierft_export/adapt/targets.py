@@ -65,7 +65,7 @@ class Selection:
 def select(model: nn.Module, config: FourierFTConfig) -> Selection:
     """Choose the layers of `model` that `config` asks for.
 
-    A module that stands at several paths is known by its first, and adapted there only, as in PEFT.
+    A module that stands at several paths is adapted at the first of them only, as in PEFT.
 
     Raises:
         UsageError: nothing matched; something that is no linear layer matched; n_frequency is
@@ -152,7 +152,7 @@ def _target_names(
 
 
 def _holds_linears(module: nn.Module) -> bool:
-    """Whether a block of layers merely tells its own sizes; "all-linear" means what is in it."""
+    """Whether a module with sizes is a block of layers: "all-linear" takes the layers in it."""
     return any(is_linear(inner) for inner in module.modules() if inner is not module)
 
 
@@ -220,7 +220,7 @@ def _check_fit(targets: Mapping[str, int], modules: Mapping[str, nn.Module]) -> 
     for path, n in targets.items():
         rows, columns = layer_shape(modules[path])
         if n > rows * columns:
-            too_small.append(f"{path}: {rows} x {columns} has room for {rows * columns}, not {n}")
+            too_small.append(f"{path}: {rows} x {columns} has {rows * columns} weights, found {n}")
     if too_small:
         raise UsageError(
             "n_frequency",
@@ -241,12 +241,12 @@ def _nothing_matched(
 ) -> UsageError:
     linear = [path for path, module in modules.items() if is_linear(module)]
     if isinstance(wanted, frozenset):
-        found, offenders = f"{ALL_LINEAR!r} left no linear layer over", []
+        found, offenders = f"no linear layer is left for {ALL_LINEAR!r}", []
     else:
         names = (wanted,) if isinstance(wanted, str) else wanted
         found = f"none for {', '.join(names)}"
         known = [*_last_segments(linear), *linear]
-        offenders = [f"{name}: {did_you_mean(name, known) or 'nothing like it'}" for name in names]
+        offenders = [f"{name}: {did_you_mean(name, known) or 'no similar name'}" for name in names]
     if not isinstance(wanted, frozenset) and any(_is_wanted(p, wanted) for p in modules):
         found += " once exclude_modules, modules_to_save and layers_to_transform are applied"
         offenders = []

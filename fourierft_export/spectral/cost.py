@@ -1,4 +1,4 @@
-"""Which way to take: the cost model of every choice in the spectral core, in one place.
+"""Estimate the cost of each path in the spectral core, and choose the cheapest.
 
 Costs are nanoseconds on the machine the constants were fitted on (one x86-64 core with AVX-512);
 only their ratios matter, and they hold for AVX2 as well. They follow from counts that anyone can
@@ -126,7 +126,7 @@ def choose_form(
         rows: product of the leading dimensions of the layer's input.
         shape: (out_features, in_features).
         n_frequency: number of coefficients.
-        training: a gradient in the spectrum will be asked for.
+        training: the gradient of the spectrum is needed.
         remember: keep the answer, as the estimate itself takes 30 us; torch.compile cannot.
     """
     if "form" in _forced:

@@ -219,7 +219,7 @@ def _rebuild_blocks(
                 put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
             put(layer, where, values)
 
-    if path == "products":  # the library beneath has threads of its own
+    if path == "products":  # the matrix library uses threads itself
         work(range(count), blocks)
     elif path == "columns" or count >= used:
         run_shares(lambda layers: work(layers, blocks), count, min(used, count))

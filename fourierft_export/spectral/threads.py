@@ -1,4 +1,4 @@
-"""Threads for numpy work: its FFTs, products and casts let go of the interpreter lock."""
+"""Threads for numpy work: its FFTs, products and casts release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 
 
 def default_threads() -> int:
-    """`OMP_NUM_THREADS` where it is set, as for the libraries beneath; else the usable cores."""
+    """`OMP_NUM_THREADS` where it is set, as numerical libraries do; else the usable cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if setting.isdecimal() and int(setting) > 0:
         return int(setting)

@@ -182,7 +182,7 @@ def _to_values(
 def _token_tables(
     entries: Tensor, shape: Shape, dtype: torch.dtype, swapped: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`TokenTables` as tensors beside the entries; with `swapped` those of delta_W transposed."""
+    """`TokenTables` as tensors on the entries' device; if `swapped`, of delta_W transposed."""
     kept: dict[Any, Any] | None = _tables.get(entries)
     if kept is None:
         kept = _tables[entries] = {}

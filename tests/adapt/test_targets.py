@@ -133,7 +133,7 @@ def test_nothing_matched_shows_near_names(make_model: Callable[[str], nn.Module]
     error = refusal(make_model("bert"), target_modules=["qeury", "valeu", "zzz"])
     assert "query" in error.offenders[0]
     assert "value" in error.offenders[1]
-    assert error.offenders[2] == "zzz: nothing like it"
+    assert error.offenders[2] == "zzz: no similar name"
     assert "query, key, value" in error.remedy
     assert error.exit_code == 2
 
@@ -152,7 +152,7 @@ def test_modules_of_other_types_are_all_named(make_model: Callable[[str], nn.Mod
 def test_n_frequency_larger_than_a_layer_names_all(make_model: Callable[[str], nn.Module]) -> None:
     error = refusal(make_model("bert"), target_modules=["query", "pooler.dense"], n_frequency=1025)
     assert len(error.offenders) == 4
-    assert "32 x 32 has room for 1024, not 1025" in error.offenders[0]
+    assert "32 x 32 has 1024 weights, found 1025" in error.offenders[0]
     config = FourierFTConfig(target_modules=["query"], n_frequency=1024)
     assert len(select(make_model("bert"), config).targets) == 3
 

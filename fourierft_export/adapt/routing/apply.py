@@ -50,7 +50,7 @@ def add_row_deltas(result: Tensor, x: Tensor, adapters: nn.ModuleDict, rows: Row
         total = result + delta  # all rows, in their order
     else:
         total = result.to(wide).index_add(0, positions, delta)
-    return _mark(total.to(dtype), rows)
+    return _record_rows(total.to(dtype), rows)
 
 
 def _group_deltas(
@@ -151,7 +151,7 @@ def call_by_rows(
             raise _refusal(rows, expected, found)
         parts.append(answer)
     order = torch.cat(list(positions.values()))
-    return _mark(torch.cat(parts).index_select(0, order.argsort()), rows)
+    return _record_rows(torch.cat(parts).index_select(0, order.argsort()), rows)
 
 
 def attribute_by_rows(
@@ -159,7 +159,7 @@ def attribute_by_rows(
 ) -> Any:
     """An attribute of the module that each row uses.
 
-    What all versions share is returned as it is. A method or child module becomes one that splits
+    What all versions share is returned itself. A method or child module becomes one that splits
     the rows when it is called; a tensor becomes a `PerRowTensor`.
 
     Raises:
@@ -199,7 +199,7 @@ class PerRowCallable:
 class PerRowTensor:
     """Stands for a weight or bias of which each row has its own; computing with it is refused.
 
-    Code that only asks for its dtype, device or shape gets the base's (T5 does).
+    Code that only reads its dtype, device or shape gets the base's (T5 does).
 
     Args:
         base: the base's tensor.
@@ -257,20 +257,20 @@ def _refuse_export(rows: RowAdapters) -> None:
         )
 
 
-def _mark(result: Tensor, rows: RowAdapters) -> Tensor:
-    """`result`, with the rows' adapters on record in its graph.
+def _record_rows(result: Tensor, rows: RowAdapters) -> Tensor:
+    """`result`, with the rows' adapters recorded in its autograd graph.
 
     Where a checkpointed region was run again under other rows, torch finds that the tensors it
     saved have other sizes, and raises its CheckpointError instead of giving wrong gradients.
     """
     if not torch.is_grad_enabled() or not result.requires_grad:
         return result
-    with_mark: Tensor = _Mark.apply(result, rows.content)  # type: ignore[no-untyped-call]
-    return with_mark
+    recorded: Tensor = _RecordRows.apply(result, rows.content)  # type: ignore[no-untyped-call]
+    return recorded
 
 
-class _Mark(torch.autograd.Function):
-    """The identity; saves an empty tensor whose size is the rows' number."""
+class _RecordRows(torch.autograd.Function):
+    """The identity; saves an empty tensor whose size is `RowAdapters.content`."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, content: int) -> Tensor:

@@ -72,7 +72,7 @@ class RowAdapters:
 
     @property
     def content(self) -> int:
-        """A number below 2^31 that tells apart the row lists of different blocks."""
+        """A number below 2^31, different for different row lists (but for hash collisions)."""
         return hash((self.names, self.num_beams)) % 2**31
 
 
@@ -96,11 +96,11 @@ class OpenBlocks:
 
     @property
     def may_apply(self) -> bool:
-        """Whether `current_rows` has to be asked; False for a model that is never routed."""
+        """Whether `current_rows` must be called; False for a model that is never routed."""
         return self.count > 0 or bool(self.latest)
 
 
-# Wrapped module -> its rows. Each thread, and each asynchronous task, has a value of its own.
+# Wrapped module -> its rows. Each thread, and each asynchronous task, has a separate value.
 _rows: ContextVar[Mapping[nn.Module, RowAdapters] | None] = ContextVar("rows", default=None)
 _lock = threading.Lock()
 
@@ -129,7 +129,7 @@ def current_rows(module: nn.Module, blocks: OpenBlocks) -> RowAdapters | None:
     """The rows that the pass of `module` that begins now must use; None outside of `route`.
 
     Raises:
-        UsageError: nn.DataParallel runs the module, in threads that know nothing of the block.
+        UsageError: nn.DataParallel runs the module, in threads outside of the block.
     """
     thread = threading.get_ident()
     if torch._C._current_graph_task_id() != -1:  # within a backward pass
@@ -141,7 +141,7 @@ def current_rows(module: nn.Module, blocks: OpenBlocks) -> RowAdapters | None:
         raise UsageError(
             "route",
             expected="a model that runs in the thread of the block",
-            found="nn.DataParallel, which runs parts of the batch in threads of its own",
+            found="nn.DataParallel, which runs parts of the batch in other threads",
             remedy="route the model itself, or use DistributedDataParallel",
         )
     blocks.latest.pop(thread, None)

@@ -41,7 +41,7 @@ def route(
     that dimension differs from the number of rows.
 
     Training: gradients reach every trainable adapter among `names`, also when `backward` is
-    called after the block; those adapters keep asking for gradients until the next `activate`.
+    called after the block; those adapters require gradients until the next `activate`.
     Under gradient checkpointing a module's second run uses the rows of its latest first run; with
     another forward pass in between, torch's non-reentrant checkpointing raises its
     CheckpointError, while the reentrant one cannot notice.
