@@ -125,7 +125,7 @@ def test_weights_within_functions(
 
 
 def test_mapped_by_hand(make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run) -> None:
-    """An unbound adapter knows no content: the constant's name in its function settles it."""
+    """An unbound adapter has no fingerprint: the caller names the constant in the function."""
     bundle = make_bundle(["layer"], scaling=30.0)
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(model_of_functions(ANONYMOUS), source)
@@ -188,7 +188,7 @@ def block_functions(plain: onnx.ModelProto) -> onnx.ModelProto:
 def test_blocks_of_a_dynamo_export_as_functions(
     mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
-    """Layers are found by the scopes that their nodes tell; equal to PyTorch in float64."""
+    """Layers are found by the scopes of their nodes; equal to PyTorch in float64."""
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), Block()).eval(), torch.randn(4, 3, 8)
     program = torch.onnx.export(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.reference
-import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -205,15 +204,3 @@ def test_int8_products_do_not_saturate(form: str, q: Quantised, tmp_path: Path) 
     for got in (ff.AdapterSession(out).run({"x": X})["y"], Graph(out).run({"x": X})["y"]):
         assert distance(got, want) < 0.005 * np.abs(want).max()
         np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * np.abs(want).max())
-
-
-def test_a_users_own_precision_mode_stays(q: Quantised, tmp_path: Path) -> None:
-    """The session option that avoids saturation is added only where the user gave none."""
-    out, entry = tmp_path / "out.onnx", "session.x64quantprecision"
-    ff.apply_onnx(q.files["dynamic int8"], q.bundle(), out, mode="swappable")
-    for given, want in (("0", "0"), ("1", "1"), (None, "1")):
-        options = ort.SessionOptions()
-        if given is not None:
-            options.add_session_config_entry(entry, given)
-        ff.AdapterSession(out, session_options=options)
-        assert options.get_session_config_entry(entry) == want

@@ -285,11 +285,16 @@ def test_without_torch_and_without_a_word(small_tenants: Any, tmp_path: Path) ->
         small_tenants.check(np.load(tmp_path / f"{mode}.npy"), "two")
 
 
-def test_the_callers_options_are_left_as_they_were(small_tenants: Any) -> None:
-    options = ort.SessionOptions()
+@pytest.mark.parametrize(("given", "want"), [("0", "0"), ("1", "1"), (None, "1")])
+def test_the_callers_options_stay(given: str | None, want: str, small_tenants: Any) -> None:
+    """What avoids saturated int8 sums is added only where the caller did not choose."""
+    options, entry = ort.SessionOptions(), "session.x64quantprecision"
     options.log_severity_level = 1
+    if given is not None:
+        options.add_session_config_entry(entry, given)
     ff.AdapterSession(small_tenants.file("merged"), session_options=options)
     assert options.log_severity_level == 1
+    assert options.get_session_config_entry(entry) == want
 
 
 def test_values_go_to_the_device_of_the_session(small_tenants: Any) -> None:
