@@ -139,12 +139,9 @@ def _describe(error: BaseException, verb: str) -> tuple[dict[str, Any], str]:
 def _quiet_libraries() -> None:
     """Keeps other libraries' advice and progress bars out of stderr."""
     warnings.simplefilter("ignore")
-    for name, value in (
-        ("TRANSFORMERS_VERBOSITY", "critical"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    ):
+    quiet = {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet |= {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is
         logging.getLogger(name).setLevel(logging.CRITICAL)

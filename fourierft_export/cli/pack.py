@@ -65,24 +65,23 @@ def pack(
     from ..files.staging import check_output
 
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
-    if onnx is not None and target != "bundle":
-        bundle = open_bundle(source) if os.path.isfile(source) else None
-        if bundle is None:
-            bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
-        elif base is not None:
-            bundle = bundle.bind(base, entry_rule)
-        return _write_inputs(bundle, output, target, onnx, allow_links=allow_links, force=force)
-    if allow_links and onnx is None:
-        raise UsageError(
-            "--allow-links", expected="--onnx FILE.onnx, whose links it concerns", found="no --onnx"
-        )
-    if onnx is not None or target != "bundle":
+    if (onnx is None) != (target == "bundle"):
         raise UsageError(
             "pack",
             expected="--onnx FILE.onnx together with --to onnx-adapter or --to onnx-inputs",
             found="one of them",
             remedy="such a file holds the inputs of one graph: name it with --onnx",
         )
+    if onnx is not None:
+        bundle = open_bundle(source) if os.path.isfile(source) else None
+        if bundle is None:
+            bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+        elif base is not None:
+            bundle = bundle.bind(base, entry_rule)
+        return _write_inputs(bundle, output, target, onnx, allow_links=allow_links, force=force)
+    if allow_links:
+        found, expected = "no --onnx", "--onnx FILE.onnx, whose links it concerns"
+        raise UsageError("--allow-links", expected=expected, found=found)
     bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
     if bundle.is_bound and base is None:  # to the folder that the adapter's config names
         check_output(output, force=force, inputs=(str(bundle.spec.base_model),))

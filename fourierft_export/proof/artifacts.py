@@ -74,15 +74,6 @@ class Artifacts:
         source = f"{base_dir} + {'bundle' if bundle is opened else bundle}"
         return cls(base_dir, opened, source, peft_dir, merged_dir, chosen)
 
-    def check_base(self) -> None:
-        """Compares the base with the shapes and hashes in a bound bundle.
-
-        Raises:
-            BaseMismatchError: layers that are absent, of another shape or with other weights.
-        """
-        if self.base is not None and self.bundle is not None and self.bundle.is_bound:
-            self.bundle.bind(self.base)
-
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sides that these artifacts give."""

@@ -47,10 +47,6 @@ class Graph:
         except ImportError as error:
             raise missing_extra("onnxruntime", "ort", "validate") from error
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileAccessError(
-                self.path, expected="an ONNX file", found="no such file", remedy="check the path"
-            )
         self.precision = _weights_precision(self.path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised as an error of this package
@@ -188,7 +184,8 @@ def _weights_precision(path: Path) -> str:
     except (message.DecodeError, ValueError) as error:
         raise BadInputError(path, expected="an ONNX model", found=first_line(error)) from error
     except OSError as error:
-        raise FileAccessError(path, found=error.strerror or str(error)) from error
+        found = error.strerror or str(error)
+        raise FileAccessError(path, expected="an ONNX file", found=found) from error
     # ONNX Runtime follows links and any name: nothing is opened before this.
     check_external_ranges(model, path)
     types = onnx.TensorProto

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,8 +101,9 @@ def validate(
     functions = dict(sides or {})
     artifacts = Artifacts.open(base=base, bundle=bundle, peft=peft, merged=merged, task=task)
     _check_sides(artifacts, files, functions)
-    if not allow_base_mismatch:
-        artifacts.check_base()
+    adapter = artifacts.bundle
+    if artifacts.base and adapter and adapter.is_bound and not allow_base_mismatch:
+        adapter.bind(artifacts.base)  # raises where shapes or weights differ
     total = len(artifacts.names) + len(files) + len(functions)
     started: list[str] = []
 
@@ -124,7 +125,9 @@ def validate(
     for name, graph in graphs.items():
         step(name)
         runs.append(_run_graph(name, graph, ready, batch_size))
-    runs = [_without(run, models.random_outputs) for run in runs]
+    for i, run in enumerate(runs):  # random parameters differ between exports
+        same = {n: a for n, a in run.outputs.items() if n not in models.random_outputs}
+        runs[i] = replace(run, outputs=same)
     references = [*models.references, *(r for r in runs if r.side.role == "base")]
     adapted = [*models.adapted, *(r for r in runs if r.side.role != "base")]
     comparisons = compare_pairs(
@@ -223,11 +226,6 @@ def _run_graph(name: str, graph: Graph, inputs: Inputs, batch_size: int) -> Run:
     outputs = graph.run(inputs.arrays, batch_size=batch_size if inputs.mask is not None else None)
     side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
     return Run(side.measured(outputs, began, ()), outputs, computes=graph.precision)
-
-
-def _without(run: Run, names: Set[str]) -> Run:
-    """Removes outputs that depend on random parameters, which differ between exports."""
-    return replace(run, outputs={n: a for n, a in run.outputs.items() if n not in names})
 
 
 def _limits_of(references: Sequence[Run], comparisons: Sequence[Comparison]) -> Iterator[str]:
