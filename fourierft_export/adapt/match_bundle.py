@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..bundle.file import Bundle
-from ..bundle.fingerprint import compare
+from ..bundle.fingerprint import compare_weight
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
@@ -188,5 +188,5 @@ def _found_layer(path: str, modules: Mapping[str, nn.Module]) -> FoundLayer | st
     if weight is None:
         return FoundLayer(layer_shape(module))
     return FoundLayer(
-        layer_shape(module), compare=lambda expected: compare(expected, to_array(weight))
+        layer_shape(module), compare=lambda expected: compare_weight(expected, to_array(weight))
     )

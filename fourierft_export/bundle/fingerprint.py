@@ -66,12 +66,12 @@ def _samples(weight: Array) -> bytes:
     return bits.astype("<u2").tobytes()
 
 
-def compare(expected: Fingerprint, weight: Array) -> Verdict:
-    """Compares a weight with a fingerprint (see `judge`)."""
-    return judge(expected, fingerprint(weight))
+def compare_weight(expected: Fingerprint, weight: Array) -> Verdict:
+    """Compares a weight with a fingerprint (see `compare_fingerprints`)."""
+    return compare_fingerprints(expected, fingerprint(weight))
 
 
-def judge(expected: Fingerprint, found: Fingerprint) -> Verdict:
+def compare_fingerprints(expected: Fingerprint, found: Fingerprint) -> Verdict:
     """Compares two fingerprints.
 
     Returns:

@@ -221,14 +221,16 @@ def layers_of_base(
         def sampled(expected: Fingerprint) -> LayerVerdict:
             positions = fingerprint.sample_positions(prod(layer.shape))
             values = base.checkpoint.read_elements(layer.tensor, positions)
-            return fingerprint.judge(expected, fingerprint.fingerprint_of_samples(expected, values))
+            return fingerprint.compare_fingerprints(
+                expected, fingerprint.fingerprint_of_samples(expected, values)
+            )
 
         if not thorough:
             return FoundLayer(layer.shape, layer.transposed, sampled)
         return FoundLayer(
             layer.shape,
             layer.transposed,
-            lambda expected: fingerprint.compare(expected, read()),
+            lambda expected: fingerprint.compare_weight(expected, read()),
             lambda: fingerprint.fingerprint(read()),
         )
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..bundle.fingerprint import fingerprint, judge
+from ..bundle.fingerprint import compare_fingerprints, fingerprint
 from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import to_numpy
@@ -138,7 +138,7 @@ def _change(plan: TensorPlan, checkpoint: Checkpoint) -> _Changed:
     found = fingerprint(weight, digest.digest())
     expected = [share.bundle.layer(share.layer).fingerprint for share in plan.shares]
     verdicts: tuple[LayerVerdict, ...] = tuple(
-        "unchecked" if one is None else judge(one, found) for one in expected
+        "unchecked" if one is None else compare_fingerprints(one, found) for one in expected
     )
     merged = add_deltas(
         weight,

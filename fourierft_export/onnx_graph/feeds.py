@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ..bundle.file import Bundle
-from ..bundle.fingerprint import judge
+from ..bundle.fingerprint import compare_fingerprints
 from ..bundle.fit import FoundLayer, FoundTensor, LayerVerdict, check_fits, fit_adapter
 from ..bundle.spec import Fingerprint
 from ..errors import BadInputError, BaseMismatchError
@@ -96,7 +96,7 @@ def feed_bundle(
 
 
 def _comparing(there: Fingerprint) -> Callable[[Fingerprint], LayerVerdict]:
-    return lambda expected: judge(expected, there)
+    return lambda expected: compare_fingerprints(expected, there)
 
 
 def has_fingerprints(bundle: Bundle) -> bool:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fourierft_export.bundle.fingerprint import FINGERPRINT_BYTES, compare, fingerprint
+from fourierft_export.bundle.fingerprint import FINGERPRINT_BYTES, compare_weight, fingerprint
 from fourierft_export.bundle.spec import Fingerprint
 
 DTYPES = {
@@ -45,40 +45,44 @@ def test_a_cast_weight_is_the_same_in_another_precision(
     expected = "same" if trained == deployed else "precision"
     rounded, stored = weight.astype(DTYPES[trained]), weight.astype(DTYPES[deployed])
     known = fingerprint(rounded)
-    assert compare(known, stored) == compare(known, np.asfortranarray(stored)) == expected
-    assert compare(known, rounded.astype(DTYPES[deployed])) == expected
+    assert (
+        compare_weight(known, stored)
+        == compare_weight(known, np.asfortranarray(stored))
+        == expected
+    )
+    assert compare_weight(known, rounded.astype(DTYPES[deployed])) == expected
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_another_weight_is_different(name: str, weight: np.ndarray[Any, Any]) -> None:
     other = (np.random.default_rng(1).standard_normal((24, 40)) * 0.02).astype(DTYPES[name])
-    assert compare(fingerprint(weight), other) == "different"
-    assert compare(fingerprint(weight), weight.T.astype(DTYPES[name])) == "different"
-    assert compare(fingerprint(weight), (weight * 1.05).astype(DTYPES[name])) == "different"
+    assert compare_weight(fingerprint(weight), other) == "different"
+    assert compare_weight(fingerprint(weight), weight.T.astype(DTYPES[name])) == "different"
+    assert compare_weight(fingerprint(weight), (weight * 1.05).astype(DTYPES[name])) == "different"
 
 
 def test_one_changed_bit_is_different(weight: np.ndarray[Any, Any]) -> None:
     changed = weight.copy()
     changed.view(np.uint32)[3, 3] ^= 1
-    assert compare(fingerprint(weight), changed) == "different"
+    assert compare_weight(fingerprint(weight), changed) == "different"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (8, 1), (3, 5)])
 def test_small_weights(shape: tuple[int, int]) -> None:
     weight = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
-    assert compare(fingerprint(weight), weight) == "same"
-    assert compare(fingerprint(weight), weight.astype(np.float16)) == "precision"
-    assert compare(fingerprint(weight), weight + 1) == "different"
+    assert compare_weight(fingerprint(weight), weight) == "same"
+    assert compare_weight(fingerprint(weight), weight.astype(np.float16)) == "precision"
+    assert compare_weight(fingerprint(weight), weight + 1) == "different"
 
 
 def test_values_that_float16_cannot_hold_raise_no_warning() -> None:
     huge = np.full((4, 4), 3e38, np.float32)
-    assert compare(fingerprint(huge), np.full((4, 4), np.inf, np.float16)) == "different"
+    assert compare_weight(fingerprint(huge), np.full((4, 4), np.inf, np.float16)) == "different"
     tiny = np.full((4, 4), 1e-9, np.float32)
-    assert compare(fingerprint(tiny), tiny.astype(np.float16)) == "precision"
+    assert compare_weight(fingerprint(tiny), tiny.astype(np.float16)) == "precision"
 
 
 def test_samples_of_nan_match_nothing(weight: np.ndarray[Any, Any]) -> None:
     nan = np.full(8, np.nan, ml_dtypes.bfloat16).tobytes()
     hostile = Fingerprint("F16", b"\0" * 16, nan)
-    assert compare(hostile, weight) == "different"
+    assert compare_weight(hostile, weight) == "different"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import ml_dtypes
 import numpy as np
 
-from ...bundle.fingerprint import SAMPLE_ATOL, SAMPLE_RTOL, compare, sample_positions
+from ...bundle.fingerprint import SAMPLE_ATOL, SAMPLE_RTOL, compare_weight, sample_positions
 from ...types import Array
 from ..graph.source import Source, constant_of
 from .site import Site, Wanted
@@ -40,7 +40,9 @@ def compare_site(source: Source, site: Site, want: Wanted) -> str | None:
         )
         return "precision" if fits else "different"
     weight = part_of(source.read(tensor), site.transposed, site.start, site.shape[0])
-    return compare(want.fingerprint, weight if site.transposed == want.transposed else weight.T)
+    return compare_weight(
+        want.fingerprint, weight if site.transposed == want.transposed else weight.T
+    )
 
 
 def part_of(weight: Array, transposed: bool, start: int | None, outputs: int) -> Array:
