@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
+from ..spectral.torch_kernels import precision
 from ..types import Entries
 from .adapter import AdapterOrigin, LayerAdapter, autocast_is_on
 from .linear import (
@@ -203,7 +204,7 @@ class FourierLinear(nn.Module):
             total = self.adapter(self.active[0]).merged_weight(upright)
         else:
             delta = self.delta_weight()
-            total = upright if delta is None else upright.to(_wide(upright, delta)) + delta
+            total = upright if delta is None else upright.to(precision(upright, delta)) + delta
         return (total.T if self.transposed else total).to(weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -305,9 +306,3 @@ def _put_kept_weight(layer: FourierLinear, state: Any, prefix: str, _: Any) -> N
         wrapped = isinstance(layer.base_layer, AdaptedModule)
         inner = "base_layer.original" if wrapped else "base_layer"
         state[f"{prefix}{inner}.weight"] = layer.kept_weight.detach()
-
-
-def _wide(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of the tensors is, else float32."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32

@@ -72,7 +72,7 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
             larger than a layer; modules_to_save names nothing.
     """
     modules = {path: original(module) for path, module in base_modules(model) if path}
-    saved = _saved(modules, config)
+    saved = _saved_paths(modules, config)
     wanted = _target_names(model, modules, config)
     chosen = [
         path
@@ -100,15 +100,15 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
     return Selection(targets, saved)
 
 
-def all_names(config: FourierFTConfig) -> tuple[str, ...]:
+def names_to_save(config: FourierFTConfig) -> tuple[str, ...]:
     """modules_to_save with the heads that the task adds."""
     heads = TASK_HEADS.get(config.task_type or "", ())
     return (*(config.modules_to_save or ()), *heads)
 
 
-def _saved(modules: Mapping[str, nn.Module], config: FourierFTConfig) -> tuple[str, ...]:
+def _saved_paths(modules: Mapping[str, nn.Module], config: FourierFTConfig) -> tuple[str, ...]:
     """Paths that end in one of the names, as PEFT's `_set_trainable` takes them."""
-    names = all_names(config)
+    names = names_to_save(config)
     found: list[str] = []
     for path in modules:
         inside = any(path.startswith(f"{root}.") for root in found)
@@ -179,7 +179,7 @@ def _is_left_out(path: str, config: FourierFTConfig, saved: Iterable[str]) -> bo
             return True
     elif exclude and _ends_in(path, exclude):
         return True
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in all_names(config)):
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names_to_save(config)):
         return True
     return any(path == root or path.startswith(f"{root}.") for root in saved)
 

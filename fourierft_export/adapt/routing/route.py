@@ -75,7 +75,7 @@ def route(
         (True, False)
     """
     layers, saved = fourier_layers(model), adapted_modules(model)
-    rows = _checked(model, layers, saved, names, num_beams)
+    rows = _check_names(model, layers, saved, names, num_beams)
     plans: dict[nn.Module, tuple[OpenBlocks, RowAdapters]] = {}
     for path, layer in layers.items():
         known = _known(rows, layer.adapters.keys())
@@ -106,14 +106,14 @@ def _groups(layer: FourierLinear, known: Names) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, groups.values()))
 
 
-def _checked(
+def _check_names(
     model: nn.Module,
     layers: Mapping[str, FourierLinear],
     saved: Mapping[str, AdaptedModule],
     names: Sequence[str | None],
     num_beams: int,
 ) -> Names:
-    """`names` as a tuple.
+    """`names` as a tuple, once the model can be routed by them.
 
     Raises:
         UsageError: as for `route`.
