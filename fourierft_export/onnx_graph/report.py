@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,13 +45,8 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists and dictionaries, for JSON."""
-        return asdict(self) | {
-            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
-            "outputs": {name: list(shape) for name, shape in self.outputs.items()},
-            "layers": list(self.layers),
-            "adapters": list(self.adapters),
-            "notes": list(self.notes),
-        }
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
 
 def report_on(

@@ -148,8 +148,9 @@ def without_names(path: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tools() -> Any:
-    """`tools.quantise`, `tools.torchscript`, `tools.without_names`."""
-    return SimpleNamespace(quantise=quantise, torchscript=torchscript, without_names=without_names)
+    """`tools.quantise`, `tools.torchscript`, `tools.without_names`, `tools.random_adapters`."""
+    each = (quantise, torchscript, without_names, random_adapters)
+    return SimpleNamespace(**{function.__name__: function for function in each})
 
 
 @pytest.fixture(scope="session")
@@ -238,6 +239,31 @@ def exact_delta() -> Callable[..., np.ndarray]:
     return delta
 
 
+def random_adapters(
+    net: Any, x: Any, configs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str | None, np.ndarray]]:
+    """Random-normal adapters of these configurations, as bundles, and what the model gives.
+
+    The outputs are under the adapters' names, the base's under None; `net` ends without adapters.
+    """
+    import torch
+
+    import fourierft_export as ff
+
+    bundles: dict[str, Any] = {}
+    want: dict[str | None, np.ndarray] = {}
+    with torch.no_grad():
+        want[None] = net(x).numpy()
+        for name, config in configs.items():
+            for parameter in ff.inject(net, config).parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_()
+            bundles[name] = ff.capture(net)
+            want[name] = net(x).numpy()
+            ff.detach(net)
+    return bundles, want
+
+
 class Tenants:
     """A base with two adapters that differ in seed, n, scaling and head, exported in each mode.
 
@@ -303,11 +329,8 @@ def small_tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
 
     torch.manual_seed(0)
     net, x = Net().eval(), torch.randn(5, 4, 12)
-    bundles, want = {}, {}
-    with torch.no_grad():
-        want[None] = net(x).numpy()
-    for name, seed, n, scaling in (("one", 1, 40, 30.0), ("two", 2, 25, 50.0)):
-        config = ff.FourierFTConfig(
+    configs = {
+        name: ff.FourierFTConfig(
             n_frequency=n,
             scaling=scaling,
             random_loc_seed=seed,
@@ -316,14 +339,9 @@ def small_tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
             n_frequency_pattern={"b": n - 5},
             bias="fourier_only",
         )
-        ff.inject(net, config)
-        for parameter in net.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_()
-        bundles[name] = ff.capture(net)
-        with torch.no_grad():
-            want[name] = net(x).numpy()
-        ff.detach(net)
+        for name, seed, n, scaling in (("one", 1, 40, 30.0), ("two", 2, 25, 50.0))
+    }
+    bundles, want = random_adapters(net, x, configs)
 
     def export(mode: str, path: Path, **options: Any) -> Any:
         for name, bundle in bundles.items():

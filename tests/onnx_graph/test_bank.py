@@ -108,17 +108,13 @@ def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_layer_norms_and_all_biases_per_row(tmp_path: Path, run: Any) -> None:
+def test_layer_norms_and_all_biases_per_row(tmp_path: Path, run: Any, tools: Any) -> None:
     """Saved layer norms, with scale and bias, and the biases of every layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.LayerNorm(6))
     x = torch.randn(4, 3, 8)
-    want: list[np.ndarray] = []
-    with torch.no_grad():
-        want.append(model.eval()(x).numpy())
-    bundles = []
-    for seed in (1, 2):
-        config = ff.FourierFTConfig(
+    configs = {
+        name: ff.FourierFTConfig(
             n_frequency=9,
             random_loc_seed=seed,
             scaling=20.0,
@@ -126,22 +122,19 @@ def test_layer_norms_and_all_biases_per_row(tmp_path: Path, run: Any) -> None:
             modules_to_save=["1"],
             bias="all",
         )
-        for parameter in ff.inject(model, config).parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_()
-        with torch.no_grad():
-            want.append(model(x).numpy())
-        bundles.append(ff.capture(model))
-        ff.detach(model)
-    for number, bundle in enumerate(bundles):
-        ff.attach(model, bundle, f"adapter_{number}")
+        for seed, name in enumerate(NAMES)
+        if name
+    }
+    bundles, want = tools.random_adapters(model.eval(), x, configs)
+    for name, bundle in bundles.items():
+        ff.attach(model, bundle, name)
     path = tmp_path / "bank.onnx"
     ff.export_onnx(model, (x,), path, mode="bank", dynamic_shapes={"input": {0: "b", 1: "t"}})
     ids = np.array([2, 1, 0, 2])
     got = run(path, {"input": x.numpy(), "adapter_id": ids})["output"]
     for row, number in enumerate(ids):
-        np.testing.assert_allclose(got[row], want[number][row], atol=1e-5)
-        assert np.abs(want[1][row] - want[2][row]).max() > 0.1
+        np.testing.assert_allclose(got[row], want[NAMES[number]][row], atol=1e-5)
+        assert np.abs(want["one"][row] - want["two"][row]).max() > 0.1
 
 
 def test_validate_runs_the_first_adapter(small_tenants: Any) -> None:
@@ -166,31 +159,24 @@ class Flat(nn.Module):
 
 
 @pytest.fixture
-def flat() -> Any:
+def flat(tools: Any) -> Any:
     """`flat(by_place)`: model, two bundles with heads, an input, and what each adapter gives."""
 
     def make(by_place: bool) -> Any:
         torch.manual_seed(0)
         model, x = Flat(by_place).eval(), torch.randn(4, 6, 8)
-        bundles: dict[str, Any] = {}
-        want: dict[str | None, np.ndarray] = {}
-        with torch.no_grad():
-            want[None] = model(x).numpy()
-        for name, seed in (("one", 1), ("two", 2)):
-            config = ff.FourierFTConfig(
+        configs = {
+            name: ff.FourierFTConfig(
                 n_frequency=30,
                 scaling=60.0,
                 random_loc_seed=seed,
                 target_modules=["layer"],
                 modules_to_save=["head"],
             )
-            for parameter in ff.inject(model, config).parameters():
-                if parameter.requires_grad:
-                    parameter.data.normal_()
-            bundles[name] = ff.capture(model)
-            with torch.no_grad():
-                want[name] = model(x).numpy()
-            ff.detach(model)
+            for seed, name in enumerate(NAMES)
+            if name
+        }
+        bundles, want = tools.random_adapters(model, x, configs)
         return model, bundles, x, want
 
     return make

@@ -398,26 +398,20 @@ def test_what_torch_cannot_follow_is_a_usage_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_external_data_on_request(mode: str, tmp_path: Path, run: Run) -> None:
-    model = adapted(plain())
-    path = tmp_path / "model.onnx"
-    report = ff.export_onnx(model, batch_input(), path, mode=mode, external_data=True)
+@pytest.mark.parametrize(("mode", "opset"), [("merged", 18), ("unmerged", 18), ("unmerged", 23)])
+def test_external_data_and_opset_on_request(
+    mode: str, opset: int, tmp_path: Path, run: Run
+) -> None:
+    """The functions of mode unmerged are of the model's opset."""
+    model, path, x = adapted(plain()), tmp_path / "model.onnx", batch_input()
+    report = ff.export_onnx(model, x, path, mode=mode, opset=opset, external_data=True)
     assert report.data == f"{path}.data"
     assert report.bytes == path.stat().st_size + Path(report.data).stat().st_size
-    x = batch_input()
-    close(run(path, {"x": x})["output_1"], model(x)[1])
-
-
-@pytest.mark.parametrize("opset", [18, 23])
-def test_functions_follow_the_models_opset(opset: int, tmp_path: Path, run: Run) -> None:
-    model = adapted(plain())
-    path = tmp_path / "model.onnx"
-    report = ff.export_onnx(model, batch_input(), path, mode="unmerged", opset=opset)
-    proto = onnx.load(path)
     assert report.opset == opset
-    assert {o.version for f in proto.functions for o in f.opset_import if not o.domain} == {opset}
-    x = batch_input()
+    functions = onnx.load(path).functions
+    assert {o.version for f in functions for o in f.opset_import if not o.domain} == (
+        {opset} if mode == "unmerged" else set()
+    )
     close(run(path, {"x": x})["output_1"], model(x)[1])
 
 

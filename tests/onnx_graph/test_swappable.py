@@ -21,6 +21,7 @@ from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
 from fourierft_export.onnx_graph.runtime.adapter_file import read_adapter, write_adapter
 from fourierft_export.onnx_graph.runtime.exported import parameters_for
+from fourierft_export.spectral.entries import entries_sha256
 
 
 def by_hand(bundle: ff.Bundle) -> dict[str, np.ndarray]:
@@ -84,9 +85,6 @@ def test_defaults_are_the_bundles_own_bit_for_bit(small_tenants: Any) -> None:
 
 
 def test_without_defaults_it_is_the_base(small_tenants: Any, tmp_path: Path, run: Any) -> None:
-    import torch
-    from torch import nn
-
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).eval(), torch.randn(3, 6)
     with torch.no_grad():
@@ -161,9 +159,6 @@ def test_metadata_tells_the_interface(small_tenants: Any) -> None:
 
 
 def test_several_active_adapters_do_not_fit(tmp_path: Path) -> None:
-    import torch
-    from torch import nn
-
     model = nn.Sequential(nn.Linear(6, 6))
     for name in "ab":
         ff.inject(model, ff.FourierFTConfig(n_frequency=9, target_modules=["0"]), name)
@@ -175,10 +170,6 @@ def test_several_active_adapters_do_not_fit(tmp_path: Path) -> None:
 
 def test_layers_of_several_seeds_share_one_graph(small_tenants: Any, run: Any) -> None:
     """Layers whose entries differ where the graph has one group: zeros fill what is not theirs."""
-    from dataclasses import replace
-
-    from fourierft_export.spectral.entries import entries_sha256
-
     bundle = small_tenants.bundles["two"]
     other = {"c": np.array([[0, 1], [5, 7], [19, 11]])}
     layers = tuple(
