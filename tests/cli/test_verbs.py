@@ -116,15 +116,6 @@ def test_a_base_in_bfloat16_is_a_note(
     assert "note: " in err and "trained on this base in another precision" in err
 
 
-def test_a_bundle_or_the_adapter_directory_itself_may_be_merged(
-    stories_adapter: Path, stories_bundle: Path, stories260k: Path, tmp_path: Path, text: Text
-) -> None:
-    for number, adapter in enumerate((stories_adapter, stories_bundle)):
-        text("merge", "--base", stories260k, "--bundle", adapter, "-o", tmp_path / str(number))
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "01")
-    assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in other.items()}
-
-
 def test_the_entry_rule_of_older_torch(
     stories_adapter: Path, stories260k: Path, tmp_path: Path, run_verb: Callable[..., Any]
 ) -> None:
@@ -170,6 +161,7 @@ def test_help(verb: str, text: Text) -> None:
     out, err = shown[0]
     assert out.startswith("Usage: fourierft-export") and err == ""
     assert max(map(len, out.splitlines())) <= 100
+    assert verb or not any(line.endswith("...") for line in out.splitlines()[1:])
     if verb not in ("", "train"):
         assert f"Examples:\n  fourierft-export {verb}" in out and "General:" in out
 

@@ -119,17 +119,6 @@ def test_options_that_clash(call: Call) -> None:
     assert call(f"{MERGE} --workers -1")[0] == 2
 
 
-def test_labels_are_named(call: Call) -> None:
-    spec = AdapterSpec(7, 150.0, (LayerSpec("a.q", 20),), task_type="SEQ_CLS")
-    head = {"classifier.weight": np.ones((2, 48), np.float32)}
-    spectra = {"a.q": np.ones(20, np.float32)}
-    ff.Bundle.build(spec, spectra, head).bind("base").save("b", force=True)
-    assert call(f"{MERGE} --label bad --label good")[0] == 0
-    assert json.loads(Path("out/config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
-    code, _, err = call(f"{MERGE} --force --label bad --label bad")
-    assert code == 2 and "'bad', 'bad'" in err
-
-
 def test_links_are_followed_when_allowed(call: Call) -> None:
     Path("base/store").mkdir()
     Path("base/model.safetensors").rename("base/store/blob")
@@ -137,12 +126,6 @@ def test_links_are_followed_when_allowed(call: Call) -> None:
     code, _, err = call(MERGE)
     assert code == 3 and "--allow-links" in err
     assert call(f"{MERGE} --allow-links")[0] == 0
-
-
-def test_manifests_name_the_bundles(call: Call) -> None:
-    assert call(f"{MERGE} --bundle b --weight 0.5 --weight 0.25")[0] == 0
-    entries = json.loads(Path("out/manifest.json").read_text())["bundles"]
-    assert [(e["name"], e["weight"]) for e in entries] == [("b", 0.5), ("b", 0.25)]
 
 
 def test_what_is_counted_in_bytes_is_what_the_library_reports(folder: Path) -> None:
