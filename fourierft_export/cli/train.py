@@ -68,11 +68,12 @@ def train(
     allow_base_mismatch: bool,
     **given: Any,
 ) -> Outcome:
-    """Train an adapter from a data file; the bundle is always the best so far.
+    """Train an adapter from a data file.
 
-    Ctrl-C or a kill leaves that bundle and a checkpoint, from which --resume goes on as if nothing
-    had happened. BUNDLE.train/ holds the checkpoint, metrics.json and curve.png. For many
-    processes: torchrun --nproc-per-node 2 -m fourierft_export train ..., or accelerate launch.
+    The bundle that is written is always the best so far. Ctrl-C or a kill leaves it and a
+    checkpoint, from which --resume continues bit for bit. BUNDLE.train/ holds the checkpoint,
+    metrics.json and curve.png. For many processes: torchrun --nproc-per-node 2 -m fourierft_export
+    train ..., or accelerate launch.
     """
     run, settings = _read(config, given)
     if run.output is None:
