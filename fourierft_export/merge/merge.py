@@ -101,8 +101,8 @@ def merge_checkpoint(
     # The workers of a cluster may have another working directory.
     opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)
     is_folder = opened.directory.is_dir()
-    called = _names(given, names)
     loaded = [open_bundle(source) for source in given]
+    called = _names(given, names)
     fits = []
     for number, (name, bundle) in enumerate(zip(called, loaded, strict=True), 1):
         fits.append(fit_bundle(opened, name, bundle, thorough=dry_run))
@@ -197,6 +197,6 @@ def _names(given: Sequence[BundleSource], names: Sequence[str] | None) -> Sequen
             "names", expected=f"{len(given)}, one for each bundle", found=str(len(names))
         )
     return names or [
-        f"bundle {number} (given as an object)" if isinstance(source, Bundle) else str(source)
+        f"bundle {number} (given as an object)" if isinstance(source, Bundle) else os.fspath(source)
         for number, source in enumerate(given, 1)
     ]
