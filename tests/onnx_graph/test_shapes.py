@@ -136,3 +136,23 @@ def test_sizes_that_grow_without_end(
     save(path, nodes, constants, {}, ("y", last, "zeros"))
     report = ff.apply_onnx(path, make_bundle(["layer"]), out, mode="bank")
     assert report.outputs["y"] == ("batch", "tokens", 4)
+
+
+def test_subgraphs_nested_without_end(tmp_path: Path, make_bundle: Any) -> None:
+    """Symbolic inference copies the branch that is taken over the other: 2^30 graphs in the end."""
+    value = helper.make_empty_tensor_value_info
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["o"])], "o", [], [value("o")])
+    graph, last = other, "o"
+    for depth in range(30):
+        last = f"o{depth}"
+        branch = helper.make_node("If", ["yes"], [last], then_branch=graph, else_branch=other)
+        graph = helper.make_graph([branch], last, [], [value(last)])
+    nodes = [
+        helper.make_node("FastGelu", ["x"], ["inner"], domain=MINE),
+        helper.make_node("MatMul", ["inner", "layer.weight"], ["y"], name="/layer/MatMul"),
+        branch,
+    ]
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    save(path, nodes, {"layer.weight": floats(16, 4), "yes": np.array(True)}, {}, ("y", last))
+    report = ff.apply_onnx(path, make_bundle(["layer"]), out, mode="bank")
+    assert report.outputs["y"] == ("batch", "tokens", 4)
