@@ -484,7 +484,7 @@ def test_a_layer_at_two_places_is_not_merged() -> None:
     model.twice = model.q
     ff.inject(model, config())
     for merge in (ff.fuse, lambda m: ff.unload(m, merge=True)):
-        with pytest.raises(UsageError, match="one place"):
+        with pytest.raises(UsageError, match="occur once"):
             merge(model)
 
 
