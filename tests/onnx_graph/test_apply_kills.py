@@ -42,7 +42,7 @@ def runner() -> Iterator[Runner]:
     assert server.stdout is not None
 
     def run(words: list[str], kill_after: float | None = None) -> int:
-        server.stdin.write(json.dumps([words, kill_after]) + "\n")
+        server.stdin.write(json.dumps([words, kill_after, None, os.devnull]) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
 
