@@ -30,22 +30,10 @@ from ..bundle.peft import BundleSource
 from ..errors import BaseMismatchError, UsageError
 from . import defaults
 from .defaults import LayerSize
-from .settings import TrainSettings
+from .settings import ADAPTER, TrainSettings, rules
 from .task import TrainingTask
 
 NAME = "default"
-_OF_A_BUNDLE = (
-    "n_frequency",
-    "n_frequency_pattern",
-    "scaling",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
-    "bias",
-    "entry_seed",
-    "init_weights",
-)
 Identity = dict[str, Any]
 
 
@@ -126,7 +114,10 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
     """What to adapt and how, with every default worked out."""
     model = task.model
     targets = settings.target_modules or task.target_modules
-    if targets is None and getattr(_config(model), "model_type", None) not in USUAL_TARGETS:
+    if (
+        targets is None
+        and getattr(getattr(model, "config", None), "model_type", None) not in USUAL_TARGETS
+    ):
         targets = ALL_LINEAR
 
     def config(n_frequency: int, scaling: float, pattern: Mapping[str, int]) -> FourierFTConfig:
@@ -154,10 +145,6 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
     return config(n_frequency, scaling, settings.n_frequency_pattern)
 
 
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
-
-
 def continued_adapter(
     task: TrainingTask, bundle: BundleSource, *, allow_base_mismatch: bool = False
 ) -> LiveAdapter:
@@ -169,7 +156,11 @@ def continued_adapter(
 def check_settings_of_training(settings: TrainSettings) -> None:
     """Refuse settings of a new adapter, where a bundle says what the adapter is."""
     plain = TrainSettings()
-    clash = [name for name in _OF_A_BUNDLE if getattr(settings, name) != getattr(plain, name)]
+    clash = [
+        name
+        for name, rule in rules(TrainSettings).items()
+        if rule.section in ("", ADAPTER) and getattr(settings, name) != getattr(plain, name)
+    ]
     if clash:
         raise UsageError(
             ", ".join(clash),
@@ -205,14 +196,14 @@ def check_only_learns(adapter: LiveAdapter) -> None:
             remedy="activate it; attach it with trainable=True; call restore if it is fused",
         )
     own |= {id(tensor) for tensor in adapter.saved.values()}
-    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    if others:
+    more = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if more:
         raise UsageError(
             f"adapter {name!r}",
-            expected="nothing besides it that learns, for its bundle holds nothing else",
-            found=f"{len(others)} more parameters that ask for gradients",
+            expected="a model where only the adapter learns, since its bundle holds nothing else",
+            found=f"{len(more)} more parameters with requires_grad",
             remedy="name their modules in modules_to_save, or freeze them",
-            offenders=others,
+            offenders=more,
         )
 
 

@@ -24,10 +24,10 @@ from .adapter import LiveAdapter, identity
 from .batches import EpochBatches
 from .callback import ADAPTER_FILE
 from .report import TrainReport, draw_curve, write_metrics
-from .run_callback import LOWER_IS_BETTER, RunCallback, best_of, evaluations, publish
+from .run_callback import LOWER_IS_BETTER, RunCallback, kept_step, publish
 from .settings import TrainSettings
 from .task import TrainingTask
-from .trainer import OTHER_OUTPUTS, AdapterTrainer
+from .trainer import AdapterTrainer
 
 FOLDER_SUFFIX = ".train"
 METRICS, PICTURE, FACTS = "metrics.json", "curve.png", "run.json"
@@ -84,7 +84,7 @@ class Run:
         arguments.eval_on_start &= checkpoint is None
         callback.progress("scoring the untrained adapter", 0, arguments.max_steps)
         if checkpoint is None or not self.is_over(trainer, callback, checkpoint):
-            trainer.train(checkpoint and str(checkpoint), ignore_keys_for_eval=OTHER_OUTPUTS)
+            trainer.train(checkpoint and str(checkpoint))
         return self.finish(trainer, callback)
 
     @property
@@ -133,7 +133,7 @@ class Run:
                 found=f"one that lacks something: {error!r}",
                 remedy="begin again with --force",
             ) from error
-        kept = _kept_step(history, callback)
+        kept = kept_step(callback.evaluations(history))
         if f"checkpoint-{kept}" == checkpoint.name and self.arguments.process_index == 0:
             publish(checkpoint, self.out)  # killed between the two
         elif kept and not self.out.is_file():
@@ -179,18 +179,8 @@ class Run:
     def report(self, trainer: AdapterTrainer, callback: RunCallback) -> TrainReport:
         """What there is to say now."""
         history, first = trainer.state.log_history, self.adapter.first
-        found = evaluations(history)
-        kept = _kept_step(history, callback) if found else callback.kept_step
-        best: float | None = None
-        for one in found:
-            value = one["metrics"].get(callback.metric, 0.0)
-            values = [value] if best is None else [best, value]
-            one["is_best"] = one["step"] > 0 and (
-                self.settings.keep == "last"
-                or best is None
-                or best_of(values, callback.higher) == 1
-            )
-            best = value if one["is_best"] else best
+        found = callback.evaluations(history)
+        kept = kept_step(found) if found else callback.kept_step
         logged = [entry for entry in history if "loss" in entry]
         spectra = sum(spectrum.size for spectrum in first.spectra.values())
         learning = sum(p.numel() for p in self.adapter.learning())
@@ -246,16 +236,6 @@ class Run:
         score = report.best.get(report.metric)
         scored = "" if score is None else f", {report.metric} {score:.4g}"
         return f"{self.out} holds the adapter of step {report.best_step}{scored}; {state}"
-
-
-def _kept_step(history: list[Any], callback: RunCallback) -> int:
-    """The step of the adapter in the bundle, by what the Trainer has logged."""
-    found = [e for e in evaluations(history) if e["step"]]
-    if not found:
-        return 0
-    values = [e["metrics"][callback.metric] for e in found]
-    last = callback.settings.keep == "last"
-    return int(found[-1 if last else best_of(values, callback.higher)]["step"])
 
 
 def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArguments) -> EpochBatches:

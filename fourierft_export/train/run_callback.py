@@ -92,7 +92,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         found = scores(metrics)
         if self.metric not in found:
             raise UsageError("metric", expected="one of " + ", ".join(found), found=self.metric)
-        if state.global_step and self.is_kept(state):
+        if state.global_step and self.is_kept(self.values(state)):
             self.kept_step = state.global_step
         if state.is_world_process_zero:
             text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
@@ -102,10 +102,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.stopped = "patience"
             control.should_training_stop = True
 
-    def is_kept(self, state: Any) -> bool:
-        """Whether the newest of the evaluations is the one whose adapter the output holds."""
-        values = self.values(state)
+    def is_kept(self, values: Sequence[float]) -> bool:
+        """Whether the output gets the adapter of the newest evaluation; `values` of all so far."""
         return self.settings.keep == "last" or best_of(values, self.higher) == len(values) - 1
+
+    def evaluations(self, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The evaluations in the Trainer's log, each with `is_best`: it was kept at that time."""
+        found, values = evaluations(history), []
+        for one in found:
+            if one["step"]:
+                values.append(one["metrics"][self.metric])
+            one["is_best"] = one["step"] > 0 and self.is_kept(values)
+        return found
 
     def is_hopeless(self, state: Any) -> bool:
         """Whether `patience` evaluations came after the best one."""
@@ -155,6 +163,11 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for e in history
         if any(key.startswith("eval_") for key in e)
     ]
+
+
+def kept_step(found: Sequence[Mapping[str, Any]]) -> int:
+    """The step of the adapter in the bundle; 0 before the first evaluation of a trained one."""
+    return next((int(one["step"]) for one in reversed(found) if one["is_best"]), 0)
 
 
 def best_of(values: Sequence[float], higher: bool) -> int:

@@ -119,19 +119,21 @@ def _setting(section: str, kind: type, text: str, default: Any = None, **limits:
     return field(default=default, metadata={"rule": rule})
 
 
+def _usage_error(where: Any, expected: str, wrong: list[str], remedy: str) -> UsageError:
+    one = len(wrong) == 1
+    found = wrong[0] if one else f"{len(wrong)} that are not"
+    offenders = () if one else wrong
+    return UsageError(where, expected=expected, found=found, remedy=remedy, offenders=offenders)
+
+
 class _Checked:
     """Checks every field by its rule; lists become tuples."""
 
     def __post_init__(self) -> None:
         wrong = self.problems()
         if wrong:
-            raise UsageError(
-                "training settings",
-                expected="valid values",
-                found=wrong[0] if len(wrong) == 1 else f"{len(wrong)} that are not",
-                remedy="" if len(wrong) == 1 else "see the list",
-                offenders=wrong if len(wrong) > 1 else (),
-            )
+            remedy = "" if len(wrong) == 1 else "see the list"
+            raise _usage_error("training settings", "valid values", wrong, remedy)
         for name, rule in rules(type(self)).items():
             value = getattr(self, name)
             if isinstance(value, list) or (rule.kind is list and isinstance(value, str)):
@@ -351,11 +353,6 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             wrong.append(f"{key}: expected {known[name].expected}, found {value!r}")
         values[name] = value
     if wrong:
-        raise UsageError(
-            path,
-            expected="known settings",
-            found=wrong[0] if len(wrong) == 1 else f"{len(wrong)} that are not",
-            remedy="see fourierft-export train --help for their names",
-            offenders=wrong if len(wrong) > 1 else (),
-        )
+        remedy = "see fourierft-export train --help for their names"
+        raise _usage_error(path, "known settings", wrong, remedy)
     return values

@@ -57,7 +57,7 @@ def train_adapter(
 ) -> TrainReport:
     """Trains an adapter with transformers' Trainer and writes the best one so far as a bundle.
 
-    Beside the bundle, `OUT.train/` holds the Trainer's last checkpoint, from which `resume` goes
+    `OUT.train/` holds the Trainer's last checkpoint, from which `resume` goes
     on, `metrics.json` and `curve.png`. The bundle is the old file or the new one, whenever the
     process dies. Under `torchrun` or `accelerate launch` all processes train together.
 
@@ -66,9 +66,9 @@ def train_adapter(
             bundle has it, unless the run ends early; a dtype other than float32 casts its frozen
             linear layers.
         out: the bundle, *.fourierft.safetensors by custom.
-        settings: how; by default the rules of `train.defaults`.
+        settings: how to train; by default the rules of `train.defaults`.
         bundle: train this adapter (or the one at this path) further, rather than a new one.
-        resume: go on with the run whose checkpoint lies beside `out`; in one process on the CPU
+        resume: continue the run whose checkpoint is in `OUT.train/`; in one process on the CPU
             the result is, bit for bit, that of a run that was never stopped.
         force: replace `out` and its folder.
         allow_base_mismatch: accept a `bundle` that was trained on other base weights.
@@ -117,20 +117,16 @@ def train_adapter(
 
 def resolved(settings: TrainSettings) -> TrainSettings:
     """The settings with every default that needs no model worked out."""
-
-    def chosen(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    return replace(
-        settings,
-        epochs=None if settings.steps else chosen(settings.epochs, defaults.EPOCHS),
-        batch_size=chosen(settings.batch_size, max(defaults.BATCH_SIZE, settings.accumulate)),
-        head_learning_rate=chosen(settings.head_learning_rate, defaults.HEAD_LEARNING_RATE),
-        warmup=chosen(settings.warmup, defaults.WARMUP),
-        schedule=chosen(settings.schedule, defaults.SCHEDULE),
-        max_grad_norm=chosen(settings.max_grad_norm, defaults.MAX_GRAD_NORM),
-        init_weights=chosen(settings.init_weights, defaults.INIT_ZEROS),
-    )
+    values: dict[str, Any] = {
+        "epochs": None if settings.steps else defaults.EPOCHS,
+        "batch_size": max(defaults.BATCH_SIZE, settings.accumulate),
+        "head_learning_rate": defaults.HEAD_LEARNING_RATE,
+        "warmup": defaults.WARMUP,
+        "schedule": defaults.SCHEDULE,
+        "max_grad_norm": defaults.MAX_GRAD_NORM,
+        "init_weights": defaults.INIT_ZEROS,
+    }
+    return replace(settings, **{k: v for k, v in values.items() if getattr(settings, k) is None})
 
 
 def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
@@ -261,7 +257,7 @@ def check_outputs(
 
 @contextmanager
 def _detached_after_failure(model: nn.Module) -> Iterator[None]:
-    """Take the adapter off again if the run ends early, so that the model can go on with it."""
+    """Detach the adapter if the run ends early, so that the model can be trained again."""
     try:
         yield
     except BaseException:
@@ -303,9 +299,9 @@ def _processes(arguments: TrainingArguments) -> Iterator[None]:
             raise
         raise FourierFTError(
             f"process {arguments.process_index} of {arguments.world_size}",
-            expected="all processes to go on together",
+            expected="all processes to run to the end",
             found=(str(error).splitlines() or [""])[0],
-            remedy="what was saved last is intact; see what the other ones said, then resume",
+            remedy="see the other processes' errors, then use --resume; the last bundle is intact",
         ) from error
     finally:
         if owned and is_distributed():

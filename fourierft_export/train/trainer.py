@@ -24,20 +24,6 @@ from .settings import TrainSettings
 from .task import TrainingTask
 
 OPTIMIZER_FILE = "adapter_optimizer.pt"  # with FSDP: gathered, of the adapter alone
-# Outputs of transformers' models that no score needs.
-OTHER_OUTPUTS = [
-    "past_key_values",
-    "hidden_states",
-    "attentions",
-    "aux_loss",
-    "router_logits",
-    "encoder_last_hidden_state",
-    "encoder_hidden_states",
-    "encoder_attentions",
-    "decoder_hidden_states",
-    "decoder_attentions",
-    "cross_attentions",
-]
 
 
 class SettingsTrainer(Trainer):  # type: ignore[misc]
