@@ -91,7 +91,7 @@ def nudged(
 
 
 def collator(change: Callable[[Tensor], Tensor], seed: int) -> Any:
-    """What makes batches of upright rows: `nudged`, each batch in a way of its own."""
+    """The collator of upright rows: `nudged`, with other random moves in each batch."""
     return partial(nudged, change=change, seed=torch.tensor(seed * 2**20))
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from .run import DemoResult
 
-GOOD, BAD, QUIET = "#0969da", "#d4570a", "#8c959f"  # told apart by everyone
+GOOD, BAD, QUIET = "#0969da", "#d4570a", "#8c959f"  # also distinct to colour-blind readers
 
 
 def render(result: DemoResult) -> RenderableType:

@@ -33,7 +33,7 @@ def save_bundles(accelerator: Any, name: str = "default") -> BundleState:
 
     Call it once, before the first of them. A folder that `save_state` makes then holds
     `NAME.fourierft.safetensors` and the optimizer's and the generators' states. Models without
-    such an adapter are saved as ever. To save the adapter alone there is
+    such an adapter are saved whole. To save the adapter alone there is
     `ff.capture(accelerator.unwrap_model(model)).save(path)`.
 
     Args:

@@ -42,7 +42,7 @@ class LiveAdapter:
     """An adapter on a model that is being trained.
 
     Attributes:
-        model: carries it, active, with everything else frozen.
+        model: has it, active, with everything else frozen.
         name: of the adapter.
         first: the adapter as it started. It says what never changes: layers, seed, scaling and
             the base's fingerprints, so that the base's weights are hashed only once.
@@ -208,7 +208,7 @@ def check_only_learns(adapter: LiveAdapter) -> None:
 
 
 def identity(bundle: Bundle) -> Identity:
-    """What must be the same for a run to go on: everything in a bundle but the numbers learnt."""
+    """What must be the same to resume a run: all of a bundle but the numbers learnt."""
     hashed = hashlib.sha256()
     for layer in bundle.layers:
         print_ = layer.fingerprint
@@ -224,7 +224,7 @@ def identity(bundle: Bundle) -> Identity:
 
 
 def check_same_adapter(before: Identity, now: Identity, where: str) -> None:
-    """Refuse to go on with another adapter, or on another base, than the checkpoint's."""
+    """Refuse to resume with another adapter or base than the checkpoint's."""
     differs = [
         f"{key}: {before.get(key)!r} in the checkpoint, {value!r} now"
         if key != "base"

@@ -39,8 +39,8 @@ def parameter_groups(
         head_learning_rate: of everything else that learns; by default `defaults`' constant.
         weight_decay: of heads' matrices.
         spectrum_weight_decay: of the spectra.
-        same_rate: give every layer the same rate, rather than the one at which its delta_W moves
-            like the others'.
+        same_rate: give every layer the same rate, rather than the one at which all layers'
+            delta_W change alike.
         steps: of the run, if known: longer runs learn at a lower rate by default.
 
     Returns:

@@ -33,7 +33,7 @@ FOLDER_SUFFIX = ".train"
 METRICS, PICTURE, FACTS = "metrics.json", "curve.png", "run.json"
 STATE = "trainer_state.json"
 CURVE_POINTS = 2000
-# Settings that may differ when a run goes on: they change how, not what, is computed.
+# Settings that may differ when a run is resumed: they change how, not what, is computed.
 FREE = frozenset(
     {
         "accumulate",
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What must be the same when the run goes on."""
+        """What must be the same when the run is resumed."""
         return {
             "settings": self.settings.to_dict(),
             "adapter": identity(self.adapter.first),
@@ -112,7 +112,7 @@ class Run:
             partial.write_text(json.dumps(self.facts), "utf-8")
 
     def find_checkpoint(self, callback: RunCallback) -> Path:
-        """The checkpoint to go on from."""
+        """Checks the checkpoint to resume from and returns its folder."""
         checkpoint = last_checkpoint(self.out)
         for path in checkpoint.glob("*.p*"):
             if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
@@ -177,7 +177,7 @@ class Run:
         return report
 
     def report(self, trainer: AdapterTrainer, callback: RunCallback) -> TrainReport:
-        """What there is to say now."""
+        """Collects the report of the run as it stands."""
         history, first = trainer.state.log_history, self.adapter.first
         found = callback.evaluations(history)
         kept = kept_step(found) if found else callback.kept_step
@@ -228,7 +228,7 @@ class Run:
         )
 
     def kept_after_interrupt(self, report: TrainReport) -> str:
-        """What is left after Ctrl-C."""
+        """The message after Ctrl-C: what the bundle and the folder hold."""
         step = f"step {report.steps} of {report.planned_steps}"
         state = f"{self.folder} holds {step}, for --resume"
         if report.bundle is None:
@@ -286,7 +286,7 @@ def last_checkpoint(out: str | os.PathLike[str]) -> Path:
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with another model, data or settings than the run began with."""
+    """Refuse to resume with another model, data or settings than the run began with."""
     old, new = before["settings"], now["settings"]
     wrong = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
@@ -307,7 +307,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> 
 
 
 def is_distributed() -> bool:
-    """Whether this process trains together with others."""
+    """Whether this is one of several processes that train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -192,7 +192,7 @@ def _any_process(*flags: bool) -> tuple[bool, ...]:
 
 @contextmanager
 def ctrl_c_noted() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns True after Ctrl-C; a second Ctrl-C stops at once, as ever."""
+    """Yields a function that returns True after Ctrl-C; a second Ctrl-C stops at once."""
     pressed = False
 
     def note(number: int, frame: Any) -> None:

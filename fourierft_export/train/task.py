@@ -26,7 +26,7 @@ class TrainingTask:
         compute_metrics: `EvalPrediction` -> name -> value.
         preprocess_logits_for_metrics: (logits, labels) -> what is kept for `compute_metrics`.
         metric_for_best_model: the metric that says which adapter is best.
-        greater_is_better: whether more of it is better; None tells by its name.
+        greater_is_better: whether more of it is better; None decides by its name.
         task_type: PEFT's task type ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM") or None.
         modules_to_save: heads to train and save whole, by the end of their path.
         target_modules: the layers to adapt, unless the user says otherwise; None for the
