@@ -164,9 +164,10 @@ def learn_adapter(
     from ..train.train import train_adapter
     from . import digits
 
-    task = TrainingTask(
-        _load(folder / BASE), data.rows(), data_collator=digits.collator(digits.CHANGES[name], seed)
-    )
+    base = _load(folder / BASE)
+    base.config._name_or_path = BASE  # a bundle names its base: not by a path of this machine
+    collator = digits.collator(digits.CHANGES[name], seed)
+    task = TrainingTask(base, data.rows(), data_collator=collator)
     # Found by experiment. The scaling is PEFT's default; at the paper's for vision transformers,
     # 300, the learning rate would be half of it (0.2 to 0.3 there).
     settings = TrainSettings(

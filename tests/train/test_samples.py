@@ -87,7 +87,7 @@ def test_digits_learn_to_be_read_when_rotated(tmp_path: Path) -> None:
     report = json.loads(done.stdout)["train"]
     assert report["before"]["accuracy"] < 0.3
     assert report["best"]["accuracy"] > 0.6
-    assert len(Bundle.load(out).layers) == 26
+    assert len(Bundle.load(out).layers) == 25
 
 
 @pytest.fixture
