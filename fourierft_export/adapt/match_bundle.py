@@ -13,7 +13,7 @@ from ..bundle.fingerprint import compare_weight
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
-from ..models.names import find_bridge
+from ..models.name_mapping import find_bridge
 from ..types import Array
 from .linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
 from .modules import base_modules, did_you_mean, original

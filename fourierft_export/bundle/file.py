@@ -19,7 +19,7 @@ from ..spectral.entries import entries_sha256, spectral_entries
 from ..types import Array
 from .fit import check_fits, fit_adapter, layers_of_base
 from .format import HASH_KEY, check_kind, decode, encode, split_file
-from .names import natural_key
+from .layer_templates import natural_key
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec, spec_offenders
 
 SUFFIX = ".fourierft.safetensors"

@@ -20,7 +20,8 @@ from ..files.container import Header, decode_header_length, encode_header, parse
 from ..files.dtypes import DTYPE_BITS
 from ..files.strict_json import canonical
 from ..types import Array
-from . import names, peft_config
+from . import layer_templates as names
+from . import peft_config
 from .fingerprint import DIGEST_BYTES, FINGERPRINT_BYTES
 from .spec import EXPLICIT_RULE, RESERVED, AdapterSpec, Fingerprint, LayerSpec
 

@@ -16,7 +16,7 @@ from ..files import dtypes
 from ..files.dtypes import FLOAT_DTYPES
 from ..spectral.entries import ENTRY_RULES
 from ..types import Array
-from .names import MAX_NAMES, name_problem
+from .layer_templates import MAX_NAMES, name_problem
 
 EXPLICIT_RULE = "explicit"
 RESERVED = "fourierft."
@@ -76,7 +76,7 @@ class AdapterSpec:
     Attributes:
         seed: random_loc_seed as the adapter's author wrote it; entries use it modulo 2^32.
         scaling: multiplies every delta_W; kept as int or float as written.
-        layers: in natural order of their names (`bundle.names.natural_key`).
+        layers: in natural order of their names (`bundle.layer_templates.natural_key`).
         task_type: PEFT's task type ("SEQ_CLS", "CAUSAL_LM", ...) or None.
         base_model: base_model_name_or_path as written, or None.
         peft_config: the adapter_config.json it came from, every field as written; empty for an

@@ -20,8 +20,8 @@ from .apply import apply
 from .completion import COMPLETE_VARIABLE, completion
 from .console import emit_error
 from .demo import demo
+from .error_of_many_processes import report_once
 from .export import export
-from .first_error import report_once
 from .inspect import inspect
 from .merge import merge
 from .pack import pack

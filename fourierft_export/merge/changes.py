@@ -12,7 +12,7 @@ from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES, to_name
 from ..files.write import Slot
 from ..models.base import Base
-from ..models.names import Bridge
+from ..models.name_mapping import Bridge
 from ..models.task import head_labels
 from ..spectral.delta import Term
 from ..types import Array

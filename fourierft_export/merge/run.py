@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bundle.fit import Fit, LayerVerdict, check_fits
-from ..bundle.names import natural_key
+from ..bundle.layer_templates import natural_key
 from ..files.staging import name_os_errors, open_work_folder, publish
 from ..files.write import check_space, copy_file, set_umask_mode, sync
 from ..types import Progress, byte_counter

@@ -22,7 +22,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
 from ..types import Array
-from .names import Bridge, find_bridge, renamed_modules
+from .name_mapping import Bridge, find_bridge, renamed_modules
 from .task import read_config
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.

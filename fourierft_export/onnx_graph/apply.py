@@ -26,8 +26,8 @@ from .locate.search import find_layers
 from .locate.site import Site, Wanted
 from .metadata import KEY
 from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
-from .modes.batched import batch_of
-from .modes.heads import float_heads
+from .modes.batch_rows import batch_of
+from .modes.quantised_heads import float_heads
 from .modes.write import check_mode, write_adapters
 from .report import ExportReport, report_on
 

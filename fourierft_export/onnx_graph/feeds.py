@@ -14,7 +14,7 @@ from ..bundle.fingerprint import compare_fingerprints
 from ..bundle.fit import FoundLayer, FoundTensor, LayerVerdict, check_fits, fit_adapter
 from ..bundle.spec import Fingerprint
 from ..errors import BadInputError, BaseMismatchError
-from ..models.names import find_bridge
+from ..models.name_mapping import find_bridge
 from ..types import Array
 from .interface import PREFIX, Group, Interface
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.fit import check_fits, fit_adapter, layers_of_base
-from ..bundle.names import natural_key
+from ..bundle.layer_templates import natural_key
 from ..bundle.peft import BundleSource, open_bundle
 from ..bundle.spec import AdapterSpec, LayerSpec
 from ..errors import UsageError, ValidationError

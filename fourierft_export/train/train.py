@@ -21,13 +21,7 @@ from ..errors import FileAccessError, FourierFTError, UsageError, missing_extra
 from ..files.staging import check_output
 from ..types import Progress
 from . import defaults
-from .adapter import (
-    NAME,
-    LiveAdapter,
-    check_settings_of_training,
-    continued_adapter,
-    new_adapter,
-)
+from .adapter import NAME, LiveAdapter, check_settings_of_training, continued_adapter, new_adapter
 from .report import TrainReport
 from .settings import TrainSettings
 from .task import TrainingTask

@@ -11,14 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourierft_export import (
-    FourierFTConfig,
-    FourierLinear,
-    activate,
-    attach,
-    inject,
-    route,
-)
+from fourierft_export import FourierFTConfig, FourierLinear, activate, attach, inject, route
 from fourierft_export.adapt.adapter import AdapterOrigin
 from fourierft_export.adapt.modules import active_adapters
 from fourierft_export.spectral import cost

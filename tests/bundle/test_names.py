@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourierft_export.bundle.names import MAX_NAMES, compress, expand, name_problem, natural_key
+from fourierft_export.bundle.layer_templates import (
+    MAX_NAMES,
+    compress,
+    expand,
+    name_problem,
+    natural_key,
+)
 
 SEGMENTS = st.one_of(
     st.integers(0, 40).map(str),

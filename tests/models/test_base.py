@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from fourierft_export.errors import BadInputError, BaseMismatchError
 from fourierft_export.models.base import open_base
-from fourierft_export.models.names import Bridge
+from fourierft_export.models.name_mapping import Bridge
 
 MakeBase = Callable[..., Path]
 QUERY = "encoder.layer.0.attention.self.query"

@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 import fourierft_export as ff
 from fourierft_export.errors import UsageError
 from fourierft_export.models.load import load_model
+from fourierft_export.onnx_graph.trace.model_parts import CachedModel
 from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
-from fourierft_export.onnx_graph.trace.views import CachedModel
 from fourierft_export.proof.validate import validate
 
 MODES = ("merged", "unmerged")

@@ -262,7 +262,7 @@ def test_outputs_that_do_not_matter_are_left_out(tmp_path: Path, run: Run) -> No
 
 
 def test_models_without_an_encoder(tiny_gpt2: Path, tmp_path: Path) -> None:
-    from fourierft_export.onnx_graph.trace.views import EncoderView
+    from fourierft_export.onnx_graph.trace.model_parts import EncoderView
 
     with pytest.raises(UsageError, match="no encoder"):
         EncoderView(load_model(tiny_gpt2, "causal-lm"))

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost, torch_kernels, torch_ops
-from fourierft_export.spectral.delta import (
-    Term,
-    add_delta_weight,
-    rebuild,
-    reference_delta,
-)
+from fourierft_export.spectral.delta import Term, add_delta_weight, rebuild, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 97, 130, 131])

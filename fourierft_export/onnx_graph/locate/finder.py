@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...models.names import Bridge, find_bridge
+from ...models.name_mapping import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constant_shape, constants
 from .candidates import describe_sites, list_candidates, make_site, may_hold
 from .content import match_constant

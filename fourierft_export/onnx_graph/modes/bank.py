@@ -23,9 +23,9 @@ from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written
 from ..mode_names import DEFAULTS
-from .batched import batch_of, is_batch_first, leads_with_batch
-from .ends import Ends, ends_of
+from .batch_rows import batch_of, is_batch_first, leads_with_batch
 from .inputs import AdapterInputs, adapter_inputs, group_inputs
+from .layer_inputs_outputs import Ends, ends_of
 from .side_branch import SideBranches
 from .swappable import written_beside
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..graph.ops import FLOAT32, Ops, replace_uses
 from ..interface import PREFIX, Group
-from .ends import Ends
+from .layer_inputs_outputs import Ends
 from .transforms import Transforms, is_dense
 
 if TYPE_CHECKING:

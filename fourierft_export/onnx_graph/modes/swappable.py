@@ -12,8 +12,8 @@ from ..locate.saved import Place
 from ..locate.site import Site
 from ..metadata import Written
 from ..mode_names import DEFAULTS
-from .ends import ends_of
 from .inputs import AdapterInputs, adapter_inputs, group_inputs, saved_inputs
+from .layer_inputs_outputs import ends_of
 from .side_branch import SideBranches
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ...files.staging import check_output
 from ...models.base import Base, open_base
 from ...models.examples import dynamic_axes, example_inputs, output_names
 from ...models.load import load_model
-from ...models.names import find_bridge
+from ...models.name_mapping import find_bridge
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
 from ..adapters import Bundles, named_bundles, weighted
@@ -27,8 +27,8 @@ from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
 from ..modes.write import check_adapter_count, check_mode
 from ..report import ExportReport
 from .export import export_adapters
+from .model_parts import CachedModel, EncoderView
 from .versions import check_versions
-from .views import CachedModel, EncoderView
 
 if TYPE_CHECKING:
     from torch import nn
