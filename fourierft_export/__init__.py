@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fourierft_export.train.task import TrainingTask
     from fourierft_export.train.train import train_adapter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterSession",
