@@ -20,7 +20,7 @@ from ..models.base import Base
 from ..types import Array
 from .file import Bundle
 from .peft_config import config_of, read_peft_config
-from .spec import AdapterSpec, LayerSpec
+from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -121,11 +121,18 @@ def from_peft(
     bundle = read_adapter(find_adapter(directory, adapter))
     if base is not None:
         return bundle.bind(base, entry_rule)
+    if entry_rule is not None:
+        raise UsageError(
+            "entry rule",
+            expected="a base: the rule is stored together with the layers' shapes",
+            found="none",
+            remedy="give --base DIR (base=...) together with --entry-rule",
+        )
     implied = bundle.spec.base_model
     if not implied or not os.path.isfile(os.path.join(implied, "config.json")):
         return bundle
     try:
-        return bundle.bind(implied, entry_rule)
+        return bundle.bind(implied)
     except (BadInputError, BaseMismatchError, FileAccessError):
         # The user did not name this base: the folder may hold another model, or pickled weights.
         return bundle
@@ -206,7 +213,8 @@ def to_peft(
         The directory written.
 
     Raises:
-        UsageError: it exists, without `force`.
+        UsageError: it exists, without `force`; or the bundle's entries follow from no seed (as
+            after `combine`), so that PEFT would draw others.
         FileAccessError: it cannot be written.
 
     Example:
@@ -221,6 +229,14 @@ def to_peft(
         True
     """
     bundle = open_bundle(bundle)
+    explicit = [layer.name for layer in bundle.layers if layer.entry_rule == EXPLICIT_RULE]
+    if explicit:
+        raise UsageError(
+            "writing a PEFT adapter",
+            expected="entries that follow from the seed, as PEFT draws them",
+            found=f"{len(explicit)} layers with entries of their own ({explicit[0]}, ...)",
+            remedy="merge the bundle, or export it to ONNX; PEFT cannot hold these entries",
+        )
     tensors: dict[str, Array] = {
         f"{PREFIX}{name}{SPECTRUM}": spectrum for name, spectrum in bundle.spectra.items()
     }

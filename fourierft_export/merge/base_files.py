@@ -94,7 +94,7 @@ def _module_folders(directory: Path) -> set[str]:
     modules = strict_json.loads(read_file(path, 1 << 20), os.fspath(path))
     entries = modules if isinstance(modules, list) else []
     paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
-    return {PurePosixPath(p).parts[0] for p in paths if isinstance(p, str) and p}
+    return {part for p in paths if isinstance(p, str) for part in PurePosixPath(p).parts[:1]}
 
 
 def _walk(directory: Path) -> Iterator[str]:

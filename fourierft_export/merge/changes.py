@@ -13,7 +13,7 @@ from ..files.dtypes import FLOAT_DTYPES, to_name
 from ..files.write import Slot
 from ..models.base import Base
 from ..models.name_mapping import Bridge
-from ..models.task import head_labels
+from ..models.task import head_weight
 from ..spectral.delta import Term
 from ..types import Array
 
@@ -108,10 +108,16 @@ def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
     """
     modules = [layer.name for layer in bundle.layers]
     bridge = base.bridge(modules)
-    labels = head_labels({key: value.shape for key, value in bundle.saved.items()})
+    weight = head_weight({key: value.shape for key, value in bundle.saved.items()})
+    labels = None if weight is None else bundle.saved[weight].shape[0]
+    head = None if weight is None else weight.rpartition(".")[0]
     places = {key: base.tensors.get(_stored_name(base, bridge, key)) for key in bundle.saved}
     tensors = {
-        key: FoundTensor(info.shape, info.dtype not in FLOAT_DTYPES, labels)
+        key: FoundTensor(
+            info.shape,
+            info.dtype not in FLOAT_DTYPES,
+            labels if key.rpartition(".")[0] == head else None,
+        )
         for key, info in places.items()
         if info is not None
     }

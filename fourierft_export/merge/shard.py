@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -148,7 +149,8 @@ def _change(plan: TensorPlan, checkpoint: Checkpoint) -> _Changed:
         name=plan.slot.name,
         overwrite=True,
     )
-    error = float(f"{merged.error:.6g}")
+    # A base weight with NaN in it has no such error; JSON has no NaN.
+    error = float(f"{merged.error:.6g}") if math.isfinite(merged.error) else 0.0
     return merged.value, WrittenTensor("", digest.hexdigest(), merged.survival, error, verdicts)
 
 

@@ -75,7 +75,6 @@ def from_pretrained(
     try:
         import torch
         import transformers
-        from safetensors import SafetensorError
     except ImportError as error:
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
@@ -92,7 +91,9 @@ def from_pretrained(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:
             raise BadInputError(
                 directory,
                 expected=f"a model that transformers loads for {task}",

@@ -175,8 +175,14 @@ def head_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     Returns:
         The rows of the head's last weight, or None if there is no head.
     """
+    weight = head_weight(shapes)
+    return None if weight is None else shapes[weight][0]
+
+
+def head_weight(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Finds the name of the head's last weight among saved tensors (name -> shape)."""
     for ending in _HEAD_WEIGHTS:
         for name, shape in shapes.items():
             if f".{name}".endswith(f".{ending}") and len(shape) == 2:
-                return shape[0]
+                return name
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ..files.container import open_regular
 from ..files.external import check_external_ranges
 from ..types import Array
 from .report import first_line
@@ -180,7 +181,8 @@ def _weights_precision(path: Path) -> str:
     from google.protobuf import message
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        with open(open_regular(path), "rb") as file:  # no FIFO, no device, no folder
+            model = onnx.load(file, format="protobuf", load_external_data=False)
     except (message.DecodeError, ValueError) as error:
         raise BadInputError(path, expected="an ONNX model", found=first_line(error)) from error
     except OSError as error:

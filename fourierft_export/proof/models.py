@@ -57,7 +57,9 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:
             raise BadInputError(
                 directory,
                 expected=f"a model that transformers loads for {task.name}",

@@ -139,6 +139,8 @@ def validate(
         noise=models.noise,
     )
     step("comparing")
+    if not comparisons:
+        models.problems.append("no two sides were left to compare")
     return Report(
         task=artifacts.task.name if artifacts.task else None,
         inputs=ready.description,

@@ -11,8 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
+import fourierft_export as ff
 from fourierft_export import Bundle, from_peft, to_peft
 from fourierft_export.cli.main import run
 from fourierft_export.errors import (
@@ -373,3 +375,19 @@ def test_to_peft_refuses_what_exists(adapter_dir: MakeAdapter, tmp_path: Path) -
     assert sorted(os.listdir(source)) == ["adapter_config.json", "adapter_model.safetensors"]
     assert from_peft(source).to_bytes() == bundle.to_bytes()
     assert sorted(os.listdir(tmp_path)) == ["adapter"]
+
+
+def test_entries_that_follow_from_no_seed_are_refused(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    for seed in (5, 6):
+        config = ff.FourierFTConfig(n_frequency=7, target_modules=["0"], random_loc_seed=seed)
+        ff.inject(model, config, str(seed))
+    ff.combine(model, {"5": 0.5, "6": 0.5}, "mix")
+    with pytest.raises(UsageError, match="entries that follow from the seed"):
+        ff.to_peft(ff.capture(model, "mix"), tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+
+
+def test_an_entry_rule_without_a_base_is_refused(adapter_dir: MakeAdapter, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="entry rule: expected a base"):
+        ff.from_peft(adapter_dir(), entry_rule="small")

@@ -435,3 +435,51 @@ def test_saved_heads_and_biases_are_the_adapters_own(mode: str, tmp_path: Path, 
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     np.testing.assert_array_equal(tensors["first.bias"], saved["first.bias"])
     np.testing.assert_array_equal(tensors["head.2.bias"], saved["head.2.bias"])
+
+
+class ReadsItsWeight(nn.Module):
+    """A layer whose weight is also read by an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.layer.weight
+        return self.layer(x) + torch.einsum("bi,oi->bo", x, weight)
+
+
+def test_every_reader_of_a_weight_reads_the_adapted_one(tmp_path: Path, run: Run) -> None:
+    torch.manual_seed(0)
+    model = adapted(ReadsItsWeight().eval())
+    x = torch.randn(3, 6)
+    want = model(x).detach().numpy()
+    for mode in (*MODES, "paired"):
+        path = tmp_path / f"{mode}.onnx"
+        ff.export_onnx(model, (x,), path, mode=mode)
+        if mode == "paired":
+            session = ff.AdapterSession(path)
+            session.load("a", ff.capture(model))
+            found = session.run({"x": x.numpy()}, adapter="a")["output"]
+        else:
+            (found,) = run(path, {"x": x.numpy()}).values()
+        np.testing.assert_allclose(found, want, atol=1e-4)
+    with pytest.raises(UsageError, match="layers that are a MatMul or Gemm"):
+        ff.export_onnx(model, (x,), tmp_path / "swappable.onnx", mode="swappable")
+
+
+def test_a_bank_of_heads_with_equal_base_tensors_loads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6)).eval()
+    adapted(model, target_modules=["0", "2"], modules_to_save=["1", "3"])
+    with torch.no_grad():
+        for path in ("1", "3"):
+            model.get_submodule(path).version("default").module.weight.mul_(2.0)
+    x = torch.randn(4, 6)
+    dynamic = {"input": {0: "batch"}}
+    path = tmp_path / "bank.onnx"
+    ff.export_onnx(model, (x,), path, mode="bank", dynamic_shapes=dynamic)
+    session = ff.AdapterSession(path)
+    session.load("a", ff.capture(model))
+    (found,) = session.run({"input": x.numpy()}, adapter=["a"] * 4).values()
+    np.testing.assert_allclose(found, model(x).detach().numpy(), atol=1e-4)

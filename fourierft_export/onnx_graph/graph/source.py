@@ -165,6 +165,8 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
         raise BadInputError(
             path, expected="a valid ONNX model", found=(str(error).splitlines() or [""])[0]
         ) from None
+    if "" not in model.opset_imports and "ai.onnx" in model.opset_imports:  # its other name
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     return Source(Path(path), model, frozenset(there.file for there in ranges.values()))
 
 

@@ -24,7 +24,7 @@ from ..locate.site import Site
 from ..metadata import Written
 from ..mode_names import DEFAULTS
 from .batch_rows import batch_of, is_batch_first, leads_with_batch
-from .inputs import AdapterInputs, adapter_inputs, group_inputs
+from .inputs import AdapterInputs, adapter_inputs, group_inputs, take_out
 from .layer_inputs_outputs import Ends, ends_of
 from .side_branch import SideBranches
 from .swappable import written_beside
@@ -121,7 +121,7 @@ class _Rows:
 
     def pick_or_base(self, table: ir.Value, base: Array) -> ir.Value:
         """[A, ...] -> [B, ...]; the base's own for id 0."""
-        own = self.ops.constant(base[None], BASE_PREFIX + str(table.name))
+        own = self.ops.initializer(base[None], BASE_PREFIX + str(table.name))  # found by its name
         both = self.ops.op("Concat", [own, table], f"{table.name}.with_base", axis=0)
         return self.ops.op("Gather", [both, self.ids], f"{table.name}.picked", axis=0)
 
@@ -158,7 +158,8 @@ def _write_saved(
                     _scale(ops, node, picked, np.ones_like(base))
                 else:
                     _use(ops, rows, node, index, picked, place.transposed, base)
-            ops.graph.initializers.pop(str(place.value.name), None)
+            if str(place.value.name) in ops.graph.initializers:
+                take_out(ops, place.value)
 
 
 def _has_rows(node: ir.Node, batch: int | str) -> bool:

@@ -68,6 +68,7 @@ def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, li
         )
     packed: dict[ir.Value, list[Site]] = {}
     for site in every:
+        _set_output_types(site)
         for _, y in site.products if site.start is not None else ():
             packed.setdefault(y, []).append(site)
     pieces: dict[ir.Value, dict[int, ir.Value]] = {}
@@ -84,6 +85,16 @@ def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, li
         ]
         for layer, several in sites.items()
     }
+
+
+def _set_output_types(site: Site) -> None:
+    """Give y the weight's dtype where shape inference found none: a product has one dtype."""
+    import onnx_ir as ir
+
+    for use in () if site.quantised else site.uses:
+        y = use.linear.outputs[0]
+        if y.dtype is None and use.node is use.linear and site.value.dtype is not None:
+            y.type = ir.TensorType(site.value.dtype)
 
 
 def _obstacle(source: Source, site: Site) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from ..graph.ops import constant_value
 from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
-from ..locate.uses import find_linear_uses
+from ..locate.uses import find_linear_uses, use_of
 from .trace import Inputs, trace
 
 if TYPE_CHECKING:
@@ -110,10 +110,16 @@ def trace_base(
 
 
 def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned: bool) -> Site:
-    uses = tuple(find_linear_uses(graph, value))
+    """The layer's place: whoever reads its weight in the trace reads the layer's own weight."""
     transposed = turned != is_conv1d(module)
-    site = Site(path, value, layer_shape(module), transposed, uses)
-    return replace(site, shared=len(site.consumers) < len(value.uses()))
+    linear = find_linear_uses(graph, value)
+    known = {(use.node, use.index) for use in linear}
+    others = [
+        use_of(node, index, node, transposed)
+        for node, index in value.uses()
+        if (node, index) not in known
+    ]
+    return Site(path, value, layer_shape(module), transposed, (*linear, *others))
 
 
 def find_marks(
