@@ -25,10 +25,10 @@ from .modules import (
     check_known,
     check_not_fused,
     check_not_routed,
+    exchange_everywhere,
     fourier_layers,
     is_fused,
     original,
-    put,
 )
 from .saved_modules import versions_of
 
@@ -151,7 +151,7 @@ def unload(model: Model, merge: bool = False) -> Model:
         for name, tensor in version.own_tensors().items():
             tensor.requires_grad_(name in learning)
         if version.is_whole:
-            put(model, path, version.module)
+            exchange_everywhere(model, modules[path], version.module)
         else:
             modules[path]._parameters.update(version.own_tensors())  # type: ignore[arg-type]
     return model

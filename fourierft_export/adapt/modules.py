@@ -109,12 +109,12 @@ def add_saved(
     inner = module.base_layer if isinstance(module, FourierLinear) else module
     if not isinstance(inner, AdaptedModule):
         wrapper = AdaptedModule(inner)
-        _exchange_everywhere(model, inner, wrapper)
+        exchange_everywhere(model, inner, wrapper)
         inner = wrapper
     add_version(inner, name, tensors, trainable)
 
 
-def _exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` at all places of the model that hold `old`: a base may use a module twice."""
     for module in list(original(model).modules()):
         for name, child in module._modules.items():
@@ -127,7 +127,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     for adapted in adapted_modules(model).values():
         remove_version(adapted, name)
         if not versions_of(adapted):
-            _exchange_everywhere(model, adapted, original_of(adapted))
+            exchange_everywhere(model, adapted, original_of(adapted))
     for path, layer in fourier_layers(model).items():
         layer.active = tuple(n for n in layer.active if n != name)
         if name in layer.adapters:

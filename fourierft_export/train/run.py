@@ -134,6 +134,8 @@ class Run:
                 remedy="begin again with --force",
             ) from error
         kept = kept_step(callback.evaluations(history))
+        if self.task.eval_dataset is None:  # the last adapter is the one that is kept
+            kept = callback.kept_step = int(checkpoint.name.rpartition("-")[2])
         if f"checkpoint-{kept}" == checkpoint.name and self.arguments.process_index == 0:
             publish(checkpoint, self.out)  # killed between the two
         elif kept and not self.out.is_file():

@@ -68,7 +68,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.clear()
         self.began = time.perf_counter()
 
-    def on_step_end(self, _args: Any, state: Any, control: Any, **_others: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
         """Save in good time; stop after Ctrl-C, of which all processes hear."""
         self.seconds = time.perf_counter() - self.began
         due = time.monotonic() - self.saved_at > SAVE_SECONDS
@@ -78,6 +78,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
         if stop or due:
             control.should_save = True
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # transformers before 5.23 leaves the last step out
         self.progress(self.words(state), state.global_step, state.max_steps)
 
     def on_log(self, _args: Any, state: Any, *_others: Any, logs: Any = None, **_more: Any) -> None:

@@ -264,10 +264,12 @@ def _detached_after_failure(model: nn.Module) -> Iterator[None]:
 def _own_randomness() -> Iterator[None]:
     """Leave the global generators of torch, numpy and Python as they were."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextmanager

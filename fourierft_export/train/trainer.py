@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from . import defaults
 from .adapter import LiveAdapter
 from .batches import EpochBatches, rate_factor
 from .callback import ADAPTER_FILE, BundleCallback, write_adapter
+from .data.scores import logits_of
 from .parameter_groups import parameter_groups
 from .settings import TrainSettings
 from .task import TrainingTask
@@ -105,7 +106,12 @@ class SettingsTrainer(Trainer):  # type: ignore[misc]
         """The Trainer's, with dropout off where it learns."""
         if model.training:
             set_training(self.accelerator.unwrap_model(model), dropout=self.settings.dropout)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs and self.compute_loss_func is not None:
+            loss, outputs = found
+            if not isinstance(outputs, Mapping):  # the Trainer would take a tensor's first row off
+                return loss, {"logits": logits_of(outputs)}
+        return found
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """The Trainer's; a loss that is not finite ends the run before anything is updated."""

@@ -526,3 +526,25 @@ def test_save_pretrained_refuses_wrapper_names(make_model: Any, tmp_path: Path) 
     ff.unload(model, merge=True).save_pretrained(tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
     torch.testing.assert_close(again(tokens).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unload_merges_a_saved_module_at_all_its_places() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.a = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b = self.a
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(self.layer(x)))
+
+    torch.manual_seed(0)
+    config = {"n_frequency": 9, "target_modules": ["layer"], "modules_to_save": ["a"]}
+    model = ff.inject(Twice(), config)
+    with torch.no_grad():
+        model.a.version("default").module.weight.mul_(3.0)
+    x = torch.randn(2, 6)
+    want = model(x).detach()
+    ff.unload(model, merge=True)
+    assert model.a is model.b
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)

@@ -194,3 +194,27 @@ def test_rows_are_held_out_by_the_seed() -> None:
     assert len(split([list(range(30_000))], TrainSettings(eval_share=0.5))[1] or ()) == 1000
     with pytest.raises(UsageError, match="two rows or more, found 1"):
         split([[1]], TrainSettings())
+
+
+def test_classes_of_folders_are_compared_by_name(tmp_path: Path) -> None:
+    """Each data set numbers its classes by itself."""
+    from PIL import Image
+
+    for name, classes in (("train", "abc"), ("eval", "bc")):
+        for one in classes:
+            (tmp_path / name / one).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / name / one / "0.png")
+    train = load_rows(str(tmp_path / "train"), builder="imagefolder")
+    scored = load_rows(str(tmp_path / "eval"), split="eval", builder="imagefolder")
+    assert (sorted(train.column("label")), sorted(scored.column("label"))) == (
+        ["a", "b", "c"],
+        ["b", "c"],
+    )
+
+
+def test_rows_with_a_cell_too_many_do_not_shift_the_columns(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"good {i},neg,extra\n" for i in range(4)))
+    with pytest.raises(BadInputError) as caught:
+        load_rows(str(file))
+    assert len(caught.value.offenders) == 4

@@ -78,8 +78,13 @@ class Rows:
         return list(self.dataset.column_names)
 
     def column(self, name: str) -> list[Any]:
-        """The values of a column, one per row; None where a row lacks it."""
-        return list(self.dataset[name])
+        """The values of a column, one per row; None where a row lacks it.
+
+        Numbers of a `ClassLabel` become its names: each data set numbers its classes by itself.
+        """
+        names = self.class_names(name)
+        values = list(self.dataset[name])
+        return [_name_classes(value, names) for value in values] if names else values
 
     def undecoded(self, name: str) -> list[Any]:
         """The values of a column of images, as files or bytes rather than pixels."""
@@ -163,6 +168,8 @@ def _load(source: str, suffix: str, options: dict[str, Any], split: str) -> Any:
     with tempfile.TemporaryDirectory() as folder, _quiet(datasets):
         if local:
             options |= {"cache_dir": folder, "keep_in_memory": True}
+        if suffix in (".csv", ".tsv"):  # pandas shifts the columns of rows that are all too long
+            _list_bad_lines(source, suffix)
         try:
             found = datasets.load_dataset(**options)
             names = (split,) if split != "eval" else ("validation", "test", "train")
@@ -242,6 +249,14 @@ def _check(source: str, suffix: str) -> dict[str, Any]:
         "names": header,
         "on_bad_lines": "error",
     }
+
+
+def _name_classes(value: Any, names: Sequence[str]) -> Any:
+    """The names of class numbers, also in lists; other values stay (-1 is a missing label)."""
+    if isinstance(value, list):
+        return [_name_classes(one, names) for one in value]
+    is_class = isinstance(value, int) and 0 <= value < len(names)
+    return names[value] if is_class else value
 
 
 def _list_bad_lines(source: str, suffix: str) -> None:
