@@ -55,7 +55,14 @@ def _kind(rule: Setting) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar, "multiple": rule.kind is list}
 
 
-@verb()
+@verb(
+    examples=(
+        "train --model base --task text-classification --data train.tsv --eval dev.tsv "
+        "-o a.fourierft.safetensors",
+        "train --module package.module:factory --epochs 5 -o a.fourierft.safetensors",
+        "train --config run.toml --resume -o a.fourierft.safetensors",
+    )
+)
 @_with_settings
 @section(SECTIONS[-1])("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @force_option
