@@ -214,8 +214,8 @@ def test_every_option_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     titles = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
-    assert titles[-3:] == ["Output:", "Checks:", "General:"]
-    assert titles[:-3] == [
+    assert titles[-4:] == ["Output:", "Checks:", "General:", "Examples:"]
+    assert titles[:-4] == [
         "What is trained on what:",
         "The adapter:",
         "How it learns:",
