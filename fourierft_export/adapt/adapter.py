@@ -110,17 +110,12 @@ class LayerAdapter(nn.Module):
             self.entries = torch.tensor(entries, device=self.spectrum.device)
         self.entry_rule, self.origin = entry_rule, origin
 
-    def delta_weight(self) -> Tensor:
-        """delta_W (M, N), float32 (float64 if the spectrum is), whatever autocast says."""
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """delta_W (M, N), or a frozen weight plus it, in float32 or better, whatever autocast."""
         with self._without_autocast():
             return torch_ops.delta_weight(
-                self.spectrum, self.entries, self.shape, self.origin.scaling
+                self.spectrum, self.entries, self.shape, self.origin.scaling, weight
             )
-
-    def merged_weight(self, weight: Tensor) -> Tensor:
-        """A frozen weight (M, N) plus delta_W, in float32 (float64 if either is)."""
-        with self._without_autocast():
-            return torch_ops.merged_weight(weight, self.spectrum, self.entries, self.origin.scaling)
 
     def token_delta(self, x: Tensor) -> Tensor:
         """The product x delta_W^T (..., M) without delta_W; float32 or better, then x's dtype."""

@@ -201,7 +201,7 @@ class FourierLinear(nn.Module):
         weight = stored_weight(self.linear)
         upright = weight.T if self.transposed else weight
         if len(self.active) == 1 and not weight.requires_grad:
-            total = self.adapter(self.active[0]).merged_weight(upright)
+            total = self.adapter(self.active[0]).delta_weight(upright)
         else:
             delta = self.delta_weight()
             total = upright if delta is None else upright.to(precision(upright, delta)) + delta

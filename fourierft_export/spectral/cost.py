@@ -2,10 +2,10 @@
 
 Costs are nanoseconds on the machine the constants were fitted on (one x86-64 core with AVX-512);
 only their ratios matter, and they hold for AVX2 as well. They follow from counts that anyone can
-check: FFT butterflies, entries times rows, multiplications of a matrix product. `samples/bench`
-runs every path and shows how far the choice is from the best.
+check: FFT butterflies, entries times rows. `samples/bench` runs every path and shows how far the
+choice is from the best.
 
-    with force(delta="products"): ...   # take this path whatever the model says
+    with force(delta="columns"): ...   # take this path whatever the model says
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from math import log2
 
 from ..errors import UsageError
 
-DELTA_PATHS = ("rows", "columns", "products")
+DELTA_PATHS = ("rows", "columns")
 FORMS = ("token", "dense")
 
-_CALLS = {"rows": 50_000.0, "columns": 30_000.0, "products": 40_000.0}  # however small the layer
+_CALLS = {"rows": 50_000.0, "columns": 30_000.0}  # however small the layer
 _FFT = 0.19  # one value of a real FFT, per log2 of its length
 _ADD = 0.35  # one value of delta_W (and its mirror image) added to a weight
 _ENTRY = 1.0  # one entry at one row: multiplied by its phase, added to its column
@@ -56,17 +56,14 @@ def delta_costs(
     rows, columns = shape
     kept = rows // 2 + 1
     half_columns = columns // 2 + 1
-    add = _ADD * rows * columns
-    row_ffts = _FFT * kept * columns * log2(columns + 1) / 2
+    both = _ADD * rows * columns + _FFT * kept * columns * log2(columns + 1) / 2
     by_rows = kept * (_ENTRY * n_frequency + _PLACE * min(n_frequency, half_columns))
     each = _COLUMN if 8 * half_columns * rows < _CACHE else _FAR_COLUMN
     by_columns = half_columns * rows * (each + _FFT * log2(rows + 1) / 2) + 30.0 * n_frequency
-    products = _FLOP * n_frequency * 4 * kept * half_columns
     shared = useful_threads(shape, layers, threads)
     return {
-        "rows": _CALLS["rows"] + layers * (add + row_ffts + by_rows) / shared,
-        "columns": _CALLS["columns"] + layers * (add + row_ffts + by_columns) / min(shared, layers),
-        "products": _CALLS["products"] + layers * (add + products) / shared,
+        "rows": _CALLS["rows"] + layers * (both + by_rows) / shared,
+        "columns": _CALLS["columns"] + layers * (both + by_columns) / min(shared, layers),
     }
 
 
@@ -138,13 +135,9 @@ def choose_form(
 def choose_rows_form(
     rows: Sequence[int], shape: tuple[int, int], n_frequency: int, training: bool = False
 ) -> str:
-    """How to apply several adapters that share entries, each to its own tokens.
+    """How to apply several adapters that share entries, each to its own number of tokens.
 
     The token form takes all of them in one product; the dense form builds each delta_W.
-
-    Args:
-        rows: tokens of each adapter.
-        shape, n_frequency, training: as for `choose_form`.
     """
     if "form" in _forced:
         return _forced["form"]
@@ -155,20 +148,12 @@ def choose_rows_form(
 
 @contextmanager
 def force(*, delta: str | None = None, form: str | None = None) -> Iterator[None]:
-    """Take these paths inside the block, whatever the model says (for tests and the bench).
-
-    The setting is one for the whole process.
-
-    Raises:
-        UsageError: a name that is not in `DELTA_PATHS` or `FORMS`.
-    """
-    wanted: dict[str, str] = {}
-    for what, name, names in (("delta", delta, DELTA_PATHS), ("form", form, FORMS)):
-        if name is None:
-            continue
+    """Take these paths inside the block, in the whole process (for tests and the bench)."""
+    wanted = {what: name for what, name in (("delta", delta), ("form", form)) if name is not None}
+    for what, name in wanted.items():
+        names = DELTA_PATHS if what == "delta" else FORMS
         if name not in names:
             raise UsageError(f"{what} path", expected=" or ".join(names), found=repr(name))
-        wanted[what] = name
     before = dict(_forced)
     _forced.update(wanted)
     try:

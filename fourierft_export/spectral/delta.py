@@ -41,19 +41,13 @@ class Term(NamedTuple):
 def reference_delta(
     spectrum: AnyFloat, entries: Entries, shape: tuple[int, int], scaling: float
 ) -> npt.NDArray[np.float64]:
-    """delta_W straight from its definition, in double precision.
+    """delta_W straight from its definition: float64 (M, N).
 
     Args:
         spectrum: (n,), any float dtype.
         entries: int64 (n, 2), pairs (u, v).
         shape: (M, N) = (out_features, in_features).
         scaling: multiplies delta_W.
-
-    Returns:
-        float64 (M, N).
-
-    Raises:
-        UsageError: sizes that do not fit together.
     """
     shape = check_term(spectrum, entries, shape)
     dense = np.zeros(shape, np.complex128)
@@ -69,7 +63,7 @@ def add_delta_weight(
     out_dtype: npt.DTypeLike | None = None,
     threads: int | None = None,
 ) -> AnyFloat:
-    """`weight` plus the delta_W of every term, summed in float32 and rounded once.
+    """A new array: `weight` plus the delta_W of every term, summed in float32, rounded once.
 
     Args:
         weight: (out, in), or (in, out) when `transposed`; float32, float16 or bfloat16
@@ -78,12 +72,6 @@ def add_delta_weight(
         transposed: the weight is stored as (in, out), as GPT-2's Conv1D does.
         out_dtype: of the result; by default that of `weight`.
         threads: at most this many; by default `threads.default_threads()`.
-
-    Returns:
-        A new array of the weight's shape.
-
-    Raises:
-        UsageError: sizes that do not fit together.
     """
     target = np.empty(weight.shape, weight.dtype if out_dtype is None else out_dtype)
     changes = list(terms)
@@ -133,9 +121,6 @@ def each_block(
             are overwritten afterwards. Blocks and values do not depend on the number of threads.
         transposed: the weight is stored as (in, out).
         threads: at most this many; by default `threads.default_threads()`.
-
-    Raises:
-        UsageError: sizes that do not fit together.
     """
     for term in terms:
         check_term(term.spectrum, term.entries, stored[::-1] if transposed else stored)
@@ -160,7 +145,7 @@ def rebuild(
     """Fill each target with its source plus the delta_W of its spectrum.
 
     Args:
-        sources: L arrays of one shape as stored, of any float dtype; None for delta_W alone.
+        sources: L arrays of one shape, of any float dtype; None for delta_W alone.
         targets: L arrays of that shape; those of `sources` themselves to add in place.
         spectra: (L, n), any float dtype.
         entries: int64 (n, 2), pairs (u, v) with u along the targets' first dimension.
@@ -200,7 +185,7 @@ def _rebuild_blocks(
     rows, columns = shape
     shared = half_spectrum(entries, shape)
     amplitudes = shared.amplitudes(spectra, float(scaling))
-    count, blocks = len(spectra), range(shared.block_count)
+    count, blocks = len(spectra), range(len(shared.jump))
     limit = default_threads() if threads is None else threads
     used = useful_threads(shape, count, limit)
     path = path or choose_delta_path(shape, len(entries), layers=count, threads=used)
@@ -219,9 +204,7 @@ def _rebuild_blocks(
                 put(layer, slice(rows - last + 1, rows - first + 1), mirrored)
             put(layer, where, values)
 
-    if path == "products":  # the matrix library uses threads itself
-        work(range(count), blocks)
-    elif path == "columns" or count >= used:
+    if path == "columns" or count >= used:
         run_shares(lambda layers: work(layers, blocks), count, min(used, count))
     else:
         run_shares(lambda share: work(range(count), share), len(blocks), used)

@@ -43,20 +43,26 @@ def spectral_entries(
 ) -> Entries:
     """The entries (u, v) of a spectrum, as PEFT derives them from its `random_loc_seed`.
 
+    They are int64 (n_frequency, 2), read-only and shared: copy them before changing them.
+
     Args:
         seed: any integer; taken modulo 2**32, as torch's generator does.
         shape: (out_features, in_features) of the layer.
         n_frequency: how many entries, 1 to out_features * in_features.
         rule: one of `ENTRY_RULES`; by default the one current torch follows for this shape.
-
-    Returns:
-        int64 (n_frequency, 2), read-only and shared between callers: copy it before changing it.
-
-    Raises:
-        UsageError: a shape, count or rule that no layer can have.
     """
     rows, columns = check_shape(shape)
-    n = _check_count(n_frequency, rows * columns)
+    try:
+        n = operator.index(n_frequency)
+    except TypeError:
+        n = 0
+    if not 1 <= n <= rows * columns:
+        raise UsageError(
+            "n_frequency",
+            expected=f"an integer from 1 to {rows * columns}, the number of weights of the layer",
+            found=repr(n_frequency),
+            remedy="lower n_frequency, or leave this layer out",
+        )
     name = current_rule((rows, columns)) if rule is None else rule
     if name not in ENTRY_RULES:
         raise UsageError(
@@ -86,21 +92,6 @@ def check_shape(shape: tuple[int, int]) -> tuple[int, int]:
             found=repr(shape),
         )
     return rows, columns
-
-
-def _check_count(n_frequency: int, positions: int) -> int:
-    try:
-        n = operator.index(n_frequency)
-    except TypeError:
-        n = 0
-    if not 1 <= n <= positions:
-        raise UsageError(
-            "n_frequency",
-            expected=f"an integer from 1 to {positions}, the number of weights of the layer",
-            found=repr(n_frequency),
-            remedy="lower n_frequency, or leave this layer out",
-        )
-    return n
 
 
 @lru_cache(maxsize=32)

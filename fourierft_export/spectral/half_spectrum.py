@@ -1,4 +1,4 @@
-"""Rows of delta_W from half of its spectrum: tables that layers share, and three ways to use them.
+"""Rows of delta_W from half of its spectrum: tables that layers share, and two ways to use them.
 
 delta_W is real and even (delta_W[-p, -q] = delta_W[p, q], indices modulo M, N), so rows 0..M//2
 say it all, and row p is the real inverse DFT, of length N, of
@@ -7,19 +7,17 @@ say it all, and row p is the real inverse DFT, of length N, of
 
 once every entry with v > N/2 is folded onto its mirror image (-u, -v), which is the same basis
 function. w is 1/2, as the real transform counts a column and its mirror, and 1 in the columns 0
-and N/2, which are their own mirror. The three ways (`cost.DELTA_PATHS`):
+and N/2, which are their own mirror. The two ways (`cost.DELTA_PATHS`):
 
 * rows: H a few rows at a time, entry by entry, then one real FFT for each row;
-* columns: H by one FFT down each column, for many entries per column; then the same;
-* products: no FFT; CC = C1 diag(c) C2', SS = S1 diag(c) S2' over half ranges of cosines and sines
-  give row p as CC - SS at q and CC + SS at -q: two matrix products, for few entries.
+* columns: H by one FFT down each column, for many entries per column; then the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,33 +63,14 @@ class HalfSpectrum:
     step: Complex64
     jump: Complex64
 
-    @property
-    def kept_rows(self) -> int:
-        """Rows 0..M//2; the rest are mirror images."""
-        return self.shape[0] // 2 + 1
-
-    @property
-    def block_count(self) -> int:
-        """Blocks that the kept rows make."""
-        return len(self.jump)
-
     def amplitudes(self, spectra: npt.NDArray[Any], scaling: float) -> Float64:
         """(L, n) spectra in this order, each coefficient times w scaling / M."""
         return spectra.astype(np.float64)[:, self.order] * (self.weight * (scaling / self.shape[0]))
 
-    def phases(self, block: int) -> tuple[slice, Complex64]:
-        """The rows of a block and exp(2 pi i u p / M) there, (rows, n)."""
-        start = block * self.block_rows
-        rows = slice(start, min(start + self.block_rows, self.kept_rows))
-        step = self.step[: rows.stop - start]
-        return rows, step if block == 0 else step * self.jump[block]
-
-    @cached_property
-    def column_tables(self) -> tuple[Float32, Float32]:
-        """The cosines and sines of 2 pi v q / N for q in 0..N//2, each (n, N // 2 + 1)."""
-        columns = self.shape[1]
-        table = roots(columns)[self.v[:, None] * np.arange(columns // 2 + 1) % columns]
-        return table.real.astype(np.float32), table.imag.astype(np.float32)
+    def block(self, number: int) -> slice:
+        """The rows of a block; the last block ends at row M // 2."""
+        start = number * self.block_rows
+        return slice(start, min(start + self.block_rows, self.shape[0] // 2 + 1))
 
 
 # (rows of delta_W that these are, layer, float32 values); the values are overwritten afterwards.
@@ -108,12 +87,13 @@ def rows_by_fft(shared: HalfSpectrum, amplitudes: Float64, blocks: Iterable[int]
     terms = np.zeros((shared.block_rows, width + 2), np.float32)  # the last place stays zero
     values = np.empty((shared.block_rows, columns), np.float32)
     for block in blocks:
-        rows, phases = shared.phases(block)
+        rows = shared.block(block)
         count = slice(rows.stop - rows.start)
+        phases = shared.step[count] if block == 0 else shared.step[count] * shared.jump[block]
         parts = phases.view(np.float32)  # real and imaginary parts take the same real factor
         for layer, amplitude in enumerate(pairs):
             np.multiply(parts, amplitude, out=terms[count, :width])
-            add_rounds(terms[count], shared.rounds)
+            _add_rounds(terms[count], shared.rounds)
             # take with mode "clip" is the one gather in numpy that fills its output directly.
             chosen = terms[count].view(np.complex64)
             np.take(chosen, shared.source, axis=1, out=half[count], mode="clip")
@@ -133,42 +113,11 @@ def rows_by_column_fft(
         half = np.ascontiguousarray(np.fft.rfft(dense, axis=1).T.astype(np.complex64, copy=False))
         np.conjugate(half, out=half)
         values = np.empty((shared.block_rows, columns), np.float32)
-        for block in wanted:
-            start = block * shared.block_rows
-            part = slice(start, min(start + shared.block_rows, shared.kept_rows))
-            yield part, layer, _real_rows(half[part], values[: part.stop - start])
+        for part in map(shared.block, wanted):
+            yield part, layer, _real_rows(half[part], values[: part.stop - part.start])
 
 
-def rows_by_products(
-    shared: HalfSpectrum, amplitudes: Float64, blocks: Iterable[int]
-) -> Iterator[Rows]:
-    """The path "products"."""
-    columns = shared.shape[1]
-    # The real FFT brings 1/N and counts a pair twice; here both are written out.
-    factors = (amplitudes * (1 / (shared.weight * columns))).astype(np.float32)
-    cosines, sines = shared.column_tables
-    half_columns = cosines.shape[1]
-    reflected = columns - half_columns
-    even, odd = (np.empty((shared.block_rows, half_columns), np.float32) for _ in range(2))
-    values = np.empty((shared.block_rows, columns), np.float32)
-    for block in blocks:
-        rows, phases = shared.phases(block)
-        count = slice(rows.stop - rows.start)
-        for layer, factor in enumerate(factors):
-            cc = np.matmul(phases.real * factor, cosines, out=even[count])
-            ss = np.matmul(phases.imag * factor, sines, out=odd[count])
-            np.subtract(cc, ss, out=values[count, :half_columns])
-            if reflected:
-                mirror = slice(reflected, 0, -1)
-                np.add(cc[:, mirror], ss[:, mirror], out=values[count, half_columns:])
-            yield rows, layer, values[count]
-
-
-ROW_MAKERS: dict[str, RowMaker] = {
-    "rows": rows_by_fft,
-    "columns": rows_by_column_fft,
-    "products": rows_by_products,
-}
+ROW_MAKERS: dict[str, RowMaker] = {"rows": rows_by_fft, "columns": rows_by_column_fft}
 
 
 def half_spectrum(entries: Entries, shape: tuple[int, int]) -> HalfSpectrum:
@@ -194,7 +143,7 @@ def roots(size: int) -> npt.NDArray[np.complex128]:
 def _half_spectrum(entries_bytes: bytes, shape: tuple[int, int]) -> HalfSpectrum:
     rows, columns = shape
     u, v = fold(np.frombuffer(entries_bytes, dtype=np.int64).reshape(-1, 2), shape)
-    order, source, rounds = in_rounds(v, columns // 2 + 1)
+    order, source, rounds = _in_rounds(v, columns // 2 + 1)
     u, v = u[order], v[order]
     kept = rows // 2 + 1
     blocks = -(-kept * columns // _VALUES_PER_BLOCK)
@@ -215,14 +164,8 @@ def _half_spectrum(entries_bytes: bytes, shape: tuple[int, int]) -> HalfSpectrum
     )
 
 
-def in_rounds(bins: Entries, count: int) -> tuple[Entries, Entries, tuple[int, ...]]:
-    """Order items that are to be added up in bins, so that whole slices can be added.
-
-    Returns:
-        The order of the items; for each of the `count` bins the place of its first item, or the
-        number of items if it has none (a place for a zero); and the size of each round: round r
-        has one item for each of the first `rounds[r]` bins, fullest first.
-    """
+def _in_rounds(bins: Entries, count: int) -> tuple[Entries, Entries, tuple[int, ...]]:
+    """`order`, `source` and `rounds` of a `HalfSpectrum` whose entries have these columns (n,)."""
     distinct, bin_of, sizes = np.unique(bins, return_inverse=True, return_counts=True)
     fullest = np.argsort(-sizes, kind="stable")
     rank = np.empty_like(fullest)
@@ -237,7 +180,7 @@ def in_rounds(bins: Entries, count: int) -> tuple[Entries, Entries, tuple[int, .
     return np.lexsort((bin_rank, round_of)), source, tuple(np.bincount(round_of).tolist())
 
 
-def add_rounds(terms: npt.NDArray[Any], rounds: tuple[int, ...]) -> None:
+def _add_rounds(terms: Float32, rounds: tuple[int, ...]) -> None:
     """Add all rounds of complex values, given as pairs of reals, onto the first, in place."""
     start = 2 * rounds[0]
     for size in rounds[1:]:

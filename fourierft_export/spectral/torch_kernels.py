@@ -18,7 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import delta as numpy_delta
 from .delta import AnyFloat
-from .token_tables import TokenTables, token_tables
 
 Shape = tuple[int, int]
 
@@ -41,15 +40,14 @@ def delta_weight(
     weight: Tensor | None = None,
 ) -> Tensor:
     """delta_W (M, N), or `weight` + delta_W, in `precision`."""
-    wide = precision(spectrum) if weight is None else precision(spectrum, weight)
+    wide = precision(spectrum, spectrum if weight is None else weight)
     if is_empty(spectrum):
         return spectrum.new_empty(rows, columns, dtype=wide)
     spectrum = spectrum.detach().to(wide)
     if on_host(spectrum, entries) and wide == torch.float32:
         target = np.empty((rows, columns), np.float32)
-        start = None if weight is None else host_array(weight, read_only=True)
         numpy_delta.rebuild(
-            None if start is None else [start],
+            None if weight is None else [host_array(weight, read_only=True)],
             [target],
             host_array(spectrum, read_only=True)[None],
             entries.numpy(),
@@ -59,11 +57,6 @@ def delta_weight(
         return torch.from_numpy(target)
     delta = delta_by_fft(spectrum, entries, (rows, columns), scaling)
     return delta if weight is None else delta.add_(weight)
-
-
-def delta_of(spectrum: Tensor, entries: Tensor, rows: int, columns: int, scaling: float) -> Tensor:
-    """`delta_weight` without a weight."""
-    return delta_weight(spectrum, entries, rows, columns, scaling)
 
 
 def delta_by_fft(spectrum: Tensor, entries: Tensor, shape: Shape, scaling: float) -> Tensor:
@@ -182,22 +175,36 @@ def _to_values(
 def _token_tables(
     entries: Tensor, shape: Shape, dtype: torch.dtype, swapped: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`TokenTables` as tensors on the entries' device; if `swapped`, of delta_W transposed."""
+    """Where the token form of delta_W (or, if `swapped`, of its transpose) reads and writes.
+
+    For each token x, with X = FFT(x), the result is y = Re(IFFT_unnormalised(b)) with
+    b[u] = scaling / (M N) * sum of c_k conj(X[v_k]) over u_k = u. x is real, so X at a folded v is
+    read from half a spectrum; y is real, so b is folded, too.
+
+    Returns:
+        read (n,), v folded to 0..N // 2; write (n,), u folded to 0..M // 2; factor (n, 2), for the
+        real and the imaginary part of X at `read`. It is 1/2, as the real inverse transform counts
+        a bin and its mirror image, and 1 in bins that are their own, where the imaginary part
+        drops out.
+    """
     kept: dict[Any, Any] | None = _tables.get(entries)
     if kept is None:
         kept = _tables[entries] = {}
     key = (shape, dtype, swapped)
     if key not in kept:
         host = entries.detach().cpu().numpy()
-        made: TokenTables = (
-            token_tables(host[:, ::-1], (shape[1], shape[0]))
-            if swapped
-            else token_tables(host, shape)
-        )
+        u, v = (host[:, 1], host[:, 0]) if swapped else (host[:, 0], host[:, 1])
+        rows, columns = shape[::-1] if swapped else shape
+        fold_u, fold_v = 2 * u > rows, 2 * v > columns
+        write = np.where(fold_u, rows - u, u)
+        alone = (write == 0) | (2 * write == rows)
+        # b holds conj(X); reading a folded v conjugates once more, and so does writing a folded u.
+        imaginary = np.where(alone, 0.0, np.where(fold_u == fold_v, -0.5, 0.5))
+        factor = np.stack([np.where(alone, 1.0, 0.5), imaginary], axis=1)
         kept[key] = (
-            torch.from_numpy(made.read.copy()).to(entries.device),
-            torch.from_numpy(made.write.copy()).to(entries.device),
-            torch.from_numpy(made.factor).to(dtype).to(entries.device),
+            torch.from_numpy(np.where(fold_v, columns - v, v)).to(entries.device),
+            torch.from_numpy(write).to(entries.device),
+            torch.from_numpy(factor).to(dtype).to(entries.device),
         )
     tables: tuple[Tensor, Tensor, Tensor] = kept[key]
     return tables
@@ -206,10 +213,8 @@ def _token_tables(
 def host_array(tensor: Tensor, *, read_only: bool = False) -> AnyFloat:
     """A CPU tensor as the numpy array over the same memory, bfloat16 included.
 
-    Args:
-        tensor: any float dtype.
-        read_only: nobody writes to the array. The tensor's storage can then be resized, as FSDP2
-            does to let go of a weight that it gathered; `Tensor.numpy` ends that for good.
+    If nobody writes to the array, say `read_only`: the tensor's storage can then be resized, as
+    FSDP2 does to let go of a weight that it gathered; `Tensor.numpy` ends that for good.
     """
     tensor = tensor.detach()
     is_half = tensor.dtype == torch.bfloat16

@@ -26,52 +26,38 @@ Function = type[torch.autograd.Function]
 
 
 def delta_weight(
-    spectrum: Tensor, entries: Tensor, shape: tuple[int, int], scaling: float
+    spectrum: Tensor,
+    entries: Tensor,
+    shape: tuple[int, int],
+    scaling: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """delta_W (M, N) of a spectrum.
+    """delta_W (M, N) of a spectrum, or a frozen weight plus delta_W, in one pass over it.
+
+    It is float64 if the spectrum or the weight is, else float32. The gradient in the spectrum has
+    its dtype and is taken at the entries only; nothing but the entries is held for it.
 
     Args:
         spectrum: (n,), any float dtype.
         entries: int64 (n, 2) on the same device; not changed in place afterwards.
         shape: (M, N) = (out_features, in_features).
         scaling: multiplies delta_W.
-
-    Returns:
-        (M, N) on the spectrum's device: float64 if the spectrum is, else float32. Its gradient
-        with respect to the spectrum has the spectrum's dtype and is taken at the entries only;
-        nothing but the entries is held for it.
-    """
-    if torch.compiler.is_compiling():
-        result: Tensor = _delta_op(spectrum, entries, *shape, float(scaling))
-    else:
-        result = _apply(_Delta, spectrum, entries, *shape, float(scaling), None)
-    return result
-
-
-def merged_weight(weight: Tensor, spectrum: Tensor, entries: Tensor, scaling: float) -> Tensor:
-    """W + delta_W of a frozen weight, in one pass over it; otherwise as `delta_weight`.
-
-    Args:
         weight: (M, N), any float dtype; no gradient flows into it.
-        spectrum: (n,), any float dtype.
-        entries: int64 (n, 2) on the same device.
-        scaling: multiplies delta_W.
-
-    Returns:
-        (M, N), float32, or float64 if weight or spectrum is.
     """
-    shape = (weight.shape[0], weight.shape[1])
-    if torch.compiler.is_compiling():
-        result: Tensor = _delta_op(spectrum, entries, *shape, float(scaling)) + weight.detach()
-    else:
-        result = _apply(_Delta, spectrum, entries, *shape, float(scaling), weight.detach())
+    fixed = None if weight is None else weight.detach()
+    arguments = (spectrum, entries, *shape, float(scaling), fixed)
+    compiling = torch.compiler.is_compiling()
+    result: Tensor = _delta_op(*arguments) if compiling else _apply(_Delta, *arguments)
     return result
 
 
 def token_delta(
     x: Tensor, spectrum: Tensor, entries: Tensor, shape: tuple[int, int], scaling: float
 ) -> Tensor:
-    """The product x delta_W^T without delta_W, in float32 (float64 if x or the spectrum is).
+    """The product x delta_W^T (..., M) without delta_W, in x's dtype.
+
+    It is computed in float32 (float64 if x or the spectrum is). For the gradient in the spectrum x
+    itself is held; for the one in x, nothing but the spectrum.
 
     Args:
         x: (..., N), any float dtype.
@@ -80,13 +66,6 @@ def token_delta(
         entries: int64 (n, 2) on the same device; not changed in place afterwards.
         shape: (M, N) = (out_features, in_features).
         scaling: multiplies delta_W.
-
-    Returns:
-        (..., M), of x's dtype. For its gradient in the spectrum x itself is held; for the one in
-        x, nothing but the spectrum.
-
-    Raises:
-        UsageError: x's last dimension is not N.
     """
     if not x.ndim or x.shape[-1] != shape[1]:
         raise UsageError(
@@ -94,10 +73,9 @@ def token_delta(
             expected=f"a last dimension of {shape[1]}",
             found=f"shape {tuple(x.shape)}",
         )
-    if torch.compiler.is_compiling():
-        result: Tensor = _token_op(x, spectrum, entries, *shape, float(scaling))
-    else:
-        result = _apply(_Token, x, spectrum, entries, *shape, float(scaling))
+    arguments = (x, spectrum, entries, *shape, float(scaling))
+    compiling = torch.compiler.is_compiling()
+    result: Tensor = _token_op(*arguments) if compiling else _apply(_Token, *arguments)
     return result
 
 
@@ -122,9 +100,6 @@ def merge_delta_weights(
         transposed: the weights are stored as (N, M), as GPT-2's Conv1D does.
         in_place: write into `weights`. On the CPU the extra memory is then a few MB; elsewhere it
             is that of one delta_W.
-
-    Returns:
-        The sums: `weights` themselves, or new tensors.
     """
     targets = list(weights) if in_place else [torch.empty_like(weight) for weight in weights]
     if kernels.on_host(*weights, *spectra) and all(w.dtype != torch.float64 for w in weights):
@@ -208,24 +183,16 @@ def _save_token(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa
     ctx.save_for_backward(x if spectrum.requires_grad else None, spectrum, entries)
 
 
-class _Token(torch.autograd.Function):
-    """T: (x, spectrum) -> x delta_W^T."""
+def _token_backward(gradients: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """The backward pass of the token form, by an autograd function or an operator."""
 
-    forward = staticmethod(kernels.token)
-    setup_context = staticmethod(_save_token)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, spectrum, entries = ctx.saved_tensors
         wants_x = bool(ctx.needs_input_grad[0])
-        grad_x, grad_spectrum = _apply(
-            _TokenGradients, grads[0], x, spectrum, entries, *ctx.sizes, wants_x
-        )
-        return (
-            grad_x if wants_x else None,
-            None if x is None else grad_spectrum,
-            *(None,) * 4,
-        )
+        grad_x, grad_spectrum = gradients(grad, x, spectrum, entries, *ctx.sizes, wants_x)
+        return grad_x if wants_x else None, None if x is None else grad_spectrum, *(None,) * 4
+
+    return backward
 
 
 class _TokenGradients(torch.autograd.Function):
@@ -263,6 +230,14 @@ class _TokenGradients(torch.autograd.Function):
         )
 
 
+class _Token(torch.autograd.Function):
+    """T: (x, spectrum) -> x delta_W^T."""
+
+    forward = staticmethod(kernels.token)
+    setup_context = staticmethod(_save_token)
+    backward = staticmethod(_token_backward(_TokenGradients.apply))
+
+
 for _function in (_Delta, _AtEntries, _Token, _TokenGradients):
     _function.vmap = staticmethod(_one_by_one(_function))  # type: ignore[method-assign]
 
@@ -274,23 +249,16 @@ def _operator(name: str, kernel: Callable[..., Any]) -> Any:
     return operator
 
 
-_delta_op = _operator("delta_weight", kernels.delta_of)
+_delta_op = _operator("delta_weight", kernels.delta_weight)
 _at_entries_op = _operator("at_entries", kernels.at_entries)
 _token_op = _operator("token_delta", kernels.token)
 _token_gradients_op = _operator("token_gradients", kernels.token_gradients)
 
 
-def _delta_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _delta_op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (entries,) = ctx.saved_tensors
-    return _at_entries_op(grad, entries, *ctx.sizes).to(ctx.dtype), None, None, None, None
-
-
-def _token_op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, spectrum, entries = ctx.saved_tensors
-    wants_x = bool(ctx.needs_input_grad[0])
-    grad_x, grad_spectrum = _token_gradients_op(grad, x, spectrum, entries, *ctx.sizes, wants_x)
-    return grad_x if wants_x else None, None if x is None else grad_spectrum, *(None,) * 4
+    return _at_entries_op(grad, entries, *ctx.sizes).to(ctx.dtype), *(None,) * 5
 
 
 _delta_op.register_autograd(_delta_op_backward, setup_context=_save_delta)
-_token_op.register_autograd(_token_op_backward, setup_context=_save_token)
+_token_op.register_autograd(_token_backward(_token_gradients_op), setup_context=_save_token)

@@ -123,9 +123,6 @@ def paths() -> Iterator[Row]:
 def forced_paths(shape: tuple[int, int], n: int) -> Row:
     entries = spectral_entries(SEED, shape, n)
     spectrum = np.random.default_rng(1).standard_normal(n).astype(np.float32)
-    costs = cost.delta_costs(shape, n, threads=THREADS)
-    # Those far off by the model are not waited for.
-    likely = [name for name in cost.DELTA_PATHS if costs[name] < 12 * min(costs.values())]
 
     def by_path(path: str | None) -> np.ndarray:
         with cost.force(delta=path):
@@ -134,10 +131,10 @@ def forced_paths(shape: tuple[int, int], n: int) -> Row:
             return delta
 
     reference = by_path(None)
-    for path in likely:
+    for path in cost.DELTA_PATHS:
         check_close(f"paths, {path}", by_path(path), reference, 1e-6)
-    medians = in_turn(*(partial(by_path, path) for path in likely), seconds=1.5)
-    times = dict(zip(likely, medians, strict=True))
+    medians = in_turn(*(partial(by_path, path) for path in cost.DELTA_PATHS), seconds=1.5)
+    times = dict(zip(cost.DELTA_PATHS, medians, strict=True))
     chosen = cost.choose_delta_path(shape, n, threads=THREADS)
     listed = ", ".join(f"{name} {1e3 * t:.3g}" for name, t in times.items())
     case = f"{shape[0]}x{shape[1]}, n {n}: {chosen}"

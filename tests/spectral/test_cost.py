@@ -10,14 +10,13 @@ from fourierft_export.spectral import cost
     ("shape", "n", "path"),
     [
         ((4096, 4096), 1000, "rows"),
-        ((4096, 4096), 10, "products"),
         ((4096, 4096), 2_000_000, "columns"),
-        ((4096, 4096), 30, "products"),
-        ((768, 768), 20, "products"),
+        ((4096, 4096), 10, "rows"),
+        ((768, 768), 20, "rows"),
         ((384, 384), 1000, "columns"),
     ],
 )
-def test_few_entries_take_products_and_many_take_columns(shape, n, path) -> None:
+def test_many_entries_take_columns(shape, n, path) -> None:
     assert {cost.choose_delta_path(shape, n, threads=threads) for threads in (1, 2)} == {path}
 
 
@@ -38,18 +37,18 @@ def test_few_rows_take_the_token_form(rows, shape, form, training) -> None:
 
 def test_forcing_ends_with_the_block_and_nests() -> None:
     free = cost.choose_delta_path((768, 768), 1000)
-    with cost.force(delta="products", form="dense"):
-        assert cost.choose_delta_path((768, 768), 1000) == "products"
+    with cost.force(delta="rows", form="dense"):
+        assert cost.choose_delta_path((768, 768), 1000) == "rows"
         with cost.force(delta="columns"):
             assert cost.choose_delta_path((768, 768), 1000) == "columns"
             assert cost.choose_form(1, (768, 768), 1000) == "dense"
-        assert cost.choose_delta_path((768, 768), 1000) == "products"
+        assert cost.choose_delta_path((768, 768), 1000) == "rows"
     assert cost.choose_delta_path((768, 768), 1000) == free
     assert cost.choose_form(1, (768, 768), 1000) == "token"
 
 
 def test_unknown_paths_are_refused_and_change_nothing() -> None:
-    with pytest.raises(UsageError, match="rows or columns or products"), cost.force(delta="fast"):
+    with pytest.raises(UsageError, match="rows or columns"), cost.force(delta="fast"):
         pass
     with pytest.raises(UsageError, match="token or dense"), cost.force(form="both"):
         pass

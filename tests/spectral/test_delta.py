@@ -10,13 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fourierft_export.errors import UsageError
-from fourierft_export.spectral import cost, torch_kernels, torch_ops
+from fourierft_export.spectral import cost, torch_kernels
 from fourierft_export.spectral.delta import Term, add_delta_weight, rebuild, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 97, 130, 131])
-# Every way there is to delta_W: numpy's three, and what torch does off the CPU.
-FORMS = [*cost.DELTA_PATHS, "torch", "torch-fft"]
+# Every way there is to delta_W: numpy's two, and what torch does off the CPU.
+FORMS = [*cost.DELTA_PATHS, "torch"]
 
 
 def cosine_sum(spectrum: np.ndarray, entries: np.ndarray, shape: tuple, scaling: float):
@@ -35,8 +35,6 @@ def fast_delta(form: str, spectrum: np.ndarray, entries: np.ndarray, shape: tupl
         with cost.force(delta=form):
             return delta_weight(spectrum, entries, shape, scaling)
     tensors = torch.from_numpy(spectrum.copy()), torch.from_numpy(entries.copy())
-    if form == "torch":
-        return torch_ops.delta_weight(*tensors, shape, scaling).numpy()
     return torch_kernels.delta_by_fft(*tensors, shape, scaling).numpy()
 
 
@@ -104,14 +102,6 @@ def test_single_entries_with_nyquist_rows_and_columns(form: str, u: int, v: int)
     entries, spectrum = np.array([[u, v]]), np.array([1.5], np.float32)
     exact = cosine_sum(spectrum, entries, (6, 8), 10.0)
     assert relative_error(fast_delta(form, spectrum, entries, (6, 8), 10.0), exact) < 5e-7
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_entry_and_its_mirror_add_up(form: str) -> None:
-    entries = np.array([[2, 3], [4, 5], [2, 3]])  # (4, 5) = -(2, 3) modulo (6, 8)
-    once = fast_delta(form, np.ones(1, np.float32), entries[:1], (6, 8), 1.0)
-    both = fast_delta(form, np.array([1, 0.5, 0.25], np.float32), entries, (6, 8), 1.0)
-    assert relative_error(both, 1.75 * once.astype(np.float64)) < 5e-7
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -81,6 +81,7 @@ def test_rule_changes_where_torch_changes_it() -> None:
     assert current_rule((1, 214_748_363)) == "small"
     assert current_rule((1, 214_748_364)) == "r64"
     assert current_rule((28672, 8192)) == "r64"
+    assert current_rule((MAX_POSITIONS // 4, 4)) == "r64"
 
 
 def test_a_named_rule_is_followed() -> None:
@@ -124,7 +125,3 @@ def test_impossible_layers_are_refused(shape: tuple, n: int, rule: str, where: s
     assert caught.value.where == where
     assert caught.value.expected
     assert caught.value.found
-
-
-def test_the_size_limit_itself_is_allowed() -> None:
-    assert current_rule((MAX_POSITIONS // 4, 4)) == "r64"
