@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from ..bundle.file import Bundle
 from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, BundleSource, find_adapter, open_bundle
 from ..bundle.peft_config import read_peft_config
-from ..errors import BadInputError, FileAccessError, missing_extra
+from ..errors import BadInputError, FileAccessError, FourierFTError, missing_extra
 from ..models.task import Task, choose_task, get_task, head_labels, read_config
 from .inputs import has_tokenizer
 
@@ -41,31 +42,28 @@ class Artifacts:
     def open(
         cls,
         *,
-        base: PathLike | None = None,
-        bundle: BundleSource | None = None,
-        peft: PathLike | None = None,
-        merged: PathLike | None = None,
-        task: str | None = None,
+        base: PathLike | None,
+        bundle: BundleSource | None,
+        peft: PathLike | None,
+        merged: PathLike | None,
+        task: str | None,
     ) -> Artifacts:
-        """Checks the paths, reads the bundle and chooses the task.
-
-        Raises:
-            MissingExtraError: a package that an artifact needs is not installed.
-            UsageError: unknown task, or none that can be inferred.
-            FileAccessError, BadInputError: a path that is not what it should be.
-        """
+        """Checks paths and installed packages, reads the bundle and chooses the task."""
         needed = [("torch", "torch"), ("transformers", "hf")] if base or merged else []
         for package, extra in [*needed, ("peft", "peft")] if peft else needed:
             if find_spec(package) is None:
                 raise missing_extra(package, extra, "validate")
-        base_dir = None if base is None else _model_directory(base)
-        merged_dir = None if merged is None else _model_directory(merged)
-        peft_dir = None if peft is None else _adapter_directory(peft)
+        base_dir = None if base is None else _model_directory(Path(base))
+        merged_dir = None if merged is None else _model_directory(Path(merged))
+        peft_dir = None if peft is None else find_adapter(peft)
         opened = None if bundle is None else open_bundle(bundle)
         task_type = opened.spec.task_type if opened else None
-        if task_type is None and peft_dir is not None:
+        if peft_dir is not None:
             found = read_peft_config(peft_dir / CONFIG_FILE).get("task_type")
-            task_type = found if isinstance(found, str) else None
+            task_type = task_type or (found if isinstance(found, str) else None)
+            if not (peft_dir / WEIGHTS_FILE).is_file():
+                expected = f"a PEFT adapter with {WEIGHTS_FILE}"
+                raise BadInputError(peft_dir, expected=expected, found="no such file in it")
         # The merged checkpoint's architecture is that of the adapted model.
         config_dir = merged_dir or base_dir
         chosen = None if task is None else get_task(task)
@@ -77,19 +75,14 @@ class Artifacts:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sides that these artifacts give."""
-        given = {
-            "base": self.base is not None,
-            "torch": self.base is not None and self.bundle is not None,
-            "peft": self.peft is not None,
-            "merged": self.merged is not None,
-        }
-        return tuple(name for name, present in given.items() if present)
+        rebuilt = self.base if self.bundle is not None else None
+        given = {"base": self.base, "torch": rebuilt, "peft": self.peft, "merged": self.merged}
+        return tuple(name for name, path in given.items() if path is not None)
 
     @property
     def tokenizer(self) -> Path | None:
         """The first model directory that holds a tokenizer."""
-        places = [place for place in (self.base, self.merged) if place is not None]
-        return next((place for place in places if has_tokenizer(place)), None)
+        return next((place for place in self._models() if has_tokenizer(place)), None)
 
     @property
     def num_labels(self) -> int | None:
@@ -100,9 +93,11 @@ class Artifacts:
 
     def config_number(self, *keys: str) -> int | None:
         """Finds the first of these config fields that is a positive integer, base before merged."""
-        configs = [read_config(place) for place in (self.base, self.merged) if place is not None]
-        values = [config.get(key) for config in configs for key in keys]
+        values = [read_config(place).get(key) for place in self._models() for key in keys]
         return next((value for value in values if type(value) is int and value > 0), None)
+
+    def _models(self) -> Iterator[Path]:
+        return (place for place in (self.base, self.merged) if place is not None)
 
 
 def saved_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
@@ -119,26 +114,13 @@ def saved_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
     return dict(zip((name.removeprefix(_PREFIX) for name in names), shapes, strict=True))
 
 
-def _adapter_directory(path: PathLike) -> Path:
-    """Finds the PEFT FourierFT adapter in `path` or its only subfolder."""
-    directory = find_adapter(path)
-    read_peft_config(directory / CONFIG_FILE)
-    if not (directory / WEIGHTS_FILE).is_file():
-        raise BadInputError(
-            directory, expected=f"a PEFT adapter with {WEIGHTS_FILE}", found="no such file in it"
-        )
-    return directory
-
-
-def _model_directory(path: PathLike) -> Path:
-    """Checks that `path` is a directory with a config.json; nothing is downloaded."""
-    directory = Path(path)
+def _model_directory(directory: Path) -> Path:
+    """Checks that `directory` holds a config.json; nothing is downloaded."""
     if (directory / "config.json").is_file():
         return directory
-    remedy = "give the folder that holds the model's config.json"
-    if not os.path.lexists(directory):
-        raise FileAccessError(
-            directory, expected="a model directory", found="no such directory", remedy=remedy
-        )
+    kind: type[FourierFTError] = BadInputError
     found = "no config.json in it" if directory.is_dir() else "a file"
-    raise BadInputError(directory, expected="a model directory", found=found, remedy=remedy)
+    if not os.path.lexists(directory):
+        kind, found = FileAccessError, "no such directory"
+    remedy = "give the folder that holds the model's config.json"
+    raise kind(directory, expected="a model directory", found=found, remedy=remedy)

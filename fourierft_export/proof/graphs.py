@@ -14,6 +14,7 @@ from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ..files.container import open_regular
 from ..files.external import check_external_ranges
 from ..types import Array
+from .inputs import AS_NPZ
 from .report import first_line
 
 _NUMPY_TYPES = {
@@ -36,13 +37,7 @@ class Graph:
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        """Opens the file; `threads` are for ONNX Runtime, whose own choice is the default.
-
-        Raises:
-            MissingExtraError: onnxruntime is not installed.
-            FileAccessError: there is no such file.
-            BadInputError: ONNX Runtime cannot load it, or it names external data that it must not.
-        """
+        """Opens the file; `threads` are for ONNX Runtime, whose own choice is the default."""
         try:
             import onnxruntime
         except ImportError as error:
@@ -86,13 +81,6 @@ class Graph:
                 with a key-value cache that is not given starts with an empty one, and of a bank of
                 adapters each row gets the first.
             batch_size: rows per call, if the graph does not fix them; default all at once.
-
-        Returns:
-            Output name -> array.
-
-        Raises:
-            UsageError: an input is missing, or its rows do not divide into fixed batches.
-            BadInputError: ONNX Runtime fails on these inputs.
         """
         inputs = self._with_defaults(inputs)
         absent = [name for name in self._inputs if name not in inputs]
@@ -111,20 +99,17 @@ class Graph:
                 self.path,
                 expected=f"a number of rows that {step} divides (the graph fixes its batch)",
                 found=f"{rows} rows",
-                remedy="give inputs as an .npz file (--inputs), or another number of samples",
+                remedy=f"{AS_NPZ}, or another number of samples",
             )
-        parts = []
+        parts: list[list[Array]] = []
         for start in range(0, rows, step):
-            part = {name: array[start : start + step] for name, array in feed.items()}
-            parts.append(self._call(part))
+            parts.append(self._call({n: array[start : start + step] for n, array in feed.items()}))
             if step < rows and any(a.shape[:1] != (min(step, rows - start),) for a in parts[-1]):
                 # Some output has no row per example: only the whole batch gives its value.
                 parts = [self._call(feed)]
                 break
-        if len(parts) == 1:
-            return dict(zip(self.outputs, parts[0], strict=True))
-        columns = zip(*parts, strict=True)
-        return {n: np.concatenate(c) for n, c in zip(self.outputs, columns, strict=True)}
+        whole = parts[0] if len(parts) == 1 else [*map(np.concatenate, zip(*parts, strict=True))]
+        return dict(zip(self.outputs, whole, strict=True))
 
     def _with_defaults(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Adds an empty key-value cache and the number of a bank's first adapter, if missing."""
@@ -170,9 +155,8 @@ class Graph:
         wanted = _NUMPY_TYPES.get(self._inputs[name].type)
         if wanted is None or np.can_cast(array.dtype, wanted, casting="same_kind"):
             return array if wanted is None else array.astype(wanted, copy=False)
-        raise UsageError(
-            f"input {name}", expected=np.dtype(wanted).name, found=f"an array of {array.dtype}"
-        )
+        found = f"an array of {array.dtype}"
+        raise UsageError(f"input {name}", expected=np.dtype(wanted).name, found=found)
 
 
 def _weights_precision(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json
 MAX_TOKENS = 48
 ID_SEED = 20240503
 MAX_BYTES = 2**33
+AS_NPZ = "give inputs as an .npz file (--inputs)"
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,7 @@ class Inputs:
 
 
 def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs:
-    """Takes inputs from an .npz file or a mapping.
-
-    Raises:
-        FileAccessError: the file is missing or unreadable.
-        BadInputError: not an .npz of plain arrays, or arrays of unequal numbers of rows.
-    """
+    """Takes inputs from an .npz file or a mapping."""
     if isinstance(source, Mapping):
         where, arrays = "inputs", {name: np.asarray(value) for name, value in source.items()}
     else:
@@ -83,21 +79,21 @@ def _read_npz(path: Path) -> dict[str, Array]:
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            found = first_line(error)
             raise BadInputError(
-                path, expected="an .npz file of plain arrays", found=first_line(error)
+                path, expected="an .npz file of plain arrays", found=found
             ) from error
 
 
 def _check_array(member: IO[bytes], info: zipfile.ZipInfo) -> None:
     """Raises a ValueError unless an .npy file's shape and dtype give the bytes that it has."""
     version = np.lib.format.read_magic(member)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read:
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+    else:
         raise ValueError(f"{info.filename}: version {version} of the format")
-    shape, _, dtype = read[version](member)
     if dtype.hasobject:
         raise ValueError(f"{info.filename}: pickled objects")
     size = prod(shape) * dtype.itemsize + member.tell()
@@ -125,15 +121,13 @@ def default_inputs(
         length: pad to exactly this many tokens (a graph may fix it); default the longest row.
         positions: the most tokens the model takes.
         token_types: a graph wants token_type_ids, even if the tokenizer makes none (all zero).
-
-    Raises:
-        UsageError: neither tokenizer nor vocabulary size, or count below 1.
     """
     if count < 1:
         raise UsageError("samples", expected="at least 1", found=str(count))
     longest = min(n for n in (MAX_TOKENS, length, positions) if n is not None)
     if tokenizer_dir is not None:
-        rows, pad, extra = _tokenised(tokenizer_dir, count, longest)
+        texts = [SENTENCES[i % len(SENTENCES)] for i in range(count)]
+        rows, pad, extra = _tokenised(tokenizer_dir, texts, longest)
         description = f"{count} sentences, with the tokenizer in {tokenizer_dir}"
     elif vocab_size is not None and vocab_size >= 1:
         rows, pad, extra = _pseudo_random(vocab_size, count, longest), 0, False
@@ -143,11 +137,10 @@ def default_inputs(
             "validate",
             expected="inputs, a tokenizer, or a model config with vocab_size",
             found="none of them",
-            remedy="give inputs as an .npz file (--inputs)",
+            remedy=AS_NPZ,
         )
-    width = length or max(len(row) for row in rows)
-    ids = np.full((count, width), pad, dtype=np.int64)
-    mask = np.zeros((count, width), dtype=np.int64)
+    ids = np.full((count, length or max(map(len, rows))), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
         mask[i, : len(row)] = 1
@@ -162,7 +155,9 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int]], int, bool]:
+def _tokenised(
+    directory: Path, texts: Sequence[str], longest: int
+) -> tuple[list[list[int]], int, bool]:
     """Returns token ids per row, the padding id, and whether the tokenizer makes token types."""
     from transformers import AutoTokenizer
 
@@ -175,10 +170,9 @@ def _tokenised(directory: Path, count: int, longest: int) -> tuple[list[list[int
             directory,
             expected="a tokenizer that transformers can load",
             found=first_line(error),
-            remedy="give inputs as an .npz file (--inputs)",
+            remedy=AS_NPZ,
         ) from error
-    texts = [SENTENCES[i % len(SENTENCES)] for i in range(count)]
-    encoded = tokenizer(texts, truncation=True, max_length=longest)
+    encoded = tokenizer(list(texts), truncation=True, max_length=longest)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     rows = [list(row) or [pad] for row in encoded["input_ids"]]
     return rows, int(pad), "token_type_ids" in encoded

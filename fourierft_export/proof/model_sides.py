@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,12 +57,6 @@ class ModelSides:
         Args:
             precisions: coarse precisions ("float16", "bfloat16") of sides that are not models, for
                 which the adapted model is rebuilt as well.
-
-        Raises:
-            UsageError: a model that would have random parameters, since neither its directory nor
-                the adapter holds them.
-            BaseMismatchError: the adapter does not fit the base.
-            BadInputError: transformers cannot load a directory.
         """
         given = self.artifacts
         if given.task is None or not given.names:
@@ -73,13 +68,16 @@ class ModelSides:
             merged, rounding = self._run_merged(given.merged)
             if merged.side.precision != "float32":
                 roundings[merged.side.precision] = rounding
-        if given.base is not None:
-            exact = self._run_exact(given.base, given.bundle)
-            if given.bundle is not None and exact is not None:
-                for precision, found in roundings.items():
-                    self._run_rounded(given.base, given.bundle, precision, found, exact)
-            if given.peft is not None:
-                self._run_peft(given.base, given.peft)
+        if given.base is not None and given.bundle is None:
+            self._run_base(given.base)
+        if given.base is not None and given.bundle is not None:
+            exact = self._run_rebuilt(given.base, given.bundle, "float32", {})
+            for precision, found in roundings.items():
+                rounded = self._run_rebuilt(given.base, given.bundle, precision, found)
+                changed = rms_difference(exact.outputs, rounded.outputs, self.inputs.mask)
+                self.noise.rounding[precision] = changed
+        if given.base is not None and given.peft is not None:
+            self._run_peft(given.base, given.peft)
         if merged is not None:
             self.adapted.append(merged)
 
@@ -94,75 +92,64 @@ class ModelSides:
                 f"merged: {directory} lacks {', '.join(lacking)}, which {self.task.name} needs"
             )
         layers = self.artifacts.bundle.layers if self.artifacts.bundle else ()
-        modules = [find_module(model, layer.name) for layer in layers]
-        paths = [found[0] for found in modules if found is not None]
+        paths = [find_module(model, layer.name)[0] for layer in layers]
         rounding = rebuild.find_rounding(model)
-        precision = rebuild.weights_precision(model, rounding, paths or None)
+        precision = rebuild.weights_precision(model, rounding, [path for path in paths if path])
         side = Side("merged", "adapted", str(directory), precision)
         return self._run(side, model, began, random), rounding
 
-    def _run_exact(self, directory: Path, bundle: Bundle | None) -> Run | None:
-        """Runs the base, and with a bundle the adapted model that is rebuilt from both."""
+    def _run_base(self, directory: Path) -> None:
+        """Runs the base alone, where there is no bundle to rebuild the adapted model from."""
         began = self._begin("base")
         model, unset = load_model(directory, self.task, self.artifacts.num_labels)
-        if bundle is None:
-            random = self._ignorable(unset)
-            if set(unset) - set(random):
-                self.notes.append(f"base: left out: neither it nor a bundle has {', '.join(unset)}")
-                return None
-            side = Side("base", "base", str(directory), "float32")
-            self.references.append(self._run(side, model, began, random))
-            return None
+        random = self._ignorable(unset)
+        if set(unset) - set(random):
+            self.notes.append(f"base: left out: neither it nor a bundle has {', '.join(unset)}")
+            return
+        side = Side("base", "base", str(directory), "float32")
+        self.references.append(self._run(side, model, began, random))
+
+    def _run_rebuilt(
+        self, directory: Path, bundle: Bundle, precision: str, rounding: rebuild.Rounding | None
+    ) -> Run:
+        """Runs the base and the adapted model that is rebuilt from base and bundle.
+
+        Args:
+            directory, bundle: what to rebuild it from.
+            precision: of the weights that another side has; "float32" leaves them as they are.
+            rounding: how that side's weights are rounded; None rounds all to `precision`.
+        """
+        exact = precision == "float32"
+        suffix = "" if exact else f":{precision}"
+        began = self._begin("base" if exact else f"torch{suffix}")
+        model, unset = load_model(directory, self.task, self.artifacts.num_labels)
         targets = rebuild.find_targets(model, bundle)
         filled = rebuild.put_saved(model, bundle, only=frozenset(unset))
         random = self._check_unset(directory, unset, filled)
-        notes = (f"has the adapter's {', '.join(filled)}, which it lacks",) if filled else ()
-        side = Side("base", "base", str(directory), "float32", notes=notes)
-        self.references.append(self._run(side, model, began, random))
-        began = self._begin("torch")
-        source = self.artifacts.source
-        if set(rebuild.put_saved(model, bundle)) - set(filled):
-            notes = ("base with the adapter's heads and biases, without its deltas",)
-            side = Side("plain", "base", source, "float32", notes=notes)
+        if exact:
+            notes = (f"has the adapter's {', '.join(filled)}, which it lacks",) if filled else ()
+            side = Side("base", "base", str(directory), precision, notes=notes)
             self.references.append(self._run(side, model, began, random))
-            began = time.monotonic()
-        rebuild.set_weights(targets, bundle, {})
-        side = Side("torch", "adapted", source, "float32")
-        run = self._run(side, model, began, random, rebuilt=True)
-        self.adapted.append(run)
-        self.noise.arithmetic["float32"] = self._arithmetic_noise(model, run)
-        return run
-
-    def _run_rounded(
-        self,
-        directory: Path,
-        bundle: Bundle,
-        precision: str,
-        rounding: rebuild.Rounding | None,
-        exact: Run,
-    ) -> None:
-        """Runs the rebuilt model with its weights rounded as another side's are."""
-        began = self._begin(f"torch:{precision}")
-        model, unset = load_model(directory, self.task, self.artifacts.num_labels)
-        targets = rebuild.find_targets(model, bundle)
-        random = self._check_unset(directory, unset, rebuild.put_saved(model, bundle))
+            began = self._begin("torch")
+        more = set(rebuild.put_saved(model, bundle)) - set(filled)
         if rounding is None:
             rounding = rebuild.uniform_rounding(model, precision)
         rebuild.round_all(model, rounding)
-        source = self.artifacts.source
-        notes = (f"weights rounded to {precision}, computed in float32",)
-        side = Side(f"plain:{precision}", "base", source, precision, notes=notes)
-        self.references.append(self._run(side, model, began, random))
-        began = time.monotonic()
+        side = Side(f"plain{suffix}", "base", self.artifacts.source, precision)
+        rounded = () if exact else (f"weights rounded to {precision}, computed in float32",)
+        if more or not exact:
+            notes = rounded or ("base with the adapter's heads and biases, without its deltas",)
+            plain = replace(side, notes=notes)
+            self.references.append(self._run(plain, model, began, random))
+            began = time.monotonic()
         rebuild.set_weights(targets, bundle, rounding)
-        side = Side(f"torch:{precision}", "adapted", source, precision, notes=notes)
-        run = self._run(side, model, began, random, rebuilt=True)
+        side = replace(side, name=f"torch{suffix}", role="adapted", notes=rounded)
+        run = replace(self._run(side, model, began, random), rebuilt=True)
         self.adapted.append(run)
-        changed = rms_difference(exact.outputs, run.outputs, self.inputs.mask)
-        self.noise.rounding[precision] = changed
         # Sums in float32 round a few weights the other way: no fault of the side compared.
         rebuild.set_weights(targets, bundle, rounding, in_float32=True)
         self.noise.arithmetic[precision] = self._arithmetic_noise(model, run)
+        return run
 
     def _run_peft(self, directory: Path, adapter: Path) -> None:
         """Runs PEFT's own model, unmerged."""
@@ -171,7 +158,7 @@ class ModelSides:
         prefix = f"{getattr(base, 'base_model_prefix', '')}."
         names = saved_shapes(adapter)
         filled = [n for name in names for n in (name, name.removeprefix(prefix), prefix + name)]
-        random = self._check_unset(directory, unset, tuple(filled))
+        random = self._check_unset(directory, unset, filled)
         model, lacking = load_peft_model(base, adapter)
         self.problems += [f"peft: {adapter}: {line}" for line in lacking]
         side = Side("peft", "adapted", str(adapter), "float32")
@@ -187,26 +174,20 @@ class ModelSides:
         return run_model(model, self.task, self.inputs.arrays, batch_size=self.batch_size)
 
     def _run(
-        self,
-        side: Side,
-        model: torch.nn.Module,
-        began: float,
-        random: tuple[str, ...],
-        *,
-        rebuilt: bool = False,
+        self, side: Side, model: torch.nn.Module, began: float, random: Collection[str]
     ) -> Run:
         """Computes a side's outputs, without those that depend on the parameters `random`."""
         outputs = self._outputs(model)
-        notes = side.notes
+        notes = []
         if random:
             extra = {name for name in outputs if name != self.task.outputs[0]}
             self.random_outputs |= extra
             outputs = {name: array for name, array in outputs.items() if name not in extra}
-            notes = (*notes, f"random, so not compared: what {', '.join(random)} gives")
-        return Run(side.measured(outputs, began, notes), outputs, rebuilt=rebuilt)
+            notes.append(f"random, so not compared: what {', '.join(random)} gives")
+        return Run(side.measured(outputs, began, *notes), outputs)
 
     def _arithmetic_noise(self, model: torch.nn.Module, run: Run) -> dict[str, float]:
-        """Measures how far `run` is from the same model in float64, which the model stays in.
+        """Measures how far `run` is from the same model in float64, in which the model stays.
 
         A model that cannot compute in float64 leaves the noise unmeasured.
         """
@@ -220,17 +201,17 @@ class ModelSides:
             return {}
         return rms_difference(run.outputs, outputs, self.inputs.mask)
 
-    def _ignorable(self, unset: tuple[str, ...]) -> tuple[str, ...]:
+    def _ignorable(self, unset: Collection[str]) -> tuple[str, ...]:
         """Selects the random parameters that do not affect the task's main output."""
         if self.task.name != "feature-extraction":
             return ()
         return tuple(name for name in unset if name.startswith("pooler."))
 
     def _check_unset(
-        self, directory: Path, unset: tuple[str, ...], filled: tuple[str, ...]
+        self, directory: Path, unset: Collection[str], filled: Collection[str]
     ) -> tuple[str, ...]:
         """Raises if the main output depends on random parameters; returns the harmless ones."""
-        left = tuple(name for name in unset if name not in filled)
+        left = [name for name in unset if name not in filled]
         ignorable = self._ignorable(left)
         random = [name for name in left if name not in ignorable]
         if random:

@@ -26,17 +26,9 @@ def load_model(
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Loads a model through transformers' Auto class for the task, in float32 and eval mode.
 
-    Args:
-        directory: a model directory.
-        task: what to load it for.
-        num_labels: outputs of the classification head; default as in the config.
-
     Returns:
         The model, and the parameters that the directory lacks or holds in another shape: their
         values are random.
-
-    Raises:
-        BadInputError: transformers cannot load it; only safetensors are read.
     """
     import torch
     import transformers
@@ -60,27 +52,17 @@ def load_model(
         except MemoryError:
             raise
         except Exception as error:
-            raise BadInputError(
-                directory,
-                expected=f"a model that transformers loads for {task.name}",
-                found=first_line(error),
-            ) from error
+            expected = f"a model that transformers loads for {task.name}"
+            raise BadInputError(directory, expected=expected, found=first_line(error)) from error
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model.eval(), tuple(sorted({*info["missing_keys"], *mismatched}))
 
 
 def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module, list[str]]:
-    """Loads an adapter onto a model with PEFT itself, unmerged, in eval mode.
-
-    Args:
-        base: a freshly loaded float32 model; PEFT changes it.
-        directory: the adapter's directory.
+    """Loads an adapter onto a freshly loaded model with PEFT itself, unmerged, in eval mode.
 
     Returns:
         The model, and PEFT's warnings about keys that the file lacks: those spectra are random.
-
-    Raises:
-        BaseMismatchError: PEFT cannot put the adapter on this base.
     """
     from peft import PeftModel
 
@@ -100,27 +82,15 @@ def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Mo
 
 
 def run_model(
-    model: torch.nn.Module,
-    task: Task,
-    inputs: Mapping[str, Array],
-    *,
-    batch_size: int,
+    model: torch.nn.Module, task: Task, inputs: Mapping[str, Array], *, batch_size: int
 ) -> dict[str, Array]:
-    """Computes the task's outputs on the inputs, in batches.
+    """Computes the task's outputs in the model's dtype, leaving out those that it gives as None.
 
     Args:
-        model: transformers' or PEFT's, in the precision in which it is to compute.
-        task: whose outputs to keep; those that the model gives as None are left out. For one of
-            the encoder alone, only that is run.
+        model: transformers' or PEFT's; for a task of the encoder alone, only that is run.
+        task: whose outputs to keep.
         inputs: name -> (rows, ...); names that the model does not take are left out.
         batch_size: rows per call.
-
-    Returns:
-        Output name -> array of `rows` rows, in the model's dtype.
-
-    Raises:
-        UsageError: none of the inputs is one of the model's.
-        BadInputError: the model cannot be run on them.
     """
     import torch
 
@@ -135,10 +105,9 @@ def run_model(
             "inputs", expected=f"some of: {', '.join(known)}", found=", ".join(inputs) or "none"
         )
     options = {"use_cache": False} if "use_cache" in known else {}
-    rows = next(iter(taken.values())).shape[0]
     dtype = next(model.parameters()).dtype
     parts: dict[str, list[Array]] = {}
-    for start in range(0, rows, batch_size):
+    for start in range(0, next(iter(taken.values())).shape[0], batch_size):
         try:
             batch = {}
             for name, array in taken.items():
@@ -177,12 +146,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def find_module(model: torch.nn.Module, path: str) -> tuple[str, Any] | None:
-    """Finds the module at `path`, with or without transformers' prefix; returns its path too."""
+def find_module(model: torch.nn.Module, path: str) -> tuple[str, Any]:
+    """Finds a module, with or without transformers' prefix: its path there, and it or None."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
         try:
             return candidate, model.get_submodule(candidate)
         except AttributeError:
             continue
-    return None
+    return "", None

@@ -17,11 +17,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from typing import Any
 
 from ..types import Array
-from .compare import Outputs, compare_change, compare_outputs, rms_difference
+from .compare import ASSUMED_NOISE, Outputs, compare_change, compare_outputs, rms_difference
 from .report import Comparison, Side
-from .tolerances import ASSUMED_NOISE, ASSUMED_NOISE_COARSE, Tolerance, coarser
+from .tolerances import Tolerance, coarser
+
+ASSUMED_NOISE_COARSE = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-6}
+"""`ASSUMED_NOISE` of coarser precisions: one rounding error of the weights."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,12 @@ class Noise:
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def between(self, left: Run, right: Run) -> dict[str, float]:
-        """Output name -> the noise between two sides, as far as it was measured."""
-        if same_arithmetic(left, right):
+        """Returns output name -> the noise between two sides, as far as it was measured."""
+        if _same_arithmetic(left, right):
             return self.arithmetic.get(left.side.precision, {})
         coarse = coarser(left.precision, right.precision)
-        arithmetic = self.arithmetic.get(coarse, {})
-        rounding = self.rounding.get(coarse, {})
+        arithmetic, rounding = self.arithmetic.get(coarse, {}), self.rounding.get(coarse, {})
         return {name: value + arithmetic.get(name, 0.0) for name, value in rounding.items()}
-
-
-def same_arithmetic(left: Run, right: Run) -> bool:
-    """Whether both hold weights of one precision and compute in float32."""
-    same = left.side.precision == right.side.precision
-    return same and left.computes == right.computes == "float32"
 
 
 def compare_pairs(
@@ -83,7 +80,7 @@ def compare_pairs(
     tolerances: Mapping[str, Tolerance],
     noise: Noise,
 ) -> tuple[Comparison, ...]:
-    """Compares all pairs that prove something.
+    """Compares all pairs that prove something: first those that must agree, then the others.
 
     Args:
         references: sides without the adapter's weight changes, the closest to the adapted ones
@@ -93,10 +90,21 @@ def compare_pairs(
         mask: (batch, positions), true where a token is real.
         tolerances: for every precision.
         noise: what was measured.
-
-    Returns:
-        First the pairs that must agree, then those that must differ.
     """
+
+    def conditions(left: Run, right: Run) -> tuple[str, dict[str, Any]]:
+        """Returns the coarser precision and what both judges need to know of the pair."""
+        coarse = coarser(left.precision, right.precision)
+        names = [*left.outputs, *right.outputs]
+        if primary is not None:
+            names = [primary, *(name for name in left.outputs if name in right.outputs)]
+        return coarse, {
+            "mask": mask,
+            "noise": noise.between(left, right),
+            "assumed_noise": ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
+            "names": list(dict.fromkeys(names)),
+        }
+
     effect: dict[str, float] | None = None
     if references and adapted:
         alike = [r for r in references if r.side.precision == adapted[0].side.precision]
@@ -107,49 +115,30 @@ def compare_pairs(
         own_precision = left.side.precision in ("float32", right.side.precision)
         if left.rebuilt and (right.rebuilt or not own_precision):
             continue
-        coarse, names, measured, assumed = _between(left, right, primary, noise)
-        precision = "float32" if same_arithmetic(left, right) else coarse
+        coarse, options = conditions(left, right)
+        precision = "float32" if _same_arithmetic(left, right) else coarse
         outputs = compare_outputs(
             left.outputs,
             right.outputs,
-            mask=mask,
             tolerance=tolerances[precision],
             effect=effect,
-            noise=measured,
-            assumed_noise=assumed,
-            names=names,
+            **options,
         )
         pair = (left.side.name, right.side.name)
         comparisons.append(Comparison(*pair, "equal", precision, outputs))
     for left, right in product(references, adapted):
-        if _has_closer(left, right, references):
+        # Rounding must not pass for an effect: a reference of the side's own precision goes first.
+        wanted = right.side.precision
+        if left.side.precision != wanted and any(r.side.precision == wanted for r in references):
             continue
-        coarse, names, measured, assumed = _between(left, right, primary, noise)
-        outputs = compare_change(
-            left.outputs, right.outputs, mask=mask, noise=measured, assumed_noise=assumed,
-            names=names,
-        )  # fmt: skip
+        coarse, options = conditions(left, right)
+        outputs = compare_change(left.outputs, right.outputs, **options)
         pair = (left.side.name, right.side.name)
         comparisons.append(Comparison(*pair, "different", coarse, outputs))
     return tuple(comparisons)
 
 
-def _between(
-    left: Run, right: Run, primary: str | None, noise: Noise
-) -> tuple[str, list[str], dict[str, float], float]:
-    """The coarser precision, the outputs to compare, and the noise, measured and assumed.
-
-    The outputs are all of either side, or, with a primary one, it and what both have.
-    """
-    coarse = coarser(left.precision, right.precision)
-    names = [*left.outputs, *right.outputs]
-    if primary is not None:
-        names = [primary, *(name for name in left.outputs if name in right.outputs)]
-    assumed = ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE)
-    return coarse, list(dict.fromkeys(names)), noise.between(left, right), assumed
-
-
-def _has_closer(left: Run, right: Run, references: Sequence[Run]) -> bool:
-    """Whether another reference has the side's precision: rounding must not pass for an effect."""
-    wanted = right.side.precision
-    return left.side.precision != wanted and any(r.side.precision == wanted for r in references)
+def _same_arithmetic(left: Run, right: Run) -> bool:
+    """Whether both hold weights of one precision and compute in float32."""
+    same = left.side.precision == right.side.precision
+    return same and left.computes == right.computes == "float32"

@@ -6,7 +6,7 @@ Nothing of `adapt` or `merge` is used, so that a fault there cannot hide here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -54,16 +54,12 @@ class Target:
 
 
 def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
-    """Finds the layers of `model` that the adapter names.
-
-    Raises:
-        BaseMismatchError: layers that are absent or of another shape, all of them listed.
-    """
+    """Finds the layers of `model` that the adapter names; raises for all that do not fit."""
     from transformers.pytorch_utils import Conv1D
 
     targets, offenders = [], []
     for spec in bundle.layers:
-        path, module = find_module(model, spec.name) or ("", None)
+        path, module = find_module(model, spec.name)
         weight = getattr(module, "weight", None)
         if weight is None or weight.ndim != 2:
             offenders.append(f"{spec.name}: no such linear layer in {type(model).__name__}")
@@ -71,13 +67,11 @@ def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
         target = Target(spec, path, module, weight.detach(), isinstance(module, Conv1D))
         targets.append(target)
         if spec.shape is not None and spec.shape != target.shape:
-            offenders.append(
-                f"{spec.name}: shape {list(spec.shape)} expected, found {list(target.shape)}"
-            )
+            expected, found = list(spec.shape), list(target.shape)
+            offenders.append(f"{spec.name}: shape {expected} expected, found {found}")
         elif spec.n_frequency > prod(target.shape):
-            offenders.append(
-                f"{spec.name}: n_frequency {spec.n_frequency} above the size of {target.shape}"
-            )
+            size = f"{spec.n_frequency} above the size of {target.shape}"
+            offenders.append(f"{spec.name}: n_frequency {size}")
     if offenders:
         raise BaseMismatchError(
             "base",
@@ -92,7 +86,7 @@ def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
 def put_saved(
     model: torch.nn.Module, bundle: Bundle, only: frozenset[str] | None = None
 ) -> tuple[str, ...]:
-    """Puts the adapter's heads and biases into the model.
+    """Puts the adapter's heads and biases into the model; raises for all that do not fit.
 
     Args:
         model: gets them.
@@ -101,16 +95,13 @@ def put_saved(
 
     Returns:
         The names of the parameters that were set, as this model calls them.
-
-    Raises:
-        BaseMismatchError: tensors that the model has no place for, all of them listed.
     """
     import torch
 
     done, offenders = [], []
     for name, value in bundle.saved.items():
         owner, _, leaf = name.rpartition(".")
-        path, module = find_module(model, owner) or ("", None)
+        path, module = find_module(model, owner)
         current = getattr(module, leaf, None)
         parameter = f"{path}.{leaf}".lstrip(".")
         if current is None:
@@ -118,9 +109,8 @@ def put_saved(
         elif only is not None and parameter not in only:
             continue
         elif tuple(current.shape) != value.shape:
-            offenders.append(
-                f"{name}: shape {list(value.shape)} against {list(current.shape)} in the model"
-            )
+            found = f"{list(current.shape)} in the model"
+            offenders.append(f"{name}: shape {list(value.shape)} against {found}")
         else:
             # A new parameter, since the old one may be shared (a tied head).
             tensor = torch.from_numpy(value.astype(np.float32))
@@ -151,7 +141,7 @@ def delta_of(bundle: Bundle, target: Target) -> npt.NDArray[np.float64]:
 
 
 def set_weights(
-    targets: list[Target], bundle: Bundle, rounding: Rounding, *, in_float32: bool = False
+    targets: Sequence[Target], bundle: Bundle, rounding: Rounding, *, in_float32: bool = False
 ) -> None:
     """Gives every target the weight W + delta_W, rounded once.
 
@@ -177,16 +167,15 @@ def set_weights(
 def round_all(model: torch.nn.Module, rounding: Rounding) -> None:
     """Rounds every parameter in `rounding`, but not the weights that `Target` objects hold."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in rounding:
-            parameter.data = _rounded(parameter.data, rounding[name])
+        parameter.data = _rounded(parameter.data, rounding.get(name))
 
 
 def uniform_rounding(model: torch.nn.Module, precision: str) -> Rounding:
     """Maps every parameter to one precision ("float16" or "bfloat16")."""
     import torch
 
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
-    return {name: dtype for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return dict.fromkeys(names, getattr(torch, precision))
 
 
 def find_rounding(model: torch.nn.Module) -> Rounding:
@@ -198,18 +187,17 @@ def find_rounding(model: torch.nn.Module) -> Rounding:
 
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in (torch.float16, torch.bfloat16):  # bfloat16 where both hold
             if torch.equal(_rounded(parameter.data, dtype), parameter.data):
                 found[name] = dtype
-                break
     return found
 
 
-def weights_precision(model: torch.nn.Module, rounding: Rounding, paths: list[str] | None) -> str:
+def weights_precision(model: torch.nn.Module, rounding: Rounding, paths: list[str]) -> str:
     """Finds the precision of most weights, by element: of those at `paths`, or of all matrices."""
     counts = Counter({"float32": 0})
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim >= 2 if paths is None else name.removesuffix(".weight") in paths:
+        if name.removesuffix(".weight") in paths if paths else parameter.ndim >= 2:
             dtype = str(rounding.get(name, "float32")).removeprefix("torch.")
             counts[dtype] += parameter.numel()
     return max(counts, key=counts.__getitem__)

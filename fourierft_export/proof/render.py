@@ -46,9 +46,8 @@ def describe_side(side: Side) -> str:
     if not side.source:
         return "a function that the caller gave"
     kind, _, rounded = side.name.partition(":")
-    meaning = SIDES.get(kind, "")
-    half = rounded in ("float16", "bfloat16")
-    return f"{meaning}, rounded to {rounded}" if meaning and half else meaning
+    half = f", rounded to {rounded}" if rounded in ("float16", "bfloat16") else ""
+    return SIDES[kind] + half if kind in SIDES else ""
 
 
 def explain_figures(names: tuple[str, ...]) -> str:
@@ -78,25 +77,29 @@ class _Text:
         del console
         wide, report = options.max_width >= WIDE, self.report
         figures = tuple(FIGURES) if wide else NARROW_FIGURES
-        yield Text(_title(report))
-        yield Text("")
+        lines = _verdict(report)
+        if not report.ok:
+            failed = f"FAILED: {len(report.failing)} of {len(report.comparisons)} pairs."
+            lines = [failed, *_suspects(report), *(f"{problem}." for problem in report.problems)]
+        yield Text(f"{_title(report)}\n")
         yield _sides_table(report, wide)
         yield Text("")
         yield _pairs_table(report, figures)
         yield Text(explain_figures(figures), style="dim")
-        yield Text("")
-        failed = sum(not pair.ok for pair in report.comparisons)
-        lines = [f"FAILED: {failed} of {len(report.comparisons)} pairs.", *_suspects(report)]
-        lines += [f"{problem}." for problem in report.problems]
-        yield Text(printable(" ".join(_verdict(report) if report.ok else lines)))
+        yield Text(f"\n{printable(' '.join(lines))}")
+
+
+def _table() -> Table:
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def _sides_table(report: Report, wide: bool) -> Table:
     """Makes the table of sides; only a wide one says which files they came from."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _table()
     for name in ("side", "weights", "seconds", "what it is", *["outputs", "from"] * wide):
         right = name == "seconds"
         table.add_column(name, justify="right" if right else "left", no_wrap=name != "what it is")
@@ -110,12 +113,11 @@ def _sides_table(report: Report, wide: bool) -> Table:
 
 def _pairs_table(report: Report, figures: tuple[str, ...]) -> Table:
     """Makes the table of pairs, a line per output; outputs are named where there are several."""
-    from rich.table import Table
     from rich.text import Text
 
     rows = list(_rows(report))
     several = len({row["output"] for row in rows}) > 1
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _table()
     table.add_column("pair", overflow="fold")
     columns = ("output",) * several + figures
     for name in columns:
@@ -123,21 +125,14 @@ def _pairs_table(report: Report, figures: tuple[str, ...]) -> Table:
         table.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=True)
     table.add_column("")
     for row in rows:
-        good = row["verdict"] == "ok"
-        table.add_row(
-            Text(f"{row['left']} {row['sign']} {row['right']}"),
-            *(Text(row[name]) for name in columns),
-            Text(row["verdict"], style="" if good else "bold red" if row["reason"] else "dim"),
-        )
+        style = "" if row["verdict"] == "ok" else "bold red" if row["reason"] else "dim"
+        cells = [f"{row['left']} {row['sign']} {row['right']}", *(row[name] for name in columns)]
+        table.add_row(*map(Text, cells), Text(row["verdict"], style=style))
     return table
 
 
 def render_html(report: Report) -> str:
-    """Renders the report as one HTML page that needs nothing else: no scripts, no links.
-
-    Raises:
-        MissingExtraError: jinja2 is not installed.
-    """
+    """Renders the report as one HTML page that needs nothing else: no scripts, no links."""
     try:
         import jinja2
     except ImportError as error:
@@ -172,11 +167,8 @@ def _verdict(report: Report) -> list[str]:
         different = len(report.comparisons) - equal
         pairs = "pair agrees" if equal == 1 else "pairs agree"
         return [f"OK: {equal} {pairs}, {different} differ as they must."]
-    lines = [f"FAILED: {problem}" for problem in report.problems]
-    if report.first_failure is not None:
-        pair, output = report.first_failure
-        place = f"{pair.left} against {pair.right}, output {output.output}"
-        lines.append(f"FAILED: {place}: {output.reason}")
+    first = [f"{place}: {reason}" for place, reason in report.findings[:1]]
+    lines = [f"FAILED: {line}" for line in (*report.problems, *first)]
     return [printable(line) for line in (*lines, *_suspects(report))]
 
 
@@ -199,37 +191,31 @@ def _rows(report: Report) -> Iterator[dict[str, str]]:
                 "verdict": "ok" if output.ok else "unchanged" if pair.ok else "FAILED",
                 "reason": "" if pair.ok else printable(output.reason),
                 **_figures(output),
-                **_places(output),
+                "dot": _place(output, output.difference.rms if output.difference else None),
+                "bar": _place(output, output.allowed_rms),
             }
 
 
-def _places(output: OutputComparison) -> dict[str, str]:
-    """Places the difference and its bound on the page's scale, where 1e-12 is 0 and 1 is 100."""
-    found = output.difference
-    if found is None or found.scale <= 0:
-        return {"dot": "", "bar": ""}
-    values = {"dot": found.rms, "bar": output.allowed_rms}
-    return {
-        name: ""
-        if value is None
-        else f"{100 + log10(min(max(value / found.scale, 1e-12), 1)) / 0.12:.1f}"
-        for name, value in values.items()
-    }
+def _place(output: OutputComparison, value: float | None) -> str:
+    """Places a value of the output on the page's scale, where 1e-12 is 0 and 1 is 100."""
+    scale = output.difference.scale if output.difference else 0
+    if value is None or scale <= 0:
+        return ""
+    return f"{100 + log10(min(max(value / scale, 1e-12), 1)) / 0.12:.1f}"
 
 
 def _figures(output: OutputComparison) -> dict[str, str]:
     """Writes the figures of one output, by column."""
-    found = output.difference
+    found, bounds = output.difference, (output.allowed_abs, output.allowed_rms)
     if found is None:
         return dict.fromkeys(FIGURES, "-")
-    allowed = f"rms > {output.allowed_rms:.1e}" if output.allowed_rms is not None else "-"
-    if output.allowed_abs is not None:
-        allowed = f"abs {output.allowed_abs:.1e}" + (
-            f", rms {output.allowed_rms:.1e}" if output.allowed_rms is not None else ""
-        )
+    both = [f"{name} {n:.1e}" for name, n in zip(("abs", "rms"), bounds, strict=True) if n]
     numbers = {name: f"{getattr(found, name):.2e}" for name in list(FIGURES)[:4]}
-    argmax = "-" if found.argmax is None else f"{found.argmax:.1%}"
-    return numbers | {"allowed": allowed, "cosine": f"{found.cosine:.6f}", "argmax": argmax}
+    return numbers | {
+        "allowed": f"rms > {bounds[1]:.1e}" if bounds[0] is None else ", ".join(both),
+        "cosine": f"{found.cosine:.6f}",
+        "argmax": "-" if found.argmax is None else f"{found.argmax:.1%}",
+    }
 
 
 def _shapes(outputs: tuple[tuple[str, tuple[int, ...]], ...]) -> str:

@@ -38,11 +38,11 @@ class Side:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
-    def measured(self, outputs: Mapping[str, Array], began: float, notes: tuple[str, ...]) -> Side:
+    def measured(self, outputs: Mapping[str, Array], began: float, *notes: str) -> Side:
         """Adds notes, the outputs' shapes, and the seconds since `began` (time.monotonic)."""
         shapes = tuple((name, tuple(array.shape)) for name, array in outputs.items())
         seconds = round(time.monotonic() - began, 3)
-        return replace(self, outputs=shapes, seconds=seconds, notes=notes)
+        return replace(self, outputs=shapes, seconds=seconds, notes=(*self.notes, *notes))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Comparison:
 
     Attributes:
         left, right: names of the sides.
-        expect: "equal", or "different" (the adapter must change something).
+        expect: "equal" (two adapted sides) or "different" (a base and an adapted side).
         precision: whose tolerance applied.
         outputs: one entry per output.
     """
@@ -122,9 +122,7 @@ class Comparison:
     @property
     def ok(self) -> bool:
         """Equal: every output agrees. Different: at least one output differs."""
-        if self.expect == "different":
-            return any(output.ok for output in self.outputs)
-        return all(output.ok for output in self.outputs)
+        return (any if self.expect == "different" else all)(output.ok for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -153,24 +151,35 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether nothing was found wrong."""
-        return not self.problems and all(pair.ok for pair in self.comparisons)
+        return not self.problems and not self.failing
+
+    @property
+    def failing(self) -> tuple[Comparison, ...]:
+        """The pairs that fail."""
+        return tuple(pair for pair in self.comparisons if not pair.ok)
 
     @property
     def first_failure(self) -> tuple[Comparison, OutputComparison] | None:
         """The first pair that fails and its first failing output."""
-        for pair in self.comparisons:
-            if not pair.ok:
-                return pair, next(output for output in pair.outputs if not output.ok)
-        return None
+        outputs = ((pair, output) for pair in self.failing for output in pair.outputs)
+        return next(((pair, output) for pair, output in outputs if not output.ok), None)
+
+    @property
+    def findings(self) -> tuple[tuple[str, str], ...]:
+        """Where and why each failing output fails, in the order of the pairs."""
+        return tuple(
+            (f"{pair.left} against {pair.right}, output {output.output}", output.reason)
+            for pair in self.failing
+            for output in pair.outputs
+            if not output.ok
+        )
 
     @property
     def suspects(self) -> tuple[str, ...]:
         """The sides that occur in every failing pair of two or more: usually the culprit."""
-        failing = [pair for pair in self.comparisons if not pair.ok]
-        seen = Counter(name for pair in failing for name in (pair.left, pair.right))
-        if len(failing) < 2:
-            return ()
-        return tuple(name for name, times in seen.items() if times == len(failing))
+        seen = Counter(name for pair in self.failing for name in (pair.left, pair.right))
+        failed = len(self.failing)
+        return tuple(name for name, times in seen.items() if times == failed) * (failed > 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON-ready data; NaN and infinities become None."""
@@ -188,20 +197,16 @@ class Report:
         """
         if self.ok:
             return
-        failing = [pair for pair in self.comparisons if not pair.ok]
-        outputs = [(pair, output) for pair in failing for output in pair.outputs if not output.ok]
-        places = [f"{p.left} against {p.right}, output {o.output}" for p, o in outputs]
-        lines = [f"{place}: {o.reason}" for place, (_, o) in zip(places, outputs, strict=True)]
-        where, found, offenders = "validate", [*self.problems, *lines][0], [*self.problems, *lines]
+        offenders = [*self.problems, *(f"{place}: {reason}" for place, reason in self.findings)]
+        where, found = "validate", offenders[0]
         if not self.problems:
-            where, found, offenders = places[0], outputs[0][1].reason, lines[1:]
+            (where, found), offenders = self.findings[0], offenders[1:]
         if self.suspects:
-            suspects = " and ".join(self.suspects)
-            remedy = f"every failing pair contains {suspects}: make it again"
-        elif failing and all(pair.expect == "different" for pair in failing):
+            remedy = f"every failing pair contains {' and '.join(self.suspects)}: make it again"
+        elif self.failing and all(pair.expect == "different" for pair in self.failing):
             remedy = "check that the adapter was trained and that its scaling is not 0"
         else:
-            last = failing[0].right if failing else "it"
+            last = self.failing[0].right if self.failing else "it"
             remedy = f"make {last} again, of this base and this adapter"
         raise ValidationError(
             where,
@@ -213,7 +218,7 @@ class Report:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message."""
+    """Returns the first line of another library's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

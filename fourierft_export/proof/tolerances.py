@@ -11,23 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 
 PRECISIONS = ("float64", "float32", "float16", "bfloat16", "int8")
 """From fine to coarse; "int8" stands for every quantised form."""
-
-NOISE_MARGIN = 8.0
-"""How many times the measured noise still passes for rounding: two implementations sum in
-different orders, and their errors were seen up to three times apart."""
-
-ASSUMED_NOISE = 2.0**-18
-"""Noise (root mean square, as a fraction of the output's) where it cannot be measured because no
-torch model was given: 64 float32 rounding errors."""
-
-ASSUMED_NOISE_COARSE = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-6}
-"""The same for coarser precisions: one rounding error of the weights."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +35,11 @@ class Tolerance:
     argmax: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in (("scale", self.scale), ("effect", self.effect)):
-            if not (math.isfinite(value) and value > 0):
-                raise UsageError(
-                    f"tolerance {name}", expected="a number above 0", found=repr(value)
-                )
-        if not 0 <= self.argmax <= 1:
-            raise UsageError(
-                "tolerance argmax", expected="a number from 0 to 1", found=repr(self.argmax)
-            )
+        for name, most in (("scale", math.inf), ("effect", math.inf), ("argmax", 1.0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= most and (value or name == "argmax")):
+                expected = "a number from 0 to 1" if name == "argmax" else "a number above 0"
+                raise UsageError(f"tolerance {name}", expected=expected, found=repr(value))
 
 
 DEFAULT_TOLERANCES = {
@@ -71,26 +56,20 @@ DEFAULT_TOLERANCES = {
 
 
 def resolve_tolerances(given: Mapping[str, Tolerance | float] | None) -> dict[str, Tolerance]:
-    """Returns `DEFAULT_TOLERANCES`, replaced where `given`; a bare number sets `scale` alone.
-
-    Raises:
-        UsageError: an unknown precision, or a value out of range.
-    """
+    """Returns `DEFAULT_TOLERANCES`, replaced where `given`; a bare number sets `scale` alone."""
     tolerances = dict(DEFAULT_TOLERANCES)
     for precision, value in (given or {}).items():
         if precision not in PRECISIONS:
+            expected = f"one of {', '.join(PRECISIONS)}"
             raise UsageError(
-                f"tolerance for {precision!r}",
-                expected=f"one of {', '.join(PRECISIONS)}",
-                found=repr(precision),
+                f"tolerance for {precision!r}", expected=expected, found=repr(precision)
             )
         if not isinstance(value, Tolerance):
-            default = tolerances[precision]
-            value = Tolerance(float(value), default.effect, default.argmax)
+            value = replace(tolerances[precision], scale=float(value))
         tolerances[precision] = value
     return tolerances
 
 
 def coarser(left: str, right: str) -> str:
-    """The coarser of two precisions."""
+    """Returns the coarser of two precisions."""
     return max(left, right, key=PRECISIONS.index)

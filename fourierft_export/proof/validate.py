@@ -6,7 +6,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,22 +113,30 @@ def validate(
             progress(label, min(len(started), total), total)
         started.append(name)
 
-    graphs = dict(zip(_graph_names(files), (Graph(path, threads) for path in files), strict=True))
-    ready = _ready_inputs(artifacts, list(graphs.values()), inputs, tokenizer, samples)
+    graphs = [Graph(path, threads) for path in files]
+    ready = _ready_inputs(artifacts, graphs, inputs, tokenizer, samples)
     models = ModelSides(artifacts, ready, batch_size, step)
-    models.run({g.precision for g in graphs.values()} & {"float16", "bfloat16"})
-    runs = []
+    models.run({graph.precision for graph in graphs} & {"float16", "bfloat16"})
+    references, adapted = models.references, models.adapted
+
+    def run_side(side: Side, compute: Callable[[], Outputs]) -> None:
+        step(side.name)
+        began = time.monotonic()
+        outputs = {name: np.asarray(value) for name, value in compute().items()}
+        side = side.measured(outputs, began)
+        # Random parameters differ between exports.
+        same = {name: a for name, a in outputs.items() if name not in models.random_outputs}
+        computes = side.precision if side.source else "float32"
+        (references if side.role == "base" else adapted).append(Run(side, same, computes))
+
     for name, call in functions.items():
-        step(name)
-        runs.append(_run_function(name, call, ready))
-    for name, graph in graphs.items():
-        step(name)
-        runs.append(_run_graph(name, graph, ready, batch_size))
-    for i, run in enumerate(runs):  # random parameters differ between exports
-        same = {n: a for n, a in run.outputs.items() if n not in models.random_outputs}
-        runs[i] = replace(run, outputs=same)
-    references = [*models.references, *(r for r in runs if r.side.role == "base")]
-    adapted = [*models.adapted, *(r for r in runs if r.side.role != "base")]
+        role = "base" if name == "base" else "adapted"
+        run_side(Side(name, role, "", "float32"), lambda call=call: call(dict(ready.arrays)))  # type: ignore[misc]
+    # Without a mask the rows may not be independent examples, so they are run in one call.
+    rows = batch_size if ready.mask is not None else None
+    for name, graph in zip(_graph_names(files), graphs, strict=True):
+        side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
+        run_side(side, lambda graph=graph: graph.run(ready.arrays, batch_size=rows))  # type: ignore[misc]
     comparisons = compare_pairs(
         references,
         adapted,
@@ -145,7 +152,7 @@ def validate(
         task=artifacts.task.name if artifacts.task else None,
         inputs=ready.description,
         input_shapes=tuple((name, a.shape) for name, a in ready.arrays.items()),
-        sides=tuple(r.side for r in (*references, *adapted)),
+        sides=tuple(run.side for run in (*references, *adapted)),
         comparisons=comparisons,
         problems=tuple(models.problems),
         notes=(*models.notes, *_limits_of(references, comparisons)),
@@ -155,6 +162,7 @@ def validate(
 def _check_sides(
     artifacts: Artifacts, files: Sequence[PathLike], functions: Mapping[str, SideFunction]
 ) -> None:
+    """Raises unless there are two sides with names of their own, and the base that they need."""
     if artifacts.base is None and (artifacts.bundle is not None or artifacts.peft is not None):
         raise UsageError(
             "validate",
@@ -164,15 +172,14 @@ def _check_sides(
         )
     twice = sorted(set(artifacts.names) & set(functions))
     if twice:
-        raise UsageError(
-            "sides", expected="names other than those of the artifacts", found=", ".join(twice)
-        )
-    names = [*artifacts.names, *functions, *files]
+        expected = "names other than those of the artifacts"
+        raise UsageError("sides", expected=expected, found=", ".join(twice))
+    names = [*artifacts.names, *functions, *map(str, files)]
     if len(names) < 2:
         raise UsageError(
             "validate",
             expected="at least two artifacts to compare",
-            found=", ".join(str(name) for name in names) or "none",
+            found=", ".join(names) or "none",
             remedy="give a base with a bundle, merged checkpoint or ONNX files",
         )
 
@@ -184,11 +191,13 @@ def _ready_inputs(
     tokenizer: PathLike | None,
     samples: int,
 ) -> Inputs:
+    """Takes the given inputs, or makes some that all sides can run on."""
     if given is not None:
         return given_inputs(given)
     if tokenizer is not None and not has_tokenizer(Path(tokenizer)):
         raise UsageError(tokenizer, expected="a directory with a tokenizer", found="none in it")
-    if artifacts.task is not None and artifacts.task.name == "image-classification":
+    task = artifacts.task.name if artifacts.task else None
+    if task == "image-classification":
         raise UsageError(
             "validate",
             expected="images to run the models on",
@@ -196,7 +205,7 @@ def _ready_inputs(
             remedy="give pixel_values (images, channels, height, width) as an .npz file (--inputs)",
         )
     vocabulary = artifacts.config_number("vocab_size")
-    if artifacts.task is not None and artifacts.task.name == "text-generation" and vocabulary:
+    if task == "text-generation" and vocabulary:
         samples = min(samples, max(4, LOGITS_PER_SIDE // (MAX_TOKENS * vocabulary)))
     return default_inputs(
         tokenizer_dir=artifacts.tokenizer if tokenizer is None else Path(tokenizer),
@@ -213,21 +222,6 @@ def _graph_names(files: Sequence[PathLike]) -> Iterator[str]:
     times = Counter(Path(path).name for path in files)
     for path in files:
         yield f"onnx:{Path(path).name if times[Path(path).name] == 1 else os.fspath(path)}"
-
-
-def _run_function(name: str, call: SideFunction, inputs: Inputs) -> Run:
-    began = time.monotonic()
-    outputs = {key: np.asarray(value) for key, value in call(dict(inputs.arrays)).items()}
-    side = Side(name, "base" if name == "base" else "adapted", "", "float32")
-    return Run(side.measured(outputs, began, ()), outputs)
-
-
-def _run_graph(name: str, graph: Graph, inputs: Inputs, batch_size: int) -> Run:
-    began = time.monotonic()
-    # Without a mask the rows may not be independent examples, so they are run in one call.
-    outputs = graph.run(inputs.arrays, batch_size=batch_size if inputs.mask is not None else None)
-    side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
-    return Run(side.measured(outputs, began, ()), outputs, computes=graph.precision)
 
 
 def _limits_of(references: Sequence[Run], comparisons: Sequence[Comparison]) -> Iterator[str]:
