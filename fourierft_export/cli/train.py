@@ -86,7 +86,7 @@ def train(
     if run.output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from ..bundle.peft import open_bundle
-    from ..train.data.prepare import prepare
+    from ..train.data.tasks import prepare
     from ..train.train import check_outputs, train_adapter
 
     inputs = [path for path in (run.model, run.data, run.eval, run.bundle, config) if path]

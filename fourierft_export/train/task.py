@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
+
+from .settings import TrainSettings
+
+MAX_HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,24 @@ class TrainingTask:
     lengths: Sequence[int] | None = None
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+
+
+def hold_out(
+    count: int, settings: TrainSettings, scored: bool
+) -> tuple[list[int], list[int], tuple[str, ...]]:
+    """The numbers of the rows to learn from and to score, each in the file's order, and notes.
+
+    Args:
+        count: of the training rows.
+        settings: its seed draws the rows.
+        scored: there are other rows to score, so that none is held out.
+    """
+    order = np.random.default_rng(settings.seed).permutation(count)
+    held, notes = 0, []
+    if not scored and settings.eval_share and count > 1:
+        held = min(max(round(count * settings.eval_share), 1), MAX_HELD_OUT, count - 1)
+        notes.append(f"no rows to score were given: {held} of {count} training rows are held out")
+    kept = order[held:][: settings.max_train_rows]
+    if len(kept) < count - held:
+        notes.append(f"{len(kept)} of {count - held} training rows are used")
+    return np.sort(kept).tolist(), np.sort(order[:held]).tolist(), tuple(notes)

@@ -24,7 +24,7 @@ from . import defaults
 from .adapter import NAME, LiveAdapter, check_settings_of_training, continued_adapter, new_adapter
 from .report import TrainReport
 from .settings import TrainSettings
-from .task import TrainingTask
+from .task import TrainingTask, hold_out
 
 try:
     from transformers import TrainingArguments
@@ -201,20 +201,16 @@ def with_rows_to_score(
 ) -> tuple[TrainingTask, tuple[str, ...]]:
     """The task; of its training rows some are held out if it has none to score."""
     rows: Any = task.train_dataset
-    count = len(rows)
-    if task.eval_dataset is not None or not settings.eval_share or count < 2:
-        return (task if task.eval_dataset else replace(task, eval_dataset=None)), ()
-    order = np.random.default_rng(settings.seed).permutation(count)
-    held = min(max(1, round(count * settings.eval_share)), count - 1)
-    scored, learnt = np.sort(order[:held]).tolist(), np.sort(order[held:]).tolist()
+    learnt, held, notes = hold_out(len(rows), settings, bool(task.eval_dataset))
+    if len(learnt) == len(rows):
+        return (task if task.eval_dataset else replace(task, eval_dataset=None)), notes
     subset: Any = torch.utils.data.Subset
-    task = replace(
-        task,
-        train_dataset=subset(rows, learnt),
-        eval_dataset=subset(rows, scored),
-        lengths=None if task.lengths is None else [task.lengths[i] for i in learnt],
-    )
-    return task, (f"no rows to score were given: {held} of {count} training rows are held out",)
+    changes = {
+        "train_dataset": subset(rows, learnt),
+        "eval_dataset": subset(rows, held) if held else task.eval_dataset,
+        "lengths": task.lengths and [task.lengths[i] for i in learnt],
+    }
+    return replace(task, **changes), notes
 
 
 def check_outputs(

@@ -43,7 +43,7 @@ def train_cell(cell: Cell, rows: Rows, model: str, dtype: str) -> dict[str, Any]
     import torch
     import transformers
 
-    from fourierft_export.train.data.prepare import prepare
+    from fourierft_export.train.data.tasks import prepare
     from fourierft_export.train.settings import DataSettings
 
     transformers.logging.set_verbosity_error()

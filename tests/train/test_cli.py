@@ -139,9 +139,8 @@ def test_a_model_of_ones_own(
     monkeypatch.chdir(tmp_path)
     Path("own_net_for_train.py").write_text(FACTORY, "utf-8")
     words = ["train", "--module", "own_net_for_train:whole", "-o", "net", "--device", "cpu"]
-    ran = run_verb(*words, "--epochs", "8", "--batch-size", "8", "--data", "rows.tsv")
+    ran = run_verb(*words, "--epochs", "8", "--batch-size", "8")
     assert ran.code == 0
-    assert ran.json["notes"] == ["not used, since the module brings a whole task: --data"]
     told = json.loads(Path("net.train/metrics.json").read_text("utf-8"))
     assert told["best"]["loss"] < 0.97 * told["before"]["loss"]
     assert told["metric"] == "accuracy" and len(ff.Bundle.load("net").layers) == 2
@@ -155,6 +154,8 @@ def test_a_model_of_ones_own(
     ):
         ran = run_verb("train", "--module", spec, "-o", "other")
         assert ran.code == 2 and message in ran.err, ran.err
+    ran = run_verb("train", "--module", "own_net_for_train:whole", "--pack", "-o", "other")
+    assert ran.code == 2 and "--pack: expected options that --module" in ran.err
     assert not Path("other").exists()
 
 

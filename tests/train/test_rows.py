@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from fourierft_export.errors import BadInputError, FileAccessError, FourierFTErr
 from fourierft_export.train.data import rows as loading
 from fourierft_export.train.data.labels import label_ids, make_labels, read_labels
 from fourierft_export.train.data.rows import load_rows
-from fourierft_export.train.data.split import split
 from fourierft_export.train.settings import TrainSettings
+from fourierft_export.train.task import hold_out
 
 TEXTS = ['say "hi"', "naïve, 3 € – ok", 'a " b', "NA"]
 LABELS = ["1", "0", "2", "0"]
@@ -53,7 +54,7 @@ def test_every_format_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
     found = load_rows(str(path))
     assert found.columns == ["text", "label"]
     assert found.column("text") == TEXTS and found.column("label") == LABELS
-    assert found.place(1) == {"parquet": "row 2", "jsonl": "line 2"}.get(kind, "line 3")
+    assert found.places[1] == {"parquet": "row 2", "jsonl": "line 2"}.get(kind, "line 3")
     assert not [name for name in os.listdir(tmp_path) if name != path.name]
 
 
@@ -63,17 +64,17 @@ def test_the_data_files_are_read_as_a_plain_split_reads_them(data_dir: Path) -> 
         found = load_rows(str(path))
         columns = [found.column(name) for name in found.columns]
         assert ["\t".join(row) for row in zip(*columns, strict=True)] == lines
-        assert found.place(len(lines) - 1) == f"line {len(lines) + 1}"
+        assert found.places[-1] == f"line {len(lines) + 1}"
 
 
 def test_places_with_blank_lines_and_cells_of_several_lines(tmp_path: Path) -> None:
     found = load_rows(write(tmp_path, "a.csv", 'text,label\n"one\ntwo",1\n\nthree,0\n'))
     assert found.column("text") == ["one\ntwo", "three"]
-    assert [found.place(i) for i in (0, 1)] == ["line 3", "line 5"]
+    assert found.places == ["line 3", "line 5"]
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("a.tsv", b"", "an empty file"),
+    "empty": ("a.tsv", b"", "expected rows, found none"),
     "only a header": ("a.tsv", b"text\tlabel\n", "expected rows, found none"),
     "empty jsonl": ("a.jsonl", b"\n", "expected rows, found none"),
     "a column too many": (
@@ -145,7 +146,7 @@ def test_damaged_files_raise_only_the_packages_own_errors(
     try:
         found = load_rows(str(path))
         [found.column(name) for name in found.columns]
-        found.place(0)
+        assert len(found.places) > 0
     except FourierFTError:
         pass
 
@@ -181,19 +182,17 @@ def test_labels_become_ids(values: list[Any], names: tuple[str, ...] | None, ids
 
 
 def test_rows_are_held_out_by_the_seed() -> None:
-    rows = list(range(40))
-    learnt, scored, notes = split([rows], TrainSettings(eval_share=0.25, seed=3))
-    assert scored is not None and sorted(learnt + scored) == rows and len(scored) == 10
+    settings = TrainSettings(eval_share=0.25, seed=3)
+    learnt, scored, notes = hold_out(40, settings, False)
+    assert sorted(learnt + scored) == list(range(40)) and len(scored) == 10
     assert notes == ("no rows to score were given: 10 of 40 training rows are held out",)
-    few, same, notes = split([rows], TrainSettings(eval_share=0.25, seed=3, max_train_rows=7))
+    few, same, notes = hold_out(40, replace(settings, max_train_rows=7), False)
     assert same == scored and len(few) == 7 and set(few) < set(learnt)
     assert notes[1] == "7 of 30 training rows are used"
-    assert split([rows], TrainSettings(eval_share=0.25, seed=4))[1] != scored
-    assert split([rows, [99]], TrainSettings())[:2] == (rows, [99])
-    assert split([rows], TrainSettings(eval_share=0.0))[1] is None
-    assert len(split([list(range(30_000))], TrainSettings(eval_share=0.5))[1] or ()) == 1000
-    with pytest.raises(UsageError, match="two rows or more, found 1"):
-        split([[1]], TrainSettings())
+    assert hold_out(40, replace(settings, seed=4), False)[1] != scored
+    assert hold_out(40, settings, True)[:2] == (list(range(40)), [])
+    assert hold_out(40, TrainSettings(eval_share=0.0), False)[1] == []
+    assert len(hold_out(30_000, TrainSettings(eval_share=0.5), False)[1]) == 1000
 
 
 def test_classes_of_folders_are_compared_by_name(tmp_path: Path) -> None:
@@ -204,8 +203,8 @@ def test_classes_of_folders_are_compared_by_name(tmp_path: Path) -> None:
         for one in classes:
             (tmp_path / name / one).mkdir(parents=True)
             Image.new("RGB", (4, 4)).save(tmp_path / name / one / "0.png")
-    train = load_rows(str(tmp_path / "train"), builder="imagefolder")
-    scored = load_rows(str(tmp_path / "eval"), split="eval", builder="imagefolder")
+    train = load_rows(str(tmp_path / "train"), images=True)
+    scored = load_rows(str(tmp_path / "eval"), split="eval", images=True)
     assert (sorted(train.column("label")), sorted(scored.column("label"))) == (
         ["a", "b", "c"],
         ["b", "c"],

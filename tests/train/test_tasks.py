@@ -17,7 +17,7 @@ from transformers import EvalPrediction
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.train.data import scores
-from fourierft_export.train.data.prepare import prepare
+from fourierft_export.train.data.tasks import prepare
 from fourierft_export.train.settings import DataSettings, TrainSettings
 from fourierft_export.train.task import TrainingTask
 from tests.train.toy import sentences, write_jsonl, write_tsv
@@ -200,6 +200,24 @@ def test_several_labels_in_text_files(
     assert task.model.config.problem_type == "multi_label_classification"
 
 
+@torch.no_grad()
+def test_a_number_of_minus_100_is_learnt_and_scored(
+    with_tokenizer: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The Trainer counts no label of exactly -100."""
+    rows = [("good film", -100), ("bad film", "-100.0"), ("the plot", 3)]
+    data = write_tsv(tmp_path / "a.tsv", rows)
+    given: dict[str, Any] = {"problem_type": "regression", "eval_share": 0.0}
+    task = make("text-classification", with_tokenizer("bert"), data, **given)
+    total, count = loss_of(task, task.train_dataset)
+    assert count == 3
+    batch = task.data_collator(task.train_dataset)
+    truth = torch.tensor([-100.0, -100.0, 3.0])
+    torch.testing.assert_close(batch.pop("labels"), truth, atol=1e-5, rtol=0)
+    found = task.model(**batch).logits.flatten()
+    assert total == pytest.approx(float(((found - truth) ** 2).sum()), rel=1e-6)
+
+
 def test_the_first_token_of_a_word_has_its_label(
     with_tokenizer: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -356,6 +374,12 @@ def test_calls_that_cannot_be_carried_out(
         ({"data": str(tmp_path / "none.tsv")}, FileAccessError, "nothing there"),
         ({"data": "some/data"}, FileAccessError, "some/data: expected a data set"),
         ({"text_column": ("a", "b", "c")}, UsageError, "at most 2"),
+        ({"pack": True}, UsageError, "--pack: expected options that --task text-classification"),
+        (
+            {"task": "text-generation", "problem_type": "regression", "label_column": "label"},
+            UsageError,
+            "--problem-type, --label-column: expected options that --task text-generation uses",
+        ),
         (
             {"text_column": ("nope",)},
             UsageError,

@@ -1,4 +1,4 @@
-"""image-classification: folders of images, or rows that name or hold image files."""
+"""Images of folders, or of rows that name or hold image files, as tensors."""
 
 from __future__ import annotations
 
@@ -17,124 +17,75 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadInputError, UsageError, missing_extra
-from ..task import TrainingTask
-from . import models, scores
-from .rows import BadRows, Rows, regular_file_problem
-from .split import split
-from .text import LABELS, SINGLE, Source, head_notes, read_targets
+from ...errors import BadInputError, FourierFTError, UsageError, missing_extra
+from ...files.container import open_regular
+from . import models
+from .rows import BadRows, Rows
 
 MAX_PIXELS = 1 << 26
 IMAGES = (("image",), ("images",), ("path",), ("file_name",))
 # What Pillow's decoders raise for damaged files.
 _DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
+    OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, AttributeError,
+    ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
 Image = str | bytes  # a file's path or its content
+Transform = Callable[[Sequence[Image]], Tensor]
 
 
-def image_classification(source: Source) -> TrainingTask:
-    """A model of one label per image; the directory's image processor is used, if it has one."""
-    label = source.label_column(LABELS)
-    known = source.known_classes(label, "image-classification")
-    images = [_read_images(rows, source.data.text_column or ()) for rows in source.both()]
-    targets, labels = read_targets(source, label, SINGLE, known)
-    parts = [list(zip(x, y, strict=True)) for x, y in zip(images, targets, strict=True)]
-    learnt, scored, notes = split(parts, source.settings)
-    model, new = source.load_classifier("image-classification", labels.names)
-    transform, how = _transform(source.directory, model)
-    return TrainingTask(
-        model=model,
-        train_dataset=learnt,
-        eval_dataset=scored,
-        data_collator=Collate(transform, next(model.parameters()).dtype),
-        compute_loss_func=scores.class_loss,
-        compute_metrics=scores.score_classes,
-        preprocess_logits_for_metrics=scores.keep_logits,
-        metric_for_best_model="accuracy",
-        modules_to_save=new or models.trained_heads(model),
-        target_modules=models.usual_targets(model),
-        notes=(*notes, *head_notes(new, labels.names), how),
-        labels=labels.names,
-    )
-
-
-def _read_images(rows: Rows, named: Sequence[str]) -> list[Image]:
-    """The image of every row."""
+def read_images(rows: Rows, named: Sequence[str]) -> list[Image]:
+    """The image of every row; pixels are not decoded yet."""
     (name,) = rows.find_columns(named, IMAGES, "images", "--text-column")
     bad = BadRows(rows.where, "an image file in every row")
     root = Path(rows.where) if os.path.isdir(rows.where) else Path(rows.where).parent
     found: list[Image] = []
-    for i, value in enumerate(rows.undecoded(name)):
+    for place, value in zip(rows.places, rows.column(name), strict=True):
         # Data sets hold images as {"bytes": ..., "path": ...}.
         image = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
         if not isinstance(image, bytes | str) or not image:
-            bad.add(rows.place(i), f"image {value!r:.60}")
+            bad.add(place, f"image {value!r:.60}")
             continue
-        image = image if isinstance(image, bytes) else os.fspath(root / image)
-        found.append(image)
-        wrong = _image_problem(image)
-        if wrong:
-            bad.add(image if isinstance(image, str) else rows.place(i), wrong)
+        found.append(image if isinstance(image, bytes) else os.fspath(root / image))
+        try:
+            with _open_image(found[-1]) as opened:
+                opened.verify()
+        except BadInputError as error:
+            bad.add(error.where if isinstance(image, str) else place, error.found)
     bad.check()
     return found
 
 
-def _image_problem(image: Image) -> str | None:
-    """Why a file is no image that can be learnt from, if so; pixels are not decoded yet."""
-    wrong = regular_file_problem(image) if isinstance(image, str) else None
-    if wrong:
-        return wrong
-    try:
-        with _open_image(image) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                return f"{width} x {height} pixels, more than {MAX_PIXELS}"
-            opened.verify()
-    except (*_DAMAGED, _pillow().DecompressionBombError) as error:
-        return f"not an image: {type(error).__name__}"
-    return None
-
-
-def _pillow() -> Any:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", "reading images") from None
-    return PIL.Image
-
-
 @contextmanager
 def _open_image(image: Image) -> Iterator[Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata, which no model sees
-        with _pillow().open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            yield opened
+    """Pillow's image; BadInputError if a file is none, or too large."""
+    try:
+        import PIL.Image
+        from PIL.Image import DecompressionBombError
+    except ImportError as error:
+        raise missing_extra(str(error.name), "hf", "reading images") from None
+    where, found = image if isinstance(image, str) else "an image in the data", ""
+    try:
+        if isinstance(image, str):
+            os.close(open_regular(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, which no model sees
+            with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                width, height = opened.size
+                if width * height <= MAX_PIXELS:
+                    yield opened
+                    return
+                found = f"{width} x {height} pixels, more than {MAX_PIXELS}"
+    except FourierFTError as error:
+        found = error.found
+    except (*_DAMAGED, DecompressionBombError) as error:
+        found = f"not an image: {type(error).__name__}"
+    raise BadInputError(where, expected="an image", found=found, remedy="remove or repair it")
 
 
 def load_image(image: Image, mode: str) -> Any:
     """One image in Pillow's `mode` ("RGB", "L")."""
-    try:
-        with _open_image(image) as opened:
-            return opened.convert(mode)
-    except (*_DAMAGED, _pillow().DecompressionBombError) as error:
-        raise BadInputError(
-            image if isinstance(image, str) else "an image in the data",
-            expected="an image",
-            found=str(error).splitlines()[0] if str(error) else "",
-            remedy="remove or repair it",
-        ) from error
+    with _open_image(image) as opened:
+        return opened.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -146,7 +97,7 @@ class Collate:
         dtype: of the model's pixels.
     """
 
-    transform: Callable[[Sequence[Image]], Tensor]
+    transform: Transform
     dtype: torch.dtype
 
     def __call__(self, rows: Sequence[tuple[Image, int]]) -> dict[str, Tensor]:
@@ -155,7 +106,7 @@ class Collate:
         return {"pixel_values": pixels, "labels": torch.tensor([label for _, label in rows])}
 
 
-def _transform(directory: str, model: nn.Module) -> tuple[Callable[[Sequence[Image]], Tensor], str]:
+def make_transform(directory: str, model: nn.Module) -> tuple[Transform, str]:
     """How a model's images are made, and a line that says so."""
     config: Any = model.config
     channels = getattr(config, "num_channels", 3)

@@ -6,11 +6,14 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ...errors import BadInputError
 from .rows import BadRows
+from .scores import IGNORED
 
 Label = str | int
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
@@ -25,11 +28,8 @@ class Labels:
         ids: every label of the training rows -> its id.
     """
 
-    names: tuple[str, ...]
-    ids: Mapping[Label, int]
-
-    def __len__(self) -> int:
-        return len(self.names)
+    names: tuple[str, ...] = ()
+    ids: Mapping[Label, int] = field(default_factory=dict)
 
 
 def read_labels(where: str, values: Iterable[Any], places: Sequence[str]) -> list[Label]:
@@ -44,13 +44,12 @@ def read_labels(where: str, values: Iterable[Any], places: Sequence[str]) -> lis
             found.append(label)
     bad.check()
     texts = sum(isinstance(label, str) for label in found)
-    if 0 < texts < len(found):
-        rarer = str if texts * 2 <= len(found) else int
-        bad = BadRows(where, "labels that are all integers or all text", "write all in one way")
-        for place, label in zip(places, found, strict=True):
-            if isinstance(label, rarer):
-                bad.add(place, f"label {label!r:.60}")
-        bad.check()
+    rarer = str if texts * 2 <= len(found) else int
+    bad = BadRows(where, "labels that are all integers or all text", "write all in one way")
+    for place, label in zip(places, found, strict=True):
+        if 0 < texts < len(found) and isinstance(label, rarer):
+            bad.add(place, f"label {label!r:.60}")
+    bad.check()
     return found
 
 
@@ -58,10 +57,8 @@ def _label(value: Any) -> Label | None:
     if isinstance(value, str):
         text = value.strip()
         return int(text) if _INTEGER.match(text) else text or None
-    if value is None or isinstance(value, bool):
-        return None
     try:
-        return operator.index(value)  # numpy's integers too
+        return None if isinstance(value, bool) else operator.index(value)  # numpy's integers too
     except TypeError:
         return None
 
@@ -77,7 +74,8 @@ def read_numbers(where: str, values: Iterable[Any], places: Sequence[str]) -> li
             number = math.nan
         if not math.isfinite(number):
             bad.add(place, f"{value!r:.60}")
-        found.append(number)
+        # The Trainer counts no label of -100: the next float32 stands for this number.
+        found.append(float(np.nextafter(np.float32(IGNORED), 0)) if number == IGNORED else number)
     bad.check()
     return found
 
@@ -85,7 +83,7 @@ def read_numbers(where: str, values: Iterable[Any], places: Sequence[str]) -> li
 def make_labels(
     where: str, found: Iterable[Label], known: Sequence[str] = (), *, least: int = 2
 ) -> Labels:
-    """The classes of the training rows."""
+    """The classes of the training rows; `known` are those of the data set or the model."""
     distinct = sorted(set(found), key=lambda label: (isinstance(label, str), label))
     ids = {name: i for i, name in enumerate(known)}
     if known and all(label in ids for label in distinct):
@@ -106,18 +104,14 @@ def make_labels(
 
 
 def label_ids(
-    where: str, found: Iterable[Label], places: Sequence[str], labels: Labels
+    where: str, found: Sequence[Label], places: Sequence[str], labels: Labels
 ) -> list[int]:
     """The labels as ids."""
-    bad = BadRows(
-        where,
-        f"labels of the training rows ({', '.join(map(repr, list(labels.ids)[:20]))})",
-        "correct these rows, or train on rows that have these labels",
-    )
-    ids = []
+    names = ", ".join(map(repr, list(labels.ids)[:20]))
+    remedy = "correct these rows, or train on rows that have these labels"
+    bad = BadRows(where, f"labels of the training rows ({names})", remedy)
     for place, label in zip(places, found, strict=True):
         if label not in labels.ids:
             bad.add(place, f"label {label!r:.60}, which no training row has")
-        ids.append(labels.ids.get(label, 0))
     bad.check()
-    return ids
+    return [labels.ids[label] for label in found]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ...adapt.config import ALL_LINEAR
-from ...adapt.targets import SEQUENCE_HEADS, USUAL_TARGETS
+from ...adapt.targets import USUAL_TARGETS
 from ...errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from ...models.examples import input_names
 from ...models.load import from_pretrained, load_model, quiet_transformers
@@ -20,6 +22,7 @@ from .rows import HUB_ID
 from .scores import IGNORED
 
 Row = dict[str, Any]
+IDS = "input_ids"
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
 # Positions that these families count from their padding id on.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "longformer")
@@ -53,8 +56,7 @@ def find_model(name: str) -> str:
 def known_classes(directory: str, task: str) -> tuple[str, ...]:
     """Names by id of the classes that a model of this very task decides between already."""
     config = read_config(directory)
-    likely = likely_task(config, None)
-    named = config.get("id2label")
+    likely, named = likely_task(config, None), config.get("id2label")
     if likely is None or likely.name != get_task(task).name or not isinstance(named, Mapping):
         return ()
     ids = {int(i): str(name) for i, name in named.items() if str(i).isdigit()}
@@ -66,7 +68,7 @@ def known_classes(directory: str, task: str) -> tuple[str, ...]:
 def load_classifier(
     directory: str, task: str, names: Sequence[str], *, dtype: str | None, seed: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A model with a head for `names`; what the checkpoint lacks of it is drawn by `seed`."""
+    """A model with a head for `names`, and its modules that are new: drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, missing, mismatched = from_pretrained(
@@ -77,27 +79,6 @@ def load_classifier(
     config.label2id = {name: i for i, name in enumerate(names)}
     config.use_cache = False  # a decoder's, which training has no use for
     return model.eval(), _new_modules(directory, model, {*missing, *mismatched})
-
-
-def load_generator(directory: str, *, dtype: str | None) -> nn.Module:
-    """A causal language model, in eval mode on the CPU, that keeps no cache of keys and values."""
-    model = load_model(directory, "text-generation", dtype=dtype)
-    config: Any = model.config
-    config.use_cache = False
-    return model
-
-
-def trained_heads(model: nn.Module) -> tuple[str, ...]:
-    """Paths of a classifier's head, for tasks whose type does not name it."""
-    return tuple(name for name, _ in model.named_children() if name in SEQUENCE_HEADS)
-
-
-def usual_targets(model: nn.Module) -> tuple[str, ...] | str | None:
-    """Query and value, by the names that families give them; None for an architecture's usual."""
-    if getattr(getattr(model, "config", None), "model_type", None) in USUAL_TARGETS:
-        return None
-    ends = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return next((names for names in _QUERY_VALUE if ends.issuperset(names)), ALL_LINEAR)
 
 
 def _new_modules(directory: str, model: nn.Module, new: set[str]) -> tuple[str, ...]:
@@ -121,43 +102,83 @@ def _new_modules(directory: str, model: nn.Module, new: set[str]) -> tuple[str, 
     return tuple(found)
 
 
-class TextEncoder:
-    """A directory's tokenizer, as far as a model needs it.
+def load_generator(directory: str, *, dtype: str | None) -> nn.Module:
+    """A causal language model, in eval mode on the CPU, that keeps no cache of keys and values."""
+    model = load_model(directory, "text-generation", dtype=dtype)
+    config: Any = model.config
+    config.use_cache = False
+    return model
+
+
+def usual_targets(model: nn.Module) -> tuple[str, ...] | str | None:
+    """Query and value, by the names that families give them; None for an architecture's usual."""
+    config: Any = model.config
+    if config.model_type in USUAL_TARGETS:
+        return None
+    ends = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return next((names for names in _QUERY_VALUE if ends.issuperset(names)), ALL_LINEAR)
+
+
+class TextInput:
+    """What a model takes of text.
 
     Args:
-        directory: a model's directory.
-        model: the model that the ids are for.
-        words: texts come as lists of words.
-
-    Attributes:
-        pad_id: fills rows up; masked out.
-        limit: tokens that the model can take, or None.
+        model: a transformers model.
+        pad_id: fills rows up, if the model's config names no other; masked out.
 
     Raises:
-        BadInputError: no tokenizer that transformers loads.
         UsageError: the model's forward takes no input_ids.
     """
 
-    def __init__(self, directory: str, model: nn.Module, *, words: bool = False) -> None:
-        self.directory = directory
-        self.inputs = text_inputs(model)
-        self.size = vocabulary(model)
-        self.tokenizer = load_tokenizer(directory, words=words)
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        usual = next((i for i in ids if i is not None), 0)
+    def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
+        config: Any = model.config
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self.size: int = getattr(embedding, "num_embeddings", None) or 1 << 31
         # The model's own comes first: by it a decoder's head finds the end of a row, and RoBERTa
         # counts positions.
-        own = getattr(getattr(model, "config", None), "pad_token_id", None)
-        size = self.size or 1 << 31
-        self.pad_id: int = own if isinstance(own, int) and 0 <= own < size else usual
-        limits = [positions(model, self.pad_id), getattr(self.tokenizer, "model_max_length", None)]
-        known = [int(n) for n in limits if isinstance(n, int | float) and 0 < n < _UNLIMITED]
+        own = getattr(config, "pad_token_id", None)
+        self.pad_id: int = own if isinstance(own, int) and 0 <= own < self.size else pad_id
+        found = getattr(config, "max_position_embeddings", None)
+        if isinstance(found, int) and config.model_type in _OFFSET_POSITIONS:
+            found -= self.pad_id + 1
+        self.limit = found if isinstance(found, int) else None
+        self.names = input_names(model)
+        if IDS not in self.names:
+            raise UsageError(
+                type(model).__name__,
+                expected="a forward that takes input_ids",
+                found=", ".join(inspect.signature(model.forward).parameters) or "no arguments",
+                remedy="give a model of text, or another --task",
+            )
+        self.collate = partial(pad, pad_id=self.pad_id, mask="attention_mask" in self.names)
+
+    def row_length(self, max_length: int | None, usual: int) -> int:
+        """The longest row: the user's `--max-length`, else `usual` or the model's limit."""
+        limit = self.limit
+        if max_length is None:
+            return min(usual, limit or usual)
+        if max_length < 4 or (limit is not None and max_length > limit):
+            expected = f"4 to {limit} tokens" if limit else "at least 4 tokens"
+            raise UsageError("max_length", expected=expected, found=str(max_length))
+        return max_length
+
+
+class TextEncoder(TextInput):
+    """A directory's tokenizer, as far as a model needs it; with `words` for lists of words."""
+
+    def __init__(self, directory: str, model: nn.Module, *, words: bool = False) -> None:
+        self.directory, self.words = directory, words
+        self.tokenizer = load_tokenizer(directory, words=words)
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        super().__init__(model, next((i for i in ids if i is not None), 0))
+        limits = (self.limit, self.tokenizer.model_max_length)
+        known = [int(n) for n in limits if n is not None and 0 < n < _UNLIMITED]
         self.limit = min(known, default=None)
 
     def encode(
-        self, texts: Sequence[tuple[Any, ...]], length: int | None, *, words: bool = False
+        self, texts: Sequence[tuple[Any, ...]], length: int | None
     ) -> tuple[list[Row], list[list[int | None]]]:
-        """Rows of ids, cut to `length`."""
+        """Rows of ids, cut to `length`; and of words, which word each token is of."""
         rows: list[Row] = []
         owners: list[list[int | None]] = []
         cut: Any = {} if length is None else {"truncation": True, "max_length": length}
@@ -165,103 +186,39 @@ class TextEncoder:
             some = texts[start : start + _AT_ONCE]
             encoded = self.tokenizer(
                 *(list(column) for column in zip(*some, strict=True)),
-                is_split_into_words=words,
+                is_split_into_words=self.words,
                 return_attention_mask=False,
                 verbose=False,
                 **cut,
             )
-            names = [name for name in self.inputs if name in encoded]
+            names = [name for name in self.names if name in encoded]
             rows += [{name: encoded[name][i] for name in names} for i in range(len(some))]
-            if words:
-                owners += [encoded.word_ids(i) for i in range(len(some))]
-        check_ids(self.directory, rows, self.size)
+            owners += [encoded.word_ids(i) for i in range(len(some))] if self.words else []
+        largest = max((max(row[IDS], default=0) for row in rows), default=0)
+        if largest >= self.size:
+            raise BadInputError(
+                self.directory,
+                expected=f"token ids below {self.size}",
+                found=f"id {largest}",
+                remedy="use the tokenizer of this model",
+            )
         return rows, owners
 
-    def pad(self) -> Pad:
-        """What makes batches of the rows."""
-        return Pad(self.pad_id, mask="attention_mask" in self.inputs)
 
-
-class Pad:
-    """Rows of ids -> a batch as long as its longest row.
-
-    Args:
-        pad_id: fills input_ids.
-        mask: whether the model takes an attention_mask.
-    """
-
-    def __init__(self, pad_id: int, *, mask: bool = True) -> None:
-        self.fill = {"input_ids": pad_id, "labels": IGNORED}
-        self.mask = mask
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Tensors: lists as (rows, length), numbers as (rows,); and "attention_mask"."""
-        batch = {name: self._stack(name, [row[name] for row in rows]) for name in rows[0]}
-        if not self.mask:
-            return batch
-        sizes = torch.tensor([len(row["input_ids"]) for row in rows])
-        inside = torch.arange(int(sizes.max())) < sizes[:, None]
-        return batch | {"attention_mask": inside.long()}
-
-    def _stack(self, name: str, values: list[Any]) -> Tensor:
-        if not isinstance(values[0], list):
-            return torch.tensor(values)
-        longest = max(map(len, values))
-        fill = self.fill.get(name, 0)
-        return torch.tensor([value + [fill] * (longest - len(value)) for value in values])
-
-
-def text_inputs(model: nn.Module) -> list[str]:
-    """What a model reads of text, by name."""
-    names = input_names(model)
-    if "input_ids" not in names:
-        raise UsageError(
-            type(model).__name__,
-            expected="a forward that takes input_ids",
-            found=", ".join(inspect.signature(model.forward).parameters) or "no arguments",
-            remedy="give a model of text, or another --task",
+def pad(rows: Sequence[Row], *, pad_id: int, mask: bool) -> dict[str, Tensor]:
+    """A batch: lists as (rows, longest), numbers as (rows,); with `mask` "attention_mask" too."""
+    fill = {IDS: pad_id, "labels": IGNORED}
+    batch = {}
+    for name in rows[0]:
+        values = [torch.tensor(row[name]) for row in rows]
+        lists = values[0].ndim > 0
+        batch[name] = (
+            pad_sequence(values, True, fill.get(name, 0)) if lists else torch.stack(values)
         )
-    return names
-
-
-def positions(model: nn.Module, pad_id: int = 0) -> int | None:
-    """How many positions a model has, if its config says so."""
-    config: Any = getattr(model, "config", None)
-    found = getattr(config, "max_position_embeddings", None)
-    if isinstance(found, int) and getattr(config, "model_type", "") in _OFFSET_POSITIONS:
-        found -= pad_id + 1
-    return found if isinstance(found, int) else None
-
-
-def row_length(max_length: int | None, usual: int, limit: int | None) -> int:
-    """The longest row: the user's `--max-length`, else `usual` or the model's limit."""
-    if max_length is None:
-        return min(usual, limit or usual)
-    if max_length < 4 or (limit is not None and max_length > limit):
-        raise UsageError(
-            "max_length",
-            expected=f"4 to {limit} tokens" if limit else "at least 4 tokens",
-            found=str(max_length),
-        )
-    return max_length
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """How many ids a model has embeddings for, if it has any."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return getattr(embedding, "num_embeddings", None)
-
-
-def check_ids(where: str, rows: Sequence[Row], size: int | None) -> None:
-    """Raise BadInputError for ids that a model has no embedding for, with the largest one."""
-    largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
-    if size is not None and largest >= size:
-        raise BadInputError(
-            where,
-            expected=f"token ids below {size}",
-            found=f"id {largest}",
-            remedy="use the tokenizer of this model",
-        )
+    if mask:
+        ones = [torch.ones(len(row[IDS]), dtype=torch.int64) for row in rows]
+        batch["attention_mask"] = pad_sequence(ones, True)
+    return batch
 
 
 def load_processor(auto: Any, directory: str, what: str, remedy: str, **options: Any) -> Any:
@@ -272,11 +229,10 @@ def load_processor(auto: Any, directory: str, what: str, remedy: str, **options:
                 directory, local_files_only=True, trust_remote_code=False, **options
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            text = str(error).strip() or repr(error)
             raise BadInputError(
                 directory,
                 expected=f"{what} that transformers loads",
-                found=text.splitlines()[0],
+                found=(str(error).strip() or repr(error)).splitlines()[0],
                 remedy=remedy,
             ) from error
 
@@ -290,19 +246,14 @@ def load_tokenizer(directory: str, *, words: bool = False) -> Any:
     remedy = "add the tokenizer's files, or for text-generation give rows of input_ids"
     tokenizer = load_processor(AutoTokenizer, directory, "a tokenizer", remedy, **options)
     # Without its vocabulary's files, transformers makes an empty tokenizer and says nothing.
-    ids = tokenizer("a 1 . the", add_special_tokens=False)["input_ids"]
-    if set(ids) <= {tokenizer.unk_token_id}:
+    ids = tokenizer("a 1 . the", add_special_tokens=False)[IDS]
+    if set(ids) <= {tokenizer.unk_token_id} or (words and not tokenizer.is_fast):
         raise BadInputError(
             directory,
-            expected="a tokenizer with a vocabulary",
-            found=f"one of {len(tokenizer)} entries that knows no English",
+            expected="a tokenizer with a vocabulary (for words, a tokenizer.json)",
+            found=f"{type(tokenizer).__name__} of {len(tokenizer)} entries, which knows no English"
+            if tokenizer.is_fast or not words
+            else f"{type(tokenizer).__name__}, which does not know the word of a token",
             remedy=remedy,
-        )
-    if words and not tokenizer.is_fast:
-        raise BadInputError(
-            directory,
-            expected="a fast tokenizer, which knows the word that a token belongs to",
-            found=type(tokenizer).__name__,
-            remedy="add tokenizer.json to the model's directory",
         )
     return tokenizer

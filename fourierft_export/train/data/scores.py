@@ -56,9 +56,7 @@ def several_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -
 
 def next_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Cross entropy of each token from those before it; the first label never counts."""
-    shifted = labels[:, 1:]
-    items = (shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    return _losses(logits_of(outputs)[:, :-1], shifted).sum() / items
+    return class_loss(logits_of(outputs)[:, :-1], labels[:, 1:], num_items_in_batch)
 
 
 def keep_logits(logits: Any, _labels: Tensor) -> Tensor:
@@ -82,18 +80,15 @@ def keep_sums(logits: Any, labels: Tensor) -> Tensor:
 
 def score_classes(prediction: Any) -> dict[str, float]:
     """Mean loss, accuracy, macro F1 and Matthews' correlation of one class per row."""
-    logits, labels = prediction.predictions, prediction.label_ids
-    loss = class_loss(torch.from_numpy(logits), torch.from_numpy(labels))
-    return {"loss": float(loss)} | _class_scores(labels, logits.argmax(-1))
-
-
-def _class_scores(labels: Array, predicted: Array) -> dict[str, float]:
     from sklearn import metrics
 
+    logits, labels = prediction.predictions, prediction.label_ids
+    found = logits.argmax(-1)
     return {
-        "accuracy": float(metrics.accuracy_score(labels, predicted)),
-        "f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
-        "matthews": float(metrics.matthews_corrcoef(labels, predicted)),
+        "loss": float(class_loss(torch.from_numpy(logits), torch.from_numpy(labels))),
+        "accuracy": float(metrics.accuracy_score(labels, found)),
+        "f1": float(metrics.f1_score(labels, found, average="macro", zero_division=0)),
+        "matthews": float(metrics.matthews_corrcoef(labels, found)),
     }
 
 
@@ -103,16 +98,13 @@ def score_numbers(prediction: Any) -> dict[str, float]:
 
     found, truth = prediction.predictions.reshape(-1), prediction.label_ids
     mse = float(metrics.mean_squared_error(truth, found))
-    spread = found.std() * truth.std()
-    pearson = (
-        float(((found - found.mean()) * (truth - truth.mean())).mean() / spread) if spread else 0.0
-    )
+    spread = bool(found.std() and truth.std())
     return {
         "loss": mse,
         "mse": mse,
         "mae": float(metrics.mean_absolute_error(truth, found)),
         "r2": float(metrics.r2_score(truth, found)) if len(truth) > 1 else 0.0,
-        "pearson": pearson,
+        "pearson": float(np.corrcoef(found, truth)[0, 1]) if spread else 0.0,
     }
 
 
@@ -121,21 +113,24 @@ def score_several(prediction: Any) -> dict[str, float]:
     from sklearn import metrics
 
     logits, truth = prediction.predictions, prediction.label_ids
-    loss = several_loss(torch.from_numpy(logits), torch.from_numpy(truth))
     found = logits > 0
     return {
-        "loss": float(loss),
+        "loss": float(several_loss(torch.from_numpy(logits), torch.from_numpy(truth))),
         "f1": float(metrics.f1_score(truth > 0, found, average="micro", zero_division=0)),
         "accuracy": float(metrics.accuracy_score(truth > 0, found)),
     }
 
 
-class ScoreTags:
-    """Mean loss and accuracy of words; of BIO tags also precision, recall and F1 of entities.
+def score_text(prediction: Any) -> dict[str, float]:
+    """Mean loss of a token, perplexity, and how often the likeliest token is right."""
+    loss, tokens, right = prediction.predictions.astype(np.float64).sum(0)
+    mean = loss / max(tokens, 1.0)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"loss": mean, "perplexity": perplexity, "accuracy": right / max(tokens, 1.0)}
 
-    Args:
-        names: of the tags by id.
-    """
+
+class ScoreTags:
+    """Mean loss and accuracy of words; of BIO tags also precision, recall and F1 of entities."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -152,16 +147,14 @@ class ScoreTags:
         }
         if not self.is_bio:
             return found
-        hit = wrong = missed = 0
+        hit = true = seen = 0
         for row, tags, inside in zip(labels, predicted, counted, strict=True):
-            true, seen = (self.entities(ids[inside]) for ids in (row, tags))
-            hit += len(true & seen)
-            wrong += len(seen - true)
-            missed += len(true - seen)
+            here, there = self.entities(row[inside]), self.entities(tags[inside])
+            hit, true, seen = hit + len(here & there), true + len(here), seen + len(there)
         return found | {
-            "precision": hit / (hit + wrong) if hit else 0.0,
-            "recall": hit / (hit + missed) if hit else 0.0,
-            "f1": 2 * hit / (2 * hit + wrong + missed) if hit else 0.0,
+            "precision": hit / seen if hit else 0.0,
+            "recall": hit / true if hit else 0.0,
+            "f1": 2 * hit / (true + seen) if hit else 0.0,
         }
 
     def entities(self, tags: Array) -> set[tuple[int, int, str]]:
@@ -177,9 +170,23 @@ class ScoreTags:
         return found
 
 
-def score_text(prediction: Any) -> dict[str, float]:
-    """Mean loss of a token, perplexity, and how often the likeliest token is right."""
-    loss, tokens, right = prediction.predictions.astype(np.float64).sum(0)
-    mean = loss / max(tokens, 1.0)
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return {"loss": mean, "perplexity": perplexity, "accuracy": right / max(tokens, 1.0)}
+def _scoring(loss: Any, scores: Any, keep: Any, metric: str) -> dict[str, Any]:
+    """Those fields of a `TrainingTask`."""
+    return {
+        "compute_loss_func": loss,
+        "compute_metrics": scores,
+        "preprocess_logits_for_metrics": keep,
+        "metric_for_best_model": metric,
+    }
+
+
+CLASSES = _scoring(class_loss, score_classes, keep_logits, "accuracy")
+SEVERAL = _scoring(several_loss, score_several, keep_logits, "f1")
+NUMBERS = _scoring(number_loss, score_numbers, keep_logits, "mse")
+NEXT_TOKENS = _scoring(next_token_loss, score_text, keep_sums, "loss")
+
+
+def tags(names: Sequence[str]) -> dict[str, Any]:
+    """How words' labels are learnt and scored."""
+    score = ScoreTags(names)
+    return _scoring(class_loss, score, keep_tags, "f1" if score.is_bio else "accuracy")
