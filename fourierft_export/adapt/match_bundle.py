@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import compare_weight
-from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
+from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_by_names
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
-from ..models.name_mapping import find_bridge
 from ..types import Array
 from .linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
 from .modules import base_modules, did_you_mean, original
@@ -59,32 +58,31 @@ def match_bundle(model: nn.Module, bundle: Bundle, allow_base_mismatch: bool) ->
         BadInputError: the bundle's entries are not those that its seed gives.
     """
     modules = {path: original(module) for path, module in base_modules(model)}
-    roots = {path.split(".")[0] for path in modules}
-    bridge = find_bridge(bundle.spectra, roots, modules.__contains__)
-    paths = {name: bridge.to_base(name) for name in bundle.spectra}
-    layers = {name: _found_layer(path, modules) for name, path in paths.items()}
-    tensors: dict[str, FoundTensor | str] = {}
-    places: dict[str, tuple[str, str, Tensor]] = {}
-    for name in bundle.saved:
-        if bridge.strip and not name.startswith(f"{bridge.strip}."):
-            log.warning("%s: this bare model has no place for it; left out", name)
-            continue
-        path, _, leaf = bridge.to_base(name).rpartition(".")
+
+    def tensor_at(name: str) -> FoundTensor | None:
+        path, _, leaf = name.rpartition(".")
         there = own_state(modules[path]).get(leaf) if path in modules else None
         if there is None:
-            tensors[name] = "no such tensor in the model"
-        else:
-            tensors[name] = FoundTensor(tuple(there.shape), not there.is_floating_point())
-            places[name] = path, leaf, there
+            return None
+        return FoundTensor(tuple(there.shape), not there.is_floating_point())
+
+    fit, paths, names = fit_by_names(
+        bundle.spec,
+        bundle.saved,
+        modules,
+        lambda path: _found_layer(path, modules),
+        tensor_at,
+        "model",
+    )
     where = f"attach to {type(model).__name__}"
-    fit = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
     check_fits(where, [fit], allow_base_mismatch=allow_base_mismatch)
     for note in fit.notes:
         log.info(note)
     saved: dict[str, dict[str, Tensor]] = {}
-    for name, (path, leaf, there) in places.items():
+    for name, to in names.items():
+        path, _, leaf = to.rpartition(".")
         check_not_meta(path, modules[path])
-        value = to_tensor(bundle.saved[name])
+        there, value = own_state(modules[path])[leaf], to_tensor(bundle.saved[name])
         saved.setdefault(path, {})[leaf] = value.to(there.device, there.dtype)
     both = [f"{path}.weight" for path in paths.values() if "weight" in saved.get(path, ())]
     if both:

@@ -7,19 +7,22 @@ layers and never raises; `check_fits` raises one error with all misfits of all a
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 from ..errors import BaseMismatchError
 from ..models.base import Base, BaseLayer
+from ..models.name_mapping import find_bridge
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..types import Array
 from . import fingerprint
 from .spec import AdapterSpec, Fingerprint, LayerSpec
 
+log = logging.getLogger(__name__)
 LayerVerdict = Literal["same", "precision", "different", "unchecked"]
 
 
@@ -29,12 +32,9 @@ class FoundLayer:
 
     Attributes:
         shape: (out_features, in_features).
-        transposed: the weight is stored as (in_features, out_features); None if that does not
-            matter.
-        compare: compares the weight with the fingerprint in the adapter's layer; None if it
-            cannot be compared, as in a quantised layer.
-        fingerprint: computes the weight's fingerprint for an adapter that has none yet; None to
-            leave it without.
+        transposed: the weight is stored as (in_features, out_features); None: does not matter.
+        compare: compares the weight with a fingerprint; None if it cannot, as if quantised.
+        fingerprint: computes the fingerprint for an adapter without one; None to do without.
         name: of the weight in the base, for messages.
     """
 
@@ -67,8 +67,7 @@ class Fit:
     Attributes:
         name: of the adapter in messages.
         spec: of the adapter, bound to the base; names stay the adapter's.
-        verdicts: layer -> result of comparing fingerprints; "unchecked" if one side has none.
-            Layers that do not fit are left out.
+        verdicts: result of comparing the fingerprint of each layer that fits.
         misfits: a line for each layer or tensor that cannot fit, whatever the caller allows.
         places: layer -> name of its weight in the base, for messages.
     """
@@ -102,10 +101,9 @@ class Fit:
         total = len(self.verdicts)
         notes = []
         if different:
-            count = f"{len(different)} of {total} layers"
             notes.append(
-                f"{self.name} was trained on another base in {count}; accepted, since "
-                "base mismatches are allowed"
+                f"{self.name} was trained on another base in {len(different)} of {total} layers; "
+                "accepted, since base mismatches are allowed"
             )
         elif self.verdict == "precision":
             notes.append(f"{self.name} was trained on this base in another precision")
@@ -130,15 +128,11 @@ def fit_adapter(
 
     Args:
         spec: of the adapter (`Bundle.spec`), bound or not.
-        layers: for every layer of `spec`, by the adapter's name: the base's layer, or a text that
-            says why there is none.
+        layers: for every layer of `spec`: the base's layer, or why there is none.
         saved: the adapter's dense tensors (`Bundle.saved`).
         tensors: the same for saved tensors; those left out are not compared.
         name: of the adapter in messages.
         entry_rule: for unbound layers; by default what the current torch does for each shape.
-
-    Returns:
-        The fit, for `check_fits`.
     """
     bound: list[LayerSpec] = []
     verdicts: dict[str, LayerVerdict] = {}
@@ -163,6 +157,48 @@ def fit_adapter(
     return Fit(name, replace(spec, layers=tuple(bound)), verdicts, tuple(misfits), places)
 
 
+def fit_by_names(
+    spec: AdapterSpec,
+    saved: Mapping[str, Array],
+    modules: Collection[str],
+    layer_at: Callable[[str], FoundLayer | str],
+    tensor_at: Callable[[str], FoundTensor | None],
+    holder: str,
+) -> tuple[Fit, dict[str, str], dict[str, str]]:
+    """Fits an adapter to a model or graph whose names may differ by one prefix.
+
+    Saved tensors of the task model around a bare base, such as its head, are left out.
+
+    Args:
+        spec, saved: of the adapter.
+        modules: paths of the base's modules.
+        layer_at: finds the base's layer at a path.
+        tensor_at: finds the base's tensor of a name.
+        holder: what the base is, for messages: "model" or "graph".
+
+    Returns:
+        The fit; layer -> path in the base; saved tensor -> name in the base, if it has a place.
+    """
+    roots = {path.split(".")[0] for path in modules}
+    bridge = find_bridge([layer.name for layer in spec.layers], roots, modules.__contains__)
+    paths = {layer.name: bridge.to_base(layer.name) for layer in spec.layers}
+    names: dict[str, str] = {}
+    tensors: dict[str, FoundTensor | str] = {}
+    for name in saved:
+        candidates = ((to, tensor_at(to)) for to in (bridge.to_base(name), name))
+        to, found = next((one for one in candidates if one[1] is not None), (name, None))
+        if found is not None:
+            taken = to in names.values()
+            tensors[name] = f"another saved tensor replaces {to}, too" if taken else found
+            names[name] = to
+        elif bridge.strip and not name.startswith(f"{bridge.strip}."):
+            log.warning("%s: this bare %s has no place for it; left out", name, holder)
+        else:
+            tensors[name] = f"no such tensor in the {holder}"
+    layers = {name: layer_at(path) for name, path in paths.items()}
+    return fit_adapter(spec, layers, saved, tensors), paths, names
+
+
 def check_fits(
     where: str | os.PathLike[str],
     fits: Sequence[Fit],
@@ -170,7 +206,7 @@ def check_fits(
     allow_base_mismatch: bool | None = False,
     remedy: str = "give the base that the adapter belongs to",
 ) -> None:
-    """Raises an error if an adapter does not fit.
+    """Raises a BaseMismatchError that lists every misfit of every adapter.
 
     Args:
         where: the base as the error names it: a path, a model's class.
@@ -178,9 +214,6 @@ def check_fits(
         allow_base_mismatch: accept other weights, never other shapes; None if the caller has no
             such option, so that the error does not mention it.
         remedy: what the user can do.
-
-    Raises:
-        BaseMismatchError: listing every misfit of every adapter.
     """
     misfits: list[str] = []
     different: list[str] = []

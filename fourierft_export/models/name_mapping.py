@@ -59,6 +59,8 @@ def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str],
             under.setdefault(path.split(".")[0], []).append(path)
     for root in sorted(under):  # only the names under it change
         bridge = Bridge(strip=root)
+        if any(bridge.to_base(path) in plain for path in under[root]):
+            continue  # two of the names would become one
         gain = sum(has(bridge.to_base(path)) - plain[path] for path in under[root])
         scores[bridge] = scores[Bridge()] + gain
     for root in sorted(set(roots) - {""}):

@@ -11,10 +11,9 @@ import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import compare_fingerprints
-from ..bundle.fit import FoundLayer, FoundTensor, LayerVerdict, check_fits, fit_adapter
+from ..bundle.fit import FoundLayer, FoundTensor, LayerVerdict, check_fits, fit_by_names
 from ..bundle.spec import Fingerprint
 from ..errors import BadInputError, BaseMismatchError
-from ..models.name_mapping import find_bridge
 from ..types import Array
 from .interface import PREFIX, Group, Interface
 
@@ -50,30 +49,23 @@ def feed_bundle(
             that neither base nor adapter has, another base: all of them listed.
     """
     groups = interface.layers
-    roots = {name.split(".")[0] for name in groups}
-    bridge = find_bridge([layer.name for layer in bundle.layers], roots, groups.__contains__)
-    layers: dict[str, FoundLayer | str] = {}
-    for name in bundle.spectra:
-        there = bridge.to_base(name)
-        group, known = groups.get(there), interface.fingerprints.get(there)
-        layers[name] = (
-            FoundLayer(group.shape, compare=_comparing(known) if known else None)
-            if group
-            else "the graph has no adapter input for this layer"
-        )
-    tensors: dict[str, FoundTensor | str] = {}
-    saved: dict[str, Array] = {}
     inputs = {tensor.name: tensor for tensor in interface.saved}
-    for name, array in bundle.saved.items():
-        known_as = [one for one in (bridge.to_base(name), name) if one in inputs]
-        if known_as:
-            tensors[name] = FoundTensor(inputs[known_as[0]].shape)
-            saved[known_as[0]] = array
-        elif bridge.strip and not name.startswith(f"{bridge.strip}."):
-            log.warning("%s: this bare graph has no place for it; left out", name)
-        else:
-            tensors[name] = "the graph has no input for this tensor"
-    found = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
+
+    def layer_at(path: str) -> FoundLayer | str:
+        group, known = groups.get(path), interface.fingerprints.get(path)
+        if group is None:
+            return "the graph has no adapter input for this layer"
+        return FoundLayer(group.shape, compare=_comparing(known) if known else None)
+
+    found, paths, names = fit_by_names(
+        bundle.spec,
+        bundle.saved,
+        groups,
+        layer_at,
+        lambda name: FoundTensor(inputs[name].shape) if name in inputs else None,
+        "graph",
+    )
+    saved = {to: bundle.saved[name] for name, to in names.items()}
     missing = [
         f"{name}: neither the base nor the adapter has one" for name in interface.not_brought(saved)
     ]
@@ -83,14 +75,12 @@ def feed_bundle(
         allow_base_mismatch=allow_base_mismatch,
         remedy="export the graph with an adapter that has these layers and tensors, for its base",
     )
+    layers = tuple(replace(one, name=paths[one.name]) for one in found.spec.layers)
     bound = Bundle(
-        replace(
-            found.spec,
-            layers=tuple(replace(one, name=bridge.to_base(one.name)) for one in found.spec.layers),
-        ),
-        {bridge.to_base(name): spectrum for name, spectrum in bundle.spectra.items()},
+        replace(found.spec, layers=layers),
+        {paths[name]: spectrum for name, spectrum in bundle.spectra.items()},
         saved,
-        {bridge.to_base(name): entries for name, entries in bundle.explicit_entries.items()},
+        {paths[name]: entries for name, entries in bundle.explicit_entries.items()},
     )
     return full_feeds(interface, bound, base)
 

@@ -13,13 +13,19 @@ import numpy as np
 from ...adapt.linear import is_conv1d, is_linear, layer_shape
 from ...bundle.combine import checked_weights
 from ...bundle.file import Bundle
-from ...bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter, layers_of_base
+from ...bundle.fit import (
+    FoundLayer,
+    FoundTensor,
+    check_fits,
+    fit_adapter,
+    fit_by_names,
+    layers_of_base,
+)
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...models.base import Base, open_base
 from ...models.examples import dynamic_axes, example_inputs, output_names
 from ...models.load import load_model
-from ...models.name_mapping import find_bridge
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
 from ..adapters import Bundles, named_bundles, weighted
@@ -165,39 +171,32 @@ def _on_model(model: nn.Module, bundle: Bundle, there: Container[str]) -> Bundle
     """
     modules = dict(model.named_modules())
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    roots = {path.split(".")[0] for path in modules}
-    bridge = find_bridge(bundle.spectra, roots, modules.__contains__)
-    layers: dict[str, FoundLayer | str] = {}
-    for name in bundle.spectra:
-        module = modules.get(bridge.to_base(name))
+
+    def layer_at(path: str) -> FoundLayer | str:
+        module = modules.get(path)
         if module is None or not is_linear(module):
-            layers[name] = "no such linear layer in the model"
-        else:
-            layers[name] = FoundLayer(layer_shape(module))
-    tensors: dict[str, FoundTensor | str] = {}
-    for name in bundle.saved:
-        own = state.get(bridge.to_base(name))
-        if own is not None:
-            tensors[name] = FoundTensor(tuple(own.shape), not own.is_floating_point())
-        elif bridge.strip and not name.startswith(f"{bridge.strip}."):
-            log.warning("%s: this bare model has no place for it; left out", name)
-        else:
-            tensors[name] = "no such tensor in the model"
-    fit = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
+            return "no such linear layer in the model"
+        return FoundLayer(layer_shape(module))
+
+    def tensor_at(name: str) -> FoundTensor | None:
+        own = state.get(name)
+        return own if own is None else FoundTensor(tuple(own.shape), not own.is_floating_point())
+
+    fit, paths, names = fit_by_names(
+        bundle.spec, bundle.saved, modules, layer_at, tensor_at, "model"
+    )
     check_fits(type(model).__name__, [fit], allow_base_mismatch=None)
-    specs = []
-    for layer in fit.spec.layers:
-        path = bridge.to_base(layer.name)
-        specs.append(replace(layer, name=path, fan_in_fan_out=is_conv1d(modules[path])))
-    specs = [layer for layer in specs if layer.name in there]
-    inside = {layer.name for layer in specs}
+    layers = tuple(
+        replace(layer, name=path, fan_in_fan_out=is_conv1d(modules[path]))
+        for layer in fit.spec.layers
+        if (path := paths[layer.name]) in there
+    )
     spectra, entries = (
-        {bridge.to_base(n): array for n, array in held.items() if bridge.to_base(n) in inside}
+        {paths[name]: array for name, array in held.items() if paths[name] in there}
         for held in (bundle.spectra, bundle.explicit_entries)
     )
-    names = {name: bridge.to_base(name) for name in tensors}
     saved = {to: bundle.saved[n] for n, to in names.items() if to.rpartition(".")[0] in there}
-    return Bundle(replace(fit.spec, layers=tuple(specs)), spectra, saved, entries)
+    return Bundle(replace(fit.spec, layers=layers), spectra, saved, entries)
 
 
 def _absent(base: Base, adapters: Mapping[str, Bundle]) -> tuple[str, ...]:
