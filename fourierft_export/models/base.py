@@ -1,8 +1,4 @@
-"""A base model on disk: finds the stored tensor that is the weight of a module.
-
-An adapter names modules by path, a checkpoint names tensors; `names` says how the two differ. A
-tied output embedding may have no tensor.
-"""
+"""A base model on disk: finds the stored tensor that is the weight of a module."""
 
 from __future__ import annotations
 
@@ -46,8 +42,7 @@ class BaseLayer:
         shape: (out_features, in_features).
         transposed: the tensor is stored as (in_features, out_features).
         dtype: safetensors dtype name.
-        tied: the weight is also the input embedding's; a change for this layer alone must be
-            stored as another tensor, `own_tensor`.
+        tied: the weight is also the input embedding's: a change is stored as `own_tensor`.
         own_tensor: name of the layer's weight if it is not tied.
     """
 
@@ -62,13 +57,7 @@ class BaseLayer:
 
 @dataclass(eq=False)
 class Base:
-    """An open base checkpoint.
-
-    Attributes:
-        checkpoint: its tensors.
-        directory: what was opened (a directory, or one safetensors file).
-        config: its config.json, {} when there is none.
-    """
+    """An open base checkpoint: its tensors, its path, and its config.json ({} without one)."""
 
     checkpoint: Checkpoint
     directory: Path
@@ -91,14 +80,12 @@ class Base:
         return next((name for ending, name in ends if f".{name}".endswith(ending)), None)
 
     def bridge(self, modules: Iterable[str]) -> Bridge:
-        """Finds the prefix difference under which most of `modules` have a weight here.
-
-        Modules that transformers renames are looked up only if some are not found without that.
-        """
+        """Finds the prefix difference under which most of `modules` have a weight here."""
         paths = list(modules)
         roots = {tensor.split(".")[0] for tensor in self.tensors}
         bridge = find_bridge(paths, roots, lambda path: f"{path}.weight" in self.tensors)
         lost = (p for p in paths if f"{bridge.to_base(p)}.weight" not in self.tensors)
+        # Modules that transformers renames are looked up only if some are not found without that.
         if all(path.split(".")[-1] in _OUTPUT_EMBEDDINGS for path in lost) or not self._renamed:
             return bridge
         roots |= {path.split(".")[0] for path in self._renamed}
@@ -126,11 +113,7 @@ class Base:
         return found
 
     def layers(self, modules: Iterable[str]) -> dict[str, BaseLayer]:
-        """Finds the linear layers at these module paths.
-
-        Raises:
-            BaseMismatchError: paths that have no float matrix as their weight, all of them listed.
-        """
+        """Finds the linear layers at these module paths; an error lists those without any."""
         found = self.find(modules)
         layers = {path: layer for path, layer in found.items() if isinstance(layer, BaseLayer)}
         if len(layers) < len(found):
@@ -186,27 +169,14 @@ class Base:
 
 
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
-    """Opens a model directory or a single safetensors file; no tensor is read yet.
-
-    Args:
-        path: the directory or the file.
-        allow_links: follow links between files of the directory.
-
-    Raises:
-        FileAccessError: missing or unreadable.
-        BadInputError: not a safetensors checkpoint.
-    """
+    """Opens a model directory or a single safetensors file; no tensor is read yet."""
     directory = Path(path)
     config = read_config(directory) if directory.is_dir() else {}
     return Base(Checkpoint.open(directory, allow_links=allow_links), directory, config)
 
 
 def describe_base(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describes a model directory or safetensors file as JSON values; no tensor is read.
-
-    Raises:
-        FileAccessError, BadInputError: it cannot be opened.
-    """
+    """Describes a model directory or safetensors file as JSON values; no tensor is read."""
     base = open_base(path)
     tensors, architectures = base.tensors.values(), base.config.get("architectures")
     return {

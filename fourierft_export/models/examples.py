@@ -17,13 +17,11 @@ IMAGES = "pixel_values"
 
 
 def input_names(model: torch.nn.Module) -> list[str]:
-    """Names of a model's inputs: pixel_values for images, else those of text that it uses.
-
-    RoBERTa accepts token_type_ids and ignores them: they are left out.
-    """
+    """Names of a model's inputs: pixel_values for images, else those of text that it uses."""
     if getattr(model, "main_input_name", None) == IMAGES:
         return [IMAGES]
     accepted = inspect.signature(model.forward).parameters
+    # RoBERTa accepts token_type_ids and ignores them.
     types = getattr(getattr(model, "config", None), "type_vocab_size", 0) or 0
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if types > 1 else [])
     return [name for name in names if name in accepted]
@@ -48,18 +46,12 @@ def example_inputs(
 ) -> dict[str, torch.Tensor]:
     """Makes deterministic inputs; a quarter of the last row is padding, so that the mask matters.
 
-    Every row ends in the end-of-text token, if there is one: BART's classifiers look for it.
-
     Args:
         model: a transformers model.
         batch, length: sizes of the two axes; 2 or more, or torch traces them as constants.
 
     Returns:
-        By name: int64 tensors of shape (batch, length); or for a model of images pixel_values
-        (batch, channels, height, width), from -1 to 1, in the model's dtype.
-
-    Raises:
-        UsageError: the config has no size of the images.
+        By name: int64 (batch, length); for images pixel_values (batch, channels, height, width).
     """
     import torch
 
@@ -70,6 +62,7 @@ def example_inputs(
     vocabulary = int(config.get_text_config().vocab_size)
     ids = torch.arange(batch * length).reshape(batch, length) * 7919 % max(vocabulary - 1, 1) + 1
     end = getattr(config, "eos_token_id", None)
+    # Every row ends in the end-of-text token: BART's classifiers look for it.
     if isinstance(end, int) and 0 <= end < vocabulary:
         ids[ids == end] = (end + 1) % vocabulary
         ids[:, -1] = end

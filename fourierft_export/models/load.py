@@ -28,11 +28,6 @@ def load_model(
         directory, task, num_labels, dtype: as in `from_pretrained`.
         provided: names of tensors that the adapter has (its head). Other tensors that the
             checkpoint lacks, or has in another shape, would be random: they are an error.
-
-    Raises:
-        MissingExtraError: torch or transformers is not installed.
-        BadInputError: transformers cannot load the directory.
-        BaseMismatchError: tensors that neither the checkpoint nor the adapter has.
     """
     model, missing, mismatched = from_pretrained(
         directory, task, num_labels=num_labels, dtype=dtype
@@ -67,10 +62,6 @@ def from_pretrained(
     Returns:
         The model; names of tensors that the checkpoint lacks; names of tensors that it has in
         another shape. Both kinds are random, from torch's global CPU generator.
-
-    Raises:
-        MissingExtraError: torch or transformers is not installed.
-        BadInputError: transformers cannot load the directory.
     """
     try:
         import torch

@@ -2,9 +2,8 @@
 
 They may differ by one prefix: the adapter was trained on a task model (`bert.encoder...`) and the
 base is the bare encoder (`encoder...`), or the reverse. And transformers renames tensors of some
-families when it loads and saves them: a vision transformer's
-`encoder.layer.0.attention.attention.query` is the module `layers.0.attention.q_proj`. Its own
-functions give these names, for a model without weights.
+families while loading: the module `layers.0.attention.q_proj` of a vision transformer is stored as
+`encoder.layer.0.attention.attention.query`.
 """
 
 from __future__ import annotations
@@ -75,14 +74,12 @@ def renamed_modules(
     """Finds the module paths of a loaded model that differ from those in its checkpoint.
 
     Args:
-        directory: a Hugging Face model directory.
-        config: its config.json.
+        directory, config: of a Hugging Face model.
         tensors: its tensor names.
 
     Returns:
-        Path of the module in the loaded model -> path in the checkpoint; empty if transformers is
-        not installed, does not know the model or renames nothing. Tensors that it merges or
-        splits are left out.
+        Path of the module in the loaded model -> path in the checkpoint, without tensors that
+        transformers merges or splits; empty if it is not installed or does not know the model.
     """
     try:
         import torch
@@ -93,6 +90,7 @@ def renamed_modules(
         return {}
     family: Any = getattr(transformers, architecture_of(config) or "", None)
     is_model = isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)
+    # A model with more layers than the checkpoint has tensors might take hours to build.
     if not is_model or _most_parts(config) > len(tensors):
         return {}
     # No names can be known for a config that transformers cannot read; it raises many errors.
@@ -118,10 +116,7 @@ def renamed_modules(
 
 
 def _most_parts(config: Mapping[str, Any]) -> int:
-    """The largest number of layers, blocks or experts in a config, nested ones included.
-
-    A model with more of them than the checkpoint has tensors might take hours to build.
-    """
+    """The largest number of layers, blocks or experts in a config, nested ones included."""
     numbers = [0]
     for key, value in config.items():
         if isinstance(value, Mapping):

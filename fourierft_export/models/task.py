@@ -74,11 +74,7 @@ _HEAD_WEIGHTS = (
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the config.json of a model directory; {} if there is none.
-
-    Raises:
-        BadInputError: it is not a JSON object.
-    """
+    """Reads the config.json of a model directory; {} if there is none."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         return {}
@@ -89,11 +85,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def get_task(name: str) -> Task:
-    """Returns the task with this name or alias.
-
-    Raises:
-        UsageError: no such task.
-    """
+    """Returns the task with this name or alias."""
     name = ALIASES.get(name, name)
     if name not in _BY_NAME:
         raise UsageError("task", expected=" or ".join(TASKS), found=repr(name))
@@ -101,16 +93,7 @@ def get_task(name: str) -> Task:
 
 
 def choose_task(name: str | None, config: Mapping[str, Any], task_type: str | None) -> Task:
-    """Returns the task with this name, or infers that of a base with an adapter.
-
-    Args:
-        name: of a task; None to infer it.
-        config: the base's config.json.
-        task_type: PEFT's task_type of the adapter, or None.
-
-    Raises:
-        UsageError: no such task, or it cannot be inferred.
-    """
+    """Returns the task of this name, or infers it; an error if neither is possible."""
     task = likely_task(config, task_type) if name is None else get_task(name)
     if task is None:
         raise UsageError(
@@ -125,8 +108,10 @@ def choose_task(name: str | None, config: Mapping[str, Any], task_type: str | No
 def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None:
     """Infers the task of a base with an adapter; None if neither of them says it.
 
-    The adapter's task type counts first: only its head may show that an encoder has become a
-    classifier. Without a task type, the architecture decides.
+    Args:
+        config: the base's config.json.
+        task_type: PEFT's task_type of the adapter. It counts first: only it says that a bare
+            encoder has become a classifier.
     """
     if task_type in _BY_PEFT_TYPE:
         return _BY_PEFT_TYPE[task_type]
@@ -147,11 +132,7 @@ def auto_class_for(config: Mapping[str, Any], task: Task) -> str:
 
 
 def architecture_for(config: Mapping[str, Any], task: Task) -> str | None:
-    """Names the class of the base's family for `task`, such as BertForSequenceClassification.
-
-    Returns:
-        The name; None if the config has no architecture.
-    """
+    """Names the class of the base's family for `task`, such as BertForSequenceClassification."""
     architecture = architecture_of(config)
     if architecture is None:
         return None
@@ -170,19 +151,13 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
 
 
 def head_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Counts the labels of the head among an adapter's saved tensors (name -> shape).
-
-    Returns:
-        The rows of the head's last weight, or None if there is no head.
-    """
+    """Counts the labels of the head among an adapter's saved tensors (name -> shape)."""
     weight = head_weight(shapes)
     return None if weight is None else shapes[weight][0]
 
 
 def head_weight(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Finds the name of the head's last weight among saved tensors (name -> shape)."""
-    for ending in _HEAD_WEIGHTS:
-        for name, shape in shapes.items():
-            if f".{name}".endswith(f".{ending}") and len(shape) == 2:
-                return name
-    return None
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    found = (n for end in _HEAD_WEIGHTS for n in matrices if f".{n}".endswith(f".{end}"))
+    return next(found, None)
