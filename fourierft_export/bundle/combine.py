@@ -22,11 +22,7 @@ AVERAGE = "average"
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Returns one finite factor for each of `count` bundles; 1 for each if `weights` is None.
-
-    Raises:
-        UsageError: another number of weights, or one that is not finite.
-    """
+    """Returns one finite factor for each of `count` bundles; 1 for each if `weights` is None."""
     if weights is None:
         return (1.0,) * count
     factors = tuple(float(weight) for weight in weights)
@@ -58,13 +54,6 @@ def combine_bundles(
         heads: how to combine saved heads and biases, which cannot be added. None: each must be in
             one bundle only, or be equal in all that have it. The name of a bundle: all from that
             one. "average": the mean, weighted by `weights`, over the bundles that have it.
-
-    Returns:
-        The combined bundle.
-
-    Raises:
-        UsageError: no bundles, or weights that do not fit; several bundles have a tensor and
-            `heads` does not say which to use; one replaces a weight that another changes.
     """
     if not bundles:
         raise UsageError("combine", expected="one adapter or more", found="none")

@@ -14,12 +14,7 @@ from .peft_config import read_peft_config
 
 
 def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Describes a bundle as JSON values.
-
-    Args:
-        bundle: the bundle.
-        path: its file, whose size is given; without it, the size that the file would have.
-    """
+    """Describes a bundle as JSON values, with the size of its file if there is one."""
     groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
     for layer in bundle.layers:
         facts = {
@@ -56,11 +51,7 @@ def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) 
 
 
 def describe_adapter(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describes a PEFT FourierFT adapter directory as JSON values; without weights, its config.
-
-    Raises:
-        FileAccessError, BadInputError, UsageError: it is not a FourierFT adapter directory.
-    """
+    """Describes a PEFT FourierFT adapter directory as JSON values; without weights, its config."""
     folder = find_adapter(directory)
     weights = folder / WEIGHTS_FILE
     facts: dict[str, Any] = {"bytes": 0, "layers": 0, "coefficients": 0, "groups": [], "saved": []}

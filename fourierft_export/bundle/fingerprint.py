@@ -1,8 +1,7 @@
 """Fingerprints: 32 bytes per layer that identify the base weight an adapter was trained on.
 
-128 bits of a SHA-256 recognise the same bytes. Eight sampled values recognise the same weight in
-another precision: training in float32 and deploying in bfloat16 is common. The shard in which the
-weight lies does not matter.
+128 bits of a SHA-256 recognise the same bytes, eight sampled values the same weight in another
+precision: training in float32 and deploying in bfloat16 is common.
 """
 
 from __future__ import annotations
@@ -35,23 +34,16 @@ def sample_positions(count: int) -> Array:
 
 
 def fingerprint(weight: Array, sha256: bytes | None = None) -> Fingerprint:
-    """Computes the fingerprint of a weight.
-
-    Args:
-        weight: as its checkpoint stores it: any float dtype of safetensors, one element or more.
-        sha256: of its bytes, if it is known already.
-    """
+    """Computes the fingerprint of a weight as stored, from its bytes' `sha256` if that is known."""
     stored = np.ascontiguousarray(weight)
     digest = sha256 or hashlib.sha256(stored.reshape(-1).view(np.uint8).data).digest()
     return Fingerprint(dtypes.to_name(stored.dtype), digest[:DIGEST_BYTES], _samples(stored))
 
 
 def fingerprint_of_samples(expected: Fingerprint, values: Array) -> Fingerprint:
-    """A stand-in for a weight's fingerprint, made from its sampled values without its hash.
+    """A stand-in for the fingerprint of a weight of which only the (8,) sampled values were read.
 
-    Args:
-        expected: the fingerprint to compare with; its hash is assumed if the samples are equal.
-        values: (8,), the weight's values at `sample_positions`, in the weight's dtype.
+    The hash of `expected`, the fingerprint to compare with, is assumed if the samples are equal.
     """
     samples = _samples(values)  # the eight sampled values of eight values are themselves
     digest = expected.digest if samples == expected.samples else bytes(DIGEST_BYTES)
@@ -72,12 +64,7 @@ def compare_weight(expected: Fingerprint, weight: Array) -> Verdict:
 
 
 def compare_fingerprints(expected: Fingerprint, found: Fingerprint) -> Verdict:
-    """Compares two fingerprints.
-
-    Returns:
-        "same" if dtype and bytes are equal; "precision" if the dtypes differ and the sampled
-        values agree to bfloat16's precision; else "different".
-    """
+    """Compares two fingerprints; "precision" if only the dtypes differ, as far as samples show."""
     if (found.dtype, found.digest) == (expected.dtype, expected.digest):
         return "same"
     if found.dtype == expected.dtype:

@@ -53,14 +53,7 @@ def _is_index(segment: str) -> bool:
 
 
 def compress(names: Iterable[str]) -> list[str]:
-    """Writes module paths as templates.
-
-    Args:
-        names: distinct module paths, in any order.
-
-    Returns:
-        Templates; `expand` gives back the names in natural order.
-    """
+    """Writes distinct module paths as templates."""
     return _compress([name.split(".") for name in sorted(names, key=natural_key)])
 
 
@@ -97,16 +90,9 @@ def _escape(segment: str) -> str:
 
 
 def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
-    """Gives the module paths that templates stand for, in natural order.
+    """Gives the at most `most` module paths that templates stand for, in natural order.
 
-    Args:
-        templates: as `compress` makes them.
-        most: the largest number of names to allow.
-
-    Raises:
-        ValueError: a template is malformed; a name appears twice, or is longer than 1,000
-            characters or 100 segments; there are more than `most` names, or 10,000,000
-            characters in all. Sizes are checked before any name is made.
+    A ValueError says what is malformed or too large; sizes are checked before any name is made.
     """
     parsed: list[list[list[str]]] = []
     total = characters = 0

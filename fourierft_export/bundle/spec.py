@@ -1,6 +1,4 @@
-"""The spec of an adapter: everything but its numbers. A bundle is a spec, a spectrum for each layer
-and the heads and biases saved with them.
-"""
+"""The spec of an adapter: everything but its numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class Fingerprint:
     """Identifies the base weight that a layer was trained on (FORMAT.md, section Fingerprint).
 
     Attributes:
-        dtype: safetensors dtype of the base weight as it was fingerprinted ("F32", "BF16", ...).
+        dtype: safetensors dtype of the base weight ("F32", "BF16", ...).
         digest: first 16 bytes of the sha256 of the weight's little-endian bytes, as stored.
         samples: eight of its values as bfloat16 bit patterns (16 bytes, little-endian uint16).
     """
@@ -93,7 +91,7 @@ class AdapterSpec:
     @property
     def is_bound(self) -> bool:
         """Whether every layer is bound to a base."""
-        return all(layer.is_bound for layer in self.layers)
+        return all(layer.shape is not None for layer in self.layers)
 
     @property
     def entry_seed(self) -> int:
