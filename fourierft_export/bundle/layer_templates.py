@@ -20,8 +20,10 @@ MAX_NAME_LENGTH = 1_000
 MAX_SEGMENTS = 100
 MAX_CHARACTERS = 10_000_000
 _ONE = r"(?:[^\\{},.\-]|\\[\\{},\-])"  # a character, or one that a backslash makes plain
-_WORD = f"({_ONE}{{1,{MAX_NAME_LENGTH}}})"
-_CHOICE = re.compile(f"{_WORD}(?:-{_WORD})?")
+_WORD = f"{_ONE}{{1,{MAX_NAME_LENGTH}}}"
+_CHOICE = re.compile(f"({_WORD})(?:-({_WORD}))?")
+_RANGE = f"{_WORD}(?:-{_WORD})?"
+_SEGMENT = re.compile(rf"(?:({_WORD})|\{{({_RANGE}(?:,{_RANGE})*)\}})(\.|\Z)")
 _ESCAPED = re.compile(r"\\([\\{},\-])")
 _SPECIAL = re.compile(r"[\\{},\-]")
 
@@ -117,43 +119,34 @@ def expand(templates: Sequence[str], most: int = MAX_NAMES) -> list[str]:
 def _parse(template: str) -> list[list[str]]:
     """The alternatives of each segment."""
     segments: list[list[str]] = []
-    at = 0
-    while True:
-        choices, at = _parse_segment(template, at)
-        segments.append(choices)
+    at, dot = 0, "."
+    while dot:
+        found = _SEGMENT.match(template, at)
+        if found is None:
+            raise ValueError(f"template {template[:80]!r}: malformed at character {at}")
+        plain, inside, dot = found.groups()
+        segments.append([_unescape(plain)] if inside is None else _alternatives(inside))
         if len(segments) > MAX_SEGMENTS or prod(map(len, segments)) > MAX_NAMES:
-            raise _malformed(template, f"over {MAX_SEGMENTS} segments or {MAX_NAMES} names")
-        if at == len(template):
-            return segments
-        if template[at] != ".":
-            raise _malformed(template, f"'.' expected at character {at}")
-        at += 1
+            limits = f"over {MAX_SEGMENTS} segments or {MAX_NAMES} names"
+            raise ValueError(f"template {template[:80]!r}: {limits}")
+        at = found.end()
+    return segments
 
 
-def _parse_segment(template: str, at: int) -> tuple[list[str], int]:
-    """The alternatives of the segment that begins at `at`, and where it ends."""
-    in_braces = template.startswith("{", at)
+def _alternatives(inside: str) -> list[str]:
+    """The words that stand in braces."""
     choices: list[str] = []
-    while True:
-        found = _CHOICE.match(template, at + in_braces)
-        if found is None or (found[2] and not in_braces):
-            raise _malformed(template, f"a name expected at character {at + in_braces}")
-        low, high, at = found[1], found[2], found.end()
-        if high is None:
-            choices.append(_ESCAPED.sub(r"\1", low))
+    for low, high in _CHOICE.findall(inside):
+        if not high:
+            choices.append(_unescape(low))
         elif _is_index(low) and _is_index(high) and 0 < int(high) - int(low) < MAX_NAMES:
             choices += map(str, range(int(low), int(high) + 1))
         else:
-            raise _malformed(template, f"bad range {low}-{high}")
-        if not in_braces:
-            return choices, at
+            raise ValueError(f"bad range {low[:20]}-{high[:20]} in a template")
         if len(choices) > MAX_NAMES:
-            raise _malformed(template, f"more than {MAX_NAMES} names")
-        if template.startswith("}", at):
-            return choices, at + 1
-        if not template.startswith(",", at):
-            raise _malformed(template, "a brace is not closed")
+            raise ValueError(f"a template of more than {MAX_NAMES} names")
+    return choices
 
 
-def _malformed(template: str, why: str) -> ValueError:
-    return ValueError(f"template {template[:80]!r}: {why}")
+def _unescape(segment: str) -> str:
+    return _ESCAPED.sub(r"\1", segment)
