@@ -1,8 +1,7 @@
 """Writes and reads the bytes of a bundle file, version 1 (FORMAT.md is normative).
 
-Equal content gives equal bytes. Before arrays are made, a reader checks the header against the
-file's length, the hash against every byte, and each field's type and range. `Bundle.build` checks
-whether the fields fit together.
+Before arrays are made, a reader checks the header against the file's length, the hash against every
+byte, and each field's type. `Bundle.build` checks whether the fields fit together.
 """
 
 from __future__ import annotations
@@ -70,7 +69,8 @@ def encode(
             tensors[f"{RESERVED}fingerprint.{i}"] = data.reshape(len(prints), FINGERPRINT_BYTES)
     rows = ((name, dtypes.to_name(array.dtype), array.shape) for name, array in tensors.items())
     table = sorted(rows, key=_file_order)
-    payload = b"".join(_little_endian(tensors[name]) for name, *_ in table)
+    arrays = (tensors[name] for name, *_ in table)
+    payload = b"".join(np.asarray(a, a.dtype.newbyteorder("<")).tobytes() for a in arrays)
     text = canonical(_spec_object(spec, groups.values()))
     return encode_header(table, {SPEC_KEY: text, HASH_KEY: _digest(text, table, payload)}) + payload
 
@@ -78,10 +78,6 @@ def encode(
 def _file_order(row: TensorRow) -> tuple[int, str]:
     """Sort key of a tensor: by falling element size, then by name."""
     return -DTYPE_BITS[row[1]], row[0]
-
-
-def _little_endian(array: Array) -> bytes:
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
 def _digest(text: str, table: Sequence[TensorRow], payload: bytes) -> str:
@@ -97,26 +93,22 @@ def _spec_object(spec: AdapterSpec, groups: Iterable[list[LayerSpec]]) -> dict[s
         "version": VERSION,
         "seed": spec.seed,
         "scaling": spec.scaling,
-        "groups": [_group_object(layers) for layers in groups],
+        "groups": [],
         "task_type": spec.task_type,
         "base_model": spec.base_model,
+        "peft": peft_config.config_difference(spec) if spec.peft_config else None,
     }
-    if spec.peft_config:
-        content["peft"] = peft_config.config_difference(spec)
-    return {key: value for key, value in content.items() if value is not None}
-
-
-def _group_object(layers: list[LayerSpec]) -> dict[str, Any]:
-    first = layers[0]
-    content: dict[str, Any] = {
-        "layers": names.compress(layer.name for layer in layers),
-        "n_frequency": first.n_frequency,
-        "shape": None if first.shape is None else list(first.shape),
-        "entry_rule": first.entry_rule,
-        "entries_sha256": first.entries_sha256,
-        "fan_in_fan_out": first.fan_in_fan_out or None,
-        "base_dtype": first.fingerprint.dtype if first.fingerprint else None,
-    }
+    for first, *more in groups:
+        fields = {
+            "layers": names.compress(layer.name for layer in (first, *more)),
+            "n_frequency": first.n_frequency,
+            "shape": first.shape,
+            "entry_rule": first.entry_rule,
+            "entries_sha256": first.entries_sha256,
+            "fan_in_fan_out": first.fan_in_fan_out or None,
+            "base_dtype": first.fingerprint and first.fingerprint.dtype,
+        }
+        content["groups"].append({key: v for key, v in fields.items() if v is not None})
     return {key: value for key, value in content.items() if value is not None}
 
 
@@ -144,11 +136,7 @@ def split_file(data: bytes, where: str) -> tuple[Header, bytes]:
 
 
 def check_kind(header: Header, where: str) -> None:
-    """Refuses a safetensors file that is no bundle, before its payload is read.
-
-    Raises:
-        BadInputError: no FourierFT metadata.
-    """
+    """Refuses a safetensors file that is no bundle, before its payload is read."""
     _require(
         SPEC_KEY in header.metadata,
         where,
@@ -161,18 +149,7 @@ def check_kind(header: Header, where: str) -> None:
 def decode(
     data: bytes, where: str
 ) -> tuple[AdapterSpec, dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Reads the fields of a bundle, which `Bundle.build` then checks.
-
-    Args:
-        data: the bytes of a bundle file.
-        where: what errors name as the place.
-
-    Returns:
-        The spec, the spectra, the saved tensors and the explicit entries.
-
-    Raises:
-        BadInputError: not a bundle, damaged, or with fields of other types.
-    """
+    """Reads the fields of a bundle, which `Bundle.build` then checks, from its bytes."""
     header, payload = split_file(data, where)
     check_kind(header, where)
     text, tensors = header.metadata[SPEC_KEY], header.tensors.values()
@@ -201,18 +178,17 @@ def decode(
     rows = sum(shape[0] for shape in stacks if shape)
     _require(rows <= names.MAX_NAMES, where, f"at most {names.MAX_NAMES} layers", f"{rows}")
     arrays = {t.name: _array(payload, t.start - origin, t.dtype, t.shape, where) for t in tensors}
-    seed, scaling, groups = fields["seed"], fields["scaling"], fields["groups"]
-    spec = AdapterSpec(seed, scaling, (), fields["task_type"], fields["base_model"])
     layers: list[LayerSpec] = []
     spectra: dict[str, Array] = {}
     explicit: dict[str, Array] = {}
-    for i, group in enumerate(groups):
+    for i, group in enumerate(fields["groups"]):
         for layer, spectrum, entries in _read_group(i, group, arrays, where):
             layers.append(layer)
             spectra[layer.name] = spectrum
             if entries is not None:
                 explicit[layer.name] = entries
-    spec = replace(spec, layers=tuple(layers))
+    known = (fields[key] for key in ("task_type", "base_model"))
+    spec = AdapterSpec(fields["seed"], fields["scaling"], tuple(layers), *known)
     if fields["peft"] is not None:
         short = _fields(fields["peft"], f"{where}, the PEFT config", {}, _PEFT)
         config = peft_config.restore_config(spec, short["set"] or {}, short["absent"] or [])
@@ -237,17 +213,15 @@ def _read_group(
     rule, digest, base_dtype = (fields[k] for k in ("entry_rule", "entries_sha256", "base_dtype"))
     is_text = all(isinstance(template, str) for template in templates)
     _require(is_text, where, "layer templates as text", "something else")
-    if shape is not None:
-        whole = len(shape) == 2 and all(type(size) is int for size in shape)
-        _require(whole, where, "a shape of two whole numbers", repr(shape)[:80])
+    whole = shape is None or (len(shape) == 2 and all(type(size) is int for size in shape))
+    _require(whole, where, "a shape of two whole numbers", repr(shape)[:80])
     spectrum = _pop_tensor(f"{RESERVED}spectrum.{i}", (None, n), arrays, where)
     try:
         # One row for each layer, so the file's size bounds how many names are made.
         layer_names = names.expand(templates, len(spectrum))
     except ValueError as error:
-        raise BadInputError(
-            where, expected="well-formed layer templates", found=str(error)
-        ) from None
+        wanted = "well-formed layer templates"
+        raise BadInputError(where, expected=wanted, found=str(error)) from None
     rows, count = len(spectrum), len(layer_names)
     _require(count == rows, where, f"{rows} layers, one for each spectrum", f"{count}")
     entries = None
@@ -262,7 +236,7 @@ def _read_group(
         _require(known, where, "fingerprints of a known dtype", base_dtype[:20])
         raw = [row.tobytes() for row in table]
         prints = [Fingerprint(base_dtype, r[:DIGEST_BYTES], r[DIGEST_BYTES:]) for r in raw]
-    size = None if shape is None else (shape[0], shape[1])
+    size = shape and (shape[0], shape[1])
     transposed = fields["fan_in_fan_out"] is True
     for name, row, fingerprint in zip(layer_names, spectrum, prints, strict=True):
         yield LayerSpec(name, n, size, transposed, rule, digest, fingerprint), row, entries

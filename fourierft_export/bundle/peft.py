@@ -38,12 +38,7 @@ def open_bundle(source: BundleSource, *, bind: bool = False) -> Bundle:
 
     Args:
         source: a bundle or a path.
-        bind: bind an adapter directory to the base that its config names, if that is a local
-            directory that fits (`from_peft`); by default it stays unbound.
-
-    Raises:
-        FileAccessError, BadInputError: there is nothing at this path, or it is neither.
-        UsageError: `source` is of another type.
+        bind: bind an adapter directory to the base that its config names (see `from_peft`).
     """
     if isinstance(source, Bundle):
         return source
@@ -64,13 +59,7 @@ def list_bundles(sources: BundleSource | Iterable[BundleSource]) -> list[BundleS
 
 
 def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) -> Path:
-    """Finds the folder with adapter_config.json: `directory` or its subfolder `adapter`.
-
-    Raises:
-        FileAccessError: the path does not exist.
-        UsageError: several adapters in subfolders and none named, or the named one is absent.
-        BadInputError: no adapter there.
-    """
+    """Finds the folder with adapter_config.json: `directory` or its subfolder `adapter`."""
     root = Path(directory)
     if not root.exists():
         raise FileAccessError(root, expected="a PEFT adapter directory", found="nothing there")
@@ -139,11 +128,7 @@ def from_peft(
 
 
 def read_adapter(folder: Path) -> Bundle:
-    """Reads the adapter in `folder` as an unbound bundle; no base is opened.
-
-    Raises:
-        FileAccessError, BadInputError: it is not a FourierFT adapter.
-    """
+    """Reads the adapter in `folder` as an unbound bundle; no base is opened."""
     config = read_peft_config(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / PICKLED_WEIGHTS).exists():

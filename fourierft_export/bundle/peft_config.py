@@ -1,8 +1,4 @@
-"""Reads PEFT's adapter_config.json, writes one for a bundle, and stores one in few bytes.
-
-A bundle stores only the difference from the config that its spec suggests (`template`): `set` holds
-fields that differ, `absent` names fields that are missing.
-"""
+"""Reads PEFT's adapter_config.json, writes one for a bundle, and stores one in few bytes."""
 
 from __future__ import annotations
 
@@ -32,11 +28,7 @@ _TASK_HEADS = {
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """Reads the adapter_config.json of a FourierFT adapter; every field stays as written.
-
-    Raises:
-        BadInputError: an adapter of another type, or fields with values that PEFT cannot write.
-    """
+    """Reads the adapter_config.json of a FourierFT adapter; every field stays as written."""
     config = strict_json.loads(read_file(path), os.fspath(path))
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != PEFT_TYPE:
@@ -78,12 +70,12 @@ def template(spec: AdapterSpec) -> dict[str, Any]:
 
 
 def config_difference(spec: AdapterSpec) -> dict[str, Any]:
-    """How a spec's config differs from its template. Values are equal if their JSON is."""
+    """How a spec's config differs from its template: fields to `set`, and `absent` ones."""
     likely = template(spec)
     differing = {
         key: value
         for key, value in spec.peft_config.items()
-        if key not in likely or canonical(value) != canonical(likely[key])
+        if key not in likely or canonical(value) != canonical(likely[key])  # not 1 == 1.0
     }
     absent = sorted(set(likely) - set(spec.peft_config))
     return {key: part for key, part in (("set", differing), ("absent", absent)) if part}
@@ -125,10 +117,7 @@ def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
 
 
 def _saved_whole(module: str, task_type: str | None) -> str:
-    """The module that PEFT saves for `module`: the task's head that contains it, if there is one.
-
-    PEFT adds these heads itself, and cannot save a module inside a saved one.
-    """
+    """The module that PEFT saves for `module`: the task's head around it, if there is one."""
     heads = _TASK_HEADS.get(task_type or "", ())
     segments = module.split(".")
     inside = (i for i, segment in enumerate(segments) if heads and segment.endswith(heads))
