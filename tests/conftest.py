@@ -307,6 +307,8 @@ LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embed
 GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 128, "n_positions": 64}
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+NEOX = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+NEOX |= {"intermediate_size": 40, "max_position_embeddings": 64}
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
 VIT |= {"intermediate_size": 48, "image_size": 16, "patch_size": 8}
 TIED, PADDED = {"tie_word_embeddings": True}, {"num_labels": 3, "pad_token_id": 0}
@@ -322,6 +324,7 @@ TINY: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama-cls": ("LlamaConfig", "LlamaForSequenceClassification", "SEQ_CLS", LLAMA | PADDED),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", "CAUSAL_LM", GPT2),
     "t5": ("T5Config", "T5ForConditionalGeneration", "SEQ_2_SEQ_LM", T5),
+    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", "CAUSAL_LM", NEOX),
     "vit": ("ViTConfig", "ViTForImageClassification", "", VIT),
 }
 """The tiny models. Their layers: BERT and RoBERTa query, key, value, dense; Llama and ViT q_proj,

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from ..bundle.file import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
-from ..errors import BaseMismatchError, UsageError
+from ..errors import UsageError
 from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES, to_name
 from ..files.write import Slot
-from ..models.base import Base
-from ..models.name_mapping import Bridge
+from ..models.base import Base, BaseLayer, is_input_embedding
 from ..models.task import head_weight
 from ..spectral.delta import Term
 from ..types import Array
-
-# What checkpoints of BERT's time call the parameters of a norm; transformers renames them.
-_OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
     weight = head_weight({key: value.shape for key, value in bundle.saved.items()})
     labels = None if weight is None else bundle.saved[weight].shape[0]
     head = None if weight is None else weight.rpartition(".")[0]
-    places = {key: base.tensors.get(_stored_name(base, bridge, key)) for key in bundle.saved}
+    places = {key: base.tensors.get(base.stored_name(bridge.to_base(key))) for key in bundle.saved}
     tensors = {
         key: FoundTensor(
             info.shape,
@@ -156,7 +152,7 @@ def collect_changes(
     for bundle, name in zip(bundles, names, strict=True):
         bridge = base.bridge([layer.name for layer in bundle.layers])
         for tensor, value in bundle.saved.items():
-            key = _stored_name(base, bridge, tensor)
+            key = base.stored_name(bridge.to_base(tensor))
             if key not in base.tensors and key == tensor:
                 changes.outside.add(key)
                 prefixes.add(bridge.strip)
@@ -179,8 +175,7 @@ def collect_changes(
             offenders=sorted(set(conflicts)),
         )
     changes.prefix = max(prefixes, default="")
-    changes.unties = any(f".{key}".endswith(".lm_head.weight") for key in changes.tensors)
-    _keep_output_embedding(base, changes)
+    _separate_embeddings(base, changes)
     return changes
 
 
@@ -189,36 +184,34 @@ def _only_layer(bundle: Bundle, name: str) -> Bundle:
     return Bundle.build(spec, bundle.spectra, {}, bundle.explicit_entries)
 
 
-def _stored_name(base: Base, bridge: Bridge, tensor: str) -> str:
-    """Return the base's name for a dense tensor of an adapter, whether it has it or not."""
-    key = bridge.to_base(tensor)
-    for now, then in _OLD_NORM_NAMES.items():
-        old = key.removesuffix(now) + then
-        if key.endswith(now) and key not in base.tensors and old in base.tensors:
-            return old
-    return key
-
-
 def _is_same(a: Array | None, b: Array) -> bool:
     return (
         a is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     )
 
 
-def _keep_output_embedding(base: Base, changes: Changes) -> None:
-    """Keep a tied output embedding when the input embedding is replaced, as PEFT does."""
-    try:
-        head = base.layer("lm_head")
-    except BaseMismatchError:
+def _separate_embeddings(base: Base, changes: Changes) -> None:
+    """Store both sides of a tie of which one changes, as in PEFT's unmerged model."""
+    head = base.find(["lm_head"])["lm_head"]
+    if not isinstance(head, BaseLayer):
+        changes.unties = any(f".{key}".endswith(".lm_head.weight") for key in changes.tensors)
         return
-    replaced = changes.tensors.get(head.tensor)
-    own = head.own_tensor
-    if not head.tied or own in (head.tensor, *changes.tensors) or replaced is None:
-        return
-    architectures = base.config.get("architectures") or [""]
-    if replaced.value is None or not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        return
-    source = base.tensors[head.tensor]
-    changes.tensors[own] = TensorPlan(Slot(own, source.dtype, source.shape), source)
-    changes.outside.add(own)
-    changes.unties = True
+    output, embedding = head.own_tensor, base.input_embedding
+    changed = [key for key in changes.tensors if is_input_embedding(key)]
+    if output in changes.tensors:
+        changes.unties = True
+        if head.tied and embedding is None and not changed:
+            _add_copy(base, changes, head.tensor, base.name_of_input_embedding())
+    elif head.tied and any(changes.tensors[key].value is not None for key in changed):
+        architectures = base.config.get("architectures") or [""]
+        has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+        changes.unties = has_head or output in base.tensors
+        if has_head and output not in base.tensors:
+            _add_copy(base, changes, head.tensor, output)
+
+
+def _add_copy(base: Base, changes: Changes, stored: str, name: str) -> None:
+    """Add a copy of one of the base's tensors under a name that it does not have."""
+    source = base.tensors[stored]
+    changes.tensors[name] = TensorPlan(Slot(name, source.dtype, source.shape), source)
+    changes.outside.add(name)

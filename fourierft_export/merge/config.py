@@ -8,7 +8,7 @@ from typing import Any
 from ..bundle.file import Bundle
 from ..errors import UsageError
 from ..models import task as tasks
-from ..models.base import Base
+from ..models.base import T5_FAMILIES, Base
 from .changes import Changes
 
 Config = Mapping[str, Any]
@@ -71,8 +71,16 @@ def make_config(
                 f"{known}: set architectures in config.json"
             )
     if changes.unties:
-        config["tie_word_embeddings"] = False
-        if len(brought) < len(added):
+        # T5 would read False as "do not scale the decoder's outputs".
+        is_t5 = base.model_type in T5_FAMILIES
+        if not is_t5:
+            config["tie_word_embeddings"] = False
+        if is_t5 and added:
+            notes.append(
+                "the output embedding was tied and is now a separate weight; transformers 4 would "
+                "tie it again"
+            )
+        elif len(brought) < len(added):
             notes.append("the output embedding was tied and is now a separate weight")
     if dtype != "keep":
         # transformers loads a checkpoint in the dtype its config names, by a new and an old key.

@@ -13,22 +13,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError
+from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
 from ..types import Array
-from .name_mapping import Bridge, find_bridge, renamed_modules
+from .name_mapping import Bridge, find_bridge, input_embedding_of, renamed_modules
 from .task import read_config
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _NUMBER = re.compile("[0-9]+")
-_INPUT_EMBEDDINGS = tuple(
-    f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "embed_in")
-)
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")
+# transformers ties their embeddings whatever the config says; there `tie_word_embeddings` decides
+# whether the decoder's outputs are scaled.
+T5_FAMILIES = ("t5", "mt5", "umt5", "longt5", "udop", "pop2piano", "switch_transformers")
+# What checkpoints of BERT's time call the parameters of a norm; transformers renames them.
+_OLD_NORM_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _QUANTISED_SUFFIXES = (".qweight", ".weight_packed", ".weight_scale", ".SCB")
 
 
@@ -74,10 +77,53 @@ class Base:
         """Stored tensors by name."""
         return self.checkpoint.tensors
 
+    @property
+    def ties(self) -> bool | None:
+        """Whether input and output embeddings are one weight; None where the config is silent."""
+        value = self.config.get("tie_word_embeddings")
+        forced = value is False and self.model_type in T5_FAMILIES
+        return value if isinstance(value, bool) and not forced else None
+
     @cached_property
-    def _input_embedding(self) -> str | None:
-        ends = ((f".{ending}", name) for ending in _INPUT_EMBEDDINGS for name in self.tensors)
-        return next((name for ending, name in ends if f".{name}".endswith(ending)), None)
+    def input_embedding(self) -> str | None:
+        """Name of the input embedding's tensor, if it is stored."""
+        return next((name for name in self.tensors if is_input_embedding(name)), None)
+
+    def name_of_input_embedding(self) -> str:
+        """Name of the input embedding's tensor, also where only the tied output's is stored.
+
+        Raises:
+            UsageError: it is not stored and transformers, which knows the name, is not installed
+                or does not know the model.
+        """
+        name = self.input_embedding or input_embedding_of(self.directory, self.config, self.tensors)
+        if name is None:
+            raise UsageError(
+                self.directory,
+                expected="the input embedding, since its tied output embedding is changed",
+                found="the output embedding alone",
+                remedy="load the base with transformers and save it with save_pretrained",
+            )
+        return name
+
+    def stored_name(self, name: str) -> str:
+        """Name under which the base stores a tensor; `name` itself if it has neither.
+
+        Args:
+            name: as transformers has it today, with the base's prefix (`Bridge.to_base`).
+        """
+        if name in self.tensors:
+            return name
+        for now, then in _OLD_NORM_NAMES.items():
+            old = name.removesuffix(now) + then
+            if name.endswith(now) and old in self.tensors:
+                return old
+        path, _, leaf = name.rpartition(".")
+        parent, dot, module = path.rpartition(".")
+        if module in _OUTPUT_EMBEDDINGS:
+            others = (f"{parent}{dot}{other}.{leaf}" for other in _OUTPUT_EMBEDDINGS)
+            return next((other for other in others if other in self.tensors), name)
+        return name
 
     def bridge(self, modules: Iterable[str]) -> Bridge:
         """Finds the prefix difference under which most of `modules` have a weight here."""
@@ -142,11 +188,11 @@ class Base:
 
     def _layer(self, path: str, bridge: Bridge, *, near: bool) -> BaseLayer | str:
         """Finds one layer, or says why there is none; with `near`, names the nearest tensor."""
-        own = f"{bridge.to_base(path)}.weight"
+        own = self.stored_name(f"{bridge.to_base(path)}.weight")
         is_output = path.split(".")[-1] in _OUTPUT_EMBEDDINGS
         tensor = own
-        if own not in self.tensors and is_output and self._input_embedding:
-            tensor = self._input_embedding
+        if own not in self.tensors and is_output and self.ties is not False:
+            tensor = self.input_embedding or own
         if tensor not in self.tensors:
             stem = own.removesuffix(".weight")
             if any(stem + suffix in self.tensors for suffix in _QUANTISED_SUFFIXES):
@@ -164,8 +210,13 @@ class Base:
             return "without a config.json it is unknown whether its weight is stored transposed"
         transposed = gpt and self.model_type in _CONV1D_FAMILIES
         out, into = reversed(info.shape) if transposed else info.shape
-        tied = is_output and (tensor != own or self.config.get("tie_word_embeddings") is True)
+        tied = is_output and (tensor != own or self.ties is True)
         return BaseLayer(path, tensor, (out, into), transposed, info.dtype, tied, own)
+
+
+def is_input_embedding(tensor: str) -> bool:
+    """Whether a tensor has the name of an input embedding."""
+    return tensor.endswith(".weight") and tensor.split(".")[-2] in _INPUT_EMBEDDINGS
 
 
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:

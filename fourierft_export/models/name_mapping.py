@@ -82,25 +82,12 @@ def renamed_modules(
         transformers merges or splits; empty if it is not installed or does not know the model.
     """
     try:
-        import torch
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:
         return {}
-    family: Any = getattr(transformers, architecture_of(config) or "", None)
-    is_model = isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)
-    # A model with more layers than the checkpoint has tensors might take hours to build.
-    if not is_model or _most_parts(config) > len(tensors):
-        return {}
-    # No names can be known for a config that transformers cannot read; it raises many errors.
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            known = transformers.AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-            model = family(known)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+    model = _model_without_weights(directory, config, tensors)
+    if model is None:
         return {}
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -113,6 +100,43 @@ def renamed_modules(
         if converter is None and path != old and leaf == old_leaf:
             found[path] = old
     return found
+
+
+def input_embedding_of(
+    directory: Path, config: Mapping[str, Any], tensors: Collection[str]
+) -> str | None:
+    """Finds the tensor name of the input embedding in a loaded model, as `renamed_modules`."""
+    model = _model_without_weights(directory, config, tensors)
+    if model is None:
+        return None
+    embedding = model.get_input_embeddings()
+    paths = (path for path, module in model.named_modules() if module is embedding)
+    return next((f"{path}.weight" for path in paths), None)
+
+
+def _model_without_weights(
+    directory: Path, config: Mapping[str, Any], tensors: Collection[str]
+) -> Any:
+    """Builds the model that a config names on the meta device; None if that is not possible."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    family: Any = getattr(transformers, architecture_of(config) or "", None)
+    is_model = isinstance(family, type) and issubclass(family, transformers.PreTrainedModel)
+    # A model with more layers than the checkpoint has tensors might take hours to build.
+    if not is_model or _most_parts(config) > len(tensors):
+        return None
+    # No names can be known for a config that transformers cannot read; it raises many errors.
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            known = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            return family(known)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _most_parts(config: Mapping[str, Any]) -> int:
