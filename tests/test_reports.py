@@ -1,4 +1,4 @@
-"""Faults that users of PEFT, transformers and ONNX Runtime reported: judged by PEFT's own outputs."""
+"""Faults that users of PEFT and transformers reported; PEFT's own outputs are what is right."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fourierft_export as ff
+from fourierft_export.errors import BadInputError, BaseMismatchError
 
 TOKENS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -93,3 +94,96 @@ def test_output_embeddings(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     found = logits(model.eval())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_biases_of_a_saved_module_that_peft_stores_three_times(
+    tiny_base: Any, tiny_adapter: Any, load_peft: Any, run_verb: Any, tmp_path: Path
+) -> None:
+    base, fields = tiny_base("bert-cls"), {"target_modules": ["query"], "bias": "all"}
+    adapter = tiny_adapter("bert-cls", **fields, scaling=60.0)
+    copies = [
+        name for name in load_file(adapter / "adapter_model.safetensors") if "_module" in name
+    ]
+    assert len(copies) == 1
+    bundle = tmp_path / "a.fourierft.safetensors"
+    packed = run_verb("pack", adapter, "--base", base, "-o", bundle)
+    assert f"{copies[0]} is a second copy and was left out" in packed.json["notes"]
+    merged = tmp_path / "merged"
+    run_verb("merge", "--base", base, "--bundle", bundle, "-o", merged)
+    assert (
+        load_file(merged / "model.safetensors").keys()
+        == load_file(base / "model.safetensors").keys()
+    )
+    run_verb("unpack", bundle, "-o", tmp_path / "unpacked")
+    expected = logits(load_peft(base, adapter))
+    assert torch.equal(logits(load_peft(base, tmp_path / "unpacked")), expected)
+    words = ("--bundle", bundle, "--peft", adapter, "--merged", merged)
+    assert run_verb("validate", "--base", base, *words, "--samples", 4).code == 0
+
+
+def test_an_adapter_that_lies_in_the_folder_of_its_base(
+    tiny_base: Any, tiny_adapter: Any, run_verb: Any, tmp_path: Path
+) -> None:
+    """transformers would load it into the base, for every verb."""
+    base = Path(shutil.copytree(tiny_base("llama"), tmp_path / "base"))
+    other = tiny_adapter("llama", 1, target_modules=["k_proj"], scaling=60.0)
+    shutil.copytree(other, base, dirs_exist_ok=True)
+    adapter = tiny_adapter("llama", target_modules=["q_proj"], scaling=60.0)
+    merged, graph = tmp_path / "merged", tmp_path / "merged.onnx"
+    # A directory that PEFT saved is a bundle for every verb.
+    words = ("--base", base, "--bundle", adapter)
+    assert run_verb("merge", *words, "-o", merged).code == 0
+    exported = run_verb("export", *words, "--mode", "merged", "-o", graph)
+    assert f"{base} holds an adapter as well: it is not loaded" in exported.json["notes"]
+    words = ("--bundle", adapter, "--peft", adapter, "--merged", merged, "--onnx", graph)
+    plain = ("--base", tiny_base("llama"), *words, "--samples", 4)
+    assert run_verb("validate", *plain).code == 0
+    assert run_verb("validate", "--base", base, *words, "--samples", 4).code == 0
+
+
+def test_default_is_the_adapter_in_the_folder_itself(
+    tiny_base: Any, tiny_adapter: Any, run_verb: Any, tmp_path: Path
+) -> None:
+    adapter = tiny_adapter("llama", target_modules=["q_proj"])
+    words = ("pack", adapter, "--base", tiny_base("llama"), "-o")
+    assert run_verb(*words, tmp_path / "a.st", "--adapter", "default").code == 0
+    assert run_verb(*words, tmp_path / "b.st", "--adapter", "other").code == 2
+
+
+@pytest.mark.parametrize("part", ["fourierft_spectrum", "classifier.weight"])
+def test_tensors_that_zero3_left_empty(part: str, tiny_adapter: Any, tmp_path: Path) -> None:
+    adapter = Path(
+        shutil.copytree(tiny_adapter("bert-cls", target_modules=["query"]), tmp_path / "a")
+    )
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    empty = [name for name in tensors if name.endswith(part)]
+    save_file(
+        tensors | {name: torch.empty(0) for name in empty}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(BadInputError, match=r"empty tensors, as DeepSpeed ZeRO-3") as error:
+        ff.from_peft(adapter)
+    assert len(error.value.offenders) == len(empty)
+
+
+def test_an_adapter_trained_after_the_vocabulary_grew(
+    tiny_model: Any, tiny_base: Any, load_peft: Any, tmp_path: Path
+) -> None:
+    """The message says what to do, and doing it gives PEFT's outputs."""
+    from peft import FourierFTConfig, get_peft_model
+
+    model = tiny_model("llama")
+    torch.manual_seed(0)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "resized")
+    config = FourierFTConfig(
+        n_frequency=24, scaling=60.0, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BaseMismatchError) as error:
+        ff.merge_checkpoint(tiny_base("llama"), tmp_path / "adapter", tmp_path / "out")
+    assert all("resize_token_embeddings(70)" in line for line in error.value.offenders)
+    ff.merge_checkpoint(tmp_path / "resized", tmp_path / "adapter", tmp_path / "out")
+    expected = logits(load_peft(tmp_path / "resized", tmp_path / "adapter"))
+    found = logits(type(model).from_pretrained(tmp_path / "out").eval())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

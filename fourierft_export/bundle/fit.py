@@ -15,7 +15,7 @@ from math import prod
 from typing import Literal
 
 from ..errors import BaseMismatchError
-from ..models.base import Base, BaseLayer
+from ..models.base import Base, BaseLayer, is_embedding
 from ..models.name_mapping import find_bridge
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..types import Array
@@ -153,6 +153,12 @@ def fit_adapter(
         problem = there if isinstance(there, str) else _tensor_problem((saved or {})[tensor], there)
         if problem is not None:
             misfits.append(f"{tensor}: {problem}")
+            if is_embedding(tensor) and not isinstance(there, str):
+                rows = (saved or {})[tensor].shape[0]
+                misfits[-1] += (
+                    f"; the adapter was trained after model.resize_token_embeddings({rows}): call "
+                    "it on the base, save_pretrained it, and give that folder"
+                )
     places = {layer: f.name for layer, f in layers.items() if isinstance(f, FoundLayer)}
     return Fit(name, replace(spec, layers=tuple(bound)), verdicts, tuple(misfits), places)
 

@@ -7,7 +7,8 @@ untrusted file can run for years. (File layout: peft/utils/save_and_load.py.)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -22,6 +23,7 @@ from .file import Bundle
 from .peft_config import config_of, read_peft_config
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
+DEFAULT_ADAPTER = "default"  # the one that PEFT saves into the folder itself
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
@@ -75,6 +77,8 @@ def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) 
             found="no such file",
             remedy="give the directory that PEFT's save_pretrained wrote",
         )
+    if adapter == DEFAULT_ADAPTER and adapter not in inside and (root / CONFIG_FILE).is_file():
+        return root
     named = [name for name in inside if adapter in (None, name)]
     if len(named) != 1:
         one = "one adapter" if adapter is None else f"an adapter in the subfolder {adapter!r}"
@@ -153,10 +157,21 @@ def read_adapter(folder: Path) -> Bundle:
     spectra = {layer: checkpoint.read(names.pop(f"{layer}{SPECTRUM}")) for layer in targets}
     saved = {}
     for name, stored in names.items():
-        if not _is_base_weight(name):
+        if not _is_extra(name, names):
             module, _, leaf = name.rpartition(".")
             owner = module.removesuffix(BASE_LAYER)
             saved[f"{owner if owner in spectra else module}.{leaf}"] = checkpoint.read(stored)
+    empty = [name for name, array in (*spectra.items(), *saved.items()) if array.size == 0]
+    if empty:
+        raise BadInputError(
+            weights,
+            expected="tensors with values",
+            found=f"{len(empty)} empty tensors, as DeepSpeed ZeRO-3 leaves where it was not asked "
+            "to gather the weights",
+            remedy="save again with stage3_gather_16bit_weights_on_model_save, or within "
+            "deepspeed.zero.GatheredParameters",
+            offenders=empty,
+        )
     spec = AdapterSpec(
         seed=config.get("random_loc_seed", 777),
         scaling=config.get("scaling", 150.0),
@@ -169,16 +184,20 @@ def read_adapter(folder: Path) -> Bundle:
 
 
 def left_out(directory: str | os.PathLike[str], adapter: str | None = None) -> list[str]:
-    """Names of tensors that `from_peft` skips: the base's own weights.
+    """Names of tensors that `from_peft` skips: the base's own weights, and second copies.
 
-    PEFT saves them if an output embedding is targeted (`lm_head.base_layer.weight`).
+    PEFT saves weights of the base if an output embedding is targeted
+    (`lm_head.base_layer.weight`), and with bias="all" the biases of a saved module three times.
     """
     weights = find_adapter(directory, adapter) / WEIGHTS_FILE
-    return [name for name in Checkpoint.open(weights).tensors if _is_base_weight(name)]
+    names = Checkpoint.open(weights).tensors
+    return [name for name in names if _is_extra(name, names)]
 
 
-def _is_base_weight(name: str) -> bool:
-    return name.endswith(f"{BASE_LAYER}.weight")
+def _is_extra(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is the base's weight, or PEFT's second copy of another one in `names`."""
+    copy_of = re.sub(r"\.(modules_to_save|original_module)\.(\w+)$", r".\2", name)
+    return name.endswith(f"{BASE_LAYER}.weight") or (copy_of != name and copy_of in names)
 
 
 def to_peft(

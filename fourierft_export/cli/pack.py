@@ -89,9 +89,10 @@ def pack(
     facts = describe_bundle(bundle, output)
     folder = find_adapter(source, adapter)
     before = sum(e.stat().st_size for e in os.scandir(folder) if e.name.startswith("adapter_"))
-    notes = [
-        f"{name} is the base's own weight and was left out" for name in left_out(source, adapter)
-    ]
+    notes = []
+    for name in left_out(source, adapter):
+        kind = "the base's own weight" if name.endswith(".weight") else "a second copy"
+        notes.append(f"{name} is {kind} and was left out")
     if bundle.is_bound and base is None:
         notes.append(f"bound to {bundle.spec.base_model}, the base that the adapter's config names")
     if not bundle.is_bound:

@@ -219,6 +219,13 @@ def is_input_embedding(tensor: str) -> bool:
     return tensor.endswith(".weight") and tensor.split(".")[-2] in _INPUT_EMBEDDINGS
 
 
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor has the name of an input or output embedding."""
+    return is_input_embedding(tensor) or (
+        tensor.endswith(".weight") and tensor.split(".")[-2] in _OUTPUT_EMBEDDINGS
+    )
+
+
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
     """Opens a model directory or a single safetensors file; no tensor is read yet."""
     directory = Path(path)

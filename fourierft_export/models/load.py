@@ -70,6 +70,8 @@ def from_pretrained(
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     options["ignore_mismatched_sizes"] = True  # transformers would not say which
+    # An adapter in the model's folder is no part of the base: transformers finds none in there.
+    options["adapter_kwargs"] = {"subfolder": os.devnull}
     options["dtype"] = "auto" if dtype is None else getattr(torch, dtype)
     auto = getattr(transformers, auto_class_for(read_config(directory), get_task(task)))
     with quiet_transformers():

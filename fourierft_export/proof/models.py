@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ def load_model(
     # transformers follows any path that an index names, so the strict reader checks it first.
     Checkpoint.open(directory)
     auto = getattr(transformers, auto_class_for(read_config(directory), task))
-    options = {} if num_labels is None else {"num_labels": num_labels}
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    # An adapter in the model's folder is no part of the base: transformers finds none in there.
+    options["adapter_kwargs"] = {"subfolder": os.devnull}
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(

@@ -21,6 +21,7 @@ from ...bundle.fit import (
     fit_by_names,
     layers_of_base,
 )
+from ...bundle.peft import CONFIG_FILE
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...models.base import Base, open_base
@@ -107,6 +108,8 @@ def export_pretrained(
     ]
     check_fits(opened.directory, fits, allow_base_mismatch=allow_base_mismatch)
     notes = [note for fit in fits for note in fit.notes]
+    if (opened.directory / CONFIG_FILE).is_file():
+        notes.append(f"{opened.directory} holds an adapter as well: it is not loaded")
     given = {n: replace(b, spec=f.spec) for (n, b), f in zip(named.items(), fits, strict=True)}
     task = choose_task(task, opened.config, _task_type(named)).name
     if cache and task != "text-generation":
@@ -206,7 +209,8 @@ def _absent(base: Base, adapters: Mapping[str, Bundle]) -> tuple[str, ...]:
     """
     bridge = base.bridge(layer.name for one in adapters.values() for layer in one.layers)
     names = dict.fromkeys(name for one in adapters.values() for name in one.saved)
-    return tuple(name for name in names if not {name, bridge.to_base(name)} & base.tensors.keys())
+    stored = {name: base.stored_name(bridge.to_base(name)) for name in names}
+    return tuple(n for n, there in stored.items() if not {n, there} & base.tensors.keys())
 
 
 def _task_type(bundles: Mapping[str, Bundle]) -> str | None:
