@@ -19,7 +19,7 @@ ROOMS = (
 CHECKED_BY_PROOF = {"adapt", "merge", "onnx_graph", "recover"}
 # Within onnx_graph: what all of it shares, then folder by folder, then the verbs.
 FOLDERS = (
-    {"bundle_record", "feeds", "interface", "metadata", "mode_names", "report", "adapters"},
+    {"feeds", "interface", "mode_names", "report", "adapters"},
     {"graph"}, {"locate"}, {"modes"}, {"trace"}, {"runtime"},
 )  # fmt: skip
 STRANGERS = {"trace", "runtime"}

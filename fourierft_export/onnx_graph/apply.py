@@ -19,14 +19,15 @@ from .adapters import Bundles, named_bundles, weighted
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_model
+from .interface import KEY
 from .locate.content import compare_site
 from .locate.finder import Finder, Found
 from .locate.saved import find_saved
 from .locate.search import find_layers
 from .locate.site import Site, Wanted
-from .metadata import KEY
 from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
 from .modes.batch_rows import batch_of
+from .modes.plan import Plan
 from .modes.quantised_heads import float_heads
 from .modes.write import check_mode, write_adapters
 from .report import ExportReport, report_on
@@ -153,14 +154,9 @@ def apply_onnx(
         batch_of(source.model)
     if quantised or beside:
         fill_shapes(source.model)
-    written = write_adapters(
-        source,
-        mode,
-        weighted(bound, factors),
-        sites,
-        {name: [place] for name, place in places.items()},
-        sources=named,
-    )
+    saved_places = {name: [place] for name, place in places.items()}
+    plan = Plan(source, weighted(bound, factors), sites, saved_places, named)
+    written = write_adapters(plan, mode)
     expander = written.expander
     made = write_model(expander, expander_path(onnx_out), force=force) if expander else ()
     files = (*write_model(source, onnx_out, force=force, progress=progress), *made)

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .graph.source import read_proto
-from .metadata import KEY
+from .interface import KEY
 
 if TYPE_CHECKING:
     import onnx

@@ -19,6 +19,7 @@ from ..bundle.file import Bundle
 from ..bundle.spec import Fingerprint
 from ..types import Array
 
+KEY = "fourierft_export"  # of the entry in a model's metadata
 PREFIX = "fourierft."
 ADAPTER_ID = "adapter_id"
 BASE_PREFIX = f"{PREFIX}base."
@@ -54,11 +55,6 @@ class Group:
     def scaling(self) -> str:
         """Name of the input [L], float32."""
         return f"{PREFIX}scaling.{self.index}"
-
-    @property
-    def size(self) -> str:
-        """Name of the symbolic size n."""
-        return f"{PREFIX}n.{self.index}"
 
 
 @dataclass(frozen=True)

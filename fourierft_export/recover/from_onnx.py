@@ -1,7 +1,7 @@
 """`recover_onnx`: reads the bundles in an ONNX file of mode unmerged, swappable, paired or bank.
 
 The export recorded in the metadata where each tensor of a bundle's file is in the graph
-(`onnx_graph.bundle_record`). The bundle's own hash proves that the same bytes come back.
+(`onnx_graph.modes.metadata`). The bundle's own hash proves that the same bytes come back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import BadInputError, UsageError
 from ..files import dtypes, strict_json
 from ..files.container import TensorInfo, parse_header
 from ..onnx_graph.graph.source import Source, open_onnx
-from ..onnx_graph.metadata import KEY
+from ..onnx_graph.interface import KEY
 from ..types import Array
 
 

@@ -7,25 +7,21 @@ the base, which is not in the table.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...bundle.file import Bundle
 from ...errors import UsageError
 from ...types import Array
 from ..feeds import table
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from ..graph.source import Source
-from ..interface import ADAPTER_ID, BASE_PREFIX, PREFIX
+from ..interface import ADAPTER_ID, BASE_PREFIX, PREFIX, Saved
 from ..locate.saved import Place
-from ..locate.site import Site
-from ..metadata import Written
-from ..mode_names import DEFAULTS
 from .batch_rows import batch_of, is_batch_first, leads_with_batch
-from .inputs import AdapterInputs, adapter_inputs, group_inputs, take_out
-from .layer_inputs_outputs import Ends, ends_of
+from .inputs import adapter_inputs, group_inputs, take_out
+from .layer_inputs_outputs import ends_of
+from .plan import Plan, Written
 from .side_branch import SideBranches
 from .swappable import written_beside
 
@@ -35,43 +31,62 @@ if TYPE_CHECKING:
 ADAPTERS = f"{PREFIX}adapters"
 
 
-def write(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    sites: Mapping[str, Sequence[Site]],
-    saved: Mapping[str, Sequence[Place]],
-    *,
-    defaults: str = DEFAULTS[0],
-    absent: Container[str] = (),
-) -> Written:
+def write(plan: Plan) -> Written:
     """Give a graph a table of adapters, and every row of its batch the one that `adapter_id` names.
 
-    Args:
-        source, sites, saved, defaults, absent: as in `swappable.write`; the first dimension of the
-            graph's first input is the batch, and that of every adapted layer's input.
-        adapters: the table's rows.
+    The first dimension of the graph's first input is the batch, and that of every layer's input.
 
     Raises:
         UsageError: a layer or saved tensor works on something whose first dimension is not the
             batch, or an operator cannot have one saved tensor per row.
         BaseMismatchError: as in `adapter_inputs`.
     """
-    model = source.model
+    model = plan.source.model
     batch = batch_of(model)
-    ends = ends_of(source, sites)
-    inputs = adapter_inputs(source, adapters, sites, saved, defaults=defaults, absent=absent)
-    groups = inputs.interface.groups
-    feeds = table(groups, inputs.defaults)
-    written = written_beside(inputs, sites)
-    _check_batched(ends, batch)
+    ends = ends_of(plan)
+    inputs = adapter_inputs(plan)
+    feeds = table(inputs.interface.groups, inputs.defaults)
+    written = written_beside(plan, inputs)
+    shapes = [(layer, end.x) for layer, several in ends.items() for end in several]
+    wrong = [
+        f"{layer}: input {'unknown' if x.shape is None else [str(size) for size in x.shape]}"
+        for layer, x in shapes
+        if not leads_with_batch(x, batch)
+    ]
+    _refuse(
+        wrong,
+        expected=f"the batch ({batch}) first in the input of every adapted layer",
+        found=f"{len(wrong)} layers whose input has another first dimension, or an unknown one",
+        remedy="export in mode swappable, or make the batch a dynamic size",
+    )
+    wrong = [
+        f"{name}: used by {node.op_type}"
+        for name, places in inputs.places.items()
+        for place in places
+        for node, index in place.value.uses()
+        if _kind(node, index) is None or not _has_rows(node, batch)
+    ]
+    _refuse(
+        wrong,
+        expected="saved tensors of linear layers and layer norms that work on the batch",
+        found=f"{len(wrong)} uses of another kind",
+        remedy="export in mode swappable",
+    )
     ops = Ops(model.graph)
     ids = ops.overridable(np.zeros(1, np.int64), ADAPTER_ID, [batch])
     ops.graph.initializers.pop(ADAPTER_ID)
     ids.const_value = None
     rows = _Rows(ops, ids)
-    _write_saved(rows, inputs, feeds, batch)
+    for tensor in inputs.interface.saved:
+        places, base = inputs.places[tensor.name], inputs.base[tensor.name]
+        for place in places:  # its name is the table's now
+            place.value.name = ops.free(f"{PREFIX}unused.{place.value.name}")
+        shape: list[int | str] = [ADAPTERS, *tensor.shape]
+        adapters = ops.overridable(feeds[tensor.name], tensor.name, shape)
+        written.changed[tensor.name] = [adapters]
+        rows.write_saved(tensor, places, adapters, base)
     branches = SideBranches(ops)
-    for group in groups:
+    for group in inputs.interface.groups:
         spectrum, entries, scaling = (
             rows.pick(value) for value in group_inputs(ops, group, feeds, [ADAPTERS])
         )
@@ -82,21 +97,10 @@ def write(
     return written
 
 
-def _check_batched(ends: Mapping[str, Sequence[Ends]], batch: int | str) -> None:
-    wrong = []
-    for layer, several in ends.items():
-        for x in (end.x for end in several):
-            if not leads_with_batch(x, batch):
-                shape = "unknown" if x.shape is None else str([str(size) for size in x.shape])
-                wrong.append(f"{layer}: input {shape}")
-    if wrong:
-        raise UsageError(
-            "bank",
-            expected=f"the batch ({batch}) first in the input of every adapted layer",
-            found=f"{len(wrong)} layers whose input has another first dimension, or an unknown one",
-            remedy="export in mode swappable, or make the batch a dynamic size",
-            offenders=wrong,
-        )
+def _refuse(offenders: list[str], *, expected: str, found: str, remedy: str) -> None:
+    """Raise an error if there are offenders."""
+    if offenders:
+        raise UsageError("bank", expected=expected, found=found, remedy=remedy, offenders=offenders)
 
 
 class _Rows:
@@ -119,47 +123,83 @@ class _Rows:
         """[A, ...] -> [B, ...]; some row for id 0."""
         return self.ops.op("Gather", [table, self.index], f"{table.name}.picked", axis=0)
 
-    def pick_or_base(self, table: ir.Value, base: Array) -> ir.Value:
-        """[A, ...] -> [B, ...]; the base's own for id 0."""
-        own = self.ops.initializer(base[None], BASE_PREFIX + str(table.name))  # found by its name
-        both = self.ops.op("Concat", [own, table], f"{table.name}.with_base", axis=0)
-        return self.ops.op("Gather", [both, self.ids], f"{table.name}.picked", axis=0)
-
-
-def _write_saved(
-    rows: _Rows, inputs: AdapterInputs, feeds: Mapping[str, Array], batch: int | str
-) -> None:
-    """One version of each saved tensor per row, where an operator can have that."""
-    ops = rows.ops
-    wrong = [
-        f"{name}: used by {node.op_type}"
-        for name, places in inputs.places.items()
-        for place in places
-        for node, index in place.value.uses()
-        if _kind(node, index) is None or not _has_rows(node, batch)
-    ]
-    if wrong:
-        raise UsageError(
-            "bank",
-            expected="saved tensors of linear layers and layer norms that work on the batch",
-            found=f"{len(wrong)} uses of another kind",
-            remedy="export in mode swappable",
-            offenders=wrong,
-        )
-    for tensor in inputs.interface.saved:
-        base = inputs.base[tensor.name]
-        for place in inputs.places[tensor.name]:  # its name is the table's now
-            place.value.name = ops.free(f"{PREFIX}unused.{place.value.name}")
-        adapters = ops.overridable(feeds[tensor.name], tensor.name, [ADAPTERS, *tensor.shape])
-        picked = rows.pick_or_base(adapters, base)
-        for place in inputs.places[tensor.name]:
+    def write_saved(
+        self, tensor: Saved, places: Sequence[Place], adapters: ir.Value, base: Array
+    ) -> None:
+        """Give each row its own version of a saved tensor, for id 0 the base's."""
+        ops, name = self.ops, tensor.name
+        own = ops.initializer(base[None], BASE_PREFIX + name)  # sessions find it by its name
+        both = ops.op("Concat", [own, adapters], f"{name}.with_base", axis=0)
+        picked = ops.op("Gather", [both, self.ids], f"{name}.picked", axis=0)
+        for place in places:
             for node, index in tuple(place.value.uses()):
-                if _kind(node, index) == "scale":
-                    _scale(ops, node, picked, np.ones_like(base))
+                if _kind(node, index) == "weight":
+                    self._multiply(node, picked, transposed=place.transposed)
+                elif _kind(node, index) == "scale":
+                    self._scale(node, picked, base)
                 else:
-                    _use(ops, rows, node, index, picked, place.transposed, base)
+                    self._add(node, index, picked, base)
             if str(place.value.name) in ops.graph.initializers:
                 take_out(ops, place.value)
+
+    def _multiply(self, node: ir.Node, picked: ir.Value, *, transposed: bool) -> None:
+        """Multiply each row [tokens, in] with its own matrix in place of a MatMul or Gemm."""
+        ops, name, y, x = self.ops, str(picked.name), node.outputs[0], node.inputs[0]
+        if x is None:
+            raise ValueError(f"nothing is fed to {node.name}")
+        users, flag = tuple(y.uses()), node.attributes.get("transB")
+        by_columns = node.op_type == "MatMul" or flag is None or not flag.as_int()
+        weight = picked
+        if by_columns == transposed:
+            weight = ops.op("Transpose", [picked], f"{name}.turned", perm=[0, 2, 1])
+        tokens = ops.constant(np.array([-1]), f"{PREFIX}tokens")
+        leading = ops.op("Shape", [x], f"{name}.leading", end=-1)
+        last = ops.op("Shape", [x], f"{name}.last", start=-1)
+        three = ops.op("Concat", [self.batch, tokens, last], f"{name}.sizes", axis=0)
+        inputs = ops.op("Reshape", [x, three], f"{name}.rows")
+        product = ops.op("MatMul", [inputs, weight], f"{name}.product")
+        width = ops.op("Shape", [weight], f"{name}.width", start=-1)
+        shape = ops.op("Concat", [leading, width], f"{name}.shape", axis=0)
+        result = ops.op("Reshape", [product, shape], f"{name}.output")
+        fixed = node.inputs[2] if len(node.inputs) > 2 else None
+        if fixed is not None:
+            result.type, result.shape = y.type, y.shape
+            result = ops.op("Add", [result, fixed], f"{name}.with_bias")
+        replace_uses(users, y, result)
+        ops.graph.remove(node)
+
+    def _add(self, node: ir.Node, index: int, picked: ir.Value, base: Array) -> None:
+        """Add each row's own bias after a node, or in an Add."""
+        ops, y = self.ops, node.outputs[0]
+        bias = self._broadcast(picked, y)
+        if node.op_type == "Add":
+            node.replace_input_with(index, bias)
+            return
+        users, none = tuple(y.uses()), None
+        if node.op_type == "LayerNormalization":
+            # A norm gets zeros: ONNX Runtime 1.31 crashes on one whose bias is named "".
+            none = ops.constant(np.zeros_like(base), f"{PREFIX}zeros{len(base)}")
+        node.replace_input_with(index, none)
+        replace_uses(users, y, ops.op("Add", [y, bias], f"{picked.name}.added"))
+
+    def _scale(self, node: ir.Node, picked: ir.Value, base: Array) -> None:
+        """Let a LayerNormalization have the rows' own scales; its bias is added afterwards."""
+        ops, y, size = self.ops, node.outputs[0], len(base)
+        users = tuple(y.uses())
+        fixed = node.inputs[2] if len(node.inputs) > 2 else None
+        node.replace_input_with(1, ops.constant(np.ones_like(base), f"{PREFIX}ones{size}"))
+        scaled = ops.op("Mul", [y, self._broadcast(picked, y)], f"{picked.name}.scaled")
+        if fixed is not None:
+            zeros = ops.constant(np.zeros_like(base), f"{PREFIX}zeros{size}")
+            node.replace_input_with(2, zeros)
+            scaled = ops.op("Add", [scaled, fixed], f"{picked.name}.with_bias")
+        replace_uses(users, y, scaled)
+
+    def _broadcast(self, picked: ir.Value, y: ir.Value) -> ir.Value:
+        """[B, C] as it goes with y [B, ..., C]."""
+        rank = len(y.shape or ())
+        own = self.ops.constant(np.array([0, *[1] * (rank - 2), -1]), f"{PREFIX}bias{rank}")
+        return self.ops.op("Reshape", [picked, own], f"{picked.name}.broadcast")
 
 
 def _has_rows(node: ir.Node, batch: int | str) -> bool:
@@ -187,77 +227,3 @@ def _kind(node: ir.Node, index: int) -> str | None:
         return "scale"
     last = node.op_type in ("Gemm", "LayerNormalization") and index == 2
     return "bias" if node.op_type == "Add" or last else None
-
-
-def _use(
-    ops: Ops,
-    rows: _Rows,
-    node: ir.Node,
-    index: int,
-    picked: ir.Value,
-    transposed: bool,
-    base: Array,
-) -> None:
-    """Let `node` use the rows' own tensors [B, ...] in place of the one at `index`."""
-    name = str(picked.name)
-    y = node.outputs[0]
-    users = tuple(y.uses())
-    if _kind(node, index) == "bias":
-        bias = _broadcast(ops, picked, y)
-        if node.op_type == "Add":
-            node.replace_input_with(index, bias)
-            return
-        # A norm gets zeros: ONNX Runtime 1.31 crashes on one whose bias is named "".
-        norm = node.op_type == "LayerNormalization"
-        none = ops.constant(np.zeros_like(base), f"{PREFIX}zeros{len(base)}") if norm else None
-        node.replace_input_with(index, none)
-        replace_uses(users, y, ops.op("Add", [y, bias], f"{name}.added"))
-        return
-    x, fixed = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-    if x is None:
-        return
-    by_columns = node.op_type == "MatMul" or not _flag(node, "transB")
-    weight = picked
-    if by_columns == transposed:
-        weight = ops.op("Transpose", [picked], f"{name}.turned", perm=[0, 2, 1])
-    tokens = ops.constant(np.array([-1]), f"{PREFIX}tokens")
-    sizes = [ops.op("Shape", [x], f"{name}.{what}", **at) for what, at in _LEADING.items()]
-    three = ops.op("Concat", [rows.batch, tokens, sizes[1]], f"{name}.sizes", axis=0)
-    product = ops.op(
-        "MatMul", [ops.op("Reshape", [x, three], f"{name}.rows"), weight], f"{name}.product"
-    )
-    width = ops.op("Shape", [weight], f"{name}.width", start=-1)
-    shape = ops.op("Concat", [sizes[0], width], f"{name}.shape", axis=0)
-    result = ops.op("Reshape", [product, shape], f"{name}.output")
-    if fixed is not None:
-        result.type, result.shape = y.type, y.shape
-        result = ops.op("Add", [result, fixed], f"{name}.with_bias")
-    replace_uses(users, y, result)
-    ops.graph.remove(node)
-
-
-def _scale(ops: Ops, node: ir.Node, picked: ir.Value, ones: Array) -> None:
-    """Let a LayerNormalization have the rows' own scales; what it added is added afterwards."""
-    y, name = node.outputs[0], str(picked.name)
-    users = tuple(y.uses())
-    fixed = node.inputs[2] if len(node.inputs) > 2 else None
-    node.replace_input_with(1, ops.constant(ones, f"{PREFIX}ones{len(ones)}"))
-    scaled = ops.op("Mul", [y, _broadcast(ops, picked, y)], f"{name}.scaled")
-    if fixed is not None:
-        node.replace_input_with(2, ops.constant(np.zeros_like(ones), f"{PREFIX}zeros{len(ones)}"))
-        scaled = ops.op("Add", [scaled, fixed], f"{name}.with_bias")
-    replace_uses(users, y, scaled)
-
-
-def _broadcast(ops: Ops, picked: ir.Value, y: ir.Value) -> ir.Value:
-    """[B, C] as it goes with y [B, ..., C]."""
-    rank = len(y.shape or ())
-    own = ops.constant(np.array([0, *[1] * (rank - 2), -1]), f"{PREFIX}bias{rank}")
-    return ops.op("Reshape", [picked, own], f"{picked.name}.broadcast")
-
-
-_LEADING: dict[str, dict[str, int]] = {"leading": {"end": -1}, "last": {"start": -1}}
-
-
-def _flag(node: ir.Node, name: str) -> bool:
-    return name in node.attributes and bool(node.attributes[name].value)

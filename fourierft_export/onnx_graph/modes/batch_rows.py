@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UsageError
-from ..graph.source import constant_of
+from ..graph.source import STANDARD, constant_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 UNNAMED = "fourierft.batch"
-STANDARD = ("", "ai.onnx")
 _KNOWN = (*STANDARD, "com.microsoft")
 # Same order of elements, other sizes.
 _RESHAPING = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
@@ -37,11 +36,7 @@ _SEVERAL = re.compile("Add|BiasGelu|Div|Max|Mean|Min|Mul|Pow|PRelu|Sub|Sum|Where
 
 
 def batch_of(model: ir.Model) -> int | str:
-    """The first dimension of the graph's first input; it gets a name if it has none.
-
-    Raises:
-        UsageError: there is no such dimension.
-    """
+    """The first dimension of the graph's first input; it gets a name if it has none."""
     import onnx_ir as ir
 
     shape = model.graph.inputs[0].shape if model.graph.inputs else None
@@ -59,10 +54,8 @@ def batch_of(model: ir.Model) -> int | str:
 def is_batch_first(value: ir.Value, batch: int | str) -> bool:
     """Whether a value's first dimension is the batch and nothing else.
 
-    Args:
-        value: with a shape, or nothing is known of it.
-        batch: the batch's size or symbol. A size must be that of one dimension only: of two equal
-            ones, either may be the batch. (The last one holds features.)
+    A batch of fixed size must be the size of one dimension only: of two equal ones, either may be
+    the batch. (The last one holds features.)
     """
     shape = value.shape
     if shape is None or not len(shape) or not _same(shape[0], batch):
@@ -71,11 +64,7 @@ def is_batch_first(value: ir.Value, batch: int | str) -> bool:
 
 
 def leads_with_batch(value: ir.Value, batch: int | str) -> bool:
-    """Whether a value's first dimension is the batch, or the batch times others in that order.
-
-    Args:
-        value, batch: as in `is_batch_first`.
-    """
+    """Whether a value's first dimension is the batch, or the batch times others in that order."""
     known: dict[ir.Value, bool] = {}
     # Depth first without recursion: graphs are deeper than Python's stack.
     stack = [value]

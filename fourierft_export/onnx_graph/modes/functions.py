@@ -29,11 +29,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "fourierft_export"
-VERSION = 1
 IR_VERSION = 8  # the first with model-local functions
-TABLE = "FourierTable"
 TABLE_OUTPUTS = ("cosines", "sines", "mirrored")
-DELTA = "FourierDelta"
 
 # Per side of the matrix. entries [n, 2] int64 -> cosines and sines [length / 2 + 1, n] float32 of
 # 2 pi f p / length, divided by length, where f is column `axis` of the entries and p counts
@@ -118,18 +115,14 @@ def _protos(opset: int) -> tuple[bytes, ...]:
 
 
 def add_functions(model: ir.Model) -> None:
-    """Give `model` the functions, in its own opset: ONNX wants the two to be equal.
-
-    Args:
-        model: changed in place; its opset is 18 or newer.
-    """
+    """Give `model`, of opset 18 or newer, the functions in its own opset, as ONNX wants."""
     import onnx
     import onnx_ir as ir
 
     for data in _protos(model.opset_imports[""]):
         function = ir.serde.deserialize_function(onnx.FunctionProto.FromString(data))
         model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
+    model.opset_imports[DOMAIN] = 1
     model.ir_version = max(model.ir_version, IR_VERSION)
 
 
@@ -137,7 +130,9 @@ def call_table(
     ops: Ops, entries: ir.Value, axis: int, length: int, name: str
 ) -> Sequence[ir.Value]:
     """The outputs of FourierTable for one side of the matrix."""
-    return ops.ops(TABLE, [entries], name, TABLE_OUTPUTS, domain=DOMAIN, axis=axis, length=length)
+    return ops.ops(
+        "FourierTable", [entries], name, TABLE_OUTPUTS, domain=DOMAIN, axis=axis, length=length
+    )
 
 
 def call_delta(
@@ -159,7 +154,7 @@ def call_delta(
         name: of the new node.
     """
     rows, columns = reversed(tables) if site.transposed else tables
-    delta = ops.op(DELTA, [spectrum, scaling, *rows, *columns], name, domain=DOMAIN)
+    delta = ops.op("FourierDelta", [spectrum, scaling, *rows, *columns], name, domain=DOMAIN)
     if site.start is None:
         return delta
     pads = np.zeros((2, 2), np.int64)

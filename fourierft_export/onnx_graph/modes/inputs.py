@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...bundle.file import Bundle
 from ...bundle.fingerprint import fingerprint
 from ...bundle.spec import Fingerprint
 from ...types import Array
 from ..feeds import base_feeds, full_feeds
-from ..graph.ops import Ops, constant_value
-from ..graph.source import Source, constant_of
-from ..interface import BASE_PREFIX, Group, Interface, Saved, group_layers
+from ..graph.ops import Ops, constant_value, free_name, used_names
+from ..graph.source import constant_of
+from ..interface import BASE_PREFIX, PREFIX, Group, Interface, Saved, group_layers
 from ..locate.content import compare_site, part_of
 from ..locate.saved import Place
-from ..locate.site import Site, Wanted
+from ..locate.site import Wanted
 from ..mode_names import DEFAULTS
+from .plan import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,47 +42,38 @@ class AdapterInputs:
     base: Mapping[str, Array]
 
 
-def adapter_inputs(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    sites: Mapping[str, Sequence[Site]],
-    saved: Mapping[str, Sequence[Place]],
-    *,
-    defaults: str = DEFAULTS[0],
-    absent: Container[str] = (),
-) -> AdapterInputs:
+def adapter_inputs(plan: Plan) -> AdapterInputs:
     """The inputs for these adapters, and for any other with the same layers.
 
-    Args:
-        source, adapters, sites, saved: as in `merged.write`; layers may be quantised.
-        defaults: one of `mode_names.DEFAULTS`.
-        absent: saved tensors that the base lacks.
-
     Raises:
-        BaseMismatchError: an adapter lacks tensors of `absent`.
+        BaseMismatchError: an adapter lacks tensors that the base lacks, too.
     """
+    source, graph = plan.source, plan.source.model.graph
     places: dict[str, list[Place]] = {}
     base: dict[str, Array] = {}
-    for name in sorted(saved):
-        for place in saved[name]:
+    for name in sorted(plan.saved):
+        for place in plan.saved[name]:
             array = source.read_constant(place.value)
             base[name] = array.T if place.transposed else array
             value = source.isolate_constant(place.value, place.uses)
             places.setdefault(name, []).append(Place(value, place.uses, place.transposed))
+        kept = graph.initializers.get(name)  # other nodes keep it: its name is the input's now
+        if kept is not None and all(kept is not place.value for place in places[name]):
+            kept.name = free_name(f"{name}.base", used_names(graph))
     interface = Interface(
-        group_layers([*adapters.values()]),
-        tuple(Saved(n, array.shape, array.dtype.name, n in absent) for n, array in base.items()),
-        _fingerprints(source, adapters, sites),
+        group_layers([*plan.adapters.values()]),
+        tuple(
+            Saved(n, array.shape, array.dtype.name, n in plan.absent) for n, array in base.items()
+        ),
+        _fingerprints(plan),
     )
-    feeds = [full_feeds(interface, bundle, base) for bundle in adapters.values()]
-    if defaults != DEFAULTS[0]:
+    feeds = [full_feeds(interface, bundle, base) for bundle in plan.adapters.values()]
+    if plan.defaults != DEFAULTS[0]:
         feeds = [base_feeds(interface.groups) | base]
     return AdapterInputs(interface, feeds, places, base)
 
 
-def _fingerprints(
-    source: Source, adapters: Mapping[str, Bundle], sites: Mapping[str, Sequence[Site]]
-) -> dict[str, Fingerprint]:
+def _fingerprints(plan: Plan) -> dict[str, Fingerprint]:
     """The base weights' fingerprints, by which adapters that come later are checked.
 
     An adapter's own where it was trained on the graph's weight (in any precision), else that of the
@@ -90,19 +81,19 @@ def _fingerprints(
     like pass the check. Quantised weights that no adapter was trained on have none.
     """
     wanted: dict[str, dict[Wanted, None]] = {}
-    for bundle in adapters.values():
+    for bundle in plan.adapters.values():
         for one in bundle.layers:
             want = Wanted(one.name, one.shape, one.fan_in_fan_out, one.fingerprint)
             wanted.setdefault(one.name, {})[want] = None
     prints: dict[str, Fingerprint] = {}
-    for name, several in sites.items():
+    for name, several in plan.sites.items():
         for want in wanted.get(name, ()):
-            verdicts = {compare_site(source, site, want) for site in several}
+            verdicts = {compare_site(plan.source, site, want) for site in several}
             if want.fingerprint is not None and "different" not in verdicts:
                 prints.setdefault(name, want.fingerprint)
         site, tensor = several[0], constant_of(several[0].value)
         if name not in prints and not site.quantised and tensor is not None:
-            weight = source.read(tensor)
+            weight = plan.source.read(tensor)
             weight = part_of(weight, site.transposed, site.start, site.shape[0])
             stored_so = any(want.transposed for want in wanted.get(name, ()))
             prints[name] = fingerprint(weight if site.transposed == stored_so else weight.T)
@@ -113,10 +104,10 @@ def group_inputs(
     ops: Ops, group: Group, defaults: Mapping[str, Array], before: Sequence[str] = ()
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The three inputs of a group; `before` are symbolic sizes in front of the group's own."""
-    count = len(group.layers)
+    count, size = len(group.layers), f"{PREFIX}n.{group.index}"
     shapes: tuple[tuple[str, list[int | str]], ...] = (
-        (group.spectrum, [*before, count, group.size]),
-        (group.entries, [*before, group.size, 2]),
+        (group.spectrum, [*before, count, size]),
+        (group.entries, [*before, size, 2]),
         (group.scaling, [*before, count]),
     )
     spectrum, entries, scaling = (
@@ -125,10 +116,10 @@ def group_inputs(
     return spectrum, entries, scaling
 
 
-def saved_inputs(ops: Ops, inputs: AdapterInputs) -> None:
+def write_saved_inputs(ops: Ops, inputs: AdapterInputs, written: Written) -> None:
     """Make saved tensors inputs under their own names, in the layout of the adapter.
 
-    The base's own are kept as constants, too, where the defaults differ from them.
+    The base's own are kept as constants, too, where an adapter's are the defaults.
     """
     for tensor in inputs.interface.saved:
         places = inputs.places[tensor.name]
@@ -137,6 +128,7 @@ def saved_inputs(ops: Ops, inputs: AdapterInputs) -> None:
             take_out(ops, place.value)
         default, base = inputs.defaults[0][tensor.name], inputs.base[tensor.name]
         value = ops.overridable(default, tensor.name)
+        written.changed[tensor.name] = [value]
         for (node, index), place in users:
             fed = value
             if place.transposed:
@@ -155,9 +147,11 @@ def take_out(ops: Ops, value: ir.Value) -> None:
         ops.graph.inputs.remove(value)
 
 
-def require_inputs(graph: ir.Graph, base: Mapping[str, Array]) -> None:
-    """Take the defaults of all inputs away; the base's saved tensors stay as constants."""
-    for value in graph.inputs:
+def require_inputs(
+    graph: ir.Graph, inputs: Collection[ir.Value], base: Mapping[str, Array]
+) -> None:
+    """Take the defaults of inputs away; the base's saved tensors stay as constants."""
+    for value in inputs:
         if graph.initializers.pop(str(value.name), None) is not None:
             value.const_value = None
             kept = BASE_PREFIX + str(value.name)

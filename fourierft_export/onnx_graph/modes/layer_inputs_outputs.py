@@ -6,7 +6,7 @@ weight stays whole, as it may be one that nothing can take apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source
 from ..locate.site import Site
 from ..locate.uses import source_of
+from .plan import Plan
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,18 +44,13 @@ class Ends:
         return value
 
 
-def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, list[Ends]]:
-    """Find each layer's x and y; layers that share one product get a y each.
-
-    Args:
-        source: the graph, which gets a Split and a Concat for each packed y; types and shapes of
-            its values are known, as far as they can be.
-        sites: layer -> its sites, also quantised ones.
+def ends_of(plan: Plan) -> dict[str, list[Ends]]:
+    """Find each layer's x and y; layers that share one product get a y each, by Split and Concat.
 
     Raises:
         UsageError: layers to whose outputs nothing can be added: all of them listed.
     """
-    every = [site for several in sites.values() for site in several]
+    source, every = plan.source, plan.every_site
     offenders = [f"{site.layer}: {why}" for site in every if (why := _obstacle(source, site))]
     if offenders:
         raise UsageError(
@@ -62,7 +58,7 @@ def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, li
             expected="layers that are a MatMul or Gemm of the main graph each",
             found=f"{len(offenders)} layers that are not",
             remedy="adapt these layers before the others are quantised"
-            if any(site.quantised for site in every)
+            if plan.has_quantised
             else "use mode merged or unmerged",
             offenders=offenders,
         )
@@ -83,7 +79,7 @@ def ends_of(source: Source, sites: Mapping[str, Sequence[Site]]) -> dict[str, li
             for site in several
             for fed, y in site.products
         ]
-        for layer, several in sites.items()
+        for layer, several in plan.sites.items()
     }
 
 

@@ -12,70 +12,48 @@ from ...bundle.file import Bundle
 from ...errors import BadInputError, UsageError
 from ...types import Array
 from ..adapters import adapted_weight, layer_terms
-from ..graph.source import Source, constant_of
-from ..locate.saved import Place
+from ..graph.source import constant_of
 from ..locate.site import Site
-from ..metadata import Written
+from .plan import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def write(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    sites: Mapping[str, Sequence[Site]],
-    saved: Mapping[str, Sequence[Place]],
-) -> Written:
+def write(plan: Plan) -> Written:
     """Add every adapter's change to the weights, and put its saved tensors in place.
-
-    Args:
-        source: the graph, which is changed in place.
-        adapters: adapter name -> bundle, bound to the graph; they add up.
-        sites: layer -> its float weights.
-        saved: saved tensor -> its places.
 
     Raises:
         UsageError: two adapters have different values for one saved tensor.
         BadInputError: a value that the graph's dtype cannot hold.
     """
-    put_saved(source, adapters, saved)
-    written = Written()
+    source, written = plan.source, put_saved(plan)
     groups: dict[ir.Value, list[Site]] = {}
-    copies: dict[tuple[ir.Value, tuple[tuple[ir.Node, int], ...]], ir.Value] = {}
-    for several in sites.values():
-        for site in several:
-            value = site.value
-            if (
-                site.shared
-            ):  # other nodes keep the base's weight; parts of a packed one share a copy
-                key = value, site.consumers
-                if key not in copies:
-                    copies[key] = source.isolate_constant(value, site.consumers)
-                value = copies[key]
-            groups.setdefault(value, []).append(site)
-            written.add(site.layer, str(value.name), site.transposed, value)
+    copies: dict[object, ir.Value] = {}
+    for site in plan.every_site:
+        value = site.value
+        if site.shared:  # other nodes keep the base's weight; parts of a packed one share a copy
+            key = value, site.consumers
+            if key not in copies:
+                copies[key] = source.isolate_constant(value, site.consumers)
+            value = copies[key]
+        groups.setdefault(value, []).append(site)
+        written.add_weight(site, str(value.name), value)
     for value, group in groups.items():
         tensor = constant_of(value)
         if tensor is None:
             raise ValueError(f"{value.name} is no constant")
-        make = partial(_merged, source, adapters, tensor, group, str(value.name))
-        source.replace_constant(value, make)
+        source.replace_constant(value, partial(_merged, plan, tensor, group, str(value.name)))
     return written
 
 
-def _merged(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    tensor: ir.TensorProtocol,
-    group: Sequence[Site],
-    name: str,
-) -> Array:
+def _merged(plan: Plan, tensor: ir.TensorProtocol, group: Sequence[Site], name: str) -> Array:
     """A constant with the changes of all layers in it."""
     parts = {site.layer: site.rows for site in group}
-    terms = {layer: [*layer_terms(adapters, layer).values()] for layer in parts}
+    terms = {layer: [*layer_terms(plan.adapters, layer).values()] for layer in parts}
+    base = plan.source.read(tensor)
     with np.errstate(over="ignore"):  # judged by its result
-        total = adapted_weight(source.read(tensor), parts, terms, transposed=group[0].transposed)
+        total = adapted_weight(base, parts, terms, transposed=group[0].transposed)
     if not np.isfinite(total).all():
         raise BadInputError(
             f"weight {name}",
@@ -86,20 +64,29 @@ def _merged(
     return total
 
 
-def put_saved(
-    source: Source, adapters: Mapping[str, Bundle], saved: Mapping[str, Sequence[Place]]
-) -> None:
+def put_saved(plan: Plan) -> Written:
     """Replace the graph's heads and biases by the adapters' own.
 
     Raises:
         UsageError, BadInputError: as in `write`.
     """
-    wanted = saved_values(adapters)
-    for key, places in saved.items():
+    written, wanted = Written(), saved_values(plan.adapters)
+    for key, places in plan.saved.items():
         for place in places:
-            value = source.isolate_constant(place.value, place.uses)
-            content = _cast(wanted[key].T if place.transposed else wanted[key], value, key)
-            source.replace_constant(value, lambda content=content: content)  # type: ignore[misc]
+            value = plan.source.isolate_constant(place.value, place.uses)
+            tensor = constant_of(value)
+            if tensor is None:
+                raise ValueError(f"{value.name} is no constant")
+            with np.errstate(over="ignore"):
+                own = wanted[key].T if place.transposed else wanted[key]
+                content = own.astype(tensor.dtype.numpy())
+            if not np.isfinite(content.astype(np.float32)).all():
+                raise BadInputError(
+                    key, expected=f"values that {content.dtype} holds", found="larger ones"
+                )
+            plan.source.replace_constant(value, lambda content=content: content)  # type: ignore[misc]
+            written.changed.setdefault(key, []).append(value)
+    return written
 
 
 def saved_values(adapters: Mapping[str, Bundle]) -> dict[str, Array]:
@@ -120,14 +107,3 @@ def saved_values(adapters: Mapping[str, Bundle]) -> dict[str, Array]:
                 )
             wanted[key] = array
     return wanted
-
-
-def _cast(array: Array, value: ir.Value, name: str) -> Array:
-    tensor = constant_of(value)
-    if tensor is None:
-        raise ValueError(f"{value.name} is no constant")
-    with np.errstate(over="ignore"):
-        cast = array.astype(tensor.dtype.numpy())
-    if not np.isfinite(cast.astype(np.float32)).all():
-        raise BadInputError(name, expected=f"values that {cast.dtype} holds", found="larger ones")
-    return cast

@@ -7,89 +7,85 @@ the first graph takes it. Saved heads and biases go straight to the first graph.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ...bundle.file import Bundle
 from ...types import Array
 from ..adapters import adapted_weight, layer_terms
 from ..graph.ops import FLOAT32, Ops
-from ..graph.source import Source
-from ..locate.saved import Place
 from ..locate.site import Site
-from ..metadata import Written
 from ..mode_names import DEFAULTS
 from . import functions
-from .inputs import AdapterInputs, adapter_inputs, group_inputs, saved_inputs, take_out
+from .inputs import AdapterInputs, adapter_inputs, group_inputs, take_out, write_saved_inputs
+from .plan import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 INPUTS_IR_VERSION = 4  # the first whose inputs may have defaults
 EXPANDER_OPSET = 18
-SIDES = ("rows", "columns")
 
 
-def write(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    sites: Mapping[str, Sequence[Site]],
-    saved: Mapping[str, Sequence[Place]],
-    *,
-    defaults: str = DEFAULTS[0],
-    absent: Container[str] = (),
-) -> Written:
+class _Weight(NamedTuple):
+    """A weight that becomes an input: the layers in it, the base's values, and its name."""
+
+    sites: Sequence[Site]
+    base: Array
+    name: str
+
+
+def write(plan: Plan) -> Written:
     """Make inputs of the adapted weights, and the graph that turns an adapter into them.
 
     A packed weight is one input, in which every layer has its part.
 
-    Args, Raises: as in `swappable.write`, but the graph may be of any opset.
+    Raises:
+        BaseMismatchError: as in `adapter_inputs`.
     """
-    model = source.model
-    inputs = adapter_inputs(source, adapters, sites, saved, defaults=defaults, absent=absent)
+    source, model = plan.source, plan.source.model
+    inputs = adapter_inputs(plan)
     written = Written(interface=inputs.interface, base=inputs.base)
     ops = Ops(model.graph)
-    saved_inputs(ops, inputs)
+    write_saved_inputs(ops, inputs, written)
     packed: dict[object, list[Site]] = {}
-    for several in sites.values():
-        for site in several:
-            packed.setdefault((site.value, site.consumers), []).append(site)
+    for site in plan.every_site:
+        packed.setdefault((site.value, site.consumers), []).append(site)
     weights = []
     for group in packed.values():
-        first, parts = group[0], {site.layer: site.rows for site in group}
+        first = group[0]
         base = source.read_constant(first.value)
         held = source.isolate_constant(first.value, first.consumers)
         name, users = str(held.name), tuple(held.uses())
         take_out(ops, held)
         name = ops.free(f"{first.layer}.weight" if first.start is None else name)
+        with_adapter = plan.defaults == DEFAULTS[0]
         terms = {
-            layer: [*layer_terms(adapters, layer).values()] if defaults == DEFAULTS[0] else []
-            for layer in parts
+            site.layer: [*layer_terms(plan.adapters, site.layer).values()] if with_adapter else []
+            for site in group
         }
+        parts = {site.layer: site.rows for site in group}
         content = adapted_weight(base, parts, terms, transposed=first.transposed)
         value = ops.overridable(content, name)
         for node, index in users:
             node.replace_input_with(index, value)
-        weights.append((group, base, name))
+        weights.append(_Weight(group, base, name))
         for site in group:
-            written.add(site.layer, name, site.transposed, value, site.start)
+            written.add_weight(site, name, value, site.start)
     ops.finish()
     model.ir_version = max(model.ir_version, INPUTS_IR_VERSION)
-    written.expander = _expander(weights, inputs, source)
+    written.expander = _expander(plan, weights, inputs)
     return written
 
 
-def _expander(
-    weights: Sequence[tuple[Sequence[Site], Array, str]], inputs: AdapterInputs, source: Source
-) -> ir.Model:
-    """The graph that turns an adapter into these weights: (sites in it, base, name) each."""
+def _expander(plan: Plan, weights: Sequence[_Weight], inputs: AdapterInputs) -> ir.Model:
+    """The graph that turns an adapter into these weights."""
     import onnx_ir as ir
 
-    opset = max(source.opset, EXPANDER_OPSET)
+    opset = max(plan.source.opset, EXPANDER_OPSET)
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name="expander")
-    version = source.model.ir_version
+    version = plan.source.model.ir_version
     model = ir.Model(graph, ir_version=version, producer_name="fourierft_export")
     functions.add_functions(model)
     ops = Ops(graph)
@@ -98,10 +94,8 @@ def _expander(
     for group in inputs.interface.groups:
         spectrum, entries, scaling = group_inputs(ops, group, inputs.defaults[0])
         tables = [
-            functions.call_table(ops, entries, axis, length, f"{group.entries}.{side}")
-            for axis, (length, side) in enumerate(
-                zip(group.shape, ("rows", "columns"), strict=True)
-            )
+            functions.call_table(ops, entries, axis, group.shape[axis], f"{group.entries}.{side}")
+            for axis, side in enumerate(("rows", "columns"))
         ]
         made |= {layer: (row, spectrum, scaling, tables) for row, layer in enumerate(group.layers)}
         for sites, base, name in weights:

@@ -37,9 +37,6 @@ def float_heads(
         saved: names of the adapters' saved tensors.
         bridge: from the adapter's paths to the graph's.
 
-    Returns:
-        Those of `linears` that were made float.
-
     Raises:
         BaseMismatchError: listing those whose form is not understood.
     """
@@ -55,11 +52,14 @@ def float_heads(
         }
         for kind in ("weight", "bias")
     )
-    unknown = [
-        f"{name}: {one.weight} is quantised ({one.kind}) in a form that is not understood"
-        for one, name in heads.items()
-        if one.dequantised is None or one.scale is None
-    ]
+    ops, unknown = Ops(source.model.graph), []
+    for one, name in biases.items():
+        _float_bias(source, ops, one, name)
+    for one, name in heads.items():
+        if not _float_weight(ops, one, name):
+            unknown.append(
+                f"{name}: {one.weight} is quantised ({one.kind}) in a form that is not understood"
+            )
     if unknown:
         raise BaseMismatchError(
             source.path,
@@ -68,24 +68,18 @@ def float_heads(
             remedy="quantise the base without these layers (nodes_to_exclude)",
             offenders=unknown,
         )
-    ops = Ops(source.model.graph)
-    for one, name in biases.items():
-        _float_bias(source, ops, one, name)
-    for one, name in heads.items():
-        _float_weight(ops, one, name)
     if heads or biases:
         ops.finish()
         RemoveUnusedNodesPass()(source.model)
     return list(heads)
 
 
-def _float_weight(ops: Ops, linear: QuantisedLinear, name: str) -> None:
-    """Give x W^T + b in place of a quantised layer."""
-    if linear.dequantised is None or linear.scale is None:
-        raise ValueError(f"{linear.weight} is not understood")
-    scale, x = _constant(linear.scale), linear.fed[0].inputs[linear.fed[1]]
-    if scale is None or x is None:
-        raise ValueError(f"{linear.weight} has no constant scale, or nothing is fed to it")
+def _float_weight(ops: Ops, linear: QuantisedLinear, name: str) -> bool:
+    """Give x W^T + b in place of a quantised layer; False if its form is not understood."""
+    scale = None if linear.scale is None else _constant(linear.scale)
+    x = linear.fed[0].inputs[linear.fed[1]]
+    if linear.dequantised is None or scale is None or x is None:
+        return False
     weight = linear.dequantised()[0].T.astype(scale.dtype.numpy())
     module, old = name.removesuffix(".weight"), linear.y
     users = tuple(old.uses())
@@ -100,17 +94,18 @@ def _float_weight(ops: Ops, linear: QuantisedLinear, name: str) -> None:
     after = y if add is None else after_qdq(add.outputs[0])
     if add is not None and after is not add.outputs[0]:
         replace_uses(tuple(after.uses()), after, add.outputs[0])
+    return True
 
 
 def _float_bias(source: Source, ops: Ops, linear: QuantisedLinear, name: str) -> None:
     """The layer's bias as a float constant, if it is a dequantised one."""
-    place = linear.node, 2
-    if linear.node.op_type != "Gemm":
+    node, index = linear.node, 2
+    if node.op_type != "Gemm":
         add = only_user(linear.y, "Add")
         if add is None:
             return
-        place = add, 1 - [v is linear.y for v in add.inputs].index(True)
-    bias = place[0].inputs[place[1]] if len(place[0].inputs) > place[1] else None
+        node, index = add, 1 - [v is linear.y for v in add.inputs].index(True)
+    bias = node.inputs[index] if len(node.inputs) > index else None
     dequantise = bias.producer() if bias is not None else None
     if bias is None or dequantise is None or dequantise.op_type != "DequantizeLinear":
         return
@@ -123,7 +118,7 @@ def _float_bias(source: Source, ops: Ops, linear: QuantisedLinear, name: str) ->
     old = str(bias.name)
     bias.name = ops.free(f"{old}.quantised")
     ops.release(old)
-    place[0].replace_input_with(place[1], ops.initializer(content, name))
+    node.replace_input_with(index, ops.initializer(content, name))
 
 
 def _constant(place: tuple[ir.Node, int]) -> ir.TensorProtocol | None:

@@ -52,19 +52,43 @@ class Frequencies:
 
 
 class SideBranches:
-    """Writes side branches into one graph.
-
-    Needs opset 18 or newer in the graph.
-
-    Args:
-        ops: of the graph; nodes of all branches go through it.
-    """
+    """Writes side branches into one graph of opset 16 or newer."""
 
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
         self._transforms = Transforms(ops)
         self._int = self._transforms.integers
         self._transformed: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+
+    def add_group(
+        self,
+        group: Group,
+        tensors: tuple[ir.Value, ir.Value, ir.Value],
+        ends: Mapping[str, Sequence[Ends]],
+        batch: ir.Value | None = None,
+    ) -> dict[str, list[ir.Value]]:
+        """Add the adapter's shares to the layers of a group.
+
+        Args:
+            group: of the adapter inputs.
+            tensors: its spectrum, entries and scaling.
+            ends: layer -> where its x comes in and its y goes out.
+            batch: as in `group`.
+
+        Returns:
+            Layer -> the sums.
+        """
+        spectrum, entries, scaling = tensors
+        if group.dtype != "float32":
+            spectrum = self.ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
+        name = f"{PREFIX}group.{group.index}"
+        frequencies = self.group(spectrum, entries, scaling, group.shape, name=name, batch=batch)
+        added: dict[str, list[ir.Value]] = {layer: [] for layer in group.layers}
+        for row, layer in enumerate(group.layers):
+            for number, end in enumerate(ends[layer]):
+                name = f"{layer}.adapter" + (f".{number}" if number else "")
+                added[layer].append(self.add(frequencies, row, end.x, end.y, name=name))
+        return added
 
     def group(
         self,
@@ -90,12 +114,7 @@ class SideBranches:
         axis = self._int([-1], "last")
         scaled = op("Mul", [spectrum, op("Unsqueeze", [scaling, axis], f"{name}.s")], f"{name}.c")
         u, v = (
-            op(
-                "Gather",
-                [entries, self._int(i, f"axis{i}")],
-                f"{name}.{'uv'[i]}",
-                axis=-1,
-            )
+            op("Gather", [entries, self._int(i, f"axis{i}")], f"{name}.{'uv'[i]}", axis=-1)
             for i in (0, 1)
         )
         if not is_dense(shape):
@@ -106,50 +125,15 @@ class SideBranches:
         )
         even = op("Equal", [u_mirrored, v_mirrored], f"{name}.even")
         # The sum starts with minus sin sin.
-        signs = (self._float(x, f"sign{x:.0f}") for x in (-1.0, 1.0))
+        signs = (
+            self.ops.constant(np.array(x, np.float32), f"fourier.sign{x:.0f}") for x in (-1.0, 1.0)
+        )
         sign = op("Where", [even, *signs], f"{name}.sign")
         if batch is not None:
             sign = op("Unsqueeze", [sign, self._int([1], "layer_axis")], f"{name}.signs")
         sine = op("Mul", [scaled, sign], f"{name}.signed")
         start = op("Mul", [v, self._int(rows // 2 + 1, f"half{rows}")], f"{name}.row")
         return Frequencies(shape, scaled, sine, None, op("Add", [start, u], f"{name}.place"), batch)
-
-    def add_group(
-        self,
-        group: Group,
-        tensors: tuple[ir.Value, ir.Value, ir.Value],
-        ends: Mapping[str, Sequence[Ends]],
-        batch: ir.Value | None = None,
-    ) -> dict[str, list[ir.Value]]:
-        """Add the adapter's shares to the layers of a group.
-
-        Args:
-            group: of the adapter inputs.
-            tensors: its spectrum, entries and scaling, with `batch` as in `group`.
-            ends: layer -> where its x comes in and its y goes out.
-            batch: as in `group`.
-
-        Returns:
-            Layer -> the sums.
-        """
-        spectrum, entries, scaling = tensors
-        if group.dtype != "float32":
-            spectrum = self.ops.op("Cast", [spectrum], f"{group.spectrum}.float32", to=FLOAT32)
-        name = f"{PREFIX}group.{group.index}"
-        frequencies = self.group(spectrum, entries, scaling, group.shape, name=name, batch=batch)
-        return {
-            layer: [
-                self.add(
-                    frequencies,
-                    row,
-                    end.x,
-                    end.y,
-                    name=f"{layer}.adapter" + (f".{number}" if number else ""),
-                )
-                for number, end in enumerate(ends[layer])
-            ]
-            for row, layer in enumerate(group.layers)
-        }
 
     def add(
         self, frequencies: Frequencies, row: int, x: ir.Value, y: ir.Value, *, name: str
@@ -172,8 +156,8 @@ class SideBranches:
         op, users = self.ops.op, tuple(y.uses())
         dtype = y.dtype or x.dtype or ir.DataType.FLOAT
         exact = dtype == ir.DataType.FLOAT
-        transform = self._transform(frequencies, x, exact)
         index = self._int(row, f"layer{row}")
+        given = (frequencies.cosine, "cosine"), (frequencies.sine, "sine")
         even, odd = (
             self._middle(
                 frequencies,
@@ -181,11 +165,8 @@ class SideBranches:
                 op("Gather", [coefficients, index], f"{name}.{what}", axis=-2),
                 f"{name}.{what}",
             )
-            for part, coefficients, what in zip(
-                transform,
-                (frequencies.cosine, frequencies.sine),
-                ("cosine", "sine"),
-                strict=True,
+            for part, (coefficients, what) in zip(
+                self._transform(frequencies, x, exact), given, strict=True
             )
         )
         dense, rows = frequencies.read is None, frequencies.shape[0]
@@ -203,42 +184,35 @@ class SideBranches:
         """Frequencies brought to 0 .. length / 2, and which were mirrored."""
         op = self.ops.op
         other = op("Sub", [self._int(length, f"length{length}"), value], f"{name}.other")
-        return (
-            op("Min", [value, other], f"{name}.folded"),
-            op("Greater", [value, other], f"{name}.mirrored"),
-        )
+        folded = op("Min", [value, other], f"{name}.folded")
+        return folded, op("Greater", [value, other], f"{name}.mirrored")
 
     def _transform(
         self, frequencies: Frequencies, x: ir.Value, exact: bool
     ) -> tuple[ir.Value, ir.Value]:
         """The cosine and the sine transform of x over N, divided by N."""
-        op, columns, batch = self.ops.op, frequencies.shape[1], frequencies.batch
-        dense = frequencies.read is None
+        columns, batch, dense = frequencies.shape[1], frequencies.batch, frequencies.read is None
         key = x, columns, dense, batch
         if key not in self._transformed:
             name = f"{x.name}.{columns}"
             if not exact:
-                x = op("Cast", [x], f"{name}.float32", to=FLOAT32)
-            if dense and batch is not None:
-                x = self._by_row(x, batch, columns, f"{name}.rows")
-            parts = (
-                self._transforms.dense_forward(x, columns, name)
-                if dense
-                else self._transforms.two_step_forward(x, columns, name)
-            )
-            if not dense and batch is not None:
-                parts = tuple(
-                    self._by_row(part, batch, columns, f"{part.name}.rows") for part in parts
-                )
+                x = self.ops.op("Cast", [x], f"{name}.float32", to=FLOAT32)
+            if dense:
+                if batch is not None:
+                    x = self._by_row(x, batch, columns, f"{name}.rows")
+                parts = self._transforms.dense_forward(x, columns, name)
+            else:
+                parts = self._transforms.two_step_forward(x, columns, name)
+                if batch is not None:
+                    parts = [self._by_row(p, batch, columns, f"{p.name}.rows") for p in parts]
             self._transformed[key] = parts[0], parts[1]
         return self._transformed[key]
 
     def _by_row(self, value: ir.Value, batch: ir.Value, size: int, name: str) -> ir.Value:
         """[B, ..., size] or [B * ..., size] as [B, tokens, size]."""
-        op = self.ops.op
         rest = self._int([-1, size], f"tokens{size}")
-        shape = op("Concat", [batch, rest], f"{name}.shape", axis=0)
-        return op("Reshape", [value, shape], name)
+        shape = self.ops.op("Concat", [batch, rest], f"{name}.shape", axis=0)
+        return self.ops.op("Reshape", [value, shape], name)
 
     def _middle(
         self, frequencies: Frequencies, part: ir.Value, coefficients: ir.Value, name: str
@@ -252,12 +226,9 @@ class SideBranches:
                 count = op("Concat", [batch, count], f"{name}.places", axis=0)
             zeros = op("ConstantOfShape", [count], f"{name}.zeros")
             matrix = self._added(zeros, frequencies.write, coefficients, f"{name}.scattered")
-            shape = [height, width] if batch is None else [-1, height, width]
-            matrix = op(
-                "Reshape",
-                [matrix, self._int(shape, f"matrix{height}x{width}")],
-                f"{name}.matrix",
-            )
+            sizes = [height, width] if batch is None else [-1, height, width]
+            shape = self._int(sizes, f"matrix{height}x{width}")
+            matrix = op("Reshape", [matrix, shape], f"{name}.matrix")
             return op("MatMul", [part, matrix], f"{name}.bins")
         read, write = frequencies.read, frequencies.write
         tokens = op("Shape", [part], f"{name}.tokens", end=-1)
@@ -274,20 +245,11 @@ class SideBranches:
             places = op("Expand", [read, every], f"{name}.places")
             values = op("GatherElements", [part, places], f"{name}.read", axis=2)
         scaled = op("Mul", [values, coefficients], f"{name}.scaled")
-        size = op(
-            "Concat",
-            [tokens, self._int([rows], f"rows{rows}")],
-            f"{name}.size",
-            axis=0,
-        )
+        size = op("Concat", [tokens, self._int([rows], f"rows{rows}")], f"{name}.size", axis=0)
         zeros = op("ConstantOfShape", [size], f"{name}.zeros")
-        return self._added(
-            zeros, op("Expand", [write, every], f"{name}.write"), scaled, f"{name}.bins"
-        )
+        places = op("Expand", [write, every], f"{name}.write")
+        return self._added(zeros, places, scaled, f"{name}.bins")
 
     def _added(self, to: ir.Value, places: ir.Value, values: ir.Value, name: str) -> ir.Value:
         """Two entries may fall on one place: they add up."""
         return self.ops.op("ScatterElements", [to, places, values], name, axis=-1, reduction="add")
-
-    def _float(self, content: float, name: str) -> ir.Value:
-        return self.ops.constant(np.array(content, dtype=np.float32), f"fourier.{name}")

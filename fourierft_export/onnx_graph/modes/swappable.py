@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...bundle.file import Bundle
 from ..graph.ops import Ops
-from ..graph.source import Source
-from ..locate.saved import Place
-from ..locate.site import Site
-from ..metadata import Written
-from ..mode_names import DEFAULTS
-from .inputs import AdapterInputs, adapter_inputs, group_inputs, saved_inputs
+from .inputs import AdapterInputs, adapter_inputs, group_inputs, write_saved_inputs
 from .layer_inputs_outputs import ends_of
+from .plan import Plan, Written
 from .side_branch import SideBranches
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def write(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    sites: Mapping[str, Sequence[Site]],
-    saved: Mapping[str, Sequence[Place]],
-    *,
-    defaults: str = DEFAULTS[0],
-    absent: Container[str] = (),
-) -> Written:
+def write(plan: Plan) -> Written:
     """Give a graph inputs for an adapter, and add what they say to its linear layers.
-
-    Args:
-        source: the graph, of opset 18 or newer; changed in place.
-        adapters: one adapter, bound to the graph.
-        sites: layer -> its sites, also quantised ones.
-        saved: saved tensor -> its places.
-        defaults, absent: as in `adapter_inputs`.
 
     Raises:
         UsageError: layers to whose outputs nothing can be added.
         BaseMismatchError: as in `adapter_inputs`.
     """
-    ends = ends_of(source, sites)
-    inputs = adapter_inputs(source, adapters, sites, saved, defaults=defaults, absent=absent)
-    written = written_beside(inputs, sites)
-    ops = Ops(source.model.graph)
-    saved_inputs(ops, inputs)
+    ends = ends_of(plan)
+    inputs = adapter_inputs(plan)
+    written = written_beside(plan, inputs)
+    ops = Ops(plan.source.model.graph)
+    write_saved_inputs(ops, inputs, written)
     branches = SideBranches(ops)
     for group in inputs.interface.groups:
         tensors = group_inputs(ops, group, inputs.defaults[0])
@@ -55,13 +34,13 @@ def write(
     return written
 
 
-def written_beside(inputs: AdapterInputs, sites: Mapping[str, Sequence[Site]]) -> Written:
+def written_beside(plan: Plan, inputs: AdapterInputs) -> Written:
     """What is known of a graph whose weights stay: where they are."""
     written = Written(interface=inputs.interface, base=inputs.base)
-    for layer, several in sites.items():
-        for site in several:
-            if not site.quantised and site.value.is_initializer():
-                written.add(layer, site.name, site.transposed, None)
+    for site in plan.every_site:
+        if not site.quantised and site.value.is_initializer():
+            place = site.name, site.transposed, None
+            written.weights.setdefault(site.layer, []).append(place)
     return written
 
 

@@ -11,16 +11,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ...types import Array
 from ..graph.ops import Ops
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 # Measured in ONNX Runtime, 1 to 512 tokens, n 1000.
 MAX_DENSE = 1024
@@ -37,14 +33,14 @@ def factors(length: int) -> tuple[int, int]:
     return a, length // a
 
 
-def _angles(products: npt.NDArray[np.int64], length: int) -> Float64:
+def _angles(products: Array, length: int) -> Array:
     """Phases are reduced as integers: angles built in float32 would cost two digits."""
-    angles: Float64 = (2 * np.pi / length) * (products % length).astype(np.float64)
+    angles: Array = (2 * np.pi / length) * (products % length).astype(np.float64)
     return angles
 
 
 @lru_cache(maxsize=8)
-def dense_table(length: int) -> Float32:
+def dense_table(length: int) -> Array:
     """[length, 2 (length // 2 + 1)]: cosines, then sines, of 2 pi f q / length, over length."""
     positions = np.arange(length, dtype=np.int64)
     angles = _angles(np.outer(positions, positions[: length // 2 + 1]), length)
@@ -52,8 +48,8 @@ def dense_table(length: int) -> Float32:
 
 
 @lru_cache(maxsize=8)
-def two_step_tables(length: int) -> tuple[Float32, Float32]:
-    """Tables of the transform sum_q x_q exp(2 pi i v q / length) / length, in two steps.
+def two_step_tables(length: int) -> tuple[Array, Array]:
+    """Float32 tables of sum_q x_q exp(2 pi i v q / length) / length, in two steps.
 
     Returns:
         [2 a, 2 a] for the sums over q1 of complex numbers (real rows first: a real x needs the
@@ -61,27 +57,21 @@ def two_step_tables(length: int) -> tuple[Float32, Float32]:
     """
     a, b = factors(length)
     one, two = np.arange(a, dtype=np.int64), np.arange(b, dtype=np.int64)
-    angles = _angles(np.outer(one, one), a)
-    first = _complex_matrix(angles) / length
+    first = _complex_matrix(_angles(np.outer(one, one), a)) / length
     # v1 q2 + a v2 q2, as [v1, q2, v2]
     products = two[None, :, None] * (one[:, None, None] + a * two[None, None, :])
     return first.astype(np.float32), _complex_matrix(_angles(products, length)).astype(np.float32)
 
 
-def _complex_matrix(angles: Float64) -> Float64:
+def _complex_matrix(angles: Array) -> Array:
     """exp(i angles) as a real matrix that rows (real, imaginary) are multiplied with."""
     cosine, sine = np.cos(angles), np.sin(angles)
     real, imaginary = (np.concatenate(pair, axis=-1) for pair in ((cosine, sine), (-sine, cosine)))
-    matrix: Float64 = np.concatenate([real, imaginary], axis=-2)
-    return matrix
+    return np.concatenate([real, imaginary], axis=-2)
 
 
 class Transforms:
-    """Writes transforms into one graph.
-
-    Args:
-        ops: of the graph.
-    """
+    """Writes transforms into one graph."""
 
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
@@ -91,13 +81,8 @@ class Transforms:
         table = self.ops.constant(dense_table(length), f"fourier.forward.{length}")
         both = self.ops.op("MatMul", [x, table], f"{name}.transform")
         half = length // 2 + 1
-        return self.ops.ops(
-            "Split",
-            [both, self.integers([half, half], f"halves{half}")],
-            f"{name}.parts",
-            2,
-            axis=-1,
-        )
+        sizes = self.integers([half, half], f"halves{half}")
+        return self.ops.ops("Split", [both, sizes], f"{name}.parts", 2, axis=-1)
 
     def dense_inverse(self, even: ir.Value, odd: ir.Value, length: int, name: str) -> ir.Value:
         """Both parts (..., M/2 + 1) to (..., M)."""
@@ -107,50 +92,45 @@ class Transforms:
 
     def two_step_forward(self, x: ir.Value, length: int, name: str) -> Sequence[ir.Value]:
         """Index q = q1 b + q2 to v = v1 + a v2; real in, both parts (tokens, N) out."""
-        a, b = factors(length)
+        op, (a, b) = self.ops.op, factors(length)
         first, second = two_step_tables(length)
         x = self._reshape(x, [-1, a, b], f"{name}.split")
-        x = self.ops.op("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])
+        x = op("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])
         result = self._two_steps(x, length, first[:a], second, name)
         result = self._reshape(result, [a, -1, 2, b], f"{name}.complex")
-        result = self.ops.op("Transpose", [result], f"{name}.ordered", perm=[2, 1, 3, 0])
+        result = op("Transpose", [result], f"{name}.ordered", perm=[2, 1, 3, 0])
         result = self._reshape(result, [2, -1, length], f"{name}.transform")
         return [
-            self.ops.op("Gather", [result, self.integers(i, f"axis{i}")], f"{name}.{what}", axis=0)
+            op("Gather", [result, self.integers(i, f"axis{i}")], f"{name}.{what}", axis=0)
             for i, what in enumerate(("cosine", "sine"))
         ]
 
     def two_step_inverse(self, even: ir.Value, odd: ir.Value, length: int, name: str) -> ir.Value:
         """Complex in, the real part out; tokens flattened."""
-        a, b = factors(length)
+        op, (a, b) = self.ops.op, factors(length)
         first, second = two_step_tables(length)
         axis = self.integers([0], "first")
-        bins = self.ops.op(
-            "Concat",
-            [self.ops.op("Unsqueeze", [part, axis], f"{part.name}.part") for part in (even, odd)],
-            f"{name}.both",
-            axis=0,
-        )
+        parts = [op("Unsqueeze", [part, axis], f"{part.name}.part") for part in (even, odd)]
+        bins = op("Concat", parts, f"{name}.both", axis=0)
         bins = self._reshape(bins, [2, -1, a, b], f"{name}.split")
-        bins = self.ops.op("Transpose", [bins], f"{name}.turned", perm=[1, 3, 0, 2])
+        bins = op("Transpose", [bins], f"{name}.turned", perm=[1, 3, 0, 2])
         bins = self._reshape(bins, [-1, b, 2 * a], f"{name}.rows")
         result = self._two_steps(bins, length, first, second[:, :, :b], name)
-        return self.ops.op("Transpose", [result], f"{name}.delta", perm=[1, 2, 0])
+        return op("Transpose", [result], f"{name}.delta", perm=[1, 2, 0])
 
     def _two_steps(
-        self, x: ir.Value, length: int, first: Float32, second: Float32, name: str
+        self, x: ir.Value, length: int, first: Array, second: Array, name: str
     ) -> ir.Value:
         """(tokens, b, a or 2 a) to (a, tokens, 2 b or b)."""
-        a, b = factors(length)
+        op, (a, b) = self.ops.op, factors(length)
         kind = f"{length}.{first.shape[0]}"
-        x = self.ops.op(
-            "MatMul", [x, self.ops.constant(first, f"fourier.first.{kind}")], f"{name}.first"
-        )
+        x = op("MatMul", [x, self.ops.constant(first, f"fourier.first.{kind}")], f"{name}.first")
         x = self._reshape(x, [-1, b, 2, a], f"{name}.first_complex")
-        x = self.ops.op("Transpose", [x], f"{name}.first_turned", perm=[3, 0, 2, 1])
+        x = op("Transpose", [x], f"{name}.first_turned", perm=[3, 0, 2, 1])
         x = self._reshape(x, [a, -1, 2 * b], f"{name}.first_rows")
-        table = self.ops.constant(second, f"fourier.second.{kind}")
-        return self.ops.op("MatMul", [x, table], f"{name}.second")
+        return op(
+            "MatMul", [x, self.ops.constant(second, f"fourier.second.{kind}")], f"{name}.second"
+        )
 
     def _reshape(self, value: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
         target = self.integers(shape, "shape." + "x".join(map(str, shape)))

@@ -9,63 +9,53 @@ its tensors are constants.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...bundle.file import Bundle
 from ...spectral.delta import Term
-from ...types import Array
 from ..adapters import layer_terms
 from ..graph.ops import FLOAT32, Ops
-from ..graph.source import Source
-from ..locate.saved import Place
 from ..locate.site import Site
-from ..metadata import Written
 from . import functions, swappable
 from .merged import put_saved
+from .plan import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def write(
-    source: Source,
-    adapters: Mapping[str, Bundle],
-    sites: Mapping[str, Sequence[Site]],
-    saved: Mapping[str, Sequence[Place]],
-) -> Written:
+def write(plan: Plan) -> Written:
     """Feed the users of each W the sum W + delta_W, which the graph rebuilds.
 
     The adapter's tensors are the initializers `LAYER.spectrum`, `.entries` and `.scaling`, of
     several adapters `LAYER.ADAPTER.spectrum` and so on.
-
-    Args, Raises: as in `merged.write`; with quantised layers as in `swappable.write`.
     """
-    put_saved(source, adapters, saved)
-    if any(site.quantised for several in sites.values() for site in several):
-        written = swappable.write(source, adapters, sites, {})
-        swappable.make_constant(source.model.graph, written)
-        return written
-    model = source.model
-    functions.add_functions(model)
-    writer = _Writer(source, several=len(adapters) > 1)
-    for layer, several in sites.items():
-        terms = layer_terms(adapters, layer)
+    written = put_saved(plan)
+    if plan.has_quantised:
+        branches = swappable.write(replace(plan, saved={}))
+        swappable.make_constant(plan.source.model.graph, branches)
+        branches.changed |= written.changed
+        return branches
+    functions.add_functions(plan.source.model)
+    writer = _Writer(plan, written)
+    for layer, several in plan.sites.items():
+        terms = layer_terms(plan.adapters, layer)
         for site in several:
             writer.feed(site, terms)
     writer.ops.finish()
-    return writer.written
+    return written
 
 
 class _Writer:
     """Adds the sums to one graph."""
 
-    def __init__(self, source: Source, several: bool) -> None:
-        self.source = source
-        self.ops = Ops(source.model.graph, ahead=True)
-        self.several = several
-        self.written = Written()
+    def __init__(self, plan: Plan, written: Written) -> None:
+        self.source = plan.source
+        self.ops = Ops(plan.source.model.graph, ahead=True)
+        self.several = len(plan.adapters) > 1
+        self.written = written
         self.tables: dict[tuple[str, int, int], Sequence[ir.Value]] = {}
         self.inputs: dict[tuple[str, str], dict[str, ir.Value]] = {}
         self.names: dict[tuple[object, ...], str] = {}  # constant and consumers -> initializer
@@ -82,10 +72,8 @@ class _Writer:
             if weight.graph is not self.ops.graph or not weight.is_initializer():
                 weight = self.source.isolate_constant(weight, site.consumers)
             self.names[key] = str(weight.name)
-        name = f"{site.layer}.weight"
+        start, name, exact = weight, f"{site.layer}.weight", weight.dtype == ir.DataType.FLOAT
         deltas = [self._delta(site, adapter, term) for adapter, term in terms.items()]
-        exact = weight.dtype == ir.DataType.FLOAT
-        start = weight
         if not exact:
             start = self.ops.op("Cast", [weight], f"{name}.float32", to=FLOAT32)
         total = self.ops.op("Sum", [start, *deltas], f"{name}.adapted")
@@ -94,7 +82,7 @@ class _Writer:
         total.type, total.shape = weight.type, weight.shape
         for node, index in site.consumers:
             node.replace_input_with(index, total)
-        self.written.add(site.layer, self.names[key], site.transposed, total)
+        self.written.add_weight(site, self.names[key], total)
 
     def _delta(self, site: Site, adapter: str, term: Term) -> ir.Value:
         """delta_W of one adapter, as it is added to the site's weight."""
@@ -110,10 +98,12 @@ class _Writer:
         key = layer, adapter
         if key not in self.inputs:
             entries = np.ascontiguousarray(term.entries, dtype=np.int64)
-            scaling = np.array(term.scaling, np.float32)
+            scaling, spectrum = np.array(term.scaling, np.float32), term.spectrum
+            if spectrum.dtype.name == "bfloat16":  # few tools read it; float32 holds it exactly
+                spectrum = spectrum.astype(np.float32)
             made = {
                 "entries": self.ops.constant(entries, f"{prefix}.entries"),
-                "spectrum": self.ops.initializer(_storable(term.spectrum), f"{prefix}.spectrum"),
+                "spectrum": self.ops.initializer(spectrum, f"{prefix}.spectrum"),
                 "scaling": self.ops.initializer(scaling, f"{prefix}.scaling"),
             }
             self.inputs[key] = made
@@ -127,8 +117,3 @@ class _Writer:
             name = f"{entries.name}.{'columns' if axis else 'rows'}.{length}"
             self.tables[key] = functions.call_table(self.ops, entries, axis, length, name)
         return self.tables[key]
-
-
-def _storable(spectrum: Array) -> Array:
-    """A spectrum as the graph holds it: bfloat16, which few tools read, becomes float32 (exact)."""
-    return spectrum.astype(np.float32) if spectrum.dtype.name == "bfloat16" else spectrum

@@ -14,8 +14,7 @@ from ...errors import BadInputError, UsageError
 from ...types import Array
 from ..feeds import feed_bundle
 from ..graph.source import Source, open_onnx
-from ..interface import BASE_PREFIX, Interface, WeightInput
-from ..metadata import KEY
+from ..interface import BASE_PREFIX, KEY, Interface, WeightInput
 from ..mode_names import BANK, PAIRED, expander_path
 
 

@@ -20,6 +20,7 @@ from ..graph.inline import inline_functions
 from ..graph.write import write_model
 from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES, expander_path
 from ..modes.merged import saved_values
+from ..modes.plan import Plan
 from ..modes.write import check_adapter_count, check_mode, write_adapters
 from ..report import ExportReport, report_on
 from .base import replaced_tensors, tensor_of, trace_base
@@ -174,16 +175,8 @@ def export_adapters(
     with replaced_tensors(model, values):
         traced = trace_base(model, example_inputs, layers, saved, absent=absent, **tracing)
     report("write adapters", 1, 3)
-    written = write_adapters(
-        traced.source,
-        mode,
-        adapters,
-        traced.sites,
-        traced.saved,
-        sources=sources,
-        defaults=defaults,
-        absent=absent,
-    )
+    plan = Plan(traced.source, adapters, traced.sites, traced.saved, sources, defaults, absent)
+    written = write_adapters(plan, mode)
     report("save", 2, 3)
     graph = traced.source.model
     files: list[Any] = []

@@ -1,10 +1,8 @@
-"""Records in a graph's metadata where its bundles are, so that `recover_onnx` gives them back.
+"""What a file says of the adapters in it, so that a session can feed it and `recover` read it.
 
-A graph holds an adapter's numbers, but not its fingerprints, its PEFT config or the order of its
-tensors. So the metadata of an adapter gets one record, "bundle", of the bundle's file: "header",
-the file's own JSON header, and "tensors", for each tensor of the file its place: {"initializer":
-name, "offset": elements, "transposed": bool} in the graph, or {"data": base64} where the graph does
-not hold it. A stack of spectra has a list of places, one for each of its rows.
+The fields are in FORMAT.md. A graph holds an adapter's numbers, but not its fingerprints, its PEFT
+config or the order of its tensors: so the metadata has the JSON header of the bundle's file, and
+for each tensor of that file its place in the graph, or its bytes where the graph lacks it.
 """
 
 from __future__ import annotations
@@ -16,55 +14,106 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle.file import Bundle
-from ..files.container import decode_header_length, parse_header
-from ..types import Array
-from .metadata import KEY
+from ... import __version__
+from ...bundle.file import Bundle
+from ...files.container import decode_header_length, parse_header
+from ...types import Array
+from ..interface import KEY
+from ..mode_names import DEFAULTS, MERGED, UNMERGED
+from .plan import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+SCHEMA = 1
 SPECTRUM = "fourierft.spectrum."
 # Tensors that the graph does not hold go into the metadata, up to this size in all.
 MAX_INLINE_BYTES = 1 << 24
 
 
-def record_bundles(model: ir.Model, bundles: Mapping[str, Bundle], *, inputs: bool = True) -> None:
-    """Record in a graph's metadata where its bundles are; those it does not hold are left out.
+def write_metadata(plan: Plan, mode: str, written: Written) -> None:
+    """Describe the adapters in the metadata of the graph and of its expander."""
+    adapters = plan.adapters if plan.defaults == DEFAULTS[0] else {}
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "version": __version__,
+        "mode": mode,
+        "weights": {
+            layer: [
+                {"initializer": name, "transposed": transposed}
+                | ({} if start is None else {"start": start})
+                for name, transposed, start in held
+            ]
+            for layer, held in written.weights.items()
+        },
+    }
+    if written.interface is not None:
+        content["inputs"] = {**written.interface.to_dict(), "rows": list(adapters)}
+    given = {**plan.adapters, **plan.sources}
+    for model in (plan.source.model, written.expander):
+        if model is None:
+            continue
+        held = {} if mode == MERGED else _constants(model)
+        content["adapters"] = {}
+        for name, bundle in adapters.items():
+            described = _describe(name, bundle, given[name], written.terms)
+            record = _record(given[name], _spectra(content, name, described, held), held)
+            content["adapters"][name] = described | ({"bundle": record} if record else {})
+        # Unmerged, inputs have become constants.
+        listed = {k: v for k, v in content.items() if k != "inputs" or mode != UNMERGED}
+        text = json.dumps(listed, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        model.metadata_props[KEY] = text
 
-    Args:
-        model: complete, with the metadata of `metadata.describe`; changed in place.
-        bundles: adapter name -> the bundle that `recover_onnx` gives back.
-        inputs: False where the adapter inputs of the metadata have become constants: the metadata
-            then lists no inputs any more.
-    """
+
+def _describe(
+    name: str, bundle: Bundle, given: Bundle, terms: Mapping[tuple[str, str], Mapping[str, str]]
+) -> dict[str, Any]:
+    return {
+        "seed": bundle.spec.seed,
+        "scaling": bundle.spec.scaling,
+        "task_type": bundle.spec.task_type,
+        "bundle_scaling": given.spec.scaling,
+        "bundle_sha256": given.sha256,
+        "saved": sorted(bundle.saved),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape or ()),
+                "n_frequency": layer.n_frequency,
+                "entry_rule": layer.entry_rule,
+                "entries_sha256": layer.entries_sha256,
+                "dtype": bundle.spectra[layer.name].dtype.name,
+                **terms.get((layer.name, name), {}),
+            }
+            for layer in bundle.layers
+        ],
+    }
+
+
+def _constants(model: ir.Model) -> dict[str, Array]:
+    """The initializers that are in the file itself."""
     import onnx_ir as ir
 
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    held = {
+    return {
         name: tensor.numpy()
         for name, tensor in tensors.items()
         if tensor is not None and not isinstance(tensor, ir.ExternalTensor)
     }
-    content = json.loads(model.metadata_props[KEY])
-    for name in content["adapters"].keys() & bundles.keys():
-        record = _record(bundles[name], _spectra_of(content, name, held), held)
-        if record is not None:
-            content["adapters"][name]["bundle"] = record
-    if not inputs:
-        content.pop("inputs", None)
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    model.metadata_props[KEY] = text
 
 
-def _spectra_of(
-    content: Mapping[str, Any], adapter: str, held: Mapping[str, Array]
+def _spectra(
+    content: Mapping[str, Any],
+    adapter: str,
+    described: Mapping[str, Any],
+    held: Mapping[str, Array],
 ) -> dict[str, tuple[str, int, Array]]:
     """Return, by layer: the initializer with its spectrum, the offset there, and its values."""
-    found = {}
-    for layer in content["adapters"][adapter]["layers"]:
-        if layer.get("spectrum") in held:
-            found[layer["name"]] = (layer["spectrum"], 0, held[layer["spectrum"]].reshape(-1))
+    found = {
+        layer["name"]: (layer["spectrum"], 0, held[layer["spectrum"]].reshape(-1))
+        for layer in described["layers"]
+        if layer.get("spectrum") in held
+    }
     inputs = content.get("inputs", {"groups": [], "rows": []})
     for group in inputs["groups"]:
         table = held.get(group["spectrum"])
@@ -92,6 +141,8 @@ def _record(
                     "offset": row[1] + start,
                 }
                 break
+    if bundle.spectra and not places:
+        return None
     data = bundle.to_bytes()
     length = 8 + decode_header_length(data[:8], len(data), "bundle")
     record: dict[str, Any] = {"header": data[8:length].decode("utf-8"), "tensors": {}}
