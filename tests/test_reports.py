@@ -187,3 +187,59 @@ def test_an_adapter_trained_after_the_vocabulary_grew(
     expected = logits(load_peft(tmp_path / "resized", tmp_path / "adapter"))
     found = logits(type(model).from_pretrained(tmp_path / "out").eval())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+class Translator(torch.nn.Module):
+    """An encoder and a decoder, which tools export as two files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(8, 8), torch.nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.decoder(self.encoder(x)))
+
+
+class Half(Translator):
+    """One of the two, under its name in the whole."""
+
+    def __init__(self, whole: Translator, part: str) -> None:
+        super().__init__()
+        self.load_state_dict(whole.state_dict())
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(getattr(self, self.part)(x))
+
+
+def test_encoder_and_decoder_in_two_files(run_verb: Any, tmp_path: Path) -> None:
+    import onnxruntime
+    from peft import FourierFTConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, x = Translator(), torch.randn(3, 8)
+    for part in ("encoder", "decoder"):
+        torch.onnx.export(
+            Half(model, part).eval(),
+            (x,),
+            tmp_path / f"{part}.onnx",
+            input_names=["x"],
+            verbose=False,
+        )
+    config = FourierFTConfig(n_frequency=8, scaling=60.0, target_modules=["encoder", "decoder"])
+    peft = get_peft_model(model, config).eval()
+    peft.save_pretrained(tmp_path / "adapter")
+    value = x.numpy()
+    for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        words = ("apply", "--onnx", tmp_path / f"{part}.onnx", "--bundle", tmp_path / "adapter")
+        words += ("--mode", "merged", "-o", tmp_path / f"{part}.merged.onnx")
+        assert run_verb(*words).code == 4
+        ran = run_verb(*words, "--partial")
+        assert (
+            f"1 layers or tensors that this graph lacks are left out: {other}" in ran.json["notes"]
+        )
+        assert ran.json["apply"]["layers"] == [part]
+        session = onnxruntime.InferenceSession(tmp_path / f"{part}.merged.onnx")
+        (value,) = session.run(None, {"x": value})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(value), peft(x), rtol=0, atol=1e-5)

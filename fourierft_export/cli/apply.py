@@ -31,6 +31,12 @@ from .console import Outcome, graph_lines, verb
     help="The initializer that holds a layer's weight, where it is not found by itself; may be "
     "repeated. INITIALIZER[START:STOP] names some outputs of a weight that holds several layers.",
 )
+@options.setting_option(
+    "--partial",
+    is_flag=True,
+    help="Leave out layers and heads that the file lacks, as where encoder and decoder are two "
+    "files.",
+)
 @options.output_option("OUT.onnx", "The ONNX file to write.")
 @options.force_option
 @options.allow_mismatch_option

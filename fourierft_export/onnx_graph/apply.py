@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.combine import checked_weights
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import fingerprint
 from ..bundle.fit import Fit, FoundLayer, LayerVerdict, check_fits, fit_adapter
+from ..bundle.layer_templates import compress
 from ..bundle.spec import Fingerprint
 from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
@@ -22,7 +23,7 @@ from .graph.write import refuse_inputs, write_model
 from .interface import KEY
 from .locate.content import compare_site
 from .locate.finder import Finder, Found
-from .locate.saved import find_saved
+from .locate.saved import find_saved, missing_saved
 from .locate.search import find_layers
 from .locate.site import Site, Wanted
 from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
@@ -44,6 +45,7 @@ def apply_onnx(
     weights: Sequence[float] | None = None,
     base: str | os.PathLike[str] | None = None,
     mapping: Mapping[str, str] | None = None,
+    partial: bool = False,
     allow_base_mismatch: bool = False,
     allow_links: bool = False,
     force: bool = False,
@@ -73,6 +75,8 @@ def apply_onnx(
             weights by content.
         mapping: layer -> initializer, or `initializer[start:stop]` (outputs) in a packed weight,
             for layers that are not found otherwise; of a quantised weight, its integers.
+        partial: leave out layers and saved tensors that the graph does not have, as where encoder
+            and decoder are two files; a note lists them.
         allow_base_mismatch: accept weights other than those the adapter was trained on.
         allow_links: follow links of external data that end inside the model's folder.
         force: replace an existing output.
@@ -122,6 +126,12 @@ def apply_onnx(
     beside = mode in (SWAPPABLE, BANK)
     finder, found, expanded = find_layers(source, wanted, mapping, bound, in_main_graph=beside)
     sites = found.sites
+    absent: list[str] = []
+    if partial and sites:
+        lost = {*found.missing, *missing_saved(finder, found.bridge, bound)}
+        absent = sorted(lost)
+        named = {name: _without(bundle, lost) for name, bundle in named.items()}
+        bound = {name: _without(bundle, lost) for name, bundle in bound.items()}
     fits = _fits(source, found, wanted, bound)
     check_fits(
         source.path,
@@ -133,6 +143,11 @@ def apply_onnx(
         else "give the model of the base that the adapter belongs to",
     )
     notes = [*expanded, *(note for fit in fits for note in fit.notes)]
+    if absent:
+        listed = ", ".join(compress(absent))
+        notes.append(
+            f"{len(absent)} layers or tensors that this graph lacks are left out: {listed}"
+        )
     floats = [one for several in sites.values() for one in several if not one.quantised]
     shared = sorted({site.name for site in floats if site.shared})
     notes += [f"{name} is used elsewhere, too: that use keeps the base's weight" for name in shared]
@@ -161,6 +176,21 @@ def apply_onnx(
     made = write_model(expander, expander_path(onnx_out), force=force) if expander else ()
     files = (*write_model(source, onnx_out, force=force, progress=progress), *made)
     return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
+
+
+def _without(bundle: Bundle, names: Container[str]) -> Bundle:
+    """A bundle without these layers and saved tensors; it keeps one layer at least."""
+    layers = tuple(layer for layer in bundle.spec.layers if layer.name not in names)
+    if not layers:
+        return bundle
+    spec = replace(bundle.spec, layers=layers, peft_config={})
+    saved = {name: array for name, array in bundle.saved.items() if name not in names}
+    return Bundle(
+        spec,
+        {layer.name: bundle.spectra[layer.name] for layer in layers},
+        saved,
+        {n: array for n, array in bundle.explicit_entries.items() if n not in names},
+    )
 
 
 def _wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Wanted]:
