@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.routing.route import route
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
+    from fourierft_export.merge.manifest import verify_merged
     from fourierft_export.merge.merge import merge_checkpoint
-    from fourierft_export.merge.verify import verify_merged
     from fourierft_export.onnx_graph.apply import apply_onnx
     from fourierft_export.onnx_graph.runtime.session import AdapterSession
     from fourierft_export.onnx_graph.trace.export import export_onnx
@@ -115,7 +115,7 @@ _HOMES = {
     "trainable_parameters": "adapt.active",
     "unload": "adapt.fuse",
     "validate": "proof.validate",
-    "verify_merged": "merge.verify",
+    "verify_merged": "merge.manifest",
 }
 
 

@@ -14,7 +14,7 @@ from .console import Outcome, size_text, verb
 @click.argument("directory", type=options.PATH)
 def verify(progress: Progress, directory: str) -> Outcome:
     """Check the files of a merged directory against its manifest."""
-    from ..merge.verify import verify_merged
+    from ..merge.manifest import verify_merged
 
     report = verify_merged(directory, progress=progress)
     failure = None

@@ -6,6 +6,7 @@ with it (SIGBUS), a short read is an ordinary error.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,28 +17,33 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError
-from .container import Header, TensorInfo, open_regular, read_exactly, read_header, read_stamp
+from . import strict_json
+from .container import (
+    Header,
+    TensorInfo,
+    open_regular,
+    read_exactly,
+    read_file,
+    read_header,
+    read_stamp,
+)
 from .dtypes import to_numpy
-from .layout import PICKLED, SUFFIX, find_weights_file, make_pickled_error, read_index
-from .links import check_link
-from .write import Hash
+from .links import check_link, is_plain_path
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_INDEX_BYTES = 256 << 20
 BLOCK = 2 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of a checkpoint, by name. Made by `Checkpoint.open`; never changes.
+    """The tensors of a checkpoint, by name. Made by `Checkpoint.open`; never changes."""
 
-    Attributes:
-        path: what was opened: a folder, or one .safetensors file.
-        headers: of its files, in the order of their names.
-        index: the shard index; None for a single file.
-        index_metadata: what the index says under "metadata".
-    """
-
-    path: Path
-    headers: tuple[Header, ...]
+    path: Path  # what was opened: a folder, or one .safetensors file
+    headers: tuple[Header, ...]  # of its files, in the order of their names
     index: Path | None = None
     index_metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,19 +59,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_links: bool = False) -> Checkpoint:
-        """Open a Hugging Face folder (one file or sharded) or a single .safetensors file.
-
-        Reads every header, no payload.
-
-        Args:
-            path: the folder or file.
-            allow_links: follow links between files of the folder.
-
-        Raises:
-            FileAccessError: the path, or a shard that the index names, cannot be read.
-            BadInputError: a damaged or hostile file or index, a missing shard, a pickled
-                checkpoint, a folder without weights.
-        """
+        """Open a Hugging Face folder (one file or sharded) or a .safetensors file: headers only."""
         path = Path(path)
         try:
             is_folder = path.is_dir()
@@ -76,30 +70,21 @@ class Checkpoint:
             raise FileAccessError(path, expected="a checkpoint", found="nothing there")
         if not is_folder:
             return cls._open_files(path, {path: ()})
-        file = check_link(find_weights_file(path), path, allow_links=allow_links)
+        file = check_link(_find_weights_file(path), path, allow_links=allow_links)
         if file.name.endswith(SUFFIX):
             return cls._open_files(path, {file: ()})
-        listed, metadata = read_index(file)
-        names_in = {
-            check_link(path / shard, path, allow_links=allow_links): names
-            for shard, names in sorted(listed.items())
+        names_in, metadata = _read_index(file)
+        shards = {
+            check_link(path / name, path, allow_links=allow_links): names_in[name]
+            for name in sorted(names_in)
         }
-        absent = [shard.name for shard in names_in if not shard.exists()]
-        if absent:
-            raise BadInputError(
-                file,
-                expected=f"the {len(names_in)} shards that it names",
-                found=f"{len(absent)} missing",
-                remedy="download the checkpoint again",
-                offenders=absent,
-            )
-        return cls._open_files(path, names_in, file, metadata)
+        return cls._open_files(path, shards, file, metadata)
 
     @classmethod
     def _open_files(
         cls,
         path: Path,
-        names_in: Mapping[Path, tuple[str, ...]],
+        names_in: Mapping[Path, list[str] | tuple[()]],
         index: Path | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
@@ -108,7 +93,7 @@ class Checkpoint:
         home: dict[str, Path] = {}
         for file, names in names_in.items():
             if file.suffix in PICKLED:
-                raise make_pickled_error(file)
+                raise _pickled_error(file)
             header = read_header(file)
             headers.append(header)
             absent += [f"{n} in {file.name}" for n in names if n not in header.tensors]
@@ -131,18 +116,13 @@ class Checkpoint:
         return self.tensors[name]
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor: a read-only array of its dtype (bfloat16 as `ml_dtypes.bfloat16`).
-
-        Raises:
-            BadInputError: no such tensor; a dtype that numpy cannot hold; a file that changed.
-            FileAccessError: the file cannot be read.
-        """
-        array = self.read_new(name)
+        """Read one tensor: a read-only array of its dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
+        array, _ = self.read_new(name)
         array.setflags(write=False)
         return array
 
-    def read_new(self, name: str, digest: Hash | None = None) -> np.ndarray:
-        """Read one tensor as an array that may be changed, and update `digest` with its bytes."""
+    def read_new(self, name: str, *, hashed: bool = False) -> tuple[np.ndarray, bytes]:
+        """Read one tensor as an array that may be changed, and its sha256 if `hashed`."""
         info = self.info(name)
         try:
             dtype = to_numpy(info.dtype)
@@ -152,14 +132,14 @@ class Checkpoint:
                 expected="a dtype with whole bytes per element",
                 found=info.dtype,
             ) from None
-        array = np.empty(info.shape, dtype)
-        at, memory = 0, array.reshape(-1).view(np.uint8)
+        array, digest, at = np.empty(info.shape, dtype), hashlib.sha256(), 0
+        memory = array.reshape(-1).view(np.uint8)
         for block in self.read_blocks(name):
             memory[at : at + len(block)] = np.frombuffer(block, np.uint8)
             at += len(block)
-            if digest is not None:
-                digest.update(memoryview(block))
-        return array
+            if hashed:
+                digest.update(block)
+        return array, digest.digest() if hashed else b""
 
     def read_elements(self, name: str, positions: Iterable[int]) -> np.ndarray:
         """Read single elements of a tensor, by their positions in C order."""
@@ -195,3 +175,81 @@ class Checkpoint:
                         remedy="run again when nothing else writes to it",
                     )
                 yield block
+
+
+def _list_folder(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise FileAccessError(folder, expected="a readable folder", found=found) from None
+
+
+def _find_weights_file(directory: Path) -> Path:
+    """Find the weights that transformers looks for, or else the only index or .safetensors file."""
+    for name in (SINGLE, INDEX):
+        if os.path.lexists(directory / name):
+            return directory / name
+    names = _list_folder(directory)
+    indices = [n for n in names if n.endswith(f"{SUFFIX}.index.json")]
+    files = [n for n in names if n.endswith(SUFFIX) and n != "adapter_model.safetensors"]
+    if len(indices) == 1:
+        return directory / indices[0]
+    if len(files) == 1 and not indices:
+        return directory / files[0]
+    pickled = [n for n in names if n.endswith(PICKLED)]
+    if pickled and not files:
+        raise _pickled_error(directory / pickled[0])
+    raise BadInputError(
+        directory,
+        expected=f"{SINGLE} or {INDEX}",
+        found=f"{len(files)} other .safetensors files" if files else "no weights",
+        remedy="name the weight file itself" if files else "is this a model's folder?",
+    )
+
+
+def _read_index(index: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Read a shard index as {shard's file name: its tensors' names}, and its metadata."""
+    content = strict_json.loads(read_file(index, MAX_INDEX_BYTES), os.fspath(index))
+    content = content if isinstance(content, dict) else {}
+    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+        raise BadInputError(
+            index, expected="a weight_map of tensor names to shard files", found="none"
+        )
+    shards: dict[str, list[str]] = {}
+    bad: set[str] = set()
+    for tensor, file in weight_map.items():
+        if isinstance(file, str) and "/" not in file and file.endswith(SUFFIX):
+            shards.setdefault(file, []).append(tensor)
+        else:
+            bad.add(repr(file))
+    bad.update(repr(file) for file in shards if not is_plain_path(file))
+    if bad:
+        raise BadInputError(
+            index,
+            expected=f"shards named by plain file names that end in {SUFFIX}",
+            found=min(bad),
+            remedy="the index is damaged or hostile: download it again",
+            offenders=sorted(bad),
+        )
+    absent = sorted(shards.keys() - set(_list_folder(index.parent)))
+    if absent:
+        raise BadInputError(
+            index,
+            expected=f"the {len(shards)} shards that it names",
+            found=f"{len(absent)} missing",
+            remedy="download the checkpoint again",
+            offenders=absent,
+        )
+    return shards, metadata
+
+
+def _pickled_error(path: Path) -> BadInputError:
+    """Make the error for a checkpoint that only pickle could read."""
+    return BadInputError(
+        path,
+        expected="safetensors weights",
+        found="a pickled checkpoint, which can run code when it is loaded",
+        remedy="get the model's safetensors files, or convert it where you trust it",
+    )

@@ -1,8 +1,8 @@
 """The safetensors container, read strictly: where every tensor lies, checked before any is read.
 
-The `safetensors` library writes and memory-maps such files; it also accepts duplicate names and
-leaves a process open to SIGBUS when a mapped file shrinks. Headers are therefore parsed here
-(format: the safetensors README, section Format) and payloads are read by position.
+The `safetensors` library accepts duplicate names, and its memory maps end the process (SIGBUS) when
+a file shrinks. Headers are therefore parsed here (format: the safetensors README, section Format),
+and payloads are read by position.
 """
 
 from __future__ import annotations
@@ -26,25 +26,17 @@ MAX_AXES = 32
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 _O_EXTRA = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
-Stamp = tuple[int, int, int]
-
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies.
-
-    Attributes:
-        dtype: safetensors name of its dtype ("F32", "BF16", ...).
-        start, stop: byte offsets in the file, not in the payload.
-        path: the file; `Path()` when the container was read from memory.
-    """
+    """Where one tensor lies."""
 
     name: str
-    dtype: str
+    dtype: str  # as safetensors calls it: "F32", "BF16", ...
     shape: tuple[int, ...]
-    start: int
+    start: int  # byte offsets in the file, not in the payload
     stop: int
-    path: Path = Path()
+    path: Path = Path()  # of the file; `Path()` when the container was read from memory
 
     @property
     def nbytes(self) -> int:
@@ -54,30 +46,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one safetensors file.
+    """The header of one safetensors file."""
 
-    Attributes:
-        tensors: in the order of their payloads.
-        metadata: the `__metadata__` strings.
-        size: of the whole file, in bytes.
-        path: the file; `Path()` when the container was read from memory.
-        stamp: inode, size and time of the file when it was read.
-    """
-
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]  # in the order of their payloads
     metadata: Mapping[str, str] = field(default_factory=dict)
-    size: int = 0
+    size: int = 0  # of the whole file, in bytes
     path: Path = Path()
-    stamp: Stamp = (0, 0, 0)
+    stamp: tuple[int, int, int] = (0, 0, 0)  # inode, size and time when it was read
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a regular file for reading, without blocking on a FIFO; returns its descriptor.
-
-    Raises:
-        FileAccessError: missing, or not readable.
-        BadInputError: a directory, FIFO, device or socket.
-    """
+    """Open a regular file for reading, without blocking on a FIFO; returns its descriptor."""
     try:
         fd = os.open(path, os.O_RDONLY | _O_EXTRA)
     except FileNotFoundError:
@@ -102,9 +81,8 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
         try:
             piece = _read_at(fd, at, min(stop - at, 1 << 30))
         except OSError as error:
-            raise FileAccessError(
-                where, expected="a readable file", found=error.strerror or str(error)
-            ) from error
+            found = error.strerror or str(error)
+            raise FileAccessError(where, expected="a readable file", found=found) from error
         if not piece:
             raise BadInputError(
                 where,
@@ -117,6 +95,14 @@ def read_exactly(fd: int, start: int, stop: int, where: str | os.PathLike[str]) 
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def _read_at(fd: int, start: int, count: int) -> bytes:
+    """Read like `os.pread`, which Windows lacks."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, start)
+    os.lseek(fd, start, os.SEEK_SET)
+    return os.read(fd, count)
+
+
 def read_file(path: str | os.PathLike[str], limit: int = MAX_HEADER_BYTES) -> bytes:
     """Read a whole regular file of at most `limit` bytes, such as a config."""
     with open(open_regular(path), "rb") as file:
@@ -124,14 +110,6 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_HEADER_BYTES) -> by
         if size > limit:
             raise BadInputError(path, expected=f"at most {limit} bytes", found=f"{size}")
         return read_exactly(file.fileno(), 0, size, path)
-
-
-def _read_at(fd: int, start: int, count: int) -> bytes:
-    """`os.pread`, which Windows lacks."""
-    if hasattr(os, "pread"):
-        return os.pread(fd, count, start)
-    os.lseek(fd, start, os.SEEK_SET)
-    return os.read(fd, count)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -146,8 +124,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return replace(header, path=Path(path), stamp=stamp)
 
 
-def read_stamp(fd: int) -> Stamp:
-    """Inode, size and time of an open file, which change when a process writes to it."""
+def read_stamp(fd: int) -> tuple[int, int, int]:
+    """Read the inode, size and time of an open file, which change when a process writes to it."""
     # Without the device's number, which may differ between machines that share a file system.
     status = os.fstat(fd)
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -155,43 +133,33 @@ def read_stamp(fd: int) -> Stamp:
 
 def decode_header_length(head: bytes, size: int, where: str) -> int:
     """Decode the length of the JSON header from the first 8 bytes of a file of `size` bytes."""
-    if size == 0:
-        raise BadInputError(where, expected="a safetensors file", found="an empty file")
     length = int.from_bytes(head, "little") if len(head) == 8 else -1
-    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        # Only now: a header of 640 bytes begins like a pickle, too.
-        if head.startswith(PICKLE_MAGIC):
-            raise BadInputError(
-                where,
-                expected="a safetensors file",
-                found="a pickle or zip archive, which can run code when it is loaded",
-                remedy="convert it to safetensors with the tool that made it",
-            )
-        raise BadInputError(
-            where,
-            expected=f"a safetensors file with a header of 2 to {max(size - 8, 2)} bytes",
-            found=f"a header length of {length}" if length >= 0 else f"a file of {size} bytes",
-            remedy="the file is truncated or is not safetensors: get it again",
-        )
-    return length
+    if 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        return length
+    expected, remedy = "a safetensors file", ""
+    if not size:
+        found = "an empty file"
+    elif head.startswith(PICKLE_MAGIC):  # only now: a header of 640 bytes begins like this, too
+        found = "a pickle or zip archive, which can run code when it is loaded"
+        remedy = "convert it to safetensors with the tool that made it"
+    else:
+        expected += f" with a header of 2 to {max(size - 8, 2)} bytes"
+        found = f"a header length of {length}" if length >= 0 else f"a file of {size} bytes"
+        remedy = "the file is truncated or is not safetensors: get it again"
+    raise BadInputError(where, expected=expected, found=found, remedy=remedy)
 
 
 def parse_header(text: bytes, size: int, where: str, path: Path = Path()) -> Header:
-    """Check the JSON header `text` of a safetensors file of `size` bytes.
-
-    Raises:
-        BadInputError: naming the tensor that breaks a rule.
-    """
+    """Check the JSON header `text` of a safetensors file of `size` bytes."""
     entries = strict_json.loads(text, where)
     if not isinstance(entries, dict):
         raise BadInputError(where, expected="a JSON object as header", found=_kind(entries))
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BadInputError(where, expected="metadata that maps text to text", found="other values")
-    origin = 8 + len(text)
-    tensors = [_tensor(name, entry, origin, where, path) for name, entry in entries.items()]
+    at = 8 + len(text)
+    tensors = [_tensor(name, entry, at, where, path) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.start, t.stop))
-    at = origin
     for tensor in tensors:
         if tensor.start != at:
             raise BadInputError(
@@ -215,7 +183,7 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path) -> Tenso
     """Check one tensor of the header by itself."""
 
     def fail(expected: str, found: object) -> BadInputError:
-        return BadInputError(f"{where}, tensor {name!r}", expected=expected, found=str(found))
+        return BadInputError(f"{where}, tensor {name!r}", expected=expected, found=str(found)[:80])
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail("exactly dtype, shape and data_offsets", _kind(entry))
@@ -223,12 +191,12 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path) -> Tenso
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fail("a known dtype", repr(dtype))
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
-        raise fail(f"a shape of at most {MAX_AXES} whole numbers from 0", repr(shape)[:80])
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise fail("two byte offsets", repr(offsets)[:80])
+        raise fail(f"a shape of at most {MAX_AXES} whole numbers from 0", shape)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise fail("two byte offsets", offsets)
     # Without the axes of size 0: numpy limits the product of the other axes, too.
     if prod(n for n in shape if n) > MAX_ELEMENTS:
-        raise fail(f"at most {MAX_ELEMENTS} elements", f"shape {shape}"[:80])
+        raise fail(f"at most {MAX_ELEMENTS} elements", f"shape {shape}")
     bits = prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise fail(f"{bits / 8:.0f} bytes for {dtype} {shape}", f"offsets {offsets}")
@@ -238,12 +206,7 @@ def _tensor(name: str, entry: Any, origin: int, where: str, path: Path) -> Tenso
 def encode_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Write the first bytes of a safetensors file: length, JSON, spaces up to a multiple of 8.
-
-    Written here because the same content must give the same bytes, and because a writer that
-    streams needs the header before the payloads. `tensors` are (name, dtype, shape) in the order of
-    these.
-    """
+    """Write the first bytes of a safetensors file with these (name, dtype, shape) in order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, dtype, shape in tensors:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import BadInputError, FileAccessError
 from .links import check_link, find_cache_repository, is_plain_path
@@ -20,51 +20,25 @@ from .links import check_link, find_cache_repository, is_plain_path
 EXTERNAL = 1  # onnx.TensorProto.EXTERNAL
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 _MAX_DIGITS = 19
-_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64,
-         14: 64, 15: 128, 16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2,
-         26: 2}  # fmt: skip
 
 
-class Range(NamedTuple):
-    """Where a tensor's bytes lie in an existing regular file that may be read."""
-
-    file: Path
-    offset: int
-    length: int
-
-
-def check_external_ranges(
+def check_external_data(
     model: Any, path: str | os.PathLike[str], *, allow_links: bool = False
-) -> dict[tuple[str, int], Range]:
-    """Check every external tensor of a model, and say where its bytes are.
+) -> dict[str, Path]:
+    """Check every external tensor of a model, and return the file at each location.
 
     Args:
         model: an onnx.ModelProto, loaded from `path` without external data.
         path: the model's file.
         allow_links: follow links that end inside the model's folder (those of a Hugging Face
             cache repository are always followed).
-
-    Returns:
-        (location, offset in bytes) -> range.
-
-    Raises:
-        BadInputError: listing every tensor whose location or range is wrong.
-        FileAccessError: a file that is missing or cannot be read.
     """
-    folder = Path(path).parent
     files: dict[str, Path | str] = {}
-    ranges: dict[tuple[str, int], Range] = {}
     offenders = []
     for tensor in tensors(model):
-        if tensor.data_location != EXTERNAL:
-            continue
-        try:
-            location, found = _range(tensor, folder, files, allow_links)
-            ranges[location, found.offset] = max(
-                found, ranges.get((location, found.offset), found), key=lambda one: one.length
-            )
-        except ValueError as error:
-            offenders.append(f"tensor {tensor.name!r}: {error}")
+        if tensor.data_location == EXTERNAL:
+            problem = _problem(tensor, Path(path).parent, files, allow_links)
+            offenders += [f"tensor {tensor.name!r}: {problem}"] if problem else []
     if offenders:
         more = len(offenders) - 1
         raise BadInputError(
@@ -74,7 +48,7 @@ def check_external_ranges(
             remedy="get the model from a source that you trust, with its data files",
             offenders=offenders if more else (),
         )
-    return ranges
+    return {location: file for location, file in files.items() if isinstance(file, Path)}
 
 
 def find_external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -86,10 +60,10 @@ def find_external_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
     try:
         model = onnx.load(os.fspath(path), load_external_data=False)
-        ranges = check_external_ranges(model, path, allow_links=True)
+        files = check_external_data(model, path, allow_links=True)
     except (BadInputError, FileAccessError, DecodeError, ValueError, OSError):
         return ()  # the function that reads the model will raise the error
-    return tuple({Path(os.path.realpath(one.file)) for one in ranges.values()})
+    return tuple({Path(os.path.realpath(file)) for file in files.values()})
 
 
 def tensors(model: Any) -> Iterator[Any]:
@@ -111,51 +85,48 @@ def tensors(model: Any) -> Iterator[Any]:
             yield from (one.values, one.indices)
 
 
-def _range(
-    tensor: Any, folder: Path, files: dict[str, Path | str], allow_links: bool
-) -> tuple[str, Range]:
-    """Return the tensor's location and range; ValueError says what is wrong with it."""
+def _problem(tensor: Any, folder: Path, files: dict[str, Path | str], allow_links: bool) -> str:
+    """Return what is wrong with where a tensor lies, "" if nothing; adds its file to `files`."""
     keys: dict[str, str] = {}
     for entry in tensor.external_data:
         if entry.key not in _KEYS:
-            raise ValueError(f"unknown key {entry.key[:40]!r}")
+            return f"unknown key {entry.key[:40]!r}"
         if entry.key in keys:
-            raise ValueError(f"{entry.key} given twice")
+            return f"{entry.key} given twice"
         keys[entry.key] = entry.value
     location = keys.get("location", "")
     if location not in files:
         files[location] = _file(location, folder, allow_links)
     file = files[location]
     if isinstance(file, str):
-        raise ValueError(file)
-    size, needed = file.stat().st_size, count_tensor_bytes(tensor)
-    offset = _number(keys, "offset", 0)
-    length = _number(keys, "length", needed)
-    if length != needed:
-        raise ValueError(f"{length} bytes stated, its shape needs {needed}")
-    if offset + length > size:
-        raise ValueError(f"bytes {offset} to {offset + length} of a file of {size}: {location!r}")
-    return location, Range(file, offset, length)
-
-
-def _number(keys: Mapping[str, str], name: str, default: int) -> int:
-    text = keys.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise ValueError(f"{name} {text[:40]!r}")
-    return int(text)
+        return file
+    for name in ("offset", "length"):
+        text = keys.get(name, "0")
+        if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+            return f"{name} {text[:40]!r}"
+    try:
+        needed = count_tensor_bytes(tensor)
+    except ValueError as error:
+        return str(error)
+    size, offset = file.stat().st_size, int(keys.get("offset", 0))
+    if int(keys.get("length", needed)) != needed:
+        return f"{keys['length']} bytes stated, its shape needs {needed}"
+    if offset + needed > size:
+        return f"bytes {offset} to {offset + needed} of a file of {size}: {location!r}"
+    return ""
 
 
 def count_tensor_bytes(tensor: Any) -> int:
     """Compute a TensorProto's size in bytes by its shape; ValueError if it cannot be external."""
-    bits = _BITS.get(tensor.data_type)
-    if bits is None:
-        raise ValueError(f"data type {tensor.data_type}, which cannot be external")
-    sizes = [int(size) for size in tensor.dims]
-    if min(sizes, default=0) < 0:
-        raise ValueError(f"shape {sizes}")
-    return (prod(sizes) * bits + 7) // 8
+    import onnx_ir as ir
+
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError):
+        raise ValueError(f"data type {tensor.data_type}, which cannot be external") from None
+    if min(tensor.dims, default=0) < 0:
+        raise ValueError(f"shape {list(tensor.dims)}")
+    return (prod(map(int, tensor.dims)) * int(bits) + 7) // 8
 
 
 def _file(location: str, folder: Path, allow_links: bool) -> Path | str:
@@ -169,9 +140,8 @@ def _file(location: str, folder: Path, allow_links: bool) -> Path | str:
     except BadInputError as error:
         return f"{error.found}; {error.remedy}"
     except OSError as error:
-        raise FileAccessError(
-            file, expected="the model's external data", found=error.strerror or str(error)
-        ) from None
+        why = error.strerror or str(error)
+        raise FileAccessError(file, expected="the model's external data", found=why) from None
     if not stat.S_ISREG(found.st_mode):
         return f"{location!r} is no regular file"
     if found.st_nlink > 1 and find_cache_repository(Path(os.path.realpath(folder))) is None:

@@ -8,7 +8,6 @@ inside their own cache repository are followed without asking.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -23,17 +22,14 @@ def is_plain_path(path: str) -> bool:
 
 
 def check_link(path: Path, named: Path, *, allow_links: bool = False) -> Path:
-    """Return `path`, unless it is a link, or behind one, that must not be followed.
+    """Return `path`, or raise BadInputError if it is a link, or behind one, not to be followed.
 
-    `named` is the folder that the user named, which `path` lies in: links up to and including it
-    are the user's own. With `allow_links`, links that end inside `named` are followed.
-
-    Raises:
-        BadInputError: `path` is, or lies behind, a link that leads out of `named` and out of the
-            cache repository that `named` belongs to, or any other link without `allow_links`.
+    Args:
+        path: a file in the folder `named`.
+        named: what the user named: links up to and including it are the user's own.
+        allow_links: follow links that end inside `named`.
     """
-    root = Path(os.path.realpath(named))
-    real = Path(os.path.realpath(path))
+    root, real = Path(os.path.realpath(named)), Path(os.path.realpath(path))
     inside = root in real.parents
     if real == root / path.relative_to(named) or (allow_links and inside):
         return path
@@ -48,16 +44,6 @@ def check_link(path: Path, named: Path, *, allow_links: bool = False) -> Path:
         if inside
         else "put the file itself there: links that lead out of the folder are not followed",
     )
-
-
-def find_real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield where a file or folder really lies, and where every link below it leads."""
-    yield Path(os.path.realpath(source))
-    for folder, subfolders, files in os.walk(source):
-        for name in (*subfolders, *files):
-            path = os.path.join(folder, name)
-            if os.path.islink(path):
-                yield Path(os.path.realpath(path))
 
 
 def find_cache_repository(directory: Path) -> Path | None:

@@ -1,8 +1,9 @@
 """Outputs that are absent or complete, never half there.
 
 Work goes to a sibling folder, `OUT.partial-<plan>`, and its result is renamed to OUT at the end.
-The folder is locked while a process works in it. One that is not locked was left by a killed
-process: a run of the same plan uses it, any other run for the same OUT removes it.
+The folder is locked while a process works in it; the lock dies with its holder. A folder that is
+not locked was left by a killed process: a run of the same plan uses it, any other run for the same
+OUT removes it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import errno
 import glob
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
 from .external import find_external_files
-from .links import find_real_paths
-from .locks import try_lock, unlock
-from .write import set_umask_mode, sync
+from .write import name_os_errors, set_umask_mode, sync
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 _PARTIAL = ".partial-"
 _LOCK = ".lock"
@@ -33,24 +38,16 @@ def check_output(
 ) -> Path:
     """Refuse an output that exists (without `force`), would damage an input, or lies in no folder.
 
-    Args:
-        out: the file or folder to write.
-        force: whether an existing output may be replaced.
-        inputs: files and folders that are read. Even with `force`, `out` may not be one of them,
-            nor a folder that holds one, nor lie inside such a folder. The same goes for what the
-            links in such a folder lead to, and for the external data of an ONNX file.
-
-    Raises:
-        UsageError: the output exists; it is an input, holds one, or lies inside one.
-        FileAccessError: the folder it should lie in is missing.
+    Even with `force`, `out` may not be one of the `inputs`, files and folders that are read, nor a
+    folder that holds one, nor lie inside such a folder. The same goes for what the links in such a
+    folder lead to, and for the external data of an ONNX file.
     """
     path = Path(out)
     for named in (f"{os.fspath(out)}{_PARTIAL}{'x' * 16}" if os.fspath(out) else out, *inputs):
         _refuse_impossible(os.fspath(named))
-    real = Path(os.path.realpath(path))
+    real, there = Path(os.path.realpath(path)), os.path.lexists(path)
     for source in inputs:
-        data = find_external_files(source) if os.path.lexists(path) else ()
-        for origin in (*find_real_paths(source), *data):
+        for origin in (*_real_paths(source), *(find_external_files(source) if there else ())):
             if real == origin or real in origin.parents or origin in real.parents:
                 where = "a place inside " if origin in real.parents else ""
                 raise UsageError(
@@ -59,7 +56,7 @@ def check_output(
                     found=f"{where}the input {source}",
                     remedy="choose another output",
                 )
-    if os.path.lexists(path) and not force:
+    if there and not force:
         clean_leftovers(path)  # of a run that was killed after it had finished
         raise UsageError(
             path,
@@ -67,7 +64,7 @@ def check_output(
             found="one that does",
             remedy="choose another, or pass --force (force=True) to replace it",
         )
-    if os.path.lexists(path) and not path.is_symlink() and not path.is_file() and not path.is_dir():
+    if there and not (path.is_symlink() or path.is_file() or path.is_dir()):
         # `--force -o /dev/null` must not replace the device for everybody on the machine.
         raise UsageError(
             path,
@@ -97,6 +94,14 @@ def _refuse_impossible(path: str) -> None:
         raise UsageError(shown or "path", expected="the path of a file or folder", found=found)
 
 
+def _real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield where a file or folder really lies, and where every link below it leads."""
+    yield Path(os.path.realpath(source))
+    for folder, subfolders, files in os.walk(source):
+        paths = (os.path.join(folder, name) for name in (*subfolders, *files))
+        yield from (Path(os.path.realpath(path)) for path in paths if os.path.islink(path))
+
+
 @contextmanager
 def open_work_folder(
     out: str | os.PathLike[str], *, plan: str | None = None, keep: bool = False
@@ -107,14 +112,22 @@ def open_work_folder(
         out: the output.
         plan: a short hash of the work, for the folder's name; the process id by default.
         keep: leave the files of a killed process with the same plan in it.
-
-    Raises:
-        FileAccessError: another process works in this folder; it cannot be made.
     """
     path = Path(out)
     folder = path.with_name(f"{path.name}{_PARTIAL}{plan or os.getpid()}")
     with name_os_errors(path, folder):
-        lock = _take(folder)
+        lock = None
+        while lock is None:  # its last user may remove the folder before it is locked
+            folder.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                lock = _try_lock(folder / _LOCK)
+    if lock < 0:
+        raise FileAccessError(
+            folder,
+            expected="an output that no other process is writing",
+            found="another process at work",
+            remedy="wait for it, or stop it and run again",
+        )
     try:
         with name_os_errors(path, folder):
             clean_leftovers(path, folder)
@@ -125,62 +138,56 @@ def open_work_folder(
         _leave(folder, lock, path)
 
 
-@contextmanager
-def staged_file(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def staged_file(
+    out: str | os.PathLike[str], *, force: bool = False
+) -> AbstractContextManager[Path]:
     """Yield a path to write to; it is renamed to `out`, or removed if the block raises."""
-    with _staged(out, force) as staged:
-        yield staged
-        set_umask_mode(staged)
+    return _staged(out, force, is_folder=False)
 
 
-@contextmanager
-def staged_directory(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def staged_directory(
+    out: str | os.PathLike[str], *, force: bool = False
+) -> AbstractContextManager[Path]:
     """Yield an empty folder to fill; it is renamed to `out`, or removed if the block raises."""
-    with _staged(out, force) as staged:
-        staged.mkdir()
-        yield staged
-        for file in staged.rglob("*"):
-            if not file.is_symlink():
-                sync(file)
+    return _staged(out, force, is_folder=True)
 
 
 @contextmanager
-def _staged(out: str | os.PathLike[str], force: bool) -> Iterator[Path]:
+def _staged(out: str | os.PathLike[str], force: bool, is_folder: bool) -> Iterator[Path]:
     path = check_output(out, force=force)
     with open_work_folder(path) as folder, name_os_errors(path, folder):
         staged = folder / path.name
+        if is_folder:
+            staged.mkdir()
         yield staged
-        sync(staged)
+        if not is_folder:
+            set_umask_mode(staged)
+        for file in (*staged.rglob("*"), staged):
+            if not file.is_symlink():
+                sync(file)
         publish(staged, path, force=force)
 
 
 def publish(staged: Path, out: Path, *, force: bool) -> None:
-    """Rename a complete, flushed file or folder to its place.
-
-    `staged` lies in a `open_work_folder` of `out`, which keeps what is replaced until the end.
-
-    Raises:
-        UsageError: another process has made `out` meanwhile, and `force` is not set.
-        OSError: it cannot be renamed.
-    """
-    old = staged.with_name(_OLD)
+    """Rename a complete, flushed file or folder, in a work folder of `out`, to its place."""
     for _ in range(_ATTEMPTS):
-        by_one_rename = staged.is_file() and (out.is_symlink() or not out.is_dir())
-        if not os.path.lexists(out) or (force and by_one_rename):
-            try:
-                _move(staged, out, force=force)
-            except OSError as error:
-                # Another writer was faster: its output is replaced, or stays.
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-            else:
-                sync(out.parent)
-                return
-        if not force:
-            break
-        _remove(old)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(out, old)
+        if os.path.lexists(out):
+            if not force:
+                break
+            if staged.is_dir() or (out.is_dir() and not out.is_symlink()):
+                # No single rename replaces a folder, or something else by a folder.
+                _remove(staged.with_name(_OLD))
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(out, staged.with_name(_OLD))
+        try:
+            _move(staged, out, force=force)
+        except OSError as error:
+            # Another writer was faster: its output is replaced, or stays.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        else:
+            sync(out.parent)
+            return
     raise UsageError(
         out,
         expected="an output that no other process writes",
@@ -204,37 +211,37 @@ def _move(staged: Path, out: Path, *, force: bool) -> None:
         staged.unlink()
 
 
-def _take(folder: Path) -> int:
-    """Make and lock a work folder."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            lock = try_lock(folder / _LOCK)
-        except FileNotFoundError:  # its last user has just removed it
-            continue
-        if lock is None:
-            raise FileAccessError(
-                folder,
-                expected="an output that no other process is writing",
-                found="another process at work",
-                remedy="wait for it, or stop it and run again",
-            )
-        return lock
-
-
 def clean_leftovers(out: Path, own: Path | None = None) -> None:
     """Remove the work folders of `out`, all but `own`, that killed processes have left."""
     for folder in out.parent.glob(f"{glob.escape(out.name)}{_PARTIAL}*"):
         if folder == own or folder.is_symlink() or not folder.is_dir():
             continue
-        if not (folder / _LOCK).exists():
-            with contextlib.suppress(OSError):  # only if empty: killed before it was locked
-                folder.rmdir()
-            continue
         with contextlib.suppress(OSError):
-            lock = try_lock(folder / _LOCK)
-            if lock is not None:
+            if not (folder / _LOCK).exists():
+                folder.rmdir()  # only if empty: killed before it was locked
+            elif (lock := _try_lock(folder / _LOCK)) >= 0:
                 _leave(folder, lock, out)
+
+
+def _try_lock(path: Path) -> int:
+    """Lock the file at `path`, made if it is absent; returns its descriptor, -1 if it is locked."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last holder may have removed the file before letting go: then this lock is void.
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return fd
+    except (BlockingIOError, PermissionError):
+        os.close(fd)
+        return -1
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return _try_lock(path)
 
 
 def _leave(folder: Path, lock: int, out: Path) -> None:
@@ -242,7 +249,11 @@ def _leave(folder: Path, lock: int, out: Path) -> None:
     if os.path.lexists(folder / _OLD) and not os.path.lexists(out):
         os.replace(folder / _OLD, out)
     _empty(folder)
-    unlock(lock, folder / _LOCK)
+    if os.name == "nt":  # where an open file cannot be removed
+        os.close(lock)
+    (folder / _LOCK).unlink(missing_ok=True)
+    if os.name != "nt":
+        os.close(lock)
     with contextlib.suppress(OSError):  # another process is about to lock it
         folder.rmdir()
 
@@ -259,32 +270,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def name_os_errors(path: Path, work: Path, nbytes: int = 0) -> Iterator[None]:
-    """Turn an `OSError` of the block into a `FileAccessError` that names the file.
-
-    It names the output `path`, which needs `nbytes` bytes (0: not known), for errors without a
-    file name and for those at the output and in its work folder `work`.
-    """
-    try:
-        yield
-    except OSError as error:
-        found = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error.filename, (str, os.PathLike)) and not full:
-            named, folder = (Path(os.path.abspath(one)) for one in (error.filename, work))
-            output = Path(os.path.abspath(path))
-            if named not in (output, output.parent) and folder not in (named, *named.parents):
-                raise FileAccessError(
-                    error.filename, expected="a readable file", found=found
-                ) from error
-        raise FileAccessError(
-            path,
-            expected=f"to write all of its {nbytes:,} bytes"
-            if nbytes
-            else "to be able to write it",
-            found="no space left" if full else found,
-            remedy="free some space and run again; nothing was written" if full else "",
-        ) from error

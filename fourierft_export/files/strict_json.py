@@ -18,12 +18,7 @@ MAX_DEPTH = 100
 
 
 def loads(text: str | bytes, where: str) -> Any:
-    """Parse JSON strictly; bytes must be UTF-8. `where` is what errors name.
-
-    Raises:
-        BadInputError: not UTF-8, not JSON, nested more than 100 deep, duplicate keys, a number
-            that is not finite, an integer longer than 400 characters, text that is not Unicode.
-    """
+    """Parse JSON strictly, or raise a BadInputError that names `where`; bytes must be UTF-8."""
 
     def fail(found: str) -> NoReturn:
         raise BadInputError(where, expected="strict JSON", found=found, remedy="get the file again")
@@ -40,10 +35,9 @@ def loads(text: str | bytes, where: str) -> Any:
         return int(digits)
 
     def real(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
+        if not math.isfinite(float(digits)):
             fail(f"the number {digits[:20]}, which is not finite")
-        return value
+        return float(digits)
 
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
@@ -54,7 +48,10 @@ def loads(text: str | bytes, where: str) -> Any:
             parse_float=real,
             parse_constant=lambda word: fail(f"the number {word}"),
         )
-        if _is_deep(value):
+        nested = [value]
+        for _ in range(MAX_DEPTH + 1):
+            nested = [inner for outer in nested for inner in _inside(outer)]
+        if nested:
             fail("nesting too deep to read")
         if "\\u" in text:  # only an escape can smuggle in half a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
@@ -69,24 +66,15 @@ def loads(text: str | bytes, where: str) -> Any:
         fail(f"{error.msg} at character {error.pos}")
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether lists and objects are nested more than `MAX_DEPTH` deep."""
-    nested = [value]
-    for _ in range(MAX_DEPTH + 1):
-        nested = [
-            inner
-            for outer in nested
-            if isinstance(outer, (list, dict))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(nested)
+def _inside(value: Any) -> list[Any]:
+    return [*value.values()] if isinstance(value, dict) else value if type(value) is list else []
 
 
 def canonical(value: Any) -> str:
-    """`value` as the one JSON text for it: sorted keys, no spaces, ASCII only, finite numbers."""
+    """Write the one JSON text for `value`: sorted keys, no spaces, ASCII only, finite numbers."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def pretty(value: Any) -> str:
-    """`value` as JSON for people: two spaces, sorted keys, a newline at the end."""
+    """Write `value` for people: two spaces, sorted keys, a newline at the end."""
     return json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -32,23 +32,18 @@ BLOCK = 8 << 20
 def sort_files(
     directory: Path, weights: Iterable[Path] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Divide the files of a base folder in those to copy and those that are stale.
+    """Divide the files of a folder, but for `weights`, in those to copy and those that are stale.
 
-    Args:
-        directory: the folder.
-        weights: its weight files and index, which the merge writes anew.
-
-    Returns:
-        Paths relative to the folder, with "/": to be copied, and stale.
+    They are paths relative to the folder, with "/".
     """
     own_weights = {path.name for path in weights}
     modules = _module_folders(directory)
     copied: list[str] = []
     stale: list[str] = []
-    for name in sorted(_walk(directory)):
-        parts = PurePosixPath(name).parts
-        if len(parts) > 1 or name not in own_weights:
-            (stale if parts[0] not in modules and _is_stale(parts) else copied).append(name)
+    for path in sorted(_walk(directory), key=str):
+        if len(path.parts) > 1 or path.name not in own_weights:
+            is_stale = path.parts[0] not in modules and _is_stale(path)
+            (stale if is_stale else copied).append(str(path))
     return tuple(copied), tuple(stale)
 
 
@@ -77,13 +72,11 @@ def hash_file(directory: Path, name: str, *, allow_links: bool = False) -> tuple
     return digest.hexdigest(), size
 
 
-def _is_stale(parts: tuple[str, ...]) -> bool:
-    name = parts[-1].lower()
-    return (
-        name.endswith(STALE_SUFFIXES)
-        or name in STALE_NAMES
-        or any(part in STALE_FOLDERS or part.endswith(".mlpackage") for part in parts[:-1])
-    )
+def _is_stale(path: PurePosixPath) -> bool:
+    name = path.name.lower()
+    folders = path.parts[:-1]
+    in_stale_folder = any(part in STALE_FOLDERS or part.endswith(".mlpackage") for part in folders)
+    return name.endswith(STALE_SUFFIXES) or name in STALE_NAMES or in_stale_folder
 
 
 def _module_folders(directory: Path) -> set[str]:
@@ -97,18 +90,16 @@ def _module_folders(directory: Path) -> set[str]:
     return {part for p in paths if isinstance(p, str) for part in PurePosixPath(p).parts[:1]}
 
 
-def _walk(directory: Path) -> Iterator[str]:
+def _walk(directory: Path) -> Iterator[PurePosixPath]:
     """Yield every file below a folder; a linked folder counts as a file, and is not entered."""
 
     def fail(error: OSError) -> None:
-        raise FileAccessError(
-            error.filename or directory,
-            expected="a readable folder",
-            found=error.strerror or str(error),
-        )
+        where, found = error.filename or directory, error.strerror or str(error)
+        raise FileAccessError(where, expected="a readable folder", found=found)
 
     for folder, subfolders, files in os.walk(directory, onerror=fail):
         at = Path(folder)
         subfolders[:] = [s for s in subfolders if s not in PRIVATE_FOLDERS]
         linked = [s for s in subfolders if (at / s).is_symlink()]
-        yield from ((at / name).relative_to(directory).as_posix() for name in [*files, *linked])
+        for name in [*files, *linked]:
+            yield PurePosixPath((at / name).relative_to(directory).as_posix())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from ..bundle.file import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
 from ..errors import UsageError
 from ..files.container import TensorInfo
-from ..files.dtypes import FLOAT_DTYPES, to_name
-from ..files.write import Slot
+from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES, to_name
 from ..models.base import Base, BaseLayer, is_input_embedding
 from ..models.task import head_weight
 from ..spectral.delta import Term
@@ -19,55 +19,43 @@ from ..types import Array
 
 @dataclass(frozen=True)
 class Share:
-    """What one bundle adds to one weight; small to pickle, since it holds that layer alone.
+    """What one bundle adds to one weight; small to pickle, since it holds that layer alone."""
 
-    Attributes:
-        number: of the bundle, among those that are merged.
-        layer: module path, as the bundle names it.
-        bundle: the bound bundle without its other layers and its dense tensors.
-        weight: the factor on delta_W.
-    """
-
-    number: int
-    layer: str
-    bundle: Bundle
-    weight: float
+    number: int  # of the bundle, among those that are merged
+    layer: str  # module path, as the bundle names it
+    bundle: Bundle  # bound, without its other layers and its dense tensors
+    weight: float  # the factor on delta_W
 
     def term(self) -> Term:
-        """Return the spectrum, its entries (computed here, and cached) and the scaling."""
+        """Return the spectrum, its entries and the scaling."""
         scaling = float(self.bundle.spec.scaling) * self.weight
         return Term(self.bundle.spectra[self.layer], self.bundle.entries(self.layer), scaling)
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the output.
+    """One tensor of the output: its name, safetensors dtype and shape, and how it is made."""
 
-    Attributes:
-        slot: name, dtype and shape in the output.
-        source: the base's tensor that it is made of; None for a dense tensor of a bundle.
-        value: a dense tensor of a bundle, in place of `source`.
-        shares: the delta_W that are added to `source`.
-        layer: module path of the weight that they are added to, as the first bundle names it.
-        transposed: this weight is stored as (in_features, out_features).
-    """
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo | None = None  # the base's tensor that it is made of
+    value: Array | None = None  # a dense tensor of a bundle, in place of `source`
+    shares: tuple[Share, ...] = ()  # the delta_W that are added to `source`
+    layer: str = ""  # module path of the weight that they are added to
+    transposed: bool = False  # this weight is stored as (in_features, out_features)
 
-    slot: Slot
-    source: TensorInfo | None = None
-    value: Array | None = None
-    shares: tuple[Share, ...] = ()
-    layer: str = ""
-    transposed: bool = False
+    @property
+    def nbytes(self) -> int:
+        """Size of its payload in bytes."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
     def is_copied(self) -> bool:
         """Whether it is the base's tensor under the same name, byte for byte."""
         source = self.source
-        return (
-            source is not None
-            and not self.shares
-            and self.slot == (source.name, source.dtype, source.shape)
-        )
+        same = source is not None and (source.name, source.dtype) == (self.name, self.dtype)
+        return same and not self.shares
 
 
 @dataclass
@@ -75,8 +63,7 @@ class Changes:
     """All that bundles change in a base.
 
     Attributes:
-        tensors: what becomes of a tensor, by its name in the base; by the adapter's name where the
-            base has no such tensor.
+        tensors: by their names in the base, or in the adapter where the base has none.
         prefix: what every tensor of the base is renamed with, because the head that is added
             makes a bare encoder a task model ("bert"); "" for none.
         outside: names that do not get the prefix: those of the head.
@@ -94,29 +81,17 @@ class Changes:
 
 
 def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
-    """Compare a bundle's layers and dense tensors with those of a base.
-
-    Args:
-        base: the base.
-        name: of the bundle, for messages.
-        bundle: bound or not.
-        thorough: read and hash the weights; otherwise eight values of each are compared.
-    """
+    """Compare a bundle's layers and dense tensors with a base's: all values, or a few of each."""
     modules = [layer.name for layer in bundle.layers]
     bridge = base.bridge(modules)
     weight = head_weight({key: value.shape for key, value in bundle.saved.items()})
-    labels = None if weight is None else bundle.saved[weight].shape[0]
-    head = None if weight is None else weight.rpartition(".")[0]
-    places = {key: base.tensors.get(base.stored_name(bridge.to_base(key))) for key in bundle.saved}
-    tensors = {
-        key: FoundTensor(
-            info.shape,
-            info.dtype not in FLOAT_DTYPES,
-            labels if key.rpartition(".")[0] == head else None,
-        )
-        for key, info in places.items()
-        if info is not None
-    }
+    tensors = {}
+    for key in bundle.saved:
+        info = base.tensors.get(base.stored_name(bridge.to_base(key)))
+        if info is not None:
+            in_head = weight is not None and key.rpartition(".")[0] == weight.rpartition(".")[0]
+            labels = bundle.saved[weight].shape[0] if weight is not None and in_head else None
+            tensors[key] = FoundTensor(info.shape, info.dtype not in FLOAT_DTYPES, labels)
     layers = layers_of_base(base, modules, thorough=thorough)
     return fit_adapter(bundle.spec, layers, bundle.saved, tensors, name=name)
 
@@ -124,46 +99,39 @@ def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
 def collect_changes(
     base: Base, bundles: Sequence[Bundle], names: Sequence[str], weights: Sequence[float]
 ) -> Changes:
-    """Collect what bound bundles, which fit `base`, change in it.
-
-    Raises:
-        UsageError: listing every tensor that two bundles set to different values.
-    """
+    """Collect what bound bundles change in `base`; UsageError if two disagree on a tensor."""
     changes = Changes()
     prefixes: set[str] = set()
     conflicts: list[str] = []
+    bridges = [base.bridge([layer.name for layer in bundle.layers]) for bundle in bundles]
     for number, bundle in enumerate(bundles):
-        modules = [layer.name for layer in bundle.layers]
-        bridge = base.bridge(modules)
-        for module, layer in base.layers(modules).items():
+        for module, layer in base.layers(layer.name for layer in bundle.layers).items():
             key = layer.own_tensor if layer.tied else layer.tensor
             source = base.tensors[layer.tensor]
             plan = changes.tensors.get(key) or TensorPlan(
-                Slot(key, source.dtype, source.shape),
-                source,
-                layer=module,
-                transposed=layer.transposed,
+                key, source.dtype, source.shape, source, layer=module, transposed=layer.transposed
             )
-            share = Share(number, module, _only_layer(bundle, module), weights[number])
+            spec = replace(bundle.spec, layers=(bundle.layer(module),), peft_config={})
+            alone = Bundle.build(spec, bundle.spectra, {}, bundle.explicit_entries)
+            share = Share(number, module, alone, weights[number])
             changes.tensors[key] = replace(plan, shares=(*plan.shares, share))
             if key not in base.tensors:
                 changes.outside.add(key)
-                prefixes.add(bridge.strip)
-    for bundle, name in zip(bundles, names, strict=True):
-        bridge = base.bridge([layer.name for layer in bundle.layers])
+                prefixes.add(bridges[number].strip)
+    for bundle, bridge, name in zip(bundles, bridges, names, strict=True):
         for tensor, value in bundle.saved.items():
             key = base.stored_name(bridge.to_base(tensor))
             if key not in base.tensors and key == tensor:
                 changes.outside.add(key)
                 prefixes.add(bridge.strip)
-            there = changes.tensors.get(key)
-            if there is not None and there.shares:
+            new = TensorPlan(key, to_name(value.dtype), value.shape, value=value)
+            plan = changes.tensors.setdefault(key, new)
+            if plan.value is None:
                 conflicts.append(f"{key}: both replaced and adapted")
-            elif there is not None and not _is_same(there.value, value):
+            elif (plan.dtype, plan.shape, plan.value.tobytes()) != (
+                new.dtype, new.shape, value.tobytes()
+            ):  # fmt: skip
                 conflicts.append(f"{key}: set by {name} and by another bundle")
-            else:
-                slot = Slot(key, to_name(value.dtype), value.shape)
-                changes.tensors[key] = TensorPlan(slot, value=value)
     if len(prefixes - {""}) > 1:
         conflicts.append(f"heads for different models: {', '.join(sorted(prefixes))}")
     if conflicts:
@@ -179,39 +147,24 @@ def collect_changes(
     return changes
 
 
-def _only_layer(bundle: Bundle, name: str) -> Bundle:
-    spec = replace(bundle.spec, layers=(bundle.layer(name),), peft_config={})
-    return Bundle.build(spec, bundle.spectra, {}, bundle.explicit_entries)
-
-
-def _is_same(a: Array | None, b: Array) -> bool:
-    return (
-        a is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    )
-
-
 def _separate_embeddings(base: Base, changes: Changes) -> None:
     """Store both sides of a tie of which one changes, as in PEFT's unmerged model."""
     head = base.find(["lm_head"])["lm_head"]
     if not isinstance(head, BaseLayer):
         changes.unties = any(f".{key}".endswith(".lm_head.weight") for key in changes.tensors)
         return
-    output, embedding = head.own_tensor, base.input_embedding
+    copied, output = "", head.own_tensor
     changed = [key for key in changes.tensors if is_input_embedding(key)]
     if output in changes.tensors:
         changes.unties = True
-        if head.tied and embedding is None and not changed:
-            _add_copy(base, changes, head.tensor, base.name_of_input_embedding())
+        if head.tied and base.input_embedding is None and not changed:
+            copied = base.name_of_input_embedding()
     elif head.tied and any(changes.tensors[key].value is not None for key in changed):
         architectures = base.config.get("architectures") or [""]
         has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
         changes.unties = has_head or output in base.tensors
-        if has_head and output not in base.tensors:
-            _add_copy(base, changes, head.tensor, output)
-
-
-def _add_copy(base: Base, changes: Changes, stored: str, name: str) -> None:
-    """Add a copy of one of the base's tensors under a name that it does not have."""
-    source = base.tensors[stored]
-    changes.tensors[name] = TensorPlan(Slot(name, source.dtype, source.shape), source)
-    changes.outside.add(name)
+        copied = output if has_head and output not in base.tensors else ""
+    if copied:
+        source = base.tensors[head.tensor]
+        changes.tensors[copied] = TensorPlan(copied, source.dtype, source.shape, source)
+        changes.outside.add(copied)

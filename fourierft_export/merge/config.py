@@ -11,8 +11,6 @@ from ..models import task as tasks
 from ..models.base import T5_FAMILIES, Base
 from .changes import Changes
 
-Config = Mapping[str, Any]
-
 
 def make_config(
     base: Base,
@@ -22,22 +20,7 @@ def make_config(
     dtype: str,
     labels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Make the config.json of a merge's output, and notes for the user.
-
-    Args:
-        base: the base.
-        bundles: what is merged.
-        weights: a factor on each bundle's delta_W.
-        changes: what the bundles change.
-        dtype: of the output, or "keep".
-        labels: names for a classification head's rows.
-
-    Returns:
-        The config ({} for a base without one), and the notes.
-
-    Raises:
-        UsageError: `labels` without a head that has as many rows, or without a config.
-    """
+    """Make the config.json of a merge's output ({} for a base without one), and notes."""
     notes = []
     heads = [bundle for bundle in bundles if bundle.saved]
     if any(w != 1 and bundle.saved for w, bundle in zip(weights, bundles, strict=True)):
@@ -90,7 +73,7 @@ def make_config(
 
 
 def _with_labels(
-    config: Config,
+    config: Mapping[str, Any],
     task_type: str | None,
     shapes: Mapping[str, tuple[int, ...]],
     labels: Sequence[str] | None,
@@ -103,11 +86,8 @@ def _with_labels(
     task = tasks.likely_task(config, task_type)
     count = tasks.head_labels(shapes) if task is not None and task.labelled else None
     if labels is not None and len(labels) != count:
-        raise UsageError(
-            "labels",
-            expected="no labels: the adapter brings no head" if count is None else f"{count}",
-            found=str(len(labels)),
-        )
+        expected = "no labels: the adapter brings no head" if count is None else f"{count}"
+        raise UsageError("labels", expected=expected, found=str(len(labels)))
     if labels is not None and (len(set(labels)) != len(labels) or "" in labels):
         # label2id would lose one of two equal names.
         raise UsageError("labels", expected="different names", found=", ".join(map(repr, labels)))

@@ -22,6 +22,8 @@ T = TypeVar("T")
 OpenExecutor = Callable[[], AbstractContextManager[Executor]]
 ATTEMPTS = 5
 CONNECT_SECONDS = 20
+# By name: distributed may not be installed.
+_WORKER_DIED = {"KilledWorker", "FutureCancelledError", "CommClosedError"}
 
 
 def run_tasks(
@@ -32,26 +34,23 @@ def run_tasks(
 ) -> None:
     """Run `task(*arguments[number])` for every number; those whose worker died are run again.
 
-    `task` may be run more than once for a number; `done` is called here with every number and
-    result, as they come; `open_executor` again after a worker has broken its executor.
-
-    Raises:
-        FileAccessError: workers died at the same task time and again.
-        Exception: what a task raises.
+    `done` is called in this thread with every number and result, as they come.
     """
     left = dict(sorted(arguments.items()))
-    for _ in range(ATTEMPTS):
-        if not left:
-            return
+    for _ in range(ATTEMPTS if left else 0):
         with open_executor() as executor:
             futures = {executor.submit(task, *given): number for number, given in left.items()}
             for future in as_completed(futures):
-                error = future.exception() if not future.cancelled() else CancelledError()
+                error = CancelledError() if future.cancelled() else future.exception()
                 if error is None:
                     del left[futures[future]]
                     done(futures[future], future.result())
-                elif not _worker_is_lost(error):
+                elif not isinstance(error, (BrokenExecutor, CancelledError)) and not (
+                    _WORKER_DIED & {kind.__name__ for kind in type(error).__mro__}
+                ):
                     raise error
+        if not left:
+            return
     if left:
         raise FileAccessError(
             f"tasks {', '.join(map(str, left))}",
@@ -61,18 +60,9 @@ def run_tasks(
         )
 
 
-def _worker_is_lost(error: BaseException) -> bool:
-    """Return whether a task failed because its worker died."""
-    # By name: distributed may not be installed.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, (BrokenExecutor, CancelledError)) or bool(
-        names & {"KilledWorker", "FutureCancelledError", "CommClosedError"}
-    )
-
-
 @contextmanager
 def start_processes(workers: int) -> Iterator[Executor]:
-    """`workers` fresh processes of this machine; they die with this one, whatever kills it."""
+    """Start `workers` processes on this machine; they die with this one, whatever kills it."""
     from concurrent.futures import ProcessPoolExecutor
 
     before = set(multiprocessing.active_children())
@@ -99,21 +89,18 @@ def _start_worker(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
-def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextmanager
 def connect_dask(address: str) -> Iterator[Executor]:
-    """Connect to the workers of the Dask scheduler at `address`, such as "tcp://host:8786".
-
-    They see this file system and have this package. FileAccessError if no scheduler answers.
-    """
+    """Connect to the workers of a Dask scheduler; they see this file system, with this package."""
     try:
         from distributed import Client
     except ModuleNotFoundError:

@@ -1,6 +1,7 @@
 """manifest.json of a merged folder: what it was made of, by what, and its hashes.
 
-It holds no time and no machine, so the same merge gives the same bytes.
+It holds no time and no machine, so the same merge gives the same bytes. `verify_merged` checks a
+folder against it.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import __version__
-from ..errors import BadInputError
+from ..errors import BadInputError, FileAccessError, ValidationError
 from ..files import strict_json
 from ..files.container import read_file
 from ..files.links import is_plain_path
+from ..types import Progress, byte_counter
+from .base_files import MANIFEST, hash_file, sort_files
 from .plan import MergePlan, list_changed_tensors
 from .report import MergeReport
 from .shard import WrittenTensor
@@ -40,8 +43,7 @@ def format_manifest(
     that were copied byte for byte, and those of the weights that were changed.
 
     Args:
-        plan: of the merge.
-        report: of the merge.
+        plan, report: of the merge.
         written: the changed weights, by their names in the output.
         files: sha256 in hex and size in bytes of every file of the output but the manifest.
     """
@@ -87,39 +89,138 @@ def format_manifest(
     return json.dumps(content, indent=2) + "\n"
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest, and check all that `verify_merged` uses.
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of a merged folder found.
+
+    Attributes:
+        directory: the folder.
+        files: how many its manifest lists.
+        nbytes: their size, as it should be.
+        problems: one line for each file that is missing or changed, and for weights that are not
+            listed, which a loader would prefer.
+        unlisted: files that are there and that the manifest does not list.
+    """
+
+    directory: Path
+    files: int
+    nbytes: int
+    problems: tuple[str, ...]
+    unlisted: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the folder is what its manifest says."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "directory": str(self.directory),
+            "ok": self.ok,
+            "files": self.files,
+            "bytes": self.nbytes,
+            "problems": list(self.problems),
+            "unlisted": list(self.unlisted),
+        }
+
+    def raise_for_failure(self) -> None:
+        """Raise a ValidationError that lists the problems, if there are any."""
+        if self.problems:
+            raise ValidationError(
+                self.directory,
+                expected=f"the {self.files} files that its {MANIFEST} lists",
+                found=f"{len(self.problems)} that are missing, changed or not listed",
+                remedy="merge again",
+                offenders=self.problems,
+            )
+
+
+def verify_merged(
+    directory: str | os.PathLike[str], *, progress: Progress | None = None
+) -> VerifyReport:
+    """Checks a folder that `merge_checkpoint` wrote against its manifest.
+
+    Args:
+        directory: the folder.
+        progress: called with ("verifying", bytes done, bytes in all).
+
+    Returns:
+        What was checked, and which files are missing, damaged or unknown.
 
     Raises:
-        BadInputError: no manifest of a merge, a damaged one, or one that names files outside of
-            its folder.
+        FileAccessError: the folder or its manifest is missing or unreadable.
+        BadInputError: `directory` is a file; the manifest is damaged, or names files outside of the
+            folder.
     """
-    manifest = strict_json.loads(read_file(path), os.fspath(path))
-    bad = ""
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        bad = "something else"
-    elif manifest.get("schema") != SCHEMA:
-        bad = f"schema {manifest.get('schema')!r}"
-    elif not isinstance(manifest.get("files"), dict):
-        bad = "one without files"
-    else:
-        files = manifest["files"].items()
-        wrong = [name for name, entry in files if not (is_plain_path(name) and _is_file(entry))]
-        bad = f"a bad entry {wrong[0]!r}" if wrong else ""
-    if bad:
+    folder = Path(directory)
+    if not os.path.lexists(folder):
+        raise FileAccessError(folder, expected="a folder that merge wrote", found="none")
+    if not folder.is_dir():
         raise BadInputError(
-            path,
-            expected=f"a manifest of a merge, schema {SCHEMA}",
-            found=bad,
-            remedy="merge again",
+            folder,
+            expected="a folder that merge wrote",
+            found="a file",
+            remedy="merge writes a manifest.json only into folders",
         )
-    checked: dict[str, Any] = manifest
-    return checked
+    if not os.path.lexists(folder / MANIFEST):
+        raise FileAccessError(
+            folder / MANIFEST,
+            expected="the manifest that merge writes",
+            found="none",
+            remedy="only a folder that merge wrote can be verified",
+        )
+    listed = _read_files(folder / MANIFEST)
+    total = sum(size for _, size in listed.values())
+    count = byte_counter("verifying", total, progress)
+    problems: list[str] = []
+    for name, expected in sorted(listed.items()):
+        problems += _problems(folder, name, expected)
+        count(expected[1])
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    unlisted = sorted(there - listed.keys() - {MANIFEST})
+    _, weights = sort_files(folder)
+    more = [f"{n}: weights that the manifest does not list" for n in unlisted if n in weights]
+    return VerifyReport(folder, len(listed), total, (*problems, *more), tuple(unlisted))
 
 
-def _is_file(entry: object) -> bool:
-    """Return whether an entry of the manifest states a hash and a size."""
-    fields = entry if isinstance(entry, dict) else {}
-    sha256, size = fields.get("sha256"), fields.get("bytes")
-    is_hash = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
-    return is_hash and type(size) is int and 0 <= size < 2**63
+def _read_files(path: Path) -> dict[str, tuple[str, int]]:
+    """Read what a manifest says of every file: its sha256 and size."""
+    manifest = strict_json.loads(read_file(path), os.fspath(path))
+    files: dict[str, tuple[str, int]] = {}
+    found = ""
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        found = "something else"
+    elif manifest.get("schema") != SCHEMA:
+        found = f"schema {manifest.get('schema')!r}"
+    elif not isinstance(manifest.get("files"), dict):
+        found = "one without files"
+    else:
+        for name, entry in manifest["files"].items():
+            fields = entry if isinstance(entry, dict) else {}
+            sha256, size = fields.get("sha256"), fields.get("bytes")
+            is_hash = re.fullmatch("[0-9a-f]{64}", str(sha256)) is not None
+            is_size = type(size) is int and 0 <= size < 2**63
+            if not (is_plain_path(name) and is_hash and is_size):
+                found = f"a bad entry {name!r}"
+                break
+            files[name] = (str(sha256), size or 0)
+    if found:
+        expected = f"a manifest of a merge, schema {SCHEMA}"
+        raise BadInputError(path, expected=expected, found=found, remedy="merge again")
+    return files
+
+
+def _problems(folder: Path, name: str, expected: tuple[str, int]) -> list[str]:
+    """Compare one file with the sha256 and size in the manifest."""
+    path = folder / name
+    if not os.path.lexists(path):
+        return [f"{name}: missing"]
+    if not path.is_file():
+        return [f"{name}: not a regular file"]
+    size = path.stat().st_size
+    if size != expected[1]:
+        return [f"{name}: {size:,} bytes instead of {expected[1]:,}"]
+    if hash_file(path.parent, path.name) == expected:
+        return []
+    return [f"{name}: other bytes than were written"]

@@ -21,8 +21,14 @@ from .base_files import MANIFEST, hash_file, measure_file, sort_files
 from .changes import collect_changes, fit_bundle
 from .config import make_config
 from .executors import OpenExecutor, connect_dask, start_processes
-from .memory import check_memory, estimate_memory
-from .plan import DTYPES, MergePlan, list_changed_tensors, list_replaced_and_added, plan_shards
+from .plan import (
+    DTYPES,
+    MergePlan,
+    check_memory,
+    estimate_memory,
+    list_changed_tensors,
+    plan_shards,
+)
 from .report import BundleReport, MergeReport
 from .run import report_layers, run_merge
 
@@ -38,7 +44,6 @@ def merge_checkpoint(
     weights: Sequence[float] | None = None,
     dtype: str = "keep",
     labels: Sequence[str] | None = None,
-    names: Sequence[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     allow_base_mismatch: bool = False,
@@ -63,8 +68,6 @@ def merge_checkpoint(
         weights: a factor on each bundle's delta_W; 1 by default.
         dtype: "keep", "float32", "float16" or "bfloat16", for all float tensors.
         labels: names of a classification head's labels, for config.json.
-        names: names of the bundles for errors and the manifest, which has the last part of each;
-            by default their paths, and numbers for objects.
         force: replace an existing output.
         dry_run: check and plan only.
         allow_base_mismatch: merge even when the base's values are not those the adapter knows.
@@ -95,14 +98,18 @@ def merge_checkpoint(
         [('0.weight', (4, 8))]
     """
     given = list_bundles(bundles)
-    factors = _checked_options(given, weights, dtype, workers, scheduler)
+    factors = checked_weights(weights, len(given))
+    _check_options(given, dtype, workers, scheduler)
     paths = [source for source in given if isinstance(source, (str, os.PathLike))]
     target = check_output(out, force=force, inputs=(base, *paths))
     # The workers of a cluster may have another working directory.
     opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)
     is_folder = opened.directory.is_dir()
+    called = [
+        f"bundle {number} (given as an object)" if isinstance(source, Bundle) else os.fspath(source)
+        for number, source in enumerate(given, 1)
+    ]
     loaded = [open_bundle(source) for source in given]
-    called = _names(given, names)
     fits = []
     for number, (name, bundle) in enumerate(zip(called, loaded, strict=True), 1):
         fits.append(fit_bundle(opened, name, bundle, thorough=dry_run))
@@ -123,7 +130,7 @@ def merge_checkpoint(
     weight_files = (*opened.checkpoint.shards, opened.checkpoint.index or Path())
     copied, stale = sort_files(opened.directory, weight_files) if is_folder else ((), ())
     sizes = [measure_file(opened.directory, name, allow_links=allow_links) for name in copied]
-    replaced, added = list_replaced_and_added(opened, changes)
+    replaced = [key for key, plan in changes.tensors.items() if plan.value is not None]
     nbytes = sum(shard.nbytes for shard in shards)
     report = MergeReport(
         out=target,
@@ -134,8 +141,8 @@ def merge_checkpoint(
             for name, bundle, factor, fit in zip(called, loaded, factors, fits, strict=True)
         ),
         layers=report_layers(list_changed_tensors(shards)),
-        replaced=replaced,
-        added=added,
+        replaced=tuple(map(changes.out_name, sorted({*replaced} & {*opened.tensors}))),
+        added=tuple(map(changes.out_name, sorted({*changes.tensors} - {*opened.tensors}))),
         carried=copied,
         left_behind=stale,
         nbytes=nbytes,
@@ -170,14 +177,12 @@ def merge_checkpoint(
     return run_merge(plan, executor, force=force, progress=progress)
 
 
-def _checked_options(
+def _check_options(
     given: Sequence[BundleSource],
-    weights: Sequence[float] | None,
     dtype: str,
     workers: int,
     scheduler: str | None,
-) -> tuple[float, ...]:
-    """Check the options; returns the weights as a tuple."""
+) -> None:
     if not given:
         raise UsageError("bundles", expected="one or more", found="none")
     if dtype != "keep" and dtype not in DTYPES:
@@ -188,15 +193,3 @@ def _checked_options(
             expected="a number of processes, or a scheduler",
             found=f"workers {workers}, scheduler {scheduler}",
         )
-    return checked_weights(weights, len(given))
-
-
-def _names(given: Sequence[BundleSource], names: Sequence[str] | None) -> Sequence[str]:
-    if names is not None and len(names) != len(given):
-        raise UsageError(
-            "names", expected=f"{len(given)}, one for each bundle", found=str(len(names))
-        )
-    return names or [
-        f"bundle {number} (given as an object)" if isinstance(source, Bundle) else os.fspath(source)
-        for number, source in enumerate(given, 1)
-    ]

@@ -1,9 +1,10 @@
-"""The output of a merge, shard by shard, before any of it is written."""
+"""The output of a merge, shard by shard, before any of it is written; the memory that it takes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,57 +16,43 @@ import numpy as np
 
 from .. import __version__
 from ..bundle.fit import Fit
+from ..errors import FileAccessError
 from ..files import strict_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import Header, TensorInfo
-from ..files.dtypes import FLOAT_DTYPES
-from ..files.write import Slot, sort_slots
+from ..files.container import Header
+from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES
+from ..files.write import IN_FLIGHT
 from ..models.base import Base
+from ..spectral.cost import choose_delta_path
 from .changes import Changes, TensorPlan
 from .report import MergeReport
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Bytes: the interpreter, numpy, blocks of delta_W and their tables.
+_PROCESS = 192 << 20
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One weight file of the output; all that a worker needs to write it.
-
-    Attributes:
-        name: its file name, that of the base's shard.
-        source: the header of the base's shard.
-        checkpoint: the base.
-        tensors: in the order they are written; empty when the file is copied byte for byte.
-        nbytes: size of the payloads.
-    """
+    """One weight file of the output, named like the base's; all that a worker needs to write it."""
 
     name: str
-    source: Header
+    source: Header  # of the base's shard
     checkpoint: Checkpoint
-    tensors: tuple[TensorPlan, ...]
-    nbytes: int
+    tensors: tuple[TensorPlan, ...]  # in their order; empty for a file copied byte for byte
+    nbytes: int  # of the payloads
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge in full, before anything is written.
-
-    Attributes:
-        base: the open base.
-        fits: how the bundles fit it, by the samples of the fingerprints.
-        shards: what is written.
-        config: of the output.
-        base_manifest: sha256 of the manifest.json in the base's folder; None without one.
-        report: what is known of the merge so far.
-        allow_links, allow_base_mismatch: as for `merge_checkpoint`.
-    """
+    """A merge in full, before anything is written."""
 
     base: Base
-    fits: tuple[Fit, ...]
+    fits: tuple[Fit, ...]  # by the samples of the fingerprints
     shards: tuple[ShardPlan, ...]
-    config: Mapping[str, Any]
-    base_manifest: str | None
-    report: MergeReport
+    config: Mapping[str, Any]  # of the output
+    base_manifest: str | None  # sha256 of the base's own manifest.json
+    report: MergeReport  # what is known so far
     allow_links: bool
     allow_base_mismatch: bool
 
@@ -103,27 +90,43 @@ class MergePlan:
         return replace(self, report=replace(self.report, bundles=bundles, notes=notes))
 
 
+def _identity(path: Path) -> list[Any]:
+    # Anybody can set the time of modification, and copying tools do; the time of change is the
+    # system's. The device's number is left out: it may differ where a file system is shared.
+    status = path.stat()
+    return [path.name, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def plan_shards(base: Base, changes: Changes, dtype: str) -> tuple[ShardPlan, ...]:
     """Plan the shards of the output: the base's, in its order, with new tensors in the last."""
     checkpoint = base.checkpoint
     wanted = DTYPES.get(dtype)
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_DTYPES:
+            sizes[info.dtype] += info.nbytes
     # transformers takes the dtype of a model without one in its config from its first tensor, so
     # a float32 head must not come first in a bfloat16 checkpoint.
-    common = wanted or _most_common_float(checkpoint.tensors.values())
+    common = wanted or max(sizes, key=lambda name: (sizes[name], name), default="F32")
+
+    def named(plan: TensorPlan, kept: str) -> TensorPlan:
+        """Give a tensor its name in the output, and its dtype if it is a float tensor."""
+        kind = (wanted or kept) if plan.dtype in FLOAT_DTYPES else plan.dtype
+        return replace(plan, name=changes.out_name(plan.name), dtype=kind)
+
     shards = []
-    for number, shard in enumerate(checkpoint.headers):
+    for shard in checkpoint.headers:
         tensors = []
         for info in shard.tensors.values():
-            plan = changes.tensors.get(info.name)
-            plan = plan or TensorPlan(Slot(info.name, info.dtype, info.shape), info)
+            plan = TensorPlan(info.name, info.dtype, info.shape, info)
             kept = info.dtype if info.dtype in FLOAT_DTYPES else common
-            tensors.append(_named(plan, changes, wanted or kept))
-        if number == len(checkpoint.headers) - 1:
+            tensors.append(named(changes.tensors.get(info.name, plan), kept))
+        if shard is checkpoint.headers[-1]:
             added = sorted(changes.tensors.keys() - checkpoint.tensors.keys())
-            tensors += [_named(changes.tensors[key], changes, common) for key in added]
-        order = {slot.name: n for n, slot in enumerate(sort_slots(t.slot for t in tensors))}
-        tensors.sort(key=lambda plan: order[plan.slot.name])
-        nbytes = sum(plan.slot.nbytes for plan in tensors)
+            tensors += [named(changes.tensors[key], common) for key in added]
+        # Readers view payloads in place, which needs every tensor aligned to its element size.
+        tensors.sort(key=lambda plan: -DTYPE_BITS[plan.dtype])
+        nbytes = sum(plan.nbytes for plan in tensors)
         written = () if all(plan.is_copied for plan in tensors) else tuple(tensors)
         shards.append(ShardPlan(shard.path.name, shard, checkpoint, written, nbytes))
     return tuple(shards)
@@ -134,54 +137,63 @@ def format_index(checkpoint: Checkpoint, shards: Sequence[ShardPlan]) -> str:
     where: dict[str, str] = {}
     elements = 0
     for shard in shards:
-        slots = [plan.slot for plan in shard.tensors] or [
-            Slot(info.name, info.dtype, info.shape) for info in shard.source.tensors.values()
-        ]
-        where.update((slot.name, shard.name) for slot in slots)
-        elements += sum(prod(slot.shape) for slot in slots)
+        stored: list[Any] = [*(shard.tensors or shard.source.tensors.values())]
+        where.update((one.name, shard.name) for one in stored)
+        elements += sum(prod(one.shape) for one in stored)
     metadata = dict(checkpoint.index_metadata)
     metadata["total_size"] = sum(shard.nbytes for shard in shards)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = elements
-    return json.dumps({"metadata": metadata, "weight_map": where}, indent=2, sort_keys=True) + "\n"
-
-
-def _named(plan: TensorPlan, changes: Changes, dtype: str) -> TensorPlan:
-    """`plan` under its name in the output, and in `dtype` if it is a float tensor."""
-    name, kind, shape = plan.slot
-    slot = Slot(changes.out_name(name), dtype if kind in FLOAT_DTYPES else kind, shape)
-    return replace(plan, slot=slot)
-
-
-def _most_common_float(tensors: Iterable[TensorInfo]) -> str:
-    """Return the float dtype that most bytes have."""
-    sizes: Counter[str] = Counter()
-    for info in tensors:
-        if info.dtype in FLOAT_DTYPES:
-            sizes[info.dtype] += info.nbytes
-    return max(sizes, key=lambda name: (sizes[name], name), default="F32")
-
-
-def list_replaced_and_added(
-    base: Base, changes: Changes
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names in the output of tensors that are replaced, and of added ones."""
-    replaced = [k for k, plan in changes.tensors.items() if plan.value is not None]
-    return (
-        tuple(changes.out_name(key) for key in sorted(replaced) if key in base.tensors),
-        tuple(
-            changes.out_name(key) for key in sorted(changes.tensors.keys() - base.tensors.keys())
-        ),
-    )
+    content = {"metadata": metadata, "weight_map": where}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def list_changed_tensors(shards: Iterable[ShardPlan]) -> Mapping[str, TensorPlan]:
     """Return the tensors that get delta_W, by their names in the output."""
-    return {plan.slot.name: plan for shard in shards for plan in shard.tensors if plan.shares}
+    return {plan.name: plan for shard in shards for plan in shard.tensors if plan.shares}
 
 
-def _identity(path: Path) -> list[Any]:
-    # Anybody can set the time of modification, and copying tools do; the time of change is the
-    # system's. The device's number is left out: it may differ where a file system is shared.
-    status = path.stat()
-    return [path.name, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+def estimate_memory(shards: Sequence[ShardPlan]) -> int:
+    """Estimate the bytes of memory that one process needs, whatever the checkpoint's size."""
+    # Three changed weights at a time: one is written, one waits, one is computed.
+    changed = [_changed_bytes(t) for s in shards for t in s.tensors if t.shares]
+    dense = sum(t.value.nbytes for s in shards for t in s.tensors if t.value is not None)
+    return 3 * max(changed, default=0) + 2 * dense + IN_FLIGHT + _PROCESS
+
+
+def _changed_bytes(plan: TensorPlan) -> int:
+    rows, columns = plan.shape
+    frequencies = sum(len(share.bundle.spectra[share.layer]) for share in plan.shares)
+    by_columns = choose_delta_path((rows, columns), frequencies) == "columns"
+    converts = plan.source is not None and plan.source.dtype != plan.dtype
+    # Another dtype needs a second array (float64 at most); that path, a layer's half spectrum.
+    return plan.nbytes + rows * columns * 8 * (converts + by_columns)
+
+
+def check_memory(needed: int, workers: int) -> None:
+    """Refuse work of `workers` processes that need `needed` bytes each, if there are less."""
+    available = read_available_memory()
+    if available is not None and needed * workers > available:
+        raise FileAccessError(
+            "memory",
+            expected=f"{needed * workers:,} bytes for {workers} process(es)",
+            found=f"{available:,} bytes available",
+            remedy="use fewer workers" if workers > 1 else "merge on a machine with more memory",
+        )
+
+
+def read_available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes of memory that this process can still get; None if unknown.
+
+    A container sees the memory of its machine; what it may use is the limit of its control group.
+    """
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        found.append(int(fields["MemAvailable"].split()[0]) << 10)
+        found.append(int((root / "sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, KeyError, ValueError):  # another system; a group without a limit
+        if not found and hasattr(os, "sysconf"):
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)

@@ -20,7 +20,7 @@ class BundleReport:
         weight: the factor on its delta_W.
         layers: how many layers it changes.
         base_check: "same", "precision" (the base in another precision), "mismatch" (allowed by
-            the caller) or "unbound" (it carries no fingerprint to check).
+            the caller) or "unbound" (it has no fingerprint to check).
     """
 
     name: str
@@ -40,7 +40,8 @@ class LayerReport:
         shape: as stored.
         dtype: safetensors dtype in the output.
         survival: share of its weights that changed once rounded to `dtype`; None in a dry run.
-        error: of what was really added, relative to delta_W (Frobenius norms); None in a dry run.
+        error: of what was really added, relative to delta_W (Frobenius norms); None in a dry run,
+            and where the weight has NaN or infinity in it.
     """
 
     name: str
@@ -93,11 +94,8 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self) | {
-            "out": str(self.out),
-            "base": str(self.base),
-            "shards": dict(self.shards),
-        }
+        fields = asdict(self)
+        return fields | {"out": str(self.out), "base": str(self.base), "shards": {**self.shards}}
 
 
 def find_least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
@@ -105,19 +103,24 @@ def find_least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:
 
     Layers to which nothing was added (a weight of 0, a spectrum of zeros) do not count.
     """
-    changed = [x for x in layers if x.survival is not None and (x.survival or x.error)]
+    changed = [x for x in layers if x.survival is not None and (x.survival or x.error != 0)]
     return min(changed, key=lambda layer: layer.survival or 0.0, default=None)
 
 
-def note_low_survival(layers: Sequence[LayerReport]) -> tuple[str, ...]:
-    """Warn when rounding loses most of a change, and say what to do."""
+def note_errors(layers: Sequence[LayerReport]) -> tuple[str, ...]:
+    """Name weights with NaN in them, and warn when rounding loses most of a change."""
+    notes = []
+    odd = [layer.tensor for layer in layers if layer.error is None]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        notes.append(f"{odd[0]}{more}: NaN or infinity in the base's weight, where it stays")
     worst = find_least_survival(layers)
-    if worst is None or worst.survival is None or worst.survival >= LOW_SURVIVAL:
-        return ()
-    low = [x for x in layers if x.error and (x.survival or 0.0) < LOW_SURVIVAL]
-    text = (
-        f"in {len(low)} of {len(layers)} layers less than half of the weights changed once rounded "
-        f"(worst: {worst.name}, {worst.survival:.0%} of {worst.dtype})"
-    )
-    remedy = "; dtype float32 (--dtype float32) keeps the whole change"
-    return (text + remedy if worst.dtype in ("F16", "BF16") else text,)
+    if worst is not None and (worst.survival or 0.0) < LOW_SURVIVAL:
+        low = [x for x in layers if x.error != 0 and (x.survival or 0.0) < LOW_SURVIVAL]
+        notes.append(
+            f"in {len(low)} of {len(layers)} layers less than half of the weights changed once "
+            f"rounded (worst: {worst.name}, {worst.survival:.0%} of {worst.dtype})"
+        )
+        if worst.dtype in ("F16", "BF16"):
+            notes[-1] += "; dtype float32 (--dtype float32) keeps the whole change"
+    return tuple(notes)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from functools import cache
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -22,26 +21,13 @@ from ..files.dtypes import FLOAT_DTYPES, to_name, to_numpy
 from ..spectral.delta import Term, each_block
 from ..types import Array
 
-# The bits of the exponent, all of them set in NaN and infinity, of the floats that are stored.
-_EXPONENT = {
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F32": (np.uint32, 0x7F800000),
-    "F64": (np.uint64, 0x7FF0000000000000),
-}
-
 
 class Merged(NamedTuple):
-    """A changed weight in the output's dtype.
-
-    Attributes:
-        survival: share of its elements that differ from the base's, rounded the same way.
-        error: of what was really added, relative to delta_W, as Frobenius norms; 0 for no change.
-    """
+    """A changed weight in the output's dtype, and what rounding did to the change."""
 
     value: Array
-    survival: float
-    error: float
+    survival: float  # share of its elements that differ from the base's, rounded the same way
+    error: float | None  # of what was added, relative to delta_W; None for NaN in the weight
 
 
 def add_deltas(
@@ -55,18 +41,11 @@ def add_deltas(
 ) -> Merged:
     """Add the delta_W of every term to a weight, block by block, and round once to `dtype`.
 
-    The sum is within half a unit in the last place of the exact one, and 1e-6 of delta_W.
-
     Args:
         weight: (out, in), or (in, out) when `transposed`; of any float dtype.
-        terms: what to add.
-        transposed: how the weight is stored.
-        dtype: safetensors name of the result's dtype.
-        name: of the tensor, for errors.
+        dtype: safetensors name of the result's dtype; BadInputError if it cannot hold the result.
+        name: of the tensor, for this error.
         overwrite: the result may use the weight's memory.
-
-    Raises:
-        BadInputError: the result does not fit in `dtype`; names the tensor.
     """
     out_dtype = to_numpy(dtype)
     in_place = overwrite and weight.dtype == out_dtype
@@ -80,13 +59,14 @@ def add_deltas(
     with np.errstate(over="ignore", invalid="ignore"):
         each_block(weight.shape, terms, add_block, transposed)
     # Threads finish in any order, and the sums must not depend on it.
-    _, changed, not_finite, error, delta = (
+    _, changed, overflowed, missed, added = (
         math.fsum(sums) for sums in zip(*sorted(blocks), strict=True)
     )
-    if not_finite > 0:
-        raise _overflow_error(name, out_dtype, int(not_finite))
-    survival = changed / max(value.size, 1)
-    return Merged(value, survival, math.sqrt(error / delta) if delta else 0.0)
+    if overflowed > 0:
+        raise _overflow_error(name, out_dtype, int(overflowed))
+    error = math.sqrt(missed / added) if added else 0.0
+    finite = math.isfinite(error)
+    return Merged(value, changed / max(value.size, 1), error if finite else None)
 
 
 class _Scratch(threading.local):
@@ -96,7 +76,6 @@ class _Scratch(threading.local):
         self._kept: dict[str, Array] = {}
 
     def array(self, use: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Return an array for `use` with undefined content."""
         size = math.prod(shape)
         kept = self._kept.get(use)
         if kept is None or kept.size < size or kept.dtype != dtype:
@@ -109,65 +88,50 @@ def _add(
 ) -> tuple[int, int, float, float]:
     """Put rows of a weight plus float32 rows of delta_W in `after`, which may be `before`.
 
-    Returns the numbers of elements that changed and that are not finite any more, and the sums of
-    squares of what rounding cost and of delta_W.
+    Returns how many elements changed and overflowed, and the squares of what rounding cost and of
+    delta_W.
     """
     kind = np.dtype(np.float64 if before.dtype == np.float64 else np.float32)
     shape = before.shape
     wide = scratch.array("wide", shape, kind)
     wide[...] = before
     total = np.add(wide, delta, out=scratch.array("total", shape, kind))
-    rounded = scratch.array("rounded", shape, after.dtype)
     if after.dtype.itemsize == 2 and kind == np.float32:
-        round_once(total, wide, delta, rounded, scratch.array("halfway", shape, np.dtype(bool)))
-    else:
-        rounded[...] = total
+        break_ties(total, wide, delta, after.dtype, scratch.array("tie", shape, np.dtype(bool)))
+    rounded = scratch.array("rounded", shape, after.dtype)
+    rounded[...] = total
     same = before if before.dtype == after.dtype else wide.astype(after.dtype)
     differ = scratch.array("differ", shape, np.dtype(bool))
     changed = int(np.count_nonzero(np.not_equal(_bits(rounded), _bits(same), out=differ)))
-    not_finite = 0
-    if not max(total.max(), -total.min()) < _largest(after.dtype):
-        not_finite = _count_not_finite(rounded) - _count_not_finite(before)
+    overflowed = 0
+    if not max(total.max(), -total.min()) < float(ml_dtypes.finfo(after.dtype).max):
+        overflowed = _count_not_finite(rounded) - _count_not_finite(before)
     missed = scratch.array("total", shape, kind)  # the total is not needed any more
     missed[...] = rounded
     missed -= wide
     missed -= delta
     after[...] = rounded
-    return changed, not_finite, _square_sum(missed), _square_sum(delta)
+    return changed, overflowed, _square_sum(missed), _square_sum(delta)
 
 
-def round_once(total: Array, weight: Array, delta: Array, result: Array, scratch: Array) -> None:
-    """Put in `result`, of 16 bits, the nearest of its values to weight + delta, ties to even.
-
-    All arrays are C-contiguous. `total` is their float32 sum; `scratch`, of bool, is overwritten.
-    """
-    result[...] = total
-    flat = result.reshape(-1)
-    at = _halfway(total.reshape(-1), result.dtype, scratch.reshape(-1))
-    if not at.size:
-        return
-    exact = weight.reshape(-1)[at].astype(np.float64) + delta.reshape(-1)[at]
-    # The 16-bit values on both sides: what one float32 step down and up in magnitude rounds to.
-    bits = total.reshape(-1)[at].view(np.uint32)
-    low, high = (near.view(np.float32).astype(result.dtype) for near in (bits - 1, bits + 1))
-    to_low = np.abs(exact - low.astype(np.float64))
-    to_high = np.abs(high.astype(np.float64) - exact)
-    flat[at] = np.where(to_low == to_high, flat[at], np.where(to_low < to_high, low, high))
-
-
-def _halfway(values: Array, dtype: np.dtype[Any], scratch: Array) -> Array:
-    """Return the positions of float32 values halfway between two neighbours of a 16-bit dtype."""
-    low_half = values.view(np.uint16)[0 if sys.byteorder == "little" else 1 :: 2]
-    if dtype == ml_dtypes.bfloat16:
-        return np.flatnonzero(np.equal(low_half, 0x8000, out=scratch))
-    # Few end in 12 clear bits, as every value between two of float16 does.
-    at = np.flatnonzero(np.equal(low_half & 0xFFF, 0, out=scratch))
-    some = values[at]
-    size = np.abs(some)
-    # Below 2^-14 float16's values are the multiples of 2^-24; at and beyond 65520 lies infinity.
-    tiny = np.where(size < 2.0**-14, size * 2.0**25, 0)
-    normal = (size >= 2.0**-14) & (size < 65520) & (some.view(np.uint32) & 0x1FFF == 0x1000)
-    return np.asarray(at[normal | (tiny % 2 == 1)])
+def break_ties(
+    total: Array, weight: Array, delta: Array, dtype: np.dtype[Any], scratch: Array
+) -> None:
+    """Move float32 sums halfway between two values of a 16-bit dtype towards the exact sums."""
+    flat = total.reshape(-1)
+    low_half = flat.view(np.uint16)[0 if sys.byteorder == "little" else 1 :: 2]
+    # Values halfway between two of float16 end in 12 clear bits. So do others, which round to the
+    # same value after a step.
+    mask, ending = (0xFFFF, 0x8000) if dtype == ml_dtypes.bfloat16 else (0xFFF, 0)
+    tied = np.equal(
+        low_half if mask == 0xFFFF else low_half & mask, ending, out=scratch.reshape(-1)
+    )
+    at = np.flatnonzero(tied)
+    if at.size:
+        exact = weight.reshape(-1)[at].astype(np.float64) + delta.reshape(-1)[at]
+        sums = flat[at]
+        side = np.where(exact > sums, np.float32(np.inf), np.float32(-np.inf))
+        flat[at] = np.where(exact == sums, sums, np.nextafter(sums, side))
 
 
 def convert(value: Array, dtype: str, name: str) -> Array:
@@ -194,12 +158,6 @@ def _overflow_error(name: str, dtype: np.dtype[Any], count: int) -> BadInputErro
     )
 
 
-@cache
-def _largest(dtype: np.dtype[Any]) -> float:
-    """Return the largest finite value of a float dtype."""
-    return float(ml_dtypes.finfo(dtype).max)
-
-
 def _square_sum(values: Array) -> float:
     """Sum the squares, in float64 where float32 cannot hold the sum."""
     flat = values.reshape(-1)
@@ -208,11 +166,8 @@ def _square_sum(values: Array) -> float:
 
 
 def _count_not_finite(value: Array) -> int:
-    # By bits: numpy has no fast isfinite for float16 and bfloat16.
-    _, exponent = _EXPONENT[to_name(value.dtype)]
-    return int(np.count_nonzero((_bits(value) & exponent) == exponent))
+    return value.size - int(np.count_nonzero(np.isfinite(value)))
 
 
 def _bits(value: Array) -> Array:
-    kind, _ = _EXPONENT[to_name(value.dtype)]
-    return np.ascontiguousarray(value).view(kind)
+    return np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")

@@ -1,4 +1,8 @@
-"""Runs a planned merge: shards in a locked work folder, then the small files, then one rename."""
+"""Runs a planned merge: shards in a locked work folder, then the small files, then one rename.
+
+For each finished shard a record is written to the work folder. After a kill, a shard counts as
+finished if its record describes it and if its file still has the hash in the record.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,30 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..bundle.layer_templates import natural_key
-from ..files.staging import name_os_errors, open_work_folder, publish
-from ..files.write import check_space, copy_file, set_umask_mode, sync
+from ..errors import FourierFTError
+from ..files import strict_json
+from ..files.container import read_file
+from ..files.staging import open_work_folder, publish
+from ..files.write import check_space, name_os_errors, set_umask_mode, sync, write_file
 from ..types import Progress, byte_counter
-from .base_files import MANIFEST, read_blocks
+from .base_files import MANIFEST, hash_file, read_blocks
 from .changes import TensorPlan
 from .executors import OpenExecutor, run_tasks
-from .journal import Journal
 from .manifest import format_manifest
-from .plan import MergePlan, format_index, list_changed_tensors
-from .report import LayerReport, MergeReport, note_low_survival
+from .plan import MergePlan, ShardPlan, format_index, list_changed_tensors
+from .report import LayerReport, MergeReport, note_errors
 from .shard import UNFINISHED, WrittenShard, WrittenTensor, write_shard
 
 
 def run_merge(
     plan: MergePlan, executor: OpenExecutor | None, *, force: bool, progress: Progress | None
 ) -> MergeReport:
-    """Write the output of a merge, by `executor` or, without one, in this process.
-
-    Raises:
-        UsageError: the output appeared meanwhile, and `force` is not set.
-        BadInputError: a weight that overflows; a base file that changed meanwhile.
-        BaseMismatchError: weights that are not those of the fingerprints.
-        FileAccessError: files that cannot be read or written, no space.
-    """
+    """Write the output of a merge, by `executor` or, without one, in this process."""
     out = plan.report.out
     with (
         open_work_folder(out, plan=plan.hash(), keep=True) as folder,
@@ -50,7 +49,7 @@ def run_merge(
             report,
             layers=layers,
             shards={shard.name: shard.sha256 for shard in written},
-            notes=(*report.notes, *note_low_survival(layers)),
+            notes=(*report.notes, *note_errors(layers)),
             resumed=tuple(plan.shards[number].name for number in sorted(resumed)),
         )
         staged = folder / out.name
@@ -66,15 +65,20 @@ def _write_shards(
     plan: MergePlan, folder: Path, executor: OpenExecutor | None, progress: Progress | None
 ) -> tuple[tuple[WrittenShard, ...], set[int]]:
     """Write all weight files; returns them in their order, and the numbers of those resumed."""
-    journal = Journal(folder / "journal.jsonl", plan.shards)
     payload = folder / plan.report.out.name
     count = byte_counter("merging", plan.report.nbytes, progress)
 
     def place(name: str) -> Path:
         return payload / name if plan.is_folder else payload
 
-    written = journal.read_finished(place, count)
+    written = {
+        number: finished
+        for number, shard in enumerate(plan.shards)
+        if (finished := _read_finished(_record(folder, number), shard, place(shard.name)))
+    }
     resumed = set(written)
+    for shard in written.values():
+        count(shard.size)
     _remove_unfinished(folder, payload, {place(shard.name) for shard in written.values()})
     if plan.is_folder:
         payload.mkdir(exist_ok=True)
@@ -83,7 +87,7 @@ def _write_shards(
 
     def done(number: int, shard: WrittenShard) -> None:
         set_umask_mode(place(shard.name))
-        journal.add(number, shard)
+        record_finished(_record(folder, number), shard)
         written[number] = shard
         if executor is not None:
             count(plan.shards[number].nbytes)
@@ -101,6 +105,32 @@ def _write_shards(
     return tuple(written[number] for number in range(len(plan.shards))), resumed
 
 
+def _record(folder: Path, number: int) -> Path:
+    return folder / f"finished-{number}.json"
+
+
+def record_finished(path: Path, shard: WrittenShard) -> None:
+    """Write the record that a shard is complete and flushed."""
+    path.unlink(missing_ok=True)
+    write_file(path, [json.dumps(asdict(shard)).encode()])
+
+
+def _read_finished(path: Path, plan: ShardPlan, file: Path) -> WrittenShard | None:
+    """Read the record of a shard; None without one, or if the shard is not what it says."""
+    try:
+        fields = strict_json.loads(read_file(path), str(path))
+        tensors = {
+            name: WrittenTensor(**{**one, "verdicts": tuple(one["verdicts"])})
+            for name, one in fields["tensors"].items()
+        }
+        shard = WrittenShard(**{**fields, "tensors": tensors})
+        good = shard.name == plan.name and tensors.keys() == list_changed_tensors([plan]).keys()
+        whole = good and hash_file(file.parent, file.name) == (shard.sha256, shard.size)
+    except (FourierFTError, AttributeError, KeyError, TypeError):
+        return None
+    return shard if whole else None
+
+
 def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
     """Remove the files that a killed run had not finished."""
     inside = payload.iterdir() if payload.is_dir() else ()
@@ -115,14 +145,11 @@ def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
 def report_layers(
     plans: Mapping[str, TensorPlan], written: Mapping[str, WrittenTensor] | None = None
 ) -> tuple[LayerReport, ...]:
-    """Report each weight that gets delta_W, in natural order of the layers' names.
-
-    `plans` and `written` (None in a dry run) are by the weights' names in the output.
-    """
+    """Report each weight that gets delta_W (by its name in the output), in natural order."""
     reports = []
     for name, plan in plans.items():
         facts = (written[name].survival, written[name].error) if written else (None, None)
-        reports.append(LayerReport(plan.layer, name, plan.slot.shape, plan.slot.dtype, *facts))
+        reports.append(LayerReport(plan.layer, name, plan.shape, plan.dtype, *facts))
     return tuple(sorted(reports, key=lambda layer: natural_key(layer.name)))
 
 
@@ -151,13 +178,11 @@ def _write_small_files(
         texts["config.json"] = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     files = {shard.name: (shard.sha256, shard.size) for shard in written}
     for name in (*report.carried, *texts):
-        if name in files:
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name in texts:
-            sha256 = copy_file(target, [texts[name].encode()])
-        else:
-            sha256 = copy_file(target, read_blocks(source, name, allow_links=plan.allow_links))
-        files[name] = (sha256, target.stat().st_size)
-    copy_file(folder / MANIFEST, [format_manifest(plan, report, tensors, files).encode()])
+        if name not in files:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            blocks = read_blocks(source, name, allow_links=plan.allow_links)
+            sha256 = write_file(target, [texts[name].encode()] if name in texts else blocks)
+            files[name] = (sha256, target.stat().st_size)
+    manifest = format_manifest(plan, report, tensors, files)
+    write_file(folder / MANIFEST, [manifest.encode()])

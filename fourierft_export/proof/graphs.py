@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ..files.container import open_regular
-from ..files.external import check_external_ranges
+from ..files.external import check_external_data
 from ..types import Array
 from .inputs import AS_NPZ
 from .report import first_line
@@ -173,7 +173,7 @@ def _weights_precision(path: Path) -> str:
         found = error.strerror or str(error)
         raise FileAccessError(path, expected="an ONNX file", found=found) from error
     # ONNX Runtime follows links and any name: nothing is opened before this.
-    check_external_ranges(model, path)
+    check_external_data(model, path)
     types = onnx.TensorProto
     kinds = {types.DOUBLE: "float64", types.FLOAT: "float32", types.FLOAT16: "float16"}
     kinds |= {types.BFLOAT16: "bfloat16", types.INT8: "int8", types.UINT8: "int8"}

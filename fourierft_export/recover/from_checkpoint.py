@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from ..bundle.layer_templates import natural_key
 from ..bundle.peft import BundleSource, open_bundle
 from ..bundle.spec import AdapterSpec, LayerSpec
 from ..errors import UsageError, ValidationError
-from ..files.dtypes import FLOAT_DTYPES
+from ..files.container import TensorInfo
+from ..files.dtypes import FLOAT_DTYPES, to_numpy
 from ..models.base import Base, open_base
-from ..models.task import likely_task
+from ..models.task import head_labels, likely_task
 from ..spectral.delta import Term
-from ..spectral.entries import spectral_entries
 from ..types import Array, Progress, byte_counter
-from .other_tensors import compare_other_tensors
 from .spectrum import RecoveredLayer, compute_spectrum, judge_spectrum
 
 DEFAULT_SCALING = 150.0
 UNCERTAIN = 0.1
+_HEADS = {"classifier", "classification_head", "score", "pooler", "pre_classifier"}
 
 
 @dataclass(frozen=True)
@@ -97,74 +97,64 @@ def recover_bundle(
         BadInputError: a checkpoint that is damaged.
     """
     before, after = (open_base(path, allow_links=allow_links) for path in (base, merged))
-    like = None if like is None else open_bundle(like)
     if like is None:
-        spec = _spec_of(after, seed, n_frequency, targets, scaling)
+        template = _make_template(after, seed, n_frequency, targets, scaling)
     else:
-        rule = entry_rule if like.is_bound else None
-        options = {"seed": seed, "n_frequency": n_frequency, "targets": targets or None}
-        spec = _spec_like(like, options | {"scaling": scaling, "entry_rule": rule})
-    scale = float(spec.scaling)
+        template = open_bundle(like)
+        rule = entry_rule if template.is_bound else None
+        options = ("seed", "n_frequency", "targets", "scaling", "entry_rule")
+        given = (seed, n_frequency, targets or None, scaling, rule)
+        both = [name for name, value in zip(options, given, strict=True) if value is not None]
+        if both:
+            raise UsageError(
+                "recover",
+                expected="a bundle to be like, or seed, n_frequency and targets",
+                found=f"both: {', '.join(both)}",
+                remedy="leave these out: the bundle has them",
+            )
+    scale = float(template.spec.scaling)
     if not math.isfinite(scale) or not scale:
         raise UsageError("scaling", expected="a finite number that is not 0", found=f"{scale}")
-    names = [layer.name for layer in spec.layers]
+    names = sorted(template.spectra, key=natural_key)
     there, here = before.layers(names), after.layers(names)
-    fit = fit_adapter(spec, layers_of_base(before, names), entry_rule=entry_rule)
+    fit = fit_adapter(template.spec, layers_of_base(before, names), entry_rule=entry_rule)
     for name in names:
         if (here[name].shape, here[name].transposed) != (there[name].shape, there[name].transposed):
             line = f"{name}: {list(here[name].shape)} merged, {list(there[name].shape)} in the base"
             fit = replace(fit, misfits=(*fit.misfits, line))
     remedy = "give the base that it was merged from"
     check_fits(before.directory, [fit], allow_base_mismatch=None, remedy=remedy)
-    spec = fit.spec
+    template = replace(template, spec=fit.spec)
     total = sum(info.nbytes for info in before.tensors.values())
     count = byte_counter("recovering", total, progress)
     spectra: dict[str, Array] = {}
     layers = []
-    for layer in sorted(spec.layers, key=lambda one: natural_key(one.name)):
-        name, shape = layer.name, there[layer.name].shape
-        if like is not None and like.is_bound:
-            entries = like.entries(name)
-        else:
-            rule = layer.entry_rule
-            entries = spectral_entries(spec.entry_seed, shape, layer.n_frequency, rule)
+    for name in names:
+        entries = template.entries(name)
         stored = entries[:, ::-1] if there[name].transposed else entries
         weight = before.checkpoint.read(there[name].tensor)
         result = after.checkpoint.read(here[name].tensor)
         values = compute_spectrum(weight, result, stored, scale)
         layers.append(judge_spectrum(name, weight, result, Term(values, stored, scale)))
-        spectra[name] = values.astype(like.spectra[name].dtype if like else np.float32)
+        spectra[name] = values.astype(template.spectra[name].dtype)
         count(weight.nbytes)
     adapted = {layer.tensor for layer in here.values()}
-    wanted = None if like is None else tuple(like.saved)
-    saved, changed = compare_other_tensors(before, after, names, adapted, wanted, count)
+    wanted = None if like is None else {after.bridge(names).to_base(n): n for n in template.saved}
+    saved, changed = _compare_other_tensors(before, after, adapted, wanted, count)
     _refuse(after.directory, layers, changed)
+    spec = fit.spec
     if like is None and saved:  # an adapter with a head has the task of the merged model
         task = likely_task(after.config, None)
         spec = replace(spec, task_type=task.peft_type if task else None)
-    explicit = like.explicit_entries if like else {}
-    bundle = Bundle.build(spec, spectra, saved, explicit, where=os.fspath(merged))
+    bundle = Bundle.build(spec, spectra, saved, template.explicit_entries, where=os.fspath(merged))
     return bundle, RecoverReport(tuple(layers), tuple(saved), _notes(layers))
 
 
-def _spec_like(like: Bundle, options: Mapping[str, Any]) -> AdapterSpec:
-    """Return the spec of `like`; an error if options give what it has."""
-    both = [name for name, value in options.items() if value is not None]
-    if both:
-        raise UsageError(
-            "recover",
-            expected="a bundle to be like, or seed, n_frequency and targets",
-            found=f"both: {', '.join(both)}",
-            remedy="leave these out: the bundle has them",
-        )
-    return like.spec
-
-
-def _spec_of(
+def _make_template(
     after: Base, seed: int | None, n_frequency: int | None, targets: Sequence[str],
     scaling: float | None,
-) -> AdapterSpec:  # fmt: skip
-    """Make the spec of an adapter over the layers of `after` that `targets` names."""
+) -> Bundle:  # fmt: skip
+    """Make a bundle with empty spectra for the layers of `after` that `targets` names."""
     if seed is None or n_frequency is None or not targets:
         raise UsageError(
             "recover",
@@ -185,7 +175,80 @@ def _spec_of(
             remedy=f"there are, for example: {', '.join(modules[:3])}",
         )
     layers = tuple(LayerSpec(name, n_frequency) for name in chosen)
-    return AdapterSpec(seed, DEFAULT_SCALING if scaling is None else scaling, layers)
+    spec = AdapterSpec(seed, DEFAULT_SCALING if scaling is None else scaling, layers)
+    return Bundle(spec, dict.fromkeys(chosen, np.zeros(n_frequency, np.float32)), {}, {})
+
+
+def _compare_other_tensors(
+    before: Base,
+    after: Base,
+    layers: Collection[str],
+    wanted: Mapping[str, str] | None,
+    count: Callable[[int], None],
+) -> tuple[dict[str, Array], list[str]]:
+    """Find every tensor that differs from the base's, but for the adapted weights.
+
+    Args:
+        before, after: the base and the merged checkpoint.
+        layers: the adapted weights, by their names in `after`.
+        wanted: names in `after` of the adapter's dense tensors -> the adapter's names; None to
+            take heads, biases and tensors that the base does not have.
+        count: called with the bytes of the base's tensors that were compared.
+
+    Returns:
+        The dense tensors of the adapter, and the names of all others that changed.
+    """
+    weights = [name.removesuffix(".weight") for name in before.tensors if name.endswith(".weight")]
+    to_after = after.bridge(weights)
+    compared = set(layers)
+    saved: list[str] = []
+    changed: list[str] = []
+    for name, info in before.tensors.items():
+        there = name if name in after.tensors else to_after.to_base(name)
+        if there in layers:
+            continue
+        compared.add(there)
+        if there not in after.tensors:
+            if info.dtype in FLOAT_DTYPES:  # position numbers and the like are often left out
+                changed.append(f"{name} (absent)")
+        elif wanted is not None and there in wanted:
+            saved.append(there)
+        elif not _is_same(before, info, after, after.tensors[there]):
+            # PEFT saves biases and heads with the spectra.
+            is_bias = len(info.shape) == 1 and there.endswith(".bias")
+            is_head = head_labels({there: info.shape}) is not None or {*there.split(".")} & _HEADS
+            (saved if wanted is None and (is_bias or is_head) else changed).append(there)
+        count(info.nbytes)
+    for there in sorted(after.tensors.keys() - compared):
+        if wanted is not None and there in wanted:
+            saved.append(there)
+        elif not _is_kept_output(before, after, there):
+            (saved if wanted is None else changed).append(there)
+    return {(wanted or {}).get(name, name): after.checkpoint.read(name) for name in saved}, changed
+
+
+def _is_kept_output(before: Base, after: Base, name: str) -> bool:
+    """Return whether a tensor is an output embedding that was tied in the base."""
+    if not f".{name}".endswith(".lm_head.weight"):
+        return False
+    own = before.find([name.removesuffix(".weight")]).popitem()[1]
+    if isinstance(own, str):
+        return False
+    return _is_same(before, before.tensors[own.tensor], after, after.tensors[name])
+
+
+def _is_same(before: Base, mine: TensorInfo, after: Base, its: TensorInfo) -> bool:
+    """Return whether two tensors are equal, after rounding to the merged one's dtype."""
+    if mine.shape != its.shape:
+        return False
+    if mine.dtype == its.dtype:
+        blocks = before.checkpoint.read_blocks(mine.name), after.checkpoint.read_blocks(its.name)
+        return all(a == b for a, b in zip(*blocks, strict=True))
+    if not {mine.dtype, its.dtype} <= {*FLOAT_DTYPES}:
+        return False
+    with np.errstate(over="ignore"):
+        rounded = before.checkpoint.read(mine.name).astype(to_numpy(its.dtype))
+    return rounded.tobytes() == after.checkpoint.read(its.name).tobytes()
 
 
 def _refuse(where: Path, layers: Sequence[RecoveredLayer], changed: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..bundle.file import Bundle
 from ..errors import BadInputError, UsageError
 from ..files import dtypes, strict_json
-from ..files.container import TensorInfo, parse_header
+from ..files.container import parse_header
 from ..onnx_graph.graph.source import Source, open_onnx
 from ..onnx_graph.interface import KEY
 from ..types import Array
@@ -47,16 +47,13 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
         )
     content = strict_json.loads(text.encode("utf-8"), os.fspath(path))
     arrays: dict[str, Array] = {}
+    bundles: dict[str, Bundle] = {}
     try:
         mode, adapters = content["mode"], content["adapters"]
-        bundles = {
-            name: Bundle.from_bytes(
-                _bundle_file(source, adapter["bundle"], arrays),
-                f"{os.fspath(path)}: adapter {name}",
-            )
-            for name, adapter in adapters.items()
-            if "bundle" in adapter
-        }
+        for name, adapter in adapters.items():
+            if "bundle" in adapter:
+                data = _read_bundle(source, adapter["bundle"], arrays)
+                bundles[name] = Bundle.from_bytes(data, f"{os.fspath(path)}: adapter {name}")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error) as error:
         raise BadInputError(
             path,
@@ -74,7 +71,7 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
     return bundles
 
 
-def _bundle_file(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
+def _read_bundle(source: Source, record: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
     """Assemble the bytes of a bundle's file by its record; an error if it is damaged."""
     if record.keys() != {"header", "tensors"}:
         raise BadInputError(
@@ -90,17 +87,19 @@ def _bundle_file(source: Source, record: Mapping[str, Any], arrays: dict[str, Ar
     for key, info in parse_header(header, 8 + len(header) + size, "bundle").tensors.items():
         places = record["tensors"][key]
         rows = places if isinstance(places, list) else [places]
-        piece = b"".join(_payload(source, one, info, len(rows), arrays) for one in rows)
+        dtype = dtypes.to_numpy(info.dtype)
+        count = info.nbytes // dtype.itemsize // len(rows)
+        piece = b"".join(_read_values(source, one, dtype, count, arrays) for one in rows)
         if len(piece) != info.nbytes:
             raise ValueError(f"{key} has another size")
         pieces.append(piece)
     return len(header).to_bytes(8, "little") + header + b"".join(pieces)
 
 
-def _payload(
-    source: Source, place: Mapping[str, Any], info: TensorInfo, rows: int, arrays: dict[str, Array]
+def _read_values(
+    source: Source, place: Mapping[str, Any], dtype: Any, count: int, arrays: dict[str, Array]
 ) -> bytes:
-    """Read one of the `rows` equal parts of a tensor of the bundle's file."""
+    """Read `count` values of a tensor of the bundle's file from their place in the graph."""
     if "data" in place:
         return base64.b64decode(place["data"], validate=True)
     name, start = place["initializer"], place["offset"]
@@ -110,8 +109,6 @@ def _payload(
             raise ValueError(f"{name} has no content")
         arrays[name] = source.read(tensor)
     array = arrays[name].T if place.get("transposed") else arrays[name]
-    dtype = dtypes.to_numpy(info.dtype)
-    count = info.nbytes // dtype.itemsize // rows
     if type(start) is not int or not 0 <= start <= array.size - count:
         raise ValueError(f"{name} is too small")
     return bytes(array.reshape(-1)[start : start + count].astype(dtype).tobytes())

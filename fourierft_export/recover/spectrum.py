@@ -46,20 +46,11 @@ class RecoveredLayer:
 
 
 def compute_spectrum(before: Array, after: Array, entries: Array, scaling: float) -> Array:
-    """Compute the coefficients of delta_W = after - before.
+    """Compute the n coefficients of delta_W = after - before, for n entries (u, v), as float64.
 
     By orthogonality of the cosines: sum over p, q of delta_W cos(2 pi (u p / M + v q / N)) is
     scaling * c / 2, or scaling * c where the entry is its own mirror image. Entries that mirror
     each other are one degree of freedom, and share it equally.
-
-    Args:
-        before: weight of the base (M, N), of any float dtype.
-        after: the merged weight (M, N).
-        entries: (n, 2) positions u, v.
-        scaling: of the adapter.
-
-    Returns:
-        float64 (n,).
     """
     rows, columns = before.shape
     u, v = fold(entries, (rows, columns))
@@ -67,11 +58,9 @@ def compute_spectrum(before: Array, after: Array, entries: Array, scaling: float
     u = np.where(own_mirror, np.minimum(u, -u % rows), u)
     table = roots(rows).conj()
     total = np.zeros(len(u))
-    step = max(1, _BLOCK // columns)
-    for at in range(0, rows, step):
-        part = slice(at, min(at + step, rows))
+    for part in _row_blocks(before):
         half = np.fft.rfft(_difference(before[part], after[part]), axis=1)[:, v]
-        half *= table[np.arange(part.start, part.stop)[:, None] * u % rows]
+        half *= table[np.arange(part.start, part.start + len(half))[:, None] * u % rows]
         total += half.real.sum(axis=0)
     itself = own_mirror & (2 * u % rows == 0)
     _, group, sizes = np.unique(u * columns + v, return_inverse=True, return_counts=True)
@@ -83,7 +72,9 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
     """Judge how well a term explains `after` - `before`, by the rounding of `after`'s dtype."""
     sums: list[tuple[int, int, float, float, float]] = []
     count, n = before.size, len(term.spectrum)
-    rounding = _rounding(after)
+    # The squares of the errors that are expected of rounding to these values.
+    halves = (_half_unit(after[part]) for part in _row_blocks(after))
+    rounding = math.fsum(float(np.square(half).sum()) for half in halves) / 3
     # What the spectrum's own errors, from rounding, may cost in an element of delta_W.
     reach = FAR * math.sqrt(rounding * n) / count
 
@@ -91,9 +82,7 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
         difference = _difference(before[rows], after[rows])
         left = difference - delta
         largest = float(np.abs(delta).max(initial=0.0))
-        far = (
-            np.abs(left) > FAR * compute_half_unit(after[rows]) + reach + 10 * ARITHMETIC * largest
-        )
+        far = np.abs(left) > FAR * _half_unit(after[rows]) + reach + 10 * ARITHMETIC * largest
         changed = int(np.count_nonzero(difference))
         squares = (float(np.square(x, dtype=np.float64).sum()) for x in (left, delta))
         sums.append((rows.start, changed, float(np.count_nonzero(far)), *squares))
@@ -126,14 +115,12 @@ def judge_spectrum(name: str, before: Array, after: Array, term: Term) -> Recove
     )
 
 
-def _rounding(values: Array) -> float:
-    """Sum the squares of the errors that are expected of rounding to these values."""
+def _row_blocks(values: Array) -> list[slice]:
     step = max(1, _BLOCK // values.shape[1])
-    blocks = (compute_half_unit(values[at : at + step]) for at in range(0, len(values), step))
-    return math.fsum(float(np.square(block).sum()) for block in blocks) / 3
+    return [slice(at, at + step) for at in range(0, len(values), step)]
 
 
-def compute_half_unit(values: Array) -> Array:
+def _half_unit(values: Array) -> Array:
     """Return half the distance of each value to its neighbour in its dtype, as float64."""
     if values.dtype == np.float64:
         return np.asarray(np.spacing(np.abs(values)) / 2)

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fourierft_export.errors import BadInputError, FileAccessError
-from fourierft_export.files.external import Range, check_external_ranges
+from fourierft_export.files.external import check_external_data
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -35,8 +35,7 @@ def model(path: Path, **keys: str) -> onnx.ModelProto:
 
 def test_a_plain_range(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    ranges = check_external_ranges(model(path), path)
-    assert ranges == {("data.bin", 64): Range(tmp_path / "data.bin", 64, 48)}
+    assert check_external_data(model(path), path) == {"data.bin": tmp_path / "data.bin"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_a_plain_range(tmp_path: Path) -> None:
 def test_hostile_keys(keys: dict[str, str], says: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(BadInputError) as caught:
-        check_external_ranges(model(path, **keys), path)
+        check_external_data(model(path, **keys), path)
     assert says in str(caught.value)
     assert "'w'" in str(caught.value)
 
@@ -75,21 +74,21 @@ def test_links_are_refused_but_those_of_a_download_cache(tmp_path: Path) -> None
     path = folder / "model.onnx"
     (folder / "data.bin").symlink_to(outside)
     with pytest.raises(BadInputError, match="a link to"):
-        check_external_ranges(model(path), path, allow_links=True)
+        check_external_data(model(path), path, allow_links=True)
     (folder / "data.bin").unlink()
     os.link(outside, folder / "data.bin")
     with pytest.raises(BadInputError, match="hard link"):
-        check_external_ranges(model(path), path)
+        check_external_data(model(path), path)
     (folder / "data.bin").unlink()
     (folder / "real.bin").write_bytes(b"\0" * 112)
     (folder / "data.bin").symlink_to("real.bin")
     with pytest.raises(BadInputError, match="--allow-links"):
-        check_external_ranges(model(path), path)
-    assert check_external_ranges(model(path), path, allow_links=True)
+        check_external_data(model(path), path)
+    assert check_external_data(model(path), path, allow_links=True)
     # a linked folder on the way
     (folder / "sub").symlink_to(tmp_path)
     with pytest.raises(BadInputError, match="a link to"):
-        check_external_ranges(model(path, location="sub/outside.bin"), path)
+        check_external_data(model(path, location="sub/outside.bin"), path)
     snapshot = tmp_path / "models--a--b" / "snapshots" / "main"
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
@@ -97,20 +96,20 @@ def test_links_are_refused_but_those_of_a_download_cache(tmp_path: Path) -> None
     (blobs / "abc").write_bytes(b"\0" * 112)
     (snapshot / "data.bin").symlink_to("../../blobs/abc")
     cached = snapshot / "model.onnx"
-    assert check_external_ranges(model(cached), cached)[("data.bin", 64)].length == 48
+    assert check_external_data(model(cached), cached) == {"data.bin": snapshot / "data.bin"}
 
 
 def test_missing_and_odd_files(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(FileAccessError):
-        check_external_ranges(model(path, location="absent.bin"), path)
+        check_external_data(model(path, location="absent.bin"), path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(BadInputError, match="no regular file"):
-        check_external_ranges(model(path, location="folder"), path)
+        check_external_data(model(path, location="folder"), path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(BadInputError, match="no regular file"):
-            check_external_ranges(model(path, location="fifo"), path)
+            check_external_data(model(path, location="fifo"), path)
 
 
 def test_tensors_are_found_wherever_they_hide(tmp_path: Path) -> None:
@@ -123,4 +122,4 @@ def test_tensors_are_found_wherever_they_hide(tmp_path: Path) -> None:
     for nodes, functions in (([branch], []), ([constant], []), ([], [function])):
         graph = helper.make_graph(nodes, "g", [], [])
         with pytest.raises(BadInputError, match="no plain path"):
-            check_external_ranges(helper.make_model(graph, functions=functions), path)
+            check_external_data(helper.make_model(graph, functions=functions), path)

@@ -18,21 +18,21 @@ import fourierft_export.bundle.peft
 import fourierft_export.cli.main
 import fourierft_export.cli.pack
 import fourierft_export.merge.merge
-from fourierft_export.merge.journal import Journal
+from fourierft_export.merge import run
 
 
 def signal_after(number: int, count: int) -> None:
-    """Send this process a signal when so many weight files are in the journal."""
-    add, added = Journal.add, []
+    """Send this process a signal when so many weight files are finished."""
+    record, recorded = run.record_finished, []
 
-    def add_and_signal(self: Journal, *shard: Any) -> None:
-        add(self, *shard)
-        added.append(shard)
-        if len(added) == count:
+    def record_and_signal(*shard: Any) -> None:
+        record(*shard)
+        recorded.append(shard)
+        if len(recorded) == count:
             os.kill(os.getpid(), number)
             time.sleep(20)  # for Ctrl-C to arrive
 
-    Journal.add = add_and_signal  # type: ignore[method-assign]
+    run.record_finished = record_and_signal
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import pytest
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.files.container import read_header
-from fourierft_export.merge import executors, memory, run
+from fourierft_export.merge import executors, plan, run
 
 FilesOf = Callable[[Path], dict[str, bytes]]
 LAYERS = [f"layers.{number}.q" for number in range(4)]
@@ -47,7 +47,7 @@ def whole(base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf) -> dict[s
 
 @pytest.fixture
 def kill(runner: Any, base: Path, bundle: Path) -> Callable[..., Path]:
-    """`kill(out, shards=2)`: kills a merge once so many shards are in the journal."""
+    """`kill(out, shards=2)`: kills a merge once so many shards are finished."""
 
     def killed(out: Path, shards: int = 2) -> Path:
         code = runner.merge(base, bundle, out, at_shard=(signal.SIGKILL, shards))
@@ -87,15 +87,30 @@ def flip_last_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+FIRST = "finished-0.json"
+
+
 @pytest.mark.parametrize(
     ("damage", "resumed"),
     [
         (lambda left: flip_last_bit(left / "out" / SHARDS[0]), 1),
         (lambda left: (left / "out" / SHARDS[0]).unlink(), 1),
-        (lambda left: os.truncate(left / "journal.jsonl", 600), 1),
-        (lambda left: (left / "journal.jsonl").write_bytes(b"\xff\xfe{}\n[1]\n"), 0),
+        (lambda left: cut(left / FIRST), 1),
+        (lambda left: (left / FIRST).write_bytes(b"\xff[" * 1000), 1),
+        (lambda left: replace_in(left / FIRST, SHARDS[0], "../../precious"), 1),
+        (lambda left: replace_in(left / FIRST, "layers.0.q", "layers.9.q"), 1),
+        (lambda left: [path.write_text("[1]") for path in left.glob("*.json")], 0),
     ],
-    ids=["shard", "shard gone", "journal cut", "journal"],
+    ids=["shard", "shard gone", "record cut", "no JSON", "name", "tensor", "all records"],
 )
 def test_what_a_killed_merge_left_is_checked(
     base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf, whole: dict[str, bytes],
@@ -104,57 +119,6 @@ def test_what_a_killed_merge_left_is_checked(
     damage(kill(tmp_path / "out"))
     assert len(ff.merge_checkpoint(base, bundle, tmp_path / "out").resumed) == resumed
     assert files_of(tmp_path / "out") == whole
-
-
-# What may stand in the journal's line of the first of four shards, of which it changes the fields.
-NOT_OF_THIS_MERGE: list[Any] = [
-    {"number": 99}, {"number": -1}, {"number": 1}, {"number": True}, {"number": "0"},
-    {"number": None}, {"name": "../../precious"}, {"name": 5}, {"size": -1}, {"size": "1"},
-    {"sha256": 5}, {"tensors": []}, {"tensors": {}}, {"tensors": {"x": {}}}, {"survival": "much"},
-    {"verdicts": []}, {"verdicts": [[]]}, {"verdicts": ["fine"]}, {"unknown": 1},
-    b"[" * 100_000, b"[1]", b"{", b"", b"\xff",
-]  # fmt: skip
-
-
-def journal_line(good: bytes, wrong: Any) -> bytes:
-    """The good line with `wrong` in it."""
-    if isinstance(wrong, bytes):
-        return b"\n" + wrong
-    line = json.loads(good)
-    (tensor,) = line["tensors"].values()
-    for fields in (line, tensor):
-        fields.update({k: value for k, value in wrong.items() if k in (*fields, "unknown")})
-    return b"\n" + json.dumps(line).encode()
-
-
-def test_lines_of_the_journal_that_are_not_of_this_merge_do_not_count(
-    base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf, whole: dict[str, bytes],
-    kill: Callable[..., Path],
-) -> None:  # fmt: skip
-    left = kill(tmp_path / "out", 1)
-    good = (left / "journal.jsonl").read_bytes()[1:]
-    shutil.copytree(left, tmp_path / "kept")
-    (tmp_path / "precious").write_text("precious")
-    lines = [journal_line(good, wrong) for wrong in NOT_OF_THIS_MERGE]
-    for line in [*lines, b"".join(lines)]:
-        shutil.copytree(tmp_path / "kept", left, dirs_exist_ok=True)
-        (left / "journal.jsonl").write_bytes(line)
-        report = ff.merge_checkpoint(base, bundle, tmp_path / "out", force=True)
-        assert report.resumed == (), line[:200]
-        assert (tmp_path / "precious").read_text() == "precious", line[:200]
-        assert files_of(tmp_path / "out") == whole, line[:200]
-    shutil.copytree(tmp_path / "kept", left)
-    (left / "journal.jsonl").write_bytes(b"".join(lines) + b"\n" + good)
-    assert len(ff.merge_checkpoint(base, bundle, tmp_path / "out", force=True).resumed) == 1
-
-
-def test_a_line_that_was_cut_off_does_not_take_the_next_one_with_it(
-    base: Path, bundle: Path, tmp_path: Path, kill: Callable[..., Path]
-) -> None:
-    journal = kill(tmp_path / "out") / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-30])
-    kill(tmp_path / "out")  # after the second and the third
-    assert len(ff.merge_checkpoint(base, bundle, tmp_path / "out").resumed) == 3
 
 
 @pytest.mark.parametrize("how", ["options", "its time", "written over", "another file"])
@@ -242,6 +206,20 @@ def test_a_disk_that_fills_up_is_named_and_left_as_it_was(
     assert names(small_disk) == []
 
 
+@pytest.mark.parametrize(
+    ("limit", "kilobytes"), [(None, 8000), ("max", 8000), ("1024000", 1000), ("99999999", 8000)]
+)
+def test_available_memory_is_the_least_of_machine_and_container(
+    tmp_path: Path, limit: str | None, kilobytes: int
+) -> None:
+    files = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
+    files |= {} if limit is None else {"sys/fs/cgroup/memory.max": f"{limit}\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert plan.read_available_memory(tmp_path) == kilobytes << 10
+
+
 def test_too_little_space_or_memory_is_found_before_any_work(
     base: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,14 +229,14 @@ def test_too_little_space_or_memory_is_found_before_any_work(
         for dry_run in (False, True):
             with pytest.raises(FileAccessError, match="bytes of free space, found 1,000 bytes"):
                 ff.merge_checkpoint(base, bundle, tmp_path / "out", dry_run=dry_run)
-    monkeypatch.setattr(memory, "read_available_memory", lambda: 400 << 20)
+    monkeypatch.setattr(plan, "read_available_memory", lambda: 400 << 20)
     assert ff.merge_checkpoint(base, bundle, tmp_path / "a").memory_bytes < 400 << 20
     with pytest.raises(FileAccessError, match="419,430,400 bytes available; use fewer workers"):
         ff.merge_checkpoint(base, bundle, tmp_path / "out", workers=2)
     with pytest.raises(FileAccessError, match=r"for 4 process"):  # there are four weight files
         ff.merge_checkpoint(base, bundle, tmp_path / "out", workers=50)
     # The memory of this machine does not matter to a cluster.
-    monkeypatch.setattr(memory, "read_available_memory", lambda: 0)
+    monkeypatch.setattr(plan, "read_available_memory", lambda: 0)
     monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.5)
     with pytest.raises(FileAccessError, match="a Dask scheduler"):
         ff.merge_checkpoint(base, bundle, tmp_path / "out", scheduler="tcp://127.0.0.1:1")

@@ -174,19 +174,13 @@ def test_the_manifest_names_the_bundles(
     base: Path, tmp_path: Path, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(base, TARGETS)
-    (tmp_path / "adapter").mkdir()
+    ff.to_peft(bundle, tmp_path / "adapter")
+    path = bundle.save(tmp_path / "b.fourierft.safetensors")
     monkeypatch.chdir(tmp_path / "adapter")
-    given, names = [bundle] * 4, [".", "../adapter/", "b.fourierft.safetensors", "/a/b"]
-    ff.merge_checkpoint(base, given, tmp_path / "named", names=names)
-    ff.merge_checkpoint(base, given[:2], tmp_path / "objects")
-    found = {
-        out: [
-            b["name"] for b in json.loads((tmp_path / out / "manifest.json").read_text())["bundles"]
-        ]
-        for out in ("named", "objects")
-    }
-    assert found["named"] == ["adapter", "adapter", "b.fourierft.safetensors", "b"]
-    assert found["objects"] == ["bundle 1 (given as an object)", "bundle 2 (given as an object)"]
+    ff.merge_checkpoint(base, [".", "../adapter/", path, bundle], tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["bundles"]
+    names = ["adapter", "adapter", "b.fourierft.safetensors", "bundle 4 (given as an object)"]
+    assert [one["name"] for one in found] == names
 
 
 def test_a_single_file_gives_a_single_file(

@@ -167,7 +167,6 @@ def test_inputs_are_never_the_output(
         ({"weights": [float("nan")]}, UsageError, "one for each of 1"),
         ({"labels": ["a", "b"]}, UsageError, "no head"),
         ({"bundles": []}, UsageError, "one or more"),
-        ({"names": ["a", "b"]}, UsageError, "1, one for each bundle"),
         ({"base": "absent"}, FileAccessError, "absent"),
         ({"bundles": "absent"}, FileAccessError, "absent"),
         ({"out": "nowhere/deep"}, FileAccessError, "nowhere"),

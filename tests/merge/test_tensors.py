@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fourierft_export.errors import BadInputError
-from fourierft_export.merge.rounding import add_deltas, convert, round_once
+from fourierft_export.merge.rounding import add_deltas, break_ties, convert
 from fourierft_export.spectral.delta import Term, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
@@ -77,11 +77,12 @@ def test_survival_in_bfloat16_is_what_mathematics_says() -> None:
 
 
 def rounded(weight: float, delta: float, dtype: Any) -> float:
-    """What `round_once` makes of a sum, each of four elements alike."""
+    """A sum rounded once, each of four elements alike."""
     w, d = np.full((1, 4), weight, np.float32), np.full((1, 4), delta, np.float32)
-    result = np.empty(w.shape, dtype)
-    round_once(w + d, w, d, result, np.empty(w.shape, bool))
-    assert len({*result.astype(float).ravel()}) == 1
+    total = w + d
+    break_ties(total, w, d, np.dtype(dtype), np.empty(w.shape, bool))
+    result = total.astype(dtype).astype(float)
+    assert len({*result.ravel()}) == 1
     return float(result[0, 0])
 
 

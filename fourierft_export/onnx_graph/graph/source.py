@@ -17,7 +17,7 @@ import numpy as np
 
 from ...errors import BadInputError
 from ...files.container import open_regular, read_exactly
-from ...files.external import EXTERNAL, check_external_ranges, tensors
+from ...files.external import EXTERNAL, check_external_data, tensors
 from ...types import Array
 from .ops import free_name, register_constant, used_names
 
@@ -152,13 +152,11 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     import onnx_ir as ir
 
     proto = read_proto(path)
-    ranges = check_external_ranges(proto, path, allow_links=allow_links)
+    files = check_external_data(proto, path, allow_links=allow_links)
     for tensor in tensors(proto):
-        if tensor.data_location == EXTERNAL:
-            keys = {entry.key: entry for entry in tensor.external_data}
-            offset = int(keys["offset"].value) if "offset" in keys else 0
-            file = ranges[keys["location"].value, offset].file
-            keys["location"].value = os.path.abspath(file)
+        for entry in tensor.external_data if tensor.data_location == EXTERNAL else ():
+            if entry.key == "location":
+                entry.value = os.path.abspath(files[entry.value])
     try:
         model = ir.serde.deserialize_model(proto)
     except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
@@ -167,7 +165,7 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
         ) from None
     if "" not in model.opset_imports and "ai.onnx" in model.opset_imports:  # its other name
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
-    return Source(Path(path), model, frozenset(there.file for there in ranges.values()))
+    return Source(Path(path), model, frozenset(files.values()))
 
 
 def read_proto(path: str | os.PathLike[str]) -> onnx.ModelProto:
