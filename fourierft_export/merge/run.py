@@ -72,13 +72,13 @@ def _write_shards(
         return payload / name if plan.is_folder else payload
 
     written = {
-        number: finished
+        number: read
         for number, shard in enumerate(plan.shards)
-        if (finished := _read_finished(_record(folder, number), shard, place(shard.name)))
+        if (read := _read_finished(_record(folder, number), shard, place(shard.name)))
     }
     resumed = set(written)
-    for shard in written.values():
-        count(shard.size)
+    for finished in written.values():
+        count(finished.size)
     _remove_unfinished(folder, payload, {place(shard.name) for shard in written.values()})
     if plan.is_folder:
         payload.mkdir(exist_ok=True)
