@@ -20,7 +20,6 @@ from .console import Outcome, graph_lines, verb
     "--onnx", "onnx_in", required=True, metavar="IN.onnx", help="The ONNX file to adapt."
 )
 @options.bundles_option
-@options.weights_option
 @options.base_option
 @options.mode_option
 @options.setting_option(
@@ -38,7 +37,6 @@ from .console import Outcome, graph_lines, verb
     "files.",
 )
 @options.output_option("OUT.onnx", "The ONNX file to write.")
-@options.force_option
 @options.allow_mismatch_option
 @options.links_option
 def apply(
@@ -46,10 +44,8 @@ def apply(
     onnx_in: str,
     bundles: tuple[str, ...],
     weights: tuple[float, ...],
-    base: str | None,
     mapped: tuple[str, ...],
     output: str,
-    force: bool,
     **settings: Any,
 ) -> Outcome:
     """Put adapters into an existing ONNX file, without PyTorch.
@@ -65,15 +61,14 @@ def apply(
     wrong = [text for text in mapped if "=" not in text]
     if wrong:
         raise UsageError("--map", expected="LAYER=INITIALIZER", found=wrong[0])
-    check_output(output, force=force, inputs=(onnx_in, *bundles, *([base] if base else [])))
+    inputs = [path for path in (onnx_in, settings["base"], *bundles) if path]
+    check_output(output, force=settings["force"], inputs=tuple(inputs))
     report = apply_onnx(
         onnx_in,
         bundles,
         output,
         weights=weights or None,
-        base=base,
         mapping=dict(text.split("=", 1) for text in mapped),
-        force=force,
         progress=progress,
         **settings,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, printable
+from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, ValidationError, printable
 from ..types import Progress
 from .sections import Sectioned
 
@@ -130,6 +130,15 @@ def emit_error(
     if len(offenders) > MAX_OFFENDERS_SHOWN:
         lines[-1] = f"  ... and {len(offenders) - MAX_OFFENDERS_SHOWN + 1} more"
     sys.stderr.write("\n".join(lines) + "\n")
+
+
+def failure_of(report: Any) -> ValidationError | None:
+    """Returns the error that `report.raise_for_failure()` raises, if it raises one."""
+    try:
+        report.raise_for_failure()
+    except ValidationError as error:
+        return error
+    return None
 
 
 def _console(*, stderr: bool) -> Console:

@@ -20,7 +20,6 @@ from .console import Outcome, graph_lines, verb
 )
 @options.required_base_option
 @options.bundles_option
-@options.weights_option
 @options.mode_option
 @options.setting_option(
     "--defaults",
@@ -60,7 +59,6 @@ from .console import Outcome, graph_lines, verb
     help="Write standard operators only, for tools that cannot read model-local functions.",
 )
 @options.output_option("FILE.onnx", "The ONNX file to write.")
-@options.force_option
 @options.allow_mismatch_option
 def export(
     progress: Progress,
@@ -68,7 +66,6 @@ def export(
     bundles: tuple[str, ...],
     weights: tuple[float, ...],
     output: str,
-    force: bool,
     **settings: Any,
 ) -> Outcome:
     """Export a base with adapters to ONNX.
@@ -78,14 +75,8 @@ def export(
     from ..files.staging import check_output
     from ..onnx_graph.trace.pretrained import export_pretrained
 
-    check_output(output, force=force, inputs=(base, *bundles))
+    check_output(output, force=settings["force"], inputs=(base, *bundles))
     report = export_pretrained(
-        base,
-        bundles,
-        output,
-        weights=weights or None,
-        force=force,
-        progress=progress,
-        **settings,
+        base, bundles, output, weights=weights or None, progress=progress, **settings
     )
     return Outcome({"export": report.to_dict()}, graph_lines(report), report.notes)

@@ -22,7 +22,6 @@ from .console import Outcome, size_text, verb
 )
 @options.required_base_option
 @options.bundles_option
-@options.weights_option
 @options.setting_option(
     "--dtype",
     type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
@@ -51,7 +50,6 @@ from .console import Outcome, size_text, verb
     help="Write weight files on a Dask cluster that has the same file system.",
 )
 @options.output_option("DIR", "The model directory to write.")
-@options.force_option
 @options.check_option(
     "--dry-run", is_flag=True, help="Check everything, report space and memory, write nothing."
 )
@@ -59,13 +57,10 @@ from .console import Outcome, size_text, verb
 @options.links_option
 def merge(
     progress: Progress,
-    base: str,
-    bundles: tuple[str, ...],
-    weights: tuple[float, ...],
     output: str,
+    weights: tuple[float, ...],
     labels: tuple[str, ...],
     dry_run: bool,
-    force: bool,
     **settings: Any,
 ) -> Outcome:
     """Merge adapters into a checkpoint, for transformers to load.
@@ -74,19 +69,13 @@ def merge(
     its inputs and hashes, which verify checks. A base that is a single file gives a single file,
     without a manifest.
     """
-    from ..files.staging import check_output
     from ..merge.merge import merge_checkpoint
     from ..merge.report import find_least_survival
 
-    if not dry_run:
-        check_output(output, force=force, inputs=(base, *bundles))
     report = merge_checkpoint(
-        base,
-        bundles,
-        output,
+        out=output,
         weights=weights or None,
         labels=labels or None,
-        force=force,
         dry_run=dry_run,
         progress=progress,
         **settings,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import click
 
-from .sections import section
+from .sections import F, section
 
 # Paths are not checked by click: its exit code for a missing one is 2, ours is 6.
 PATH = click.Path(path_type=str)
@@ -21,22 +20,29 @@ check_option = section("Checks")
 
 _base = partial(input_path, "--base", metavar="DIR", help="Directory of the base model.")
 base_option, required_base_option = _base(), _base(required=True)
-bundles_option = input_path(
-    "--bundle",
-    "bundles",
-    multiple=True,
-    required=True,
-    metavar="BUNDLE",
-    help="A bundle, or a PEFT adapter directory; may be repeated.",
-)
-weights_option = input_option(
-    "--weight",
-    "weights",
-    type=float,
-    multiple=True,
-    metavar="W",
-    help="Factor of each --bundle's weight change, in the same order.  [default: 1 each]",
-)
+
+
+def bundles_option(function: F) -> F:
+    """Adds --bundle and --weight, which may both be repeated."""
+    bundles = input_path(
+        "--bundle",
+        "bundles",
+        multiple=True,
+        required=True,
+        metavar="BUNDLE",
+        help="A bundle, or a PEFT adapter directory; may be repeated.",
+    )
+    weights = input_option(
+        "--weight",
+        "weights",
+        type=float,
+        multiple=True,
+        metavar="W",
+        help="Factor of each --bundle's weight change, in the same order.  [default: 1 each]",
+    )
+    return bundles(weights(function))
+
+
 task_option = setting_option(
     "--task",
     metavar="TASK",
@@ -71,7 +77,8 @@ links_option = check_option(
 force_option = output_section("--force", is_flag=True, help="Replace an output that exists.")
 
 
-def output_option(metavar: str, text: str) -> Callable[[Any], Any]:
-    """Returns the required option -o / --output with this help text."""
+def output_option(metavar: str, text: str) -> Callable[[F], F]:
+    """Returns the options -o / --output, with this help text, and --force."""
     settings = {"required": True, "type": PATH, "metavar": metavar, "help": text}
-    return output_section("-o", "--output", **settings)
+    output = output_section("-o", "--output", **settings)
+    return lambda function: output(force_option(function))

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     help="onnx-adapter: inputs of the graph --onnx, for ONNX Runtime's adapter API. onnx-inputs: "
     "the same as safetensors, for languages without that API. For both, SOURCE may be a bundle.",
 )
-@options.force_option
 @options.links_option
 def pack(
     source: str,
@@ -72,17 +71,20 @@ def pack(
             found="one of them",
             remedy="such a file holds the inputs of one graph: name it with --onnx",
         )
-    if onnx is not None:
-        bundle = open_bundle(source) if os.path.isfile(source) else None
-        if bundle is None:
-            bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
-        elif base is not None:
-            bundle = bundle.bind(base, entry_rule)
-        return _write_inputs(bundle, output, target, onnx, allow_links=allow_links, force=force)
-    if allow_links:
+    if onnx is None and allow_links:
         found, expected = "no --onnx", "--onnx FILE.onnx, whose links it concerns"
         raise UsageError("--allow-links", expected=expected, found=found)
-    bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+    if onnx is not None and os.path.isfile(source):
+        if adapter is not None or (entry_rule is not None and base is None):
+            name = "--entry-rule" if adapter is None else "--adapter"
+            needs = "--base DIR with it" if adapter is None else "a folder of adapters as SOURCE"
+            raise UsageError(name, expected=needs, found=f"the bundle {source} alone")
+        bundle = open_bundle(source)
+        bundle = bundle if base is None else bundle.bind(base, entry_rule)
+    else:
+        bundle = from_peft(source, base, adapter=adapter, entry_rule=entry_rule)
+    if onnx is not None:
+        return _write_inputs(bundle, output, target, onnx, allow_links=allow_links, force=force)
     if bundle.is_bound and base is None:  # to the folder that the adapter's config names
         check_output(output, force=force, inputs=(str(bundle.spec.base_model),))
     bundle.save(output, force=force)

@@ -51,7 +51,6 @@ from .console import Outcome, size_text, verb
 )
 @options.entry_rule_option
 @options.output_option("BUNDLE", "The bundle to write, by custom *.fourierft.safetensors.")
-@options.force_option
 @options.links_option
 def recover(
     progress: Progress,
@@ -88,15 +87,10 @@ def recover(
         raise UsageError("--adapter", expected="--onnx, whose adapters have names", found="none")
     from ..recover.from_checkpoint import recover_bundle
 
-    like = settings.pop("like")
-    check_output(output, force=force, inputs=(base, merged, *([like] if like else [])))
+    inputs = [path for path in (base, merged, settings["like"]) if path]
+    check_output(output, force=force, inputs=tuple(inputs))
     bundle, report = recover_bundle(
-        base,
-        merged,
-        like=like,
-        allow_links=allow_links,
-        progress=progress,
-        **settings,
+        base, merged, allow_links=allow_links, progress=progress, **settings
     )
     bundle.save(output, force=force)
     worst = max(report.layers, key=lambda layer: layer.residual)
@@ -116,11 +110,10 @@ def _from_onnx(
     from ..recover.from_onnx import recover_onnx
 
     bundles = recover_onnx(path, allow_links=allow_links)
-    if (adapter is None and len(bundles) > 1) or (adapter is not None and adapter not in bundles):
-        raise UsageError(
-            "--adapter", expected=f"one of {', '.join(bundles)}", found=adapter or "none"
-        )
-    name = next(iter(bundles)) if adapter is None else adapter
+    name = next(iter(bundles)) if adapter is None and len(bundles) == 1 else adapter
+    if name not in bundles:
+        found = adapter or "none"
+        raise UsageError("--adapter", expected=f"one of {', '.join(bundles)}", found=found)
     bundle = bundles[name]
     bundle.save(output, force=force)
     facts = {"out": output, "adapter": name, "sha256": bundle.sha256, "layers": len(bundle.layers)}

@@ -11,7 +11,6 @@ from .console import Outcome, verb
 @verb(examples=("unpack a.fourierft.safetensors -o peft",))
 @click.argument("bundle", type=options.PATH)
 @options.output_option("DIR", "The PEFT adapter directory to write.")
-@options.force_option
 def unpack(bundle: str, output: str, force: bool) -> Outcome:
     """Write a bundle as a directory that PEFT loads, bit for bit."""
     from ..bundle.file import Bundle

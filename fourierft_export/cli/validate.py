@@ -9,7 +9,7 @@ import click
 
 from ..types import Progress
 from . import options
-from .console import Outcome, verb
+from .console import Outcome, failure_of, verb
 
 
 @verb(
@@ -64,28 +64,20 @@ def validate(
     Every artifact is run on the same inputs. All adapted ones must agree with each other and must
     differ from the base; if not, the exit code is 5.
     """
-    from ..errors import ValidationError
     from ..files.staging import check_output, staged_file
     from ..proof.render import render_html, render_text
     from ..proof.validate import validate as run
 
-    paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs")]
     if report:
+        paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs")]
         inputs = tuple(path for path in (*paths, *settings["onnx"]) if path)
         check_output(report, force=force, inputs=inputs)
     found = run(tolerances=_tolerances(tolerances), progress=progress, **settings)
     if report:
         with staged_file(report, force=force) as partial:
             partial.write_text(render_html(found), encoding="utf-8")
-    failure = None
-    try:
-        found.raise_for_failure()
-    except ValidationError as error:
-        failure = error
-    where = [f"report: {Path(report)}"] if report else []
-    return Outcome(
-        {"validate": found.to_dict()}, [render_text(found), *where], found.notes, failure
-    )
+    shown = [render_text(found), *([f"report: {Path(report)}"] if report else [])]
+    return Outcome({"validate": found.to_dict()}, shown, found.notes, failure_of(found))
 
 
 def _tolerances(words: tuple[str, ...]) -> dict[str, float]:
