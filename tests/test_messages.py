@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -59,6 +60,27 @@ CASES = """
 2 inspect base --frobnicate | --frobnicate --help
 2 export --base base --bundle bundle --mode sideways -o out | sideways
 2 merge --base base --bundle bundle --weight 1 --weight 2 -o out | --weight
+2 merge --base base --bundle bundle --workers 2 --scheduler tcp://h:1 -o out | processes scheduler
+2 merge --base base --bundle bundle --workers -1 -o out | --workers
+3 merge --base linked --bundle bundle -o out | --allow-links
+2 apply --onnx graph --bundle bundle --mode merged --map b:w -o out | LAYER=INITIALIZER
+2 apply --onnx graph --bundle bundle --mode merged --map c=w -o out | layers adapter
+2 apply --onnx graph --bundle bundle --mode merged --weight 1 --weight 2 -o out | each
+2 apply --onnx graph --bundle bundle --mode merged --weight nan -o out | finite
+6 apply --onnx graph --bundle bundle --mode merged --base absent -o out | absent
+4 apply --onnx graph --bundle bundle --mode unmerged -o out | --map LAYER=INITIALIZER
+2 recover --onnx graph -o out | no adapter metadata
+6 recover --onnx absent -o out | absent
+2 recover --base base -o out | --base only
+2 recover --merged base -o out | --merged only
+2 recover -o out | neither
+2 recover --base base --merged base --adapter a -o out | --adapter
+2 recover --onnx graph --seed 0 -o out | --seed
+2 recover --onnx graph --n-frequency 1 --targets q -o out | --n-frequency --targets
+2 recover --onnx graph --scaling 1 --entry-rule small -o out | --scaling --entry-rule
+2 recover --onnx graph --merged base --like bundle -o out | --merged --like
+2 pack bundle --to onnx-adapter --onnx graph --adapter a -o out | --adapter folder
+2 pack bundle --to onnx-inputs --onnx graph --entry-rule r64 -o out | --entry-rule --base
 2 validate --base base --bundle bundle --tolerance tight | tight
 2 validate | validate
 5 validate --base base --bundle bundle --merged base | merged
@@ -100,6 +122,12 @@ def folder(
     (folder / "empty_file").touch()
     (folder / "empty_folder").mkdir()
     os.mkfifo(folder / "fifo")
+    graph = onnx.helper.make_graph([], "g", [], [])
+    onnx.save(onnx.helper.make_model(graph), folder / "graph")
+    (folder / "linked" / "blobs").mkdir(parents=True)
+    shutil.copy(stories260k / "config.json", folder / "linked")
+    shutil.copy(weights, folder / "linked" / "blobs")
+    (folder / "linked" / "model.safetensors").symlink_to("blobs/model.safetensors")
     (folder / "link_to_base").symlink_to("base", target_is_directory=True)
     return folder
 

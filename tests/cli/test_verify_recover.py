@@ -1,4 +1,4 @@
-"""verify, recover and merge at the command line: figures for people, and options that clash."""
+"""verify, recover and merge at the command line: what they print for people."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from fourierft_export.cli.console import COUNTED_IN_BYTES
 from fourierft_export.cli.main import run
 
 Call = Callable[..., tuple[int, str, str]]
+MERGE = "merge --base base --bundle b -o out"
+RECOVER = "recover --base base --merged out"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `base`, a checkpoint of one layer, `b`, its bundle, and `out`, merged."""
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """`call(command)`: exit code, stdout and stderr, in a folder with `base` and its bundle `b`."""
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
     random = np.random.default_rng(0)
@@ -32,13 +36,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spectrum = random.standard_normal(20).astype(np.float32)
     spec = AdapterSpec(7, 150.0, (LayerSpec("a.q", 20),))
     ff.Bundle.build(spec, {"a.q": spectrum}).bind("base").save("b")
-    return tmp_path
-
-
-@pytest.fixture
-def call(folder: Path, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call(command)`: exit code, stdout and stderr."""
-    del folder
 
     def call(command: str) -> tuple[int, str, str]:
         code = run(command.split())
@@ -47,28 +44,22 @@ def call(folder: Path, capsys: pytest.CaptureFixture[str]) -> Call:
     return call
 
 
-MERGE = "merge --base base --bundle b -o out"
-RECOVER = "recover --base base --merged out -o r"
-
-
 def test_merge_verify_recover(call: Call) -> None:
     code, text, _ = call(MERGE)
     pattern = r"at least (9\d|100)% of each layer's weights changed \(least: a\.q, F32\)"
     assert code == 0 and re.search(pattern, text)
     code, text, _ = call("verify out")
     assert code == 0 and "2 files" in text and "as they were written" in text and "NOT" not in text
-    code, text, _ = call(f"{RECOVER} --seed 7 --n-frequency 20 --targets q")
+    code, text, _ = call(f"{RECOVER} -o r --seed 7 --n-frequency 20 --targets q")
     assert code == 0 and "1 layers, 0 dense tensors" in text and "(a.q)" in text
     found, before = ff.Bundle.load("r"), ff.Bundle.load("b")
     np.testing.assert_allclose(found.spectra["a.q"], before.spectra["a.q"], rtol=1e-3, atol=1e-4)
-    code, text, _ = call(f"{RECOVER} --json --force --like b")
-    assert code == 0 and json.loads(text)["recover"]["layers"][0]["residual"] < 1.5
     for wrong, code, says in (
         ("--seed 8 --n-frequency 20 --targets q", 5, "a.q: the difference leaves"),
         ("", 2, "--like"),
         ("--like b --scaling 150", 2, "both: scaling"),
     ):
-        found_code, _, err = call(f"recover --base base --merged out -o new {wrong}")
+        found_code, _, err = call(f"{RECOVER} -o new {wrong}")
         assert found_code == code and says in err
         assert not Path("new").exists()
 
@@ -85,51 +76,15 @@ def test_damage_has_code_5(call: Call) -> None:
     assert call("verify out")[0] == 3
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--base x", "--base only"),
-        ("--merged x", "--merged only"),
-        ("", "neither"),
-        ("--base x --merged y --adapter a", "--adapter"),
-        ("--onnx x --seed 0", "found --seed"),
-        ("--onnx x --n-frequency 1 --targets q", "found --n-frequency, --targets"),
-        ("--onnx x --scaling 1 --entry-rule small", "found --scaling, --entry-rule"),
-        ("--onnx x --merged x --like y", "found --merged, --like"),
-    ],
-)
-def test_recover_ignores_no_option(call: Call, words: str, says: str) -> None:
-    code, _, err = call(f"recover {words} -o out")
-    assert code == 2 and says in err
-
-
 def test_a_dry_run_says_what_is_needed(call: Call) -> None:
     code, text, _ = call(f"{MERGE} --dry-run")
     assert code == 0 and "would change 1 layers" in text and "of space and about" in text
     assert "weights changed" not in text
     fields: dict[str, Any] = json.loads(call(f"{MERGE} --dry-run --json")[1])["merge"]
-    assert fields["dry_run"] is True
     assert fields["nbytes"] == 64 * 48 * 4 < fields["disk_bytes"] < fields["memory_bytes"]
-    assert not Path("out").exists()
 
 
-def test_options_that_clash(call: Call) -> None:
-    code, _, err = call(f"{MERGE} --workers 2 --scheduler tcp://127.0.0.1:1")
-    assert code == 2 and "a number of processes, or a scheduler" in err
-    assert call(f"{MERGE} --workers -1")[0] == 2
-
-
-def test_links_are_followed_when_allowed(call: Call) -> None:
-    Path("base/store").mkdir()
-    Path("base/model.safetensors").rename("base/store/blob")
-    Path("base/model.safetensors").symlink_to("store/blob")
-    code, _, err = call(MERGE)
-    assert code == 3 and "--allow-links" in err
-    assert call(f"{MERGE} --allow-links")[0] == 0
-
-
-def test_what_is_counted_in_bytes_is_what_the_library_reports(folder: Path) -> None:
-    del folder
+def test_what_is_counted_in_bytes_is_what_the_library_reports(call: Call) -> None:
     seen: dict[str, int] = {}
     note: Any = lambda what, done, total: seen.update({what: total})  # noqa: E731
     ff.merge_checkpoint("base", ff.Bundle.load("b"), "out", progress=note)
