@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -68,21 +68,15 @@ def test_errors_have_their_codes(
     assert "Traceback" in shown.err and "\nerror: file" in shown.err
 
 
-@pytest.mark.parametrize(("count", "last"), [
-    (1, "  offender 0"), (20, "  offender 19"), (21, "  ... and 2 more"),
-    (5000, "  ... and 4981 more"),
-])  # fmt: skip
-def test_at_most_twenty_offenders(
-    count: int, last: str, add: Add, capsys: pytest.CaptureFixture[str]
-) -> None:
-    offenders = [f"offender {i}" for i in range(count)]
-    add(failing(errors.BaseMismatchError("base", offenders=offenders)))
-    assert run(["fail", "--json"]) == 4
-    shown = capsys.readouterr()
-    lines = shown.err.splitlines()
-    assert len(lines) == 1 + min(count, 20)
-    assert lines[-1] == last
-    assert len(json.loads(shown.out)["error"]["offenders"]) == count
+def test_at_most_twenty_offenders(add: Add, capsys: pytest.CaptureFixture[str]) -> None:
+    for count, last in ((1, "  offender 0"), (20, "  offender 19"), (5000, "  ... and 4981 more")):
+        offenders = [f"offender {i}" for i in range(count)]
+        add(failing(errors.BaseMismatchError("base", offenders=offenders)))
+        assert run(["fail", "--json"]) == 4
+        shown = capsys.readouterr()
+        lines = shown.err.splitlines()
+        assert (len(lines), lines[-1]) == (1 + min(count, 20), last)
+        assert len(json.loads(shown.out)["error"]["offenders"]) == count
 
 
 def test_an_unexpected_error_is_a_line_and_debug_shows_it(
@@ -117,24 +111,17 @@ def test_interrupts(error: BaseException, add: Add, capsys: pytest.CaptureFixtur
     assert shown.err.strip().endswith("error: interrupted")
 
 
-def test_usage_errors_are_json_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pack", "--json"]) == 2
     shown = capsys.readouterr()
     fields = json.loads(shown.out)["error"]
     assert (fields["kind"], fields["code"]) == ("usage", 2)
-    assert fields["where"] == "fourierft-export pack"
-    assert "SOURCE" in fields["found"]
+    assert fields["where"] == "fourierft-export pack" and "SOURCE" in fields["found"]
     assert shown.err.count("\n") == 1
-
-
-def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     shown = capsys.readouterr()
-    assert shown.out == ""
-    lines = shown.err.splitlines()
-    assert lines[0].startswith("Usage: fourierft-export")
-    assert "Commands:" in lines
-    assert not any("\\n" in line for line in lines)
+    assert shown.out == "" and shown.err.startswith("Usage: fourierft-export")
+    assert "\nCommands:\n" in shown.err and "\\n" not in shown.err
 
 
 def test_main_exits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -210,23 +197,15 @@ def test_progress_shows_on_a_terminal_only(
 
 
 def test_a_long_layer_name_is_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import numpy as np
-
-    name = "block." + "abcdefghij" * 30
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"peft_type": "FOURIERFT"}', "utf-8")
-    tensors: dict[str, Any] = {f"base_model.model.{name}.fourierft_spectrum": np.ones(3)}
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    assert run(["inspect", str(adapter)]) == 0
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "FOURIERFT"}', "utf-8")
+    name = "base_model.model.block." + "abcdefghij" * 30 + ".fourierft_spectrum"
+    save_file({name: np.ones(3)}, tmp_path / "adapter_model.safetensors")
+    assert run(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "…" not in shown
-    letters = "".join(c for c in shown if c in "abcdefghij")
-    assert "abcdefghij" * 30 in letters
+    assert "abcdefghij" * 30 in "".join(c for c in shown if c in "abcdefghij")
 
 
-@pytest.mark.parametrize(("count", "text"), [
-    (0, "0 bytes"), (999_999, "999,999 bytes"), (2_100_000, "2.1 MB"), (13_500_000_000, "13.5 GB"),
-])  # fmt: skip
-def test_sizes(count: int, text: str) -> None:
-    assert size_text(count) == text
+def test_sizes() -> None:
+    assert [size_text(n) for n in (0, 999_999)] == ["0 bytes", "999,999 bytes"]
+    assert [size_text(n) for n in (2_100_000, 13_500_000_000)] == ["2.1 MB", "13.5 GB"]

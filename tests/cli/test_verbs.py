@@ -68,14 +68,12 @@ def test_inspect_for_people(
         assert err == ""
 
 
-def test_inspect_does_not_read_the_base(named_base: Path, tmp_path: Path, text: Text) -> None:
+def test_inspect_does_not_read_the_base(named_base: Path, text: Text) -> None:
     """A config may name a folder on this machine, which `inspect` leaves alone."""
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"damaged")
     config = named_base / "adapter_config.json"
-    fields = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": str(base)}
+    (named_base / "model.safetensors").write_bytes(b"damaged")
+    (named_base / "config.json").write_text("{}")
+    fields = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": str(named_base)}
     config.write_text(json.dumps(fields), "utf-8")
     assert "10" in text("inspect", named_base)[0]
 
@@ -128,27 +126,28 @@ def test_the_entry_rule_of_older_torch(
 
 
 def test_options_of_export(
-    tiny_base: Callable[..., Path],
-    tiny_adapter: Callable[..., Path],
-    tmp_path: Path,
-    run_verb: Callable[..., Any],
+    stories260k: Path, stories_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import onnx
+    """They reach the library under its own names; what they do is tested there."""
+    given: dict[str, Any] = {}
 
-    out, adapter = tmp_path / "m.onnx", tiny_adapter("llama", target_modules=["q_proj"])
-    words = ["export", "--base", tiny_base("llama"), "--bundle", adapter, "--mode", "unmerged"]
-    words += ["--cache", "--dtype", "float16", "--inline", "--task", "text-generation", "-o", out]
-    code, _, err = run_verb(*words, "--opset", 17)
-    assert code == 2 and "17" in err and not out.exists()
-    assert run_verb(*words, "--opset", 21, "--ir-version", 11).code == 0
-    model = onnx.load(out)
-    assert {one.domain: one.version for one in model.opset_import}[""] == 21
-    assert model.ir_version == 11
-    assert not model.functions
-    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
-    assert types["past_key_values.1.value"] == onnx.TensorProto.FLOAT16
-    assert types["input_ids"] == onnx.TensorProto.INT64
-    assert run_verb(*words, "--task", "poetry", "--force").code == 2
+    def export(base: str, bundles: tuple[str, ...], out: str, **options: Any) -> None:
+        given.update(options)
+        raise ff.errors.UsageError("stop here")
+
+    monkeypatch.setattr("fourierft_export.onnx_graph.trace.pretrained.export_pretrained", export)
+    words = ["export", "--base", stories260k, "--bundle", stories_bundle, "--mode", "unmerged"]
+    words += ["-o", tmp_path / "out"]
+    assert run([*map(str, words)]) == 2
+    assert given.pop("progress")
+    defaults = {"mode": "unmerged", "defaults": "bundle", "task": None, "cache": False}
+    defaults |= {"dtype": "float32", "opset": None, "ir_version": None, "inline": False}
+    assert given.items() >= defaults.items()
+    more = "--cache --dtype float16 --inline --task text-generation --opset 21 --ir-version 11"
+    assert run([*map(str, words), *more.split(), "--defaults", "base", "--weight", "2"]) == 2
+    wanted = {"cache": True, "dtype": "float16", "inline": True, "task": "text-generation"}
+    wanted |= {"opset": 21, "ir_version": 11, "defaults": "base", "weights": (2.0,)}
+    assert given.items() >= wanted.items()
 
 
 # --- help -----------------------------------------------------------------------------------------
