@@ -155,12 +155,20 @@ def read_adapter(folder: Path) -> Bundle:
             offenders=foreign,
         )
     spectra = {layer: checkpoint.read(names.pop(f"{layer}{SPECTRUM}")) for layer in targets}
-    saved = {}
+    saved: dict[str, Array] = {}
     for name, stored in names.items():
         if not _is_extra(name, names):
             module, _, leaf = name.rpartition(".")
             owner = module.removesuffix(BASE_LAYER)
-            saved[f"{owner if owner in spectra else module}.{leaf}"] = checkpoint.read(stored)
+            plain = f"{owner if owner in spectra else module}.{leaf}"
+            if plain in saved:
+                raise BadInputError(
+                    weights,
+                    expected="each tensor once",
+                    found=f"{plain} twice, with and without {BASE_LAYER}",
+                    remedy="the file was not saved by PEFT: save the adapter again",
+                )
+            saved[plain] = checkpoint.read(stored)
     empty = [name for name, array in (*spectra.items(), *saved.items()) if array.size == 0]
     if empty:
         raise BadInputError(

@@ -110,10 +110,26 @@ def config_of(spec: AdapterSpec, saved: Iterable[str]) -> Mapping[str, Any]:
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in spec.layers),
         # A pattern, since in a list PEFT matches the ends of paths: "0" would be every "x.0".
         "target_modules": "|".join(map(re.escape, targets)),
-        "n_frequency_pattern": {k: n for k, n in targets.items() if n != likely["n_frequency"]},
+        "n_frequency_pattern": _n_frequency_pattern(targets, likely["n_frequency"]),
         "modules_to_save": sorted(whole) or None,
         "bias": "none" if not biases else "fourier_only" if biases <= set(targets) else "all",
     }
+
+
+def _n_frequency_pattern(targets: Mapping[str, int], usual: int) -> dict[str, int]:
+    """Layer -> n where it is not the usual one, so that PEFT finds the same n for every layer.
+
+    PEFT takes the first key, a regular expression, with which a path ends after a dot.
+    """
+    pattern = {name: n for name, n in targets.items() if n != usual}
+    exact: dict[str, int] = {}
+    for name, n in targets.items():
+        parts = name.split(".")
+        ends = (i for i in range(1, len(parts)) if ".".join(parts[i:]) in pattern)
+        if any(pattern[".".join(parts[i:])] != n for i in ends):
+            # `lin` would match `a.lin`: this key matches the whole path, and sorts first.
+            exact[f"(?<=^{re.escape(name[: -len(parts[-1])])}){re.escape(parts[-1])}"] = n
+    return exact | pattern
 
 
 def _saved_whole(module: str, task_type: str | None) -> str:

@@ -176,12 +176,20 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "no module": ({f"{PREFIX}fourierft_spectrum": SPECTRUM}, "found none"),
     "an empty module": ({f"{PREFIX}.fourierft_spectrum": SPECTRUM}, "an empty segment"),
     "two axes": ({f"{PREFIX}q.fourierft_spectrum": np.ones((3, 1))}, "layer q: spectrum"),
-    "no coefficients": ({f"{PREFIX}q.fourierft_spectrum": np.ones(0)}, "layer q: spectrum"),
+    "no coefficients": ({f"{PREFIX}q.fourierft_spectrum": np.ones(0)}, "1 empty tensors"),
     "integers": ({f"{PREFIX}q.fourierft_spectrum": np.ones(3, np.int32)}, "no float"),
     "NaN": ({f"{PREFIX}q.fourierft_spectrum": np.array([np.nan])}, "layer q: NaN"),
     "reserved": (
         {f"{PREFIX}q.fourierft_spectrum": SPECTRUM, f"{PREFIX}fourierft.x": SPECTRUM},
         "reserved",
+    ),
+    "a bias twice": (
+        {
+            f"{PREFIX}q.fourierft_spectrum": SPECTRUM,
+            f"{PREFIX}q.bias": SPECTRUM,
+            f"{PREFIX}q.base_layer.bias": SPECTRUM,
+        },
+        "q.bias twice",
     ),
 }
 

@@ -133,16 +133,20 @@ def test_only_the_bundles_own_layers_are_targeted(tmp_path: Path) -> None:
     def linear() -> torch.nn.Linear:
         return torch.nn.Linear(4, 4)
 
-    layers = (LayerSpec("lin", 3), LayerSpec("a.lin", 3))
+    layers = (LayerSpec("lin", 5), LayerSpec("a.lin", 3))
     for chosen in (layers[:1], layers[1:], layers):
-        spectra = {layer.name: np.ones(3, np.float32) for layer in chosen}
+        spectra = {m.name: np.full(m.n_frequency, m.n_frequency, np.float32) for m in chosen}
         target = tmp_path / str(len(list(tmp_path.iterdir())))
         to_peft(Bundle.build(AdapterSpec(1, 2.0, chosen), spectra), target)
         inner = torch.nn.ModuleDict({"lin": linear()})
         model = torch.nn.ModuleDict({"lin": linear(), "a_lin": linear(), "a": inner})
         modules = PeftModel.from_pretrained(model, target).base_model.model.named_modules()
-        found = {name for name, module in modules if hasattr(module, "get_delta_weight")}
-        assert found == {layer.name for layer in chosen}
+        found = {
+            name: module.fourierft_spectrum["default"].tolist()
+            for name, module in modules
+            if hasattr(module, "get_delta_weight")
+        }
+        assert found == {name: spectrum.tolist() for name, spectrum in spectra.items()}
 
 
 def bfloat16_adapter(base: Path, target: Path, n: int) -> Path:

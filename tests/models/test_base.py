@@ -129,6 +129,14 @@ def test_ties(tensors: Any, config: Any, tied: bool, tensor: str, make_base: Mak
     assert (layer.tied, layer.tensor, layer.own_tensor) == (tied, tensor, "lm_head.weight")
 
 
+def test_two_names_never_become_one_layer(make_base: MakeBase) -> None:
+    """Without `bert`, both would be `x`: one of the two changes would be lost."""
+    base = open_base(make_base({"x.weight": matrix(2, 2)}))
+    with pytest.raises(BaseMismatchError) as caught:
+        base.layers(["bert.x", "x"])
+    assert [line.split(":")[0] for line in caught.value.offenders] == ["bert.x"]
+
+
 # --- layers that are not there -------------------------------------------------------------------
 
 BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
