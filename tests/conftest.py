@@ -12,7 +12,7 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +73,17 @@ def read_rows(path: Path) -> list[tuple[list[str], int]]:
     lines = present(path).read_text(encoding="utf-8").splitlines()[1:]
     rows = [line.split("\t") for line in lines]
     return [(row[:-1], int(row[-1])) for row in rows]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each model is traced once per session, where tests of models are among those that run."""
+    from tests.exporter_cache import remember_exports
+
+    with pytest.MonkeyPatch.context() as patch:
+        if any("onnx_graph" in item.path.parts for item in request.session.items):
+            remember_exports(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,8 @@ def _obstacle(source: Source, site: Site) -> str | None:
         first = source_of(node.inputs[0]) is site.value
         if node.op_type not in ("MatMul", "Gemm") or transposed_x or first:
             return f"{site.name} is used by {node.op_type} in another way than x W"
+        if use.transposed != site.transposed:
+            return f"{site.name} is used by {node.op_type} in both orientations"
     return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ from .trace import Inputs, trace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+_WITH_GRAPHS = ("If", "Loop", "Scan")  # these may take more than their inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +80,11 @@ def trace_base(
     base = {name: tensor_of(model, name) for name in (*of_layer, *saved)}
     random = torch.Generator().manual_seed(0)
     marks = {n: torch.randn(t.shape, generator=random).to(t) for n, t in base.items()}
+    arrays = {name: to_array(mark) for name, mark in marks.items()}
     with replaced_tensors(model, marks):
-        graph = trace(model, example_inputs, **options)
-    found = find_marks(graph, {name: to_array(mark) for name, mark in marks.items()})
+        optimise = partial(_optimise, marks=arrays)
+        graph = trace(model, example_inputs, optimise=optimise, **options)
+    found = find_marks(graph, arrays)
     missing = [name for name, places in found.items() if not places]
     if missing:
         raise BadInputError(
@@ -120,6 +126,50 @@ def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned
         if (node, index) not in known
     ]
     return Site(path, value, layer_shape(module), transposed, (*linear, *others))
+
+
+def _optimise(program: torch.onnx.ONNXProgram, marks: Mapping[str, Array]) -> None:
+    """Run torch's optimiser so that it computes no constant from a mark, only its transpose.
+
+    It does not touch inputs of the graph. So the tensors that it would compute with, and those that
+    it changed at a first attempt (by joining a layer with the norm after it), are inputs meanwhile.
+    """
+    from onnx_ir.passes.common import InlinePass
+
+    exported = program.model
+    InlinePass()(exported)
+    kept = _names_computed_with(exported, marks)
+    for _ in range(2):
+        program.model = exported.clone()
+        found = find_marks(program.model, marks)
+        values = [value for name in kept for value, _ in found[name]]
+        program.model.graph.inputs.extend(values)
+        program.optimize()
+        for value in values:
+            program.model.graph.inputs.remove(value)
+        changed = {name for name, held in find_marks(program.model, marks).items() if not held}
+        if changed <= kept:
+            return
+        kept |= changed
+
+
+def _names_computed_with(model: ir.Model, marks: Mapping[str, Array]) -> set[str]:
+    """The marks that a node takes with constants only, in any way but to transpose them."""
+    origin: dict[ir.Value, set[str]] = {}
+    for graph in model.graphs():
+        origin |= {value: set() for value in graph.initializers.values()}
+    for name, held in find_marks(model, marks).items():
+        for value, _ in held:
+            origin[value].add(name)
+    computed: set[str] = set()
+    for node in model.graph.all_nodes():
+        given = [value for value in node.inputs if value is not None]
+        if all(value in origin for value in given) and node.op_type not in _WITH_GRAPHS:
+            names = set().union(*(origin[value] for value in given))
+            moved = node.op_type in ("Transpose", "Identity")
+            origin |= {value: names if moved else set() for value in node.outputs}
+            computed |= set() if moved or node.op_type in ("Shape", "Size") else names
+    return computed
 
 
 def find_marks(

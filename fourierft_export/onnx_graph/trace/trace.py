@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -38,8 +38,9 @@ def trace(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
+    optimise: Callable[[torch.onnx.ONNXProgram], None],
 ) -> ir.Model:
-    """The graph of `model` in evaluation mode, as torch.onnx's own exporter optimises it.
+    """The graph of `model` in evaluation mode.
 
     Args:
         model: any module that torch.export can follow.
@@ -50,6 +51,7 @@ def trace(
         dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
             fixed to the example's by default.
         opset: of the standard operators, 18 to 25; torch's default if not given.
+        optimise: optimises the exporter's graph in place.
 
     Raises:
         UsageError: torch cannot export the model in this opset, or a size that was to be dynamic
@@ -69,9 +71,11 @@ def trace(
                     dynamic_shapes=dynamic_shapes,
                     opset_version=None if opset is None else min(opset, _TRACED_OPSET),
                     dynamo=True,
-                    optimize=True,
+                    optimize=False,
                     verbose=False,
                 )
+                if program is not None:
+                    optimise(program)
             except torch.onnx.OnnxExporterError as error:
                 raise UsageError(
                     f"export of {type(model).__name__}",
