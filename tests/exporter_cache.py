@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -31,7 +32,10 @@ def remember_exports(patch: pytest.MonkeyPatch) -> None:
             kept[key] = program.model
             while len(kept) > _MODELS:
                 del kept[next(iter(kept))]
-        return ONNXProgram(kept[key].clone(), None)
+        copy = kept[key].clone()
+        # The copy numbers new nodes as the original would.
+        copy.graph._name_authority = deepcopy(kept[key].graph._name_authority)
+        return ONNXProgram(copy, None)
 
     patch.setattr(torch.onnx, "export", remembering)
 

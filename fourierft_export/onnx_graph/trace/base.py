@@ -136,11 +136,11 @@ def _optimise(program: torch.onnx.ONNXProgram, marks: Mapping[str, Array]) -> No
     """
     from onnx_ir.passes.common import InlinePass
 
-    exported = program.model
-    InlinePass()(exported)
+    InlinePass()(program.model)
+    exported = program.model.clone()
     kept = _names_computed_with(exported, marks)
-    for _ in range(2):
-        program.model = exported.clone()
+    for attempt in range(2):
+        program.model = exported if attempt else program.model
         found = find_marks(program.model, marks)
         values = [value for name in kept for value, _ in found[name]]
         program.model.graph.inputs.extend(values)
