@@ -15,12 +15,7 @@ Bundles = BundleSource | Sequence[BundleSource] | Mapping[str, BundleSource]
 
 
 def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
-    """Opens the bundles, by name: "default" for one, "adapter_0", "adapter_1", ... for several.
-
-    Raises:
-        UsageError: there is none, or one is neither a bundle nor a path.
-        FileAccessError, BadInputError: a path without a bundle, or a damaged one.
-    """
+    """Opens the bundles, by name: "default" for one, "adapter_0", "adapter_1", ... for several."""
     if isinstance(bundles, Mapping):
         named = dict(bundles)
     else:
@@ -33,10 +28,7 @@ def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
 
 
 def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float]) -> dict[str, Bundle]:
-    """The bundles with their scaling times their weight, of which there is one for each.
-
-    delta_W is linear in the scaling. A bundle of weight 1 is not changed.
-    """
+    """The bundles with their scaling times their weight: delta_W is linear in the scaling."""
     return {
         name: bundle
         if weight == 1

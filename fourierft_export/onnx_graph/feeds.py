@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import compare_fingerprints
-from ..bundle.fit import FoundLayer, FoundTensor, LayerVerdict, check_fits, fit_by_names
-from ..bundle.spec import Fingerprint
+from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..errors import BadInputError, BaseMismatchError
+from ..models.name_mapping import find_bridge
 from ..types import Array
 from .interface import PREFIX, Group, Interface
 
@@ -28,44 +29,43 @@ def feed_bundle(
     where: str = "adapter",
     allow_base_mismatch: bool = False,
 ) -> dict[str, Array]:
-    """What a bundle feeds a graph, checked against it.
+    """What a bundle feeds every input of a graph, by name, checked against the graph.
 
     Layer names may differ by one leading segment, as in `attach`. An unbound bundle takes its
     shapes from the graph. Layers that the adapter does not change, and saved tensors that it does
-    not have, are the base's.
-
-    Args:
-        interface: of the graph.
-        bundle: the adapter.
-        base: the base's saved tensors by name.
-        where: what to name in errors.
-        allow_base_mismatch: accept base weights other than those it was trained on.
-
-    Returns:
-        Input name -> array, for every input of the interface.
+    not have, are the base's (`base`: saved tensor -> the base's own).
 
     Raises:
         BaseMismatchError: layers or tensors that the graph lacks or has in other shapes, tensors
             that neither base nor adapter has, another base: all of them listed.
     """
     groups = interface.layers
+    roots = {name.split(".")[0] for name in groups}
+    bridge = find_bridge([layer.name for layer in bundle.layers], roots, groups.__contains__)
+    layers: dict[str, FoundLayer | str] = {}
+    for name in bundle.spectra:
+        there = bridge.to_base(name)
+        group, known = groups.get(there), interface.fingerprints.get(there)
+        layers[name] = (
+            FoundLayer(
+                group.shape, compare=partial(compare_fingerprints, found=known) if known else None
+            )
+            if group
+            else "the graph has no adapter input for this layer"
+        )
+    tensors: dict[str, FoundTensor | str] = {}
+    saved: dict[str, Array] = {}
     inputs = {tensor.name: tensor for tensor in interface.saved}
-
-    def layer_at(path: str) -> FoundLayer | str:
-        group, known = groups.get(path), interface.fingerprints.get(path)
-        if group is None:
-            return "the graph has no adapter input for this layer"
-        return FoundLayer(group.shape, compare=_comparing(known) if known else None)
-
-    found, paths, names = fit_by_names(
-        bundle.spec,
-        bundle.saved,
-        groups,
-        layer_at,
-        lambda name: FoundTensor(inputs[name].shape) if name in inputs else None,
-        "graph",
-    )
-    saved = {to: bundle.saved[name] for name, to in names.items()}
+    for name, array in bundle.saved.items():
+        known_as = [one for one in (bridge.to_base(name), name) if one in inputs]
+        if known_as:
+            tensors[name] = FoundTensor(inputs[known_as[0]].shape)
+            saved[known_as[0]] = array
+        elif bridge.strip and not name.startswith(f"{bridge.strip}."):
+            log.warning("%s: this bare graph has no place for it; left out", name)
+        else:
+            tensors[name] = "the graph has no input for this tensor"
+    found = fit_adapter(bundle.spec, layers, bundle.saved, tensors)
     missing = [
         f"{name}: neither the base nor the adapter has one" for name in interface.not_brought(saved)
     ]
@@ -75,31 +75,25 @@ def feed_bundle(
         allow_base_mismatch=allow_base_mismatch,
         remedy="export the graph with an adapter that has these layers and tensors, for its base",
     )
-    layers = tuple(replace(one, name=paths[one.name]) for one in found.spec.layers)
     bound = Bundle(
-        replace(found.spec, layers=layers),
-        {paths[name]: spectrum for name, spectrum in bundle.spectra.items()},
+        replace(
+            found.spec,
+            layers=tuple(replace(one, name=bridge.to_base(one.name)) for one in found.spec.layers),
+        ),
+        {bridge.to_base(name): spectrum for name, spectrum in bundle.spectra.items()},
         saved,
-        {paths[name]: entries for name, entries in bundle.explicit_entries.items()},
+        {bridge.to_base(name): entries for name, entries in bundle.explicit_entries.items()},
     )
     return full_feeds(interface, bound, base)
 
 
-def _comparing(there: Fingerprint) -> Callable[[Fingerprint], LayerVerdict]:
-    return lambda expected: compare_fingerprints(expected, there)
-
-
 def has_fingerprints(bundle: Bundle) -> bool:
-    """Whether every layer has a fingerprint of its base weight, which `feed_bundle` compares."""
+    """Whether every layer has a fingerprint, which `feed_bundle` compares with the graph's."""
     return all(layer.fingerprint is not None for layer in bundle.layers)
 
 
 def full_feeds(interface: Interface, bundle: Bundle, base: Mapping[str, Array]) -> dict[str, Array]:
-    """Everything that a bound bundle with the graph's names feeds.
-
-    Raises:
-        BaseMismatchError: it lacks saved tensors that the base does not have either.
-    """
+    """Everything that a bound bundle with the graph's names feeds."""
     missing = interface.not_brought(bundle.saved)
     if missing:
         raise BaseMismatchError(
@@ -110,22 +104,15 @@ def full_feeds(interface: Interface, bundle: Bundle, base: Mapping[str, Array]) 
             offenders=missing,
         )
     return spectral_feeds(interface.groups, bundle) | {
-        saved.name: _as_dtype(bundle.saved.get(saved.name, base[saved.name]), saved.dtype)
-        for saved in interface.saved
+        one.name: bundle.saved.get(one.name, base[one.name]).astype(
+            ml_dtypes.bfloat16 if one.dtype == "bfloat16" else one.dtype
+        )
+        for one in interface.saved
     }
 
 
-def _as_dtype(array: Array, dtype: str) -> Array:
-    return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-
 def check_parameters(interface: Interface, parameters: Mapping[str, Array], where: str) -> None:
-    """Refuse parameters (of an .onnx_adapter file) that the graph cannot take.
-
-    Raises:
-        BadInputError: unknown or missing names, other dtypes or sizes, no coefficients, values
-            that are not finite, entries outside their layer: all of them listed.
-    """
+    """Refuse parameters (of an .onnx_adapter file) that the graph cannot take: all listed."""
     wrong = list(_misfits(interface, parameters))
     if wrong:
         raise BadInputError(
@@ -172,12 +159,7 @@ def _misfits(interface: Interface, parameters: Mapping[str, Array]) -> Iterable[
 
 
 def spectral_feeds(groups: Iterable[Group], bundle: Bundle) -> dict[str, Array]:
-    """What a bound adapter feeds the groups' inputs; layers that it lacks get zeros.
-
-    Args:
-        groups: of the graph.
-        bundle: bound, with the graph's layer names.
-    """
+    """What a bound adapter with the graph's names feeds; layers that it lacks get zeros."""
     feeds: dict[str, Array] = {}
     for group in groups:
         spectra = {name: bundle.spectra[name] for name in group.layers if name in bundle.spectra}
@@ -226,12 +208,7 @@ def _joined(entries: Mapping[str, Array]) -> tuple[Array, dict[str, slice]]:
 
 
 def table(groups: Iterable[Group], adapters: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The inputs of a bank: those of each adapter, one above the other, n filled up with zeros.
-
-    Args:
-        groups: of the graph.
-        adapters: per row its feeds by name, at least one.
-    """
+    """The inputs of a bank: the feeds of each adapter, one above the other, n padded with zeros."""
     stacked: dict[str, Array] = {}
     names = {name for group in groups for name in (group.spectrum, group.entries)}
     for name in adapters[0]:

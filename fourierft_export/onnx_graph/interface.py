@@ -9,20 +9,22 @@ one group is fed with zeros in between. A bank has the number of adapters in fro
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..bundle.file import Bundle
 from ..bundle.spec import Fingerprint
-from ..types import Array
 
 KEY = "fourierft_export"  # of the entry in a model's metadata
 PREFIX = "fourierft."
 ADAPTER_ID = "adapter_id"
 BASE_PREFIX = f"{PREFIX}base."
+_DTYPES = {"float32", "float64", "float16", "bfloat16"}
+_MAX_ELEMENTS = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,12 @@ class Interface:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, for a graph's metadata."""
+        kinds = ("spectrum", "entries", "scaling", "shape", "layers", "dtype")
         return {
-            "groups": [
-                {
-                    "spectrum": g.spectrum,
-                    "entries": g.entries,
-                    "scaling": g.scaling,
-                    "shape": g.shape,
-                    "layers": g.layers,
-                    "dtype": g.dtype,
-                }
-                for g in self.groups
-            ],
+            "groups": [{kind: getattr(group, kind) for kind in kinds} for group in self.groups],
             "saved": [
-                {"name": s.name, "shape": s.shape, "dtype": s.dtype}
-                | ({"absent": True} if s.absent else {})
-                for s in self.saved
+                {key: value for key, value in asdict(one).items() if key != "absent" or value}
+                for one in self.saved
             ],
             "fingerprints": {
                 layer: {
@@ -129,13 +121,21 @@ class Interface:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Interface:
         """The inverse of `to_dict`; KeyError, TypeError or ValueError where it is not one."""
+        dtypes = [one["dtype"] for key in ("groups", "saved") for one in content[key]]
+        shapes = [one["shape"] for key in ("groups", "saved") for one in content[key]]
+        if not {*dtypes} <= _DTYPES:
+            raise ValueError(f"dtypes {dtypes}")
+        if not all(type(n) is int and n >= 0 for s in shapes for n in s) or any(
+            math.prod(shape) > _MAX_ELEMENTS for shape in shapes
+        ):
+            raise ValueError(f"shapes {shapes}")
         return cls(
             tuple(
-                Group(i, (int(g["shape"][0]), int(g["shape"][1])), tuple(g["layers"]), g["dtype"])
+                Group(i, (g["shape"][0], g["shape"][1]), tuple(map(str, g["layers"])), g["dtype"])
                 for i, g in enumerate(content["groups"])
             ),
             tuple(
-                Saved(s["name"], tuple(s["shape"]), s["dtype"], s.get("absent") is True)
+                Saved(str(s["name"]), tuple(s["shape"]), s["dtype"], s.get("absent") is True)
                 for s in content["saved"]
             ),
             {
@@ -145,23 +145,6 @@ class Interface:
                 for layer, f in content["fingerprints"].items()
             },
         )
-
-
-@dataclass(frozen=True, eq=False)
-class WeightInput:
-    """A weight that the graph takes as an input.
-
-    Attributes:
-        name: of the input, and of the expander's output.
-        base: the base weight as the graph has it.
-        transposed: that is (in, out).
-        parts: layer -> its outputs among those of the weight; several where layers are packed.
-    """
-
-    name: str
-    base: Array
-    transposed: bool
-    parts: dict[str, slice] = field(default_factory=dict)
 
 
 def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:
@@ -174,15 +157,9 @@ def group_layers(bundles: Sequence[Bundle]) -> tuple[Group, ...]:
                 key = layer.shape, layer.n_frequency, layer.entries_sha256
                 members.setdefault(key, []).append(layer.name)
                 shapes[layer.name] = layer.shape
-    wide = {
-        name
-        for b in bundles
-        for name, spectrum in b.spectra.items()
-        if spectrum.dtype == np.float64
-    }
-    groups = []
-    for index, layers in enumerate(members.values()):
-        shape = shapes[layers[0]]
-        dtype = "float64" if wide & set(layers) else "float32"
-        groups.append(Group(index, shape, tuple(layers), dtype))
-    return tuple(groups)
+    spectra = [(name, array) for bundle in bundles for name, array in bundle.spectra.items()]
+    wide = {name for name, array in spectra if array.dtype == np.float64}
+    return tuple(
+        Group(i, shapes[names[0]], tuple(names), "float64" if wide & {*names} else "float32")
+        for i, names in enumerate(members.values())
+    )

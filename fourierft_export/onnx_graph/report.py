@@ -58,27 +58,16 @@ def report_on(
     notes: tuple[str, ...],
 ) -> ExportReport:
     """The report on a model that was written to `files`, itself first."""
-    data = next((file for file in files[1:] if file.suffix == ".data"), None)
+    data = next((str(file) for file in files[1:] if file.suffix == ".data"), None)
     graph = model.graph
-    fed = [value for value in graph.inputs if value.name not in graph.initializers]
-    return ExportReport(
-        path=str(files[0]),
-        data=str(data) if data else None,
-        bytes=sum(file.stat().st_size for file in files),
-        mode=mode,
-        opset=model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1)),
-        nodes=len(graph),
-        inputs=_shapes(fed),
-        outputs=_shapes(graph.outputs),
-        layers=layers,
-        adapters=adapters,
-        notes=notes,
+    inputs, outputs = (
+        {
+            str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
+            for value in values
+        }
+        for values in ([v for v in graph.inputs if v.name not in graph.initializers], graph.outputs)
     )
-
-
-def _shapes(values: Sequence[ir.Value]) -> dict[str, tuple[int | str, ...]]:
-    """Name -> shape; symbolic sizes by name."""
-    return {
-        str(value.name): tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
-        for value in values
-    }
+    size, opset = sum(file.stat().st_size for file in files), model.opset_imports[""]
+    return ExportReport(
+        str(files[0]), data, size, mode, opset, len(graph), inputs, outputs, layers, adapters, notes
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -234,8 +236,6 @@ def test_a_batch_of_no_rows(small_tenants: Any, mode: str) -> None:
 
 
 def test_files_that_are_not_ours(small_tenants: Any, tmp_path: Path) -> None:
-    import onnx
-
     with pytest.raises(FileAccessError):
         ff.AdapterSession(tmp_path / "absent.onnx")
     garbage = tmp_path / "garbage.onnx"
@@ -256,6 +256,33 @@ def test_files_that_are_not_ours(small_tenants: Any, tmp_path: Path) -> None:
     lonely.write_bytes(small_tenants.file("paired").read_bytes())
     with pytest.raises(FileAccessError, match=r"lonely\.expand\.onnx"):
         ff.AdapterSession(lonely)
+
+
+DAMAGE: dict[str, Any] = {
+    "a layer without inputs": lambda d: d["inputs"]["groups"].pop(),
+    "a layer of another size": lambda d: d["inputs"]["groups"][0].update(shape=[9, 12]),
+    "a layer outside its weight": lambda d: d["weights"]["a"][0].update(start=5),
+    "a start of another type": lambda d: d["weights"]["a"][0].update(start="5"),
+    "weights that are no list": lambda d: d.update(weights=[]),
+    "a weight that is not there": lambda d: d["weights"]["a"][0].update(initializer="zz"),
+    "an unknown dtype": lambda d: d["inputs"]["groups"][0].update(dtype="strange"),
+    "an absurd shape": lambda d: d["inputs"]["saved"][0].update(shape=[1 << 40, 1 << 40]),
+    "no rows": lambda d: d["inputs"].pop("rows"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_metadata_of_an_expander(damage: str, small_tenants: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(small_tenants.file("paired").read_bytes())
+    expander = onnx.load(small_tenants.file("paired").with_suffix(".expand.onnx"))
+    (entry,) = (one for one in expander.metadata_props if one.key == "fourierft_export")
+    content = json.loads(entry.value)
+    DAMAGE[damage](content)
+    entry.value = json.dumps(content)
+    onnx.save(expander, path.with_suffix(".expand.onnx"))
+    with pytest.raises(BadInputError, match=r"model\.expand\.onnx"):
+        ff.AdapterSession(path)
 
 
 SCRIPT = """

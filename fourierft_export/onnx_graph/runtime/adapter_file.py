@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -23,19 +22,8 @@ SUFFIX = ".onnx_adapter"
 
 def write_adapter(
     path: str | os.PathLike[str], parameters: Mapping[str, Array], *, force: bool = False
-) -> Path:
-    """Write an adapter's inputs for ONNX Runtime; the file is absent or complete.
-
-    Args:
-        path: the file to write, by convention with the suffix `.onnx_adapter`.
-        parameters: input name -> array.
-        force: replace an existing file.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        UsageError: the file exists, without `force`.
-        FileAccessError: it cannot be written.
-    """
+) -> None:
+    """Write an adapter's inputs (name -> array) for ONNX Runtime; `force` replaces a file."""
     adapter = onnxruntime_for("writing an .onnx_adapter file").AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
@@ -43,39 +31,21 @@ def write_adapter(
     adapter.set_parameters(values)
     with staged_file(path, force=force) as partial:
         adapter.export_adapter(os.fspath(partial))
-    return Path(path)
 
 
 def write_inputs(
     path: str | os.PathLike[str], parameters: Mapping[str, Array], *, force: bool = False
-) -> Path:
-    """Write an adapter's inputs as a plain safetensors file, which any language can read.
-
-    Args:
-        path: the file to write.
-        parameters: input name -> array.
-        force: replace an existing file.
-
-    Raises:
-        UsageError: the file exists, without `force`.
-        FileAccessError: it cannot be written.
-    """
+) -> None:
+    """Write an adapter's inputs as a plain safetensors file, which any language can read."""
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(array) for name, array in parameters.items()}
     with staged_file(path, force=force) as partial:
         partial.write_bytes(save(arrays))
-    return Path(path)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """Read the inputs (name -> array) in an `.onnx_adapter` file.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        FileAccessError: missing or unreadable.
-        BadInputError: not such a file.
-    """
+    """Read the inputs (name -> array) in an `.onnx_adapter` file."""
     ort = onnxruntime_for("reading an .onnx_adapter file")
     os.close(open_regular(path))
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,8 +15,27 @@ from ...errors import BadInputError, UsageError
 from ...types import Array
 from ..feeds import feed_bundle
 from ..graph.source import Source, open_onnx
-from ..interface import BASE_PREFIX, KEY, Interface, WeightInput
+from ..interface import BASE_PREFIX, KEY, Interface
 from ..mode_names import BANK, PAIRED, expander_path
+
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightInput:
+    """A weight that the graph of mode paired takes as an input.
+
+    Attributes:
+        name: of the input, and of the expander's output.
+        base: the base weight as the graph has it.
+        transposed: that is (in, out).
+        parts: layer -> its outputs among those of the weight; several where layers are packed.
+    """
+
+    name: str
+    base: Array
+    transposed: bool
+    parts: dict[str, slice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +49,7 @@ class Exported:
         adapters: names of the adapters in it, in the order of a bank's rows.
         weights: layer -> (name of its weight, whether that is (in, out), the layer's first output
             in it, or None), one or several each.
+        replaced: the saved tensors whose default is an adapter's own, not the base's.
     """
 
     source: Source
@@ -36,29 +57,35 @@ class Exported:
     interface: Interface | None
     adapters: tuple[str, ...]
     weights: Mapping[str, tuple[tuple[str, bool, int | None], ...]]
+    replaced: frozenset[str] = frozenset()
 
     def base_saved(self) -> dict[str, Array]:
         """The base's saved tensors, which the file keeps in addition to the adapter's."""
         saved = () if self.interface is None else self.interface.saved
         found = {one.name: self._constant(BASE_PREFIX + one.name) for one in saved}
         if self.mode != BANK:
-            found |= {n: self._constant(n) for n, array in found.items() if array is None}
-        return {
-            one.name: array.reshape(one.shape)
-            for one, array in zip(saved, self._all(found, "the base's saved tensors"), strict=True)
-        }
+            for name in {n for n, array in found.items() if array is None} - self.replaced:
+                found[name] = self._constant(name)
+        arrays = self._present(found, "the base's saved tensors")
+        with _reading_metadata(self.source.path):
+            return {one.name: arrays[one.name].reshape(one.shape) for one in saved}
 
     def weight_inputs(self) -> list[WeightInput]:
         """The weights that an expander computes, with their base values."""
         groups = self.interface.layers if self.interface else {}
         sites = [(layer, *site) for layer, several in self.weights.items() for site in several]
         held = {name: self._constant(f"{name}.base") for _, name, _, _ in sites}
-        arrays = self._all(held, "the base weights of every adapted layer")
-        bases = dict(zip(held, arrays, strict=True))
+        bases = self._present(held, "the base weights of every adapted layer")
         weights: dict[str, WeightInput] = {}
-        for layer, name, transposed, start in sites:
-            weight = weights.setdefault(name, WeightInput(name, bases[name], transposed))
-            weight.parts[layer] = slice(start or 0, (start or 0) + groups[layer].shape[0])
+        with _reading_metadata(self.source.path):
+            for layer, name, transposed, start in sites:
+                weight = weights.setdefault(name, WeightInput(name, bases[name], transposed))
+                part = slice(start or 0, (start or 0) + groups[layer].shape[0])
+                rows, columns = weight.base.T.shape if transposed else weight.base.shape
+                fits = 0 <= part.start < part.stop <= rows and columns == groups[layer].shape[1]
+                if not fits or (start is None and part.stop < rows):
+                    raise ValueError(f"{layer} is not in {name} {list(weight.base.shape)}")
+                weight.parts[layer] = part
         return [*weights.values()]
 
     def _constant(self, name: str) -> Array | None:
@@ -67,16 +94,19 @@ class Exported:
             return None
         return np.array(self.source.read(value.const_value))
 
-    def _all(self, found: Mapping[str, Array | None], what: str) -> Iterable[Array]:
+    def _present(self, found: Mapping[str, Array | None], what: str) -> dict[str, Array]:
+        """The arrays by name, or an error that lists those that are missing."""
         missing = [name for name, array in found.items() if array is None]
         if missing:
             raise BadInputError(
                 self.source.path,
                 expected=what,
                 found=f"{len(missing)} that are not in the file",
+                remedy="export or apply the adapter again; tools that rewrite a file, such as ONNX "
+                "Runtime where it saves the optimised model, drop what no node uses",
                 offenders=missing,
             )
-        return [array for array in found.values() if array is not None]
+        return {name: array for name, array in found.items() if array is not None}
 
 
 def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) -> Exported:
@@ -85,36 +115,47 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
     Args:
         path: an .onnx file.
         allow_links: also accept external data behind links that end inside the model's folder.
-
-    Raises:
-        FileAccessError: missing or unreadable, or its external data is.
-        BadInputError: not such a file, or external data that must not be read.
     """
     source = open_onnx(path, allow_links=allow_links)
-    metadata = source.model.metadata_props
-    try:
-        content = json.loads(metadata[KEY])
-        inputs = content.get("inputs")
-        names = inputs["rows"] if inputs else content["adapters"]
+    text = source.model.metadata_props.get(KEY)
+    with _reading_metadata(path, "none" if text is None else ""):
+        content = json.loads(text or "")
+        inputs, adapters = content.get("inputs"), content["adapters"]
+        weights = {
+            layer: tuple(
+                (str(site["initializer"]), bool(site["transposed"]), _integer(site.get("start")))
+                for site in sites
+            )
+            for layer, sites in content["weights"].items()
+        }
         return Exported(
             source,
             content["mode"],
             Interface.from_dict(inputs) if inputs else None,
-            tuple(map(str, names)),
-            {
-                layer: tuple(
-                    (str(s["initializer"]), bool(s["transposed"]), s.get("start")) for s in sites
-                )
-                for layer, sites in content["weights"].items()
-            },
+            tuple(map(str, inputs["rows"] if inputs else adapters)),
+            weights,
+            frozenset(str(name) for one in adapters.values() for name in one["saved"]),
         )
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+
+
+@contextmanager
+def _reading_metadata(path: str | os.PathLike[str], found: str = "") -> Iterator[None]:
+    """Report metadata that is none of this package, or damaged, as bad input."""
+    try:
+        yield
+    except _DAMAGE as error:
         raise BadInputError(
             path,
             expected=f"an ONNX file made by this package, with its metadata under {KEY!r}",
-            found="none" if KEY not in metadata else f"other metadata ({error})",
+            found=found or f"other metadata ({error})",
             remedy="export or apply the adapter again; tools that rewrite a file may drop metadata",
         ) from None
+
+
+def _integer(value: object) -> int | None:
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{value!r} is no integer")
+    return value
 
 
 def parameters_for(
@@ -138,8 +179,6 @@ def parameters_for(
     Raises:
         UsageError: the graph takes no adapter, several at once, or no input of this one.
         BaseMismatchError: the adapter does not fit the graph.
-        FileAccessError: the graph or its external data is missing or unreadable.
-        BadInputError: not a file of this package, or external data that must not be read.
     """
     graph = open_exported(path, allow_links=allow_links)
     if graph.interface is None or graph.mode == BANK:

@@ -9,7 +9,8 @@ from typing import Any
 from ...spectral.delta import Term
 from ...types import Array
 from ..adapters import adapted_weight
-from ..interface import Interface, WeightInput
+from ..interface import Interface
+from .exported import WeightInput
 from .ort_session import to_value
 
 
@@ -77,7 +78,5 @@ class KeptValues:
     def _make_room(self, newest: str | None) -> None:
         sizes = self.sizes
         for name in list(sizes):
-            if self._limit is None or sum(sizes.values()) <= self._limit:
-                return
-            if name != newest:
+            if self._limit is not None and sum(sizes.values()) > self._limit and name != newest:
                 del self._kept[name], sizes[name]

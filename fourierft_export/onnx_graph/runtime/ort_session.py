@@ -38,12 +38,7 @@ def to_value(array: Array, device: str = "cpu", number: int = 0) -> Any:
 
 
 def session_options(options: Any = None) -> Any:
-    """The SessionOptions of every session that this package makes.
-
-    Args:
-        options: the user's onnxruntime.SessionOptions. Its settings are kept;
-            `session.x64quantprecision` = "1" is added if it has no entry of that name.
-    """
+    """The user's SessionOptions, with exact int8 sums where they do not say otherwise."""
     if options is None:
         options = onnxruntime_for("AdapterSession").SessionOptions()
     try:
@@ -54,12 +49,7 @@ def session_options(options: Any = None) -> Any:
 
 
 def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
-    """An InferenceSession, without ONNX Runtime's warnings at every overridable input.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        BadInputError: ONNX Runtime cannot load the model.
-    """
+    """An InferenceSession, without ONNX Runtime's warnings at every overridable input."""
     ort = onnxruntime_for("AdapterSession")
     options = session_options(options)
     severity = options.log_severity_level
