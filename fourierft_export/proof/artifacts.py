@@ -89,7 +89,7 @@ class Artifacts:
         """Number of labels of the adapter's classification head; None if it has none."""
         if self.bundle is not None:
             return head_labels({name: a.shape for name, a in self.bundle.saved.items()})
-        return None if self.peft is None else head_labels(saved_shapes(self.peft))
+        return None if self.peft is None else head_labels(tensor_shapes(self.peft))
 
     def config_number(self, *keys: str) -> int | None:
         """Finds the first of these config fields that is a positive integer, base before merged."""
@@ -100,18 +100,17 @@ class Artifacts:
         return (place for place in (self.base, self.merged) if place is not None)
 
 
-def saved_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shapes of a PEFT adapter's dense tensors, by name in the adapted model."""
+def tensor_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Reads the shapes of a PEFT adapter's tensors, by name in the adapted model."""
     from safetensors import SafetensorError, safe_open
 
     path = adapter / WEIGHTS_FILE
     try:
         with safe_open(path, "np") as file:
-            names = [name for name in file.keys() if not name.endswith("fourierft_spectrum")]  # noqa: SIM118
-            shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise BadInputError(path, expected="a safetensors file", found=str(error)) from error
-    return dict(zip((name.removeprefix(_PREFIX) for name in names), shapes, strict=True))
+    return {name.removeprefix(_PREFIX): tuple(shape) for name, shape in shapes.items()}
 
 
 def _model_directory(directory: Path) -> Path:

@@ -13,7 +13,7 @@ from ..errors import BadInputError, UsageError
 from ..models.task import Task
 from ..types import Array
 from . import rebuild
-from .artifacts import Artifacts, saved_shapes
+from .artifacts import Artifacts, tensor_shapes
 from .compare import rms_difference
 from .inputs import Inputs
 from .models import find_module, load_model, load_peft_model, run_model
@@ -156,7 +156,7 @@ class ModelSides:
         began = self._begin("peft")
         base, unset = load_model(directory, self.task, self.artifacts.num_labels)
         prefix = f"{getattr(base, 'base_model_prefix', '')}."
-        names = saved_shapes(adapter)
+        names = tensor_shapes(adapter)
         filled = [n for name in names for n in (name, name.removeprefix(prefix), prefix + name)]
         random = self._check_unset(directory, unset, filled)
         model, lacking = load_peft_model(base, adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,16 @@ from ..errors import BadInputError, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..models.task import Task, auto_class_for, read_config
 from ..types import Array
+from .artifacts import tensor_shapes
 from .report import first_line
 
 if TYPE_CHECKING:
     import torch
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+DECODER_TOKENS = 8
+MOST_LAYERS, MOST_LABELS = 2_000, 1_000_000
+"""More in a config.json than these (and than there are tensors) would keep transformers busy."""
 
 
 def load_model(
@@ -35,8 +42,9 @@ def load_model(
     import transformers
 
     # transformers follows any path that an index names, so the strict reader checks it first.
-    Checkpoint.open(directory)
-    auto = getattr(transformers, auto_class_for(read_config(directory), task))
+    checkpoint, config = Checkpoint.open(directory), read_config(directory)
+    _check_counts(directory, config, max(MOST_LAYERS, len(checkpoint.tensors)))
+    auto = getattr(transformers, auto_class_for(config, task))
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     # An adapter in the model's folder is no part of the base: transformers finds none in there.
     options["adapter_kwargs"] = {"subfolder": os.devnull}
@@ -61,18 +69,33 @@ def load_model(
     return model.eval(), tuple(sorted({*info["missing_keys"], *mismatched}))
 
 
+def _check_counts(directory: Path, config: Mapping[str, Any], most_layers: int) -> None:
+    """Refuses a config whose numbers of layers or labels no model has, before they are made."""
+    for name, value in config.items():
+        if isinstance(value, dict) and name not in ("id2label", "label2id"):
+            _check_counts(directory, value, most_layers)
+        limit = MOST_LABELS if name in ("num_labels", "_num_labels") else most_layers
+        counts = "layer" in name or limit == MOST_LABELS or name in ("depth", "num_blocks")
+        if counts and isinstance(value, int) and value > limit:
+            raise BadInputError(
+                directory / "config.json", expected=f"{name} of at most {limit}", found=str(value)
+            )
+
+
 def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module, list[str]]:
     """Loads an adapter onto a freshly loaded model with PEFT itself, unmerged, in eval mode.
 
     Returns:
         The model, and PEFT's warnings about keys that the file lacks: those spectra are random.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     with quiet_transformers(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model: torch.nn.Module = PeftModel.from_pretrained(base, directory)
+            config = PeftConfig.from_pretrained(directory)
+            _replace_expressions(config, directory)
+            model: torch.nn.Module = PeftModel.from_pretrained(base, directory, config=config)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise BaseMismatchError(
                 directory,
@@ -84,21 +107,45 @@ def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Mo
     return model.eval(), [line for line in lines if "missing adapter keys" in line]
 
 
+def _replace_expressions(config: Any, directory: Path) -> None:
+    """Names layers in PEFT's config one by one, where it has regular expressions.
+
+    One of a file can take longer than anybody waits, so none is run. The layers are those that the
+    file of weights has spectra for.
+    """
+    pattern = config.layers_pattern or []
+    names = [*([pattern] if isinstance(pattern, str) else pattern), *config.n_frequency_pattern]
+    for saved in config.modules_to_save or ():
+        if not _PLAIN_NAME.fullmatch(saved):
+            expected = "names in modules_to_save, no expressions"
+            raise BadInputError(directory, expected=expected, found=repr(saved))
+    texts = isinstance(config.target_modules, str) and config.target_modules != "all-linear"
+    texts = texts or isinstance(config.exclude_modules, str)
+    if texts or not all(_PLAIN_NAME.fullmatch(name) for name in names):
+        end = ".fourierft_spectrum"
+        shapes = tensor_shapes(directory).items()
+        sizes = {n.removesuffix(end): shape[0] for n, shape in shapes if n.endswith(end)}
+        config.target_modules, config.n_frequency_pattern = set(sizes), sizes
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
 def run_model(
     model: torch.nn.Module, task: Task, inputs: Mapping[str, Array], *, batch_size: int
 ) -> dict[str, Array]:
-    """Computes the task's outputs in the model's dtype, leaving out those that it gives as None.
+    """Computes a model's outputs in its dtype, by name; those that it gives as None are left out.
+
+    They are the task's, and of a model with a decoder also its logits on a few tokens. A model
+    that has none of them (such as CLIP) gives all its tensors, on all rows at once, since they may
+    relate rows to each other.
 
     Args:
-        model: transformers' or PEFT's; for a task of the encoder alone, only that is run.
+        model: transformers' or PEFT's.
         task: whose outputs to keep.
         inputs: name -> (rows, ...); names that the model does not take are left out.
         batch_size: rows per call.
     """
     import torch
 
-    if task.encoder_only:
-        model = model.get_encoder()  # type: ignore[operator]  # of PEFT's wrapper, too
     # PEFT's wrapper itself accepts any argument.
     plain = getattr(model, "get_base_model", lambda: model)()
     known = inspect.signature(plain.forward).parameters
@@ -108,9 +155,13 @@ def run_model(
             "inputs", expected=f"some of: {', '.join(known)}", found=", ".join(inputs) or "none"
         )
     options = {"use_cache": False} if "use_cache" in known else {}
+    if task.encoder_only and "decoder_input_ids" in known:
+        taken.setdefault("decoder_input_ids", _decoder_ids(plain.config, taken))
     dtype = next(model.parameters()).dtype
+    rows = next(iter(taken.values())).shape[0]
     parts: dict[str, list[Array]] = {}
-    for start in range(0, next(iter(taken.values())).shape[0], batch_size):
+    start = 0
+    while start < rows:
         try:
             batch = {}
             for name, array in taken.items():
@@ -125,10 +176,31 @@ def run_model(
                 found=first_line(error),
                 remedy="check the arrays' shapes and dtypes, and ids against the vocabulary",
             ) from error
-        for name in task.outputs:
-            if result.get(name) is not None:
-                parts.setdefault(name, []).append(result[name].numpy())
+        found = {name: result.get(name) for name in task.outputs}
+        if task.encoder_only and "encoder_last_hidden_state" in result:
+            found = {"last_hidden_state": result["encoder_last_hidden_state"]}
+            found["logits"] = result.get("logits")
+        if not any(value is not None for value in found.values()):
+            found = {n: v for n, v in result.items() if isinstance(v, torch.Tensor)}
+            if batch_size < rows:
+                batch_size = rows
+                continue
+        for name, value in found.items():
+            if value is not None:
+                parts.setdefault(name, []).append(value.numpy())
+        start += batch_size
     return {name: np.concatenate(chunks) for name, chunks in parts.items()}
+
+
+def _decoder_ids(config: Any, inputs: Mapping[str, Array]) -> Array:
+    """Makes inputs of a decoder: its start token, then the first tokens of `input_ids`, if any."""
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    tokens = (getattr(config, name, None) for name in names)
+    first = next((token for token in tokens if token is not None), 0)
+    rows = next(iter(inputs.values())).shape[0]
+    start = np.full((rows, 1), first, np.int64)
+    ids = inputs.get("input_ids", start[:, :0])
+    return np.concatenate([start, ids[:, : DECODER_TOKENS - 1]], axis=1)
 
 
 @contextmanager

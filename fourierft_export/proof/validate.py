@@ -18,6 +18,7 @@ from .compare import Outputs
 from .graphs import Graph
 from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokenizer
 from .model_sides import ModelSides
+from .models import DECODER_TOKENS
 from .pairs import Run, compare_pairs
 from .report import Comparison, Report, Side
 from .tolerances import Tolerance, resolve_tolerances
@@ -132,20 +133,28 @@ def validate(
     for name, call in functions.items():
         role = "base" if name == "base" else "adapted"
         run_side(Side(name, role, "", "float32"), lambda call=call: call(dict(ready.arrays)))  # type: ignore[misc]
-    # Without a mask the rows may not be independent examples, so they are run in one call.
-    rows = batch_size if ready.mask is not None else None
+    # Rows are run in batches where they are independent examples for certain.
+    usual = artifacts.task.outputs if artifacts.task else ()
+    related = any(not set(run.outputs) & set(usual) for run in references + adapted if usual)
+    rows = batch_size if ready.mask is not None and not related else None
     for name, graph in zip(_graph_names(files), graphs, strict=True):
         side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
         run_side(side, lambda graph=graph: graph.run(ready.arrays, batch_size=rows))  # type: ignore[misc]
     comparisons = compare_pairs(
         references,
         adapted,
-        primary=artifacts.task.outputs[0] if artifacts.task else None,
+        primary=usual[0] if usual and not related else None,
         mask=ready.mask,
         tolerances=limits,
         noise=models.noise,
     )
     step("comparing")
+    if any("logits" in run.outputs for run in adapted) and "last_hidden_state" in usual:
+        models.notes += [
+            f"{run.side.name}: its decoder was not run, only its encoder: it has no output logits"
+            for run in adapted
+            if "logits" not in run.outputs
+        ]
     if not comparisons:
         models.problems.append("no two sides were left to compare")
     return Report(
@@ -205,8 +214,9 @@ def _ready_inputs(
             remedy="give pixel_values (images, channels, height, width) as an .npz file (--inputs)",
         )
     vocabulary = artifacts.config_number("vocab_size")
-    if task == "text-generation" and vocabulary:
-        samples = min(samples, max(4, LOGITS_PER_SIDE // (MAX_TOKENS * vocabulary)))
+    tokens = {"text-generation": MAX_TOKENS, "seq2seq-encoder": DECODER_TOKENS}.get(task or "")
+    if tokens and vocabulary:
+        samples = min(samples, max(4, LOGITS_PER_SIDE // (tokens * vocabulary)))
     return default_inputs(
         tokenizer_dir=artifacts.tokenizer if tokenizer is None else Path(tokenizer),
         vocab_size=vocabulary,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import fourierft_export as ff
-from fourierft_export.errors import ValidationError
+from fourierft_export.errors import BadInputError, ValidationError
 
 
 def rescaled(bundle: ff.Bundle, scaling: float) -> ff.Bundle:
@@ -241,3 +243,78 @@ def test_a_base_and_merge_in_bfloat16(classifier: Any, tmp_path: Path) -> None:
     assert [(p.left, p.right) for p in wrong.comparisons if not p.ok] == [
         ("torch:bfloat16", "merged")
     ]
+
+
+def test_a_decoder_is_run_too(
+    tiny_base: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """T5 reads tie_word_embeddings as whether to scale the decoder's outputs."""
+    base, fields = tiny_base("t5"), {"target_modules": ["q", "v"], "modules_to_save": ["lm_head"]}
+    adapter, merged = tiny_adapter("t5", **fields), tmp_path / "merged"
+    ff.merge_checkpoint(base, adapter, merged)
+    report = ff.validate(base=base, bundle=adapter, peft=adapter, merged=merged)
+    report.raise_for_failure()
+    assert all({"last_hidden_state", "logits"} == {*dict(side.outputs)} for side in report.sides)
+    ff.export_pretrained(base, adapter, tmp_path / "encoder.onnx")
+    report = ff.validate(base=base, bundle=adapter, onnx=tmp_path / "encoder.onnx")
+    assert report.ok and "its decoder was not run" in report.notes[0]
+    config = json.loads((merged / "config.json").read_text())
+    scaled = {name: not config.get(name) for name in ("scale_decoder_outputs",)}
+    scaled["tie_word_embeddings"] = not config.get("tie_word_embeddings")
+    (merged / "config.json").write_text(json.dumps(config | scaled))
+    report = ff.validate(base=base, bundle=adapter, merged=merged)
+    assert [name for place, _ in report.findings for name in place.split()[-1:]] == ["logits"]
+
+
+def test_a_model_whose_rows_relate_to_each_other(tmp_path: Path) -> None:
+    """CLIP compares every text with every image: all outputs, on all rows at once."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 40, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes, projection_dim=8))
+    model.save_pretrained(tmp_path / "base")
+    fields = {"target_modules": ["q_proj"], "n_frequency": 20, "scaling": 40.0}
+    adapter = make_peft(tmp_path / "base", "AutoModel", tmp_path / "adapter", **fields)
+    ff.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged")
+    random = np.random.default_rng(0)
+    inputs = {"input_ids": random.integers(3, 40, size=(5, 6))}
+    inputs["attention_mask"] = np.ones((5, 6), np.int64)
+    inputs["pixel_values"] = random.normal(size=(5, 3, 8, 8)).astype(np.float32)  # type: ignore[assignment]
+    report = ff.validate(
+        base=tmp_path / "base",
+        bundle=adapter,
+        merged=tmp_path / "merged",
+        peft=adapter,
+        inputs=inputs,
+        batch_size=2,
+    )
+    report.raise_for_failure()
+    assert dict(report.sides[0].outputs)["logits_per_text"] == (5, 5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**7), ("num_labels", 10**9)])
+def test_a_config_with_absurd_counts_is_refused(
+    classifier: Any, tmp_path: Path, field: str, value: int
+) -> None:
+    shutil.copytree(classifier.base, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(BadInputError, match=f"{field} of at most"):
+        ff.validate(base=tmp_path / "base", merged=classifier.base, task="text-classification")
+
+
+def test_no_expression_of_a_config_is_run_in_peft(classifier: Any, tmp_path: Path) -> None:
+    bomb = "([a-z.]+)+[A-Z]"
+    adapter = tmp_path / "adapter"
+    shutil.copytree(classifier.adapter, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for fields in ({"target_modules": bomb}, {"exclude_modules": bomb}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | fields))
+        ff.validate(
+            base=classifier.base, bundle=classifier.bundle, peft=adapter
+        ).raise_for_failure()
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": [bomb]}))
+    with pytest.raises(BadInputError, match="no expressions"):
+        ff.validate(base=classifier.base, bundle=classifier.bundle, peft=adapter)
