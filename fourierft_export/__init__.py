@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from fourierft_export.proof.validate import validate
     from fourierft_export.recover.from_checkpoint import recover_bundle
     from fourierft_export.recover.from_onnx import recover_onnx
-    from fourierft_export.train.callback import BundleCallback
+    from fourierft_export.train.callback import BundleCallback, save_bundles
     from fourierft_export.train.parameter_groups import parameter_groups
-    from fourierft_export.train.save_bundles import save_bundles
     from fourierft_export.train.settings import TrainSettings
     from fourierft_export.train.task import TrainingTask
     from fourierft_export.train.train import train_adapter
@@ -109,7 +108,7 @@ _HOMES = {
     "replace": "adapt.attach",
     "restore": "adapt.fuse",
     "route": "adapt.routing.route",
-    "save_bundles": "train.save_bundles",
+    "save_bundles": "train.callback",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",
     "trainable_parameters": "adapt.active",

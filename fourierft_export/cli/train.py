@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..train.settings import SECTIONS, DataSettings, Setting, TrainSettings, read_settings, rules
+from ..train.settings import DataSettings, TrainSettings, kinds, options, read_settings
 from ..types import Progress
 from .console import Outcome, size_text, verb
 from .options import PATH, allow_mismatch_option, force_option
@@ -23,36 +23,37 @@ if TYPE_CHECKING:
     from ..train.report import TrainReport
 
 _PLAIN = re.compile(r"(?!all-linear$)[\w.-]+")  # the end of a path, rather than an expression
-_METAVARS = {int: "N", float: "X", str: "NAME", list: "NAME"}
+_WORDS = {"output": ("-o", "--output"), "init_weights": ("--init-weights/--init-normal",)}
 
 
 def _with_settings(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """Add an option for every setting, in sections."""
-    found = rules(DataSettings) | rules(TrainSettings)
-    ordered = [
-        (name, rule) for title in SECTIONS for name, rule in found.items() if rule.section == title
-    ]
-    config = section(SECTIONS[0])(
+    for option in reversed(list(options())):
+        name, kind = option.name, option.kind
+        dashed = "--" + name.replace("_", "-")
+        plain: tuple[str, ...] = (dashed,)
+        values: dict[str, Any] = {"type": option.kind.type, "metavar": option.metavar or None}
+        if kind.choices:
+            values = {"type": click.Choice(kind.choices)}
+        elif kind.type is bool:
+            values = {"default": None}
+            if name in ("dropout", "group_lengths"):
+                plain = (f"{dashed}/--no-{dashed[2:]}",)
+            elif name != "init_weights":
+                values["is_flag"] = True
+        elif kind.type is list:
+            values |= {"type": str, "multiple": True}
+        elif kind.type is str and option.metavar not in ("NAME", "TASK", "PKG.MOD:FACTORY"):
+            values["type"] = PATH
+        words = _WORDS.get(name, plain)
+        function = section(option.section)(*words, name, help=option.help, **values)(function)
+    return section("What is trained on what")(
         "--config",
         type=PATH,
         metavar="FILE.toml",
-        help="These options but --resume and the Others, with _ for -; the command line's win.",
-    )
-    for name, rule in reversed(ordered):
-        words = rule.flag.split() or ["--" + name.replace("_", "-")]
-        function = section(rule.section)(*words, name, help=rule.help, **_kind(rule))(function)
-    return config(function)
-
-
-def _kind(rule: Setting) -> dict[str, Any]:
-    """What click needs to know of an option's values."""
-    if rule.kind is bool:
-        return {"default": None} | ({} if "/" in rule.flag else {"is_flag": True})
-    if rule.choices:
-        return {"type": click.Choice(rule.choices)}
-    kind: Any = {int: int, float: float}.get(rule.kind, PATH if rule.metavar else str)
-    metavar = rule.metavar or _METAVARS[rule.kind]
-    return {"type": kind, "metavar": metavar, "multiple": rule.kind is list}
+        help="A file of these options, with _ for -; those of the command line win.  "
+        "[default: no file]",
+    )(function)
 
 
 @verb(
@@ -64,7 +65,9 @@ def _kind(rule: Setting) -> dict[str, Any]:
     )
 )
 @_with_settings
-@section(SECTIONS[-1])("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@section("Scores and outputs")(
+    "--resume", is_flag=True, help="Continue a run that was stopped.  [default: begin a new run]"
+)
 @force_option
 @allow_mismatch_option
 def train(
@@ -128,7 +131,7 @@ def _read(config: str | None, given: dict[str, Any]) -> tuple[DataSettings, Trai
         if given[name] is not None:
             found.pop(other, None)  # they are one setting in two units
     found |= {name: value for name, value in given.items() if value is not None and value != ()}
-    run = {name: found.pop(name) for name in rules(DataSettings) if name in found}
+    run = {name: found.pop(name) for name in kinds(DataSettings) if name in found}
     return DataSettings(**run), TrainSettings(**found)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.adapter import LayerAdapter
-from ..adapt.attach import attach, capture
+from ..adapt.attach import capture
 from ..adapt.config import ALL_LINEAR, FourierFTConfig
 from ..adapt.inject import inject
 from ..adapt.linear import layer_shape, to_array, to_tensor
@@ -26,11 +26,10 @@ from ..adapt.modules import (
 from ..adapt.saved_modules import Version
 from ..adapt.targets import USUAL_TARGETS, select
 from ..bundle.file import Bundle
-from ..bundle.peft import BundleSource
 from ..errors import BaseMismatchError, UsageError
 from . import defaults
 from .defaults import LayerSize
-from .settings import ADAPTER, TrainSettings, rules
+from .settings import TrainSettings
 from .task import TrainingTask
 
 NAME = "default"
@@ -87,41 +86,26 @@ class LiveAdapter:
     def load(self, bundle: Bundle) -> None:
         """Copy the numbers of a bundle of this adapter into the live parameters."""
         check_same_adapter(identity(bundle), identity(self.first), f"adapter {self.name!r}")
-        sides = ((self.spectra, bundle.spectra), (self.saved, bundle.saved))
-        for live, stored in sides:
+        for live, stored in ((self.spectra, bundle.spectra), (self.saved, bundle.saved)):
             for key, tensor in live.items():
-                _copy(tensor, to_tensor(stored[key]))
+                values, mesh = to_tensor(stored[key]), getattr(tensor, "device_mesh", None)
+                if mesh is not None:
+                    from torch.distributed.tensor import distribute_tensor
 
-
-def _copy(target: Tensor, values: Tensor) -> None:
-    mesh = getattr(target, "device_mesh", None)
-    if mesh is None:
-        target.copy_(values)
-        return
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    placed: DTensor = target  # type: ignore[assignment]
-    target.copy_(distribute_tensor(values.to(target.device), mesh, placed.placements))
+                    sharded: Any = tensor
+                    values = distribute_tensor(values.to(tensor.device), mesh, sharded.placements)
+                tensor.copy_(values)
 
 
 def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
     """Put an adapter on the task's model by the settings and the rules of `defaults`."""
-    inject(task.model, adapter_config(task, settings), NAME)
-    return LiveAdapter.of(task.model)
-
-
-def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConfig:
-    """What to adapt and how, with every default worked out."""
     model = task.model
     targets = settings.target_modules or task.target_modules
-    if (
-        targets is None
-        and getattr(getattr(model, "config", None), "model_type", None) not in USUAL_TARGETS
-    ):
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if targets is None and kind not in USUAL_TARGETS:
         targets = ALL_LINEAR
 
     def config(n_frequency: int, scaling: float, pattern: Mapping[str, int]) -> FourierFTConfig:
-        zeros = settings.init_weights
         return FourierFTConfig(
             n_frequency=n_frequency,
             scaling=scaling,
@@ -132,7 +116,7 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
             modules_to_save=settings.modules_to_save or task.modules_to_save or None,
             layers_to_transform=settings.layers_to_transform,
             bias=settings.bias,
-            init_weights=defaults.INIT_ZEROS if zeros is None else zeros,
+            init_weights=settings.init_weights,
             task_type=task.task_type,
         )
 
@@ -142,32 +126,8 @@ def adapter_config(task: TrainingTask, settings: TrainSettings) -> FourierFTConf
     chosen = select(model, config(n_frequency, 1, settings.n_frequency_pattern)).targets
     sizes = {path: LayerSize(shapes[path], n) for path, n in chosen.items()}
     scaling = defaults.scaling(sizes) if settings.scaling is None else settings.scaling
-    return config(n_frequency, scaling, settings.n_frequency_pattern)
-
-
-def continued_adapter(
-    task: TrainingTask, bundle: BundleSource, *, allow_base_mismatch: bool = False
-) -> LiveAdapter:
-    """Put a bundle's adapter on the task's model, to train it further."""
-    attach(task.model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
-    return LiveAdapter.of(task.model)
-
-
-def check_settings_of_training(settings: TrainSettings) -> None:
-    """Refuse settings of a new adapter, where a bundle says what the adapter is."""
-    plain = TrainSettings()
-    clash = [
-        name
-        for name, rule in rules(TrainSettings).items()
-        if rule.section in ("", ADAPTER) and getattr(settings, name) != getattr(plain, name)
-    ]
-    if clash:
-        raise UsageError(
-            ", ".join(clash),
-            expected="settings of the training alone, since the bundle says what the adapter is",
-            found=f"{len(clash)} of the adapter",
-            remedy="leave them out, or train without the bundle",
-        )
+    inject(model, config(n_frequency, scaling, settings.n_frequency_pattern), NAME)
+    return LiveAdapter.of(model)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -186,8 +146,7 @@ def check_only_learns(adapter: LiveAdapter) -> None:
     """Raise unless the adapter learns and nothing else does: its bundle would not hold that."""
     name, model = adapter.name, adapter.model
     check_known(model, [name])
-    own = {id(p) for p in adapter.spectra.values()}
-    learns = any(id(p) in own and p.requires_grad for p in model.parameters())
+    learns = any(spectrum.requires_grad for spectrum in adapter.spectra.values())
     if not learns or name not in active_adapters(model):
         raise UsageError(
             f"adapter {name!r}",
@@ -195,7 +154,7 @@ def check_only_learns(adapter: LiveAdapter) -> None:
             found="one that does not",
             remedy="activate it; attach it with trainable=True; call restore if it is fused",
         )
-    own |= {id(tensor) for tensor in adapter.saved.values()}
+    own = {id(tensor) for tensor in (*adapter.spectra.values(), *adapter.saved.values())}
     more = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if more:
         raise UsageError(
@@ -226,9 +185,9 @@ def identity(bundle: Bundle) -> Identity:
 def check_same_adapter(before: Identity, now: Identity, where: str) -> None:
     """Refuse to resume with another adapter or base than the checkpoint's."""
     differs = [
-        f"{key}: {before.get(key)!r} in the checkpoint, {value!r} now"
-        if key != "base"
-        else "base: other weights, layers or entries than the checkpoint's"
+        "base: other weights, layers or entries than the checkpoint's"
+        if key == "base"
+        else f"{key}: {before.get(key)!r} in the checkpoint, {value!r} now"
         for key, value in now.items()
         if before.get(key) != value
     ]

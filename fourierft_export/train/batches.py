@@ -45,8 +45,7 @@ class EpochBatches(Sampler[list[int]]):
         world: int = 1,
     ) -> None:
         self.rows, self.batch_size, self.seed, self.lengths = rows, batch_size, seed, lengths
-        self.parts, self.rank, self.world = parts, rank, world
-        self.epoch = 0
+        self.parts, self.rank, self.world, self.epoch = parts, rank, world, 0
         if min(rows, batch_size) < parts * world:
             raise UsageError(
                 "batch_size",
@@ -90,10 +89,9 @@ def epoch_batches(
     for window in _split(order, batch_size * WINDOW):
         batches += _split(sorted(window, key=lambda row: -lengths[row]), batch_size)
     # The smaller batch stays last, so that every epoch has it at the same place.
-    whole = [batch for batch in batches if len(batch) == batch_size]
-    rest = [batch for batch in batches if len(batch) < batch_size]
-    places = torch.randperm(len(whole), generator=generator).tolist()
-    return [whole[place] for place in places] + rest
+    rest = [batches.pop()] if rows % batch_size else []
+    places = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[place] for place in places] + rest
 
 
 def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float:

@@ -19,12 +19,11 @@ from ..errors import BadInputError, FileAccessError, UsageError
 from ..files.container import read_header
 from ..files.staging import staged_file
 from ..types import Progress
-from . import defaults
 from .adapter import LiveAdapter, identity
 from .batches import EpochBatches
 from .callback import ADAPTER_FILE
 from .report import TrainReport, draw_curve, write_metrics
-from .run_callback import LOWER_IS_BETTER, RunCallback, kept_step, publish
+from .run_callback import RunCallback, publish
 from .settings import TrainSettings
 from .task import TrainingTask
 from .trainer import AdapterTrainer
@@ -33,18 +32,12 @@ FOLDER_SUFFIX = ".train"
 METRICS, PICTURE, FACTS = "metrics.json", "curve.png", "run.json"
 STATE = "trainer_state.json"
 CURVE_POINTS = 2000
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "error", "mae", "mse", "rmse"})
+STEPS = "steps of an epoch, which also follow from --accumulate and the number of processes"
+PLAN = ("rows", "rows to score", STEPS)
 # Settings that may differ when a run is resumed: they change how, not what, is computed.
-FREE = frozenset(
-    {
-        "accumulate",
-        "device",
-        "eval_every",
-        "gradient_checkpointing",
-        "patience",
-        "report_to",
-        "threads",
-    }
-)
+FREE = frozenset({"device", "eval_every", "patience", "report_to", "threads"})
+FREE |= {"accumulate", "gradient_checkpointing"}
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -68,22 +61,30 @@ class Run:
         """Train to the end."""
         settings, task, arguments = self.settings, self.task, self.arguments
         batches = plan(task, settings, arguments)
-        metric = settings.metric or task.metric_for_best_model
-        higher = task.greater_is_better if metric == task.metric_for_best_model else None
+        self.facts = {
+            "settings": settings.to_dict(),
+            "adapter": identity(self.adapter.first),
+            "rows": len(task.train_dataset),
+            "rows to score": len(task.eval_dataset or ()),
+            STEPS: batches.steps,
+        }
+        metric, higher = settings.metric or task.metric_for_best_model, task.greater_is_better
+        if higher is None or metric != task.metric_for_best_model:
+            higher = metric not in LOWER_IS_BETTER
+        progress = progress if arguments.process_index == 0 else silent
         callback = RunCallback(
-            self.out,
-            settings,
-            metric,
-            metric not in LOWER_IS_BETTER if higher is None else higher,
-            progress if arguments.process_index == 0 else silent,
-            interrupted,
-            self.clear,
+            self.out, settings, metric, higher, progress, interrupted, self.clear
         )
-        trainer = AdapterTrainer(self.adapter, task, settings, batches, arguments, [callback])
+        trainer = AdapterTrainer(task, settings, batches, arguments, [callback], self.adapter)
         checkpoint = self.find_checkpoint(callback) if resume else None
         arguments.eval_on_start &= checkpoint is None
-        callback.progress("scoring the untrained adapter", 0, arguments.max_steps)
-        if checkpoint is None or not self.is_over(trainer, callback, checkpoint):
+        progress("scoring the untrained adapter", 0, arguments.max_steps)
+        if checkpoint is not None:
+            trainer.state = type(trainer.state).load_from_json(str(checkpoint / STATE))
+        steps = trainer.state.global_step
+        if callback.is_hopeless:
+            callback.stopped = "patience"
+        elif steps < arguments.max_steps:
             trainer.train(checkpoint and str(checkpoint))
         return self.finish(trainer, callback)
 
@@ -91,16 +92,6 @@ class Run:
     def folder(self) -> Path:
         """Where the checkpoint, the metrics and the picture lie."""
         return folder_of(self.out)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
-        return {
-            "settings": self.settings.to_dict(),
-            "adapter": identity(self.adapter.first),
-            "rows": len(self.task.train_dataset),
-            "rows to score": len(self.task.eval_dataset or ()),
-        }
 
     def clear(self) -> None:
         """Make room for a new run."""
@@ -114,28 +105,25 @@ class Run:
     def find_checkpoint(self, callback: RunCallback) -> Path:
         """Checks the checkpoint to resume from and returns its folder."""
         checkpoint = last_checkpoint(self.out)
+        again = "begin again with --force in place of --resume"
         for path in checkpoint.glob("*.p*"):
             if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
-                raise BadInputError(
-                    path, expected="a whole file", remedy="begin again with --force"
-                )
+                raise BadInputError(path, expected="a whole file", remedy=again)
         for path in checkpoint.glob("*.safetensors"):
             read_header(path)
         Bundle.load(checkpoint / ADAPTER_FILE)
         try:
             before = json.loads((self.folder / FACTS).read_text("utf-8"))
-            history = json.loads((checkpoint / STATE).read_text("utf-8"))["log_history"]
+            callback.judge(json.loads((checkpoint / STATE).read_text("utf-8"))["log_history"])
             check_same_run(before, self.facts, self.folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = f"one that lacks something: {error!r}"
             raise BadInputError(
-                self.folder,
-                expected="the whole state of a run",
-                found=f"one that lacks something: {error!r}",
-                remedy="begin again with --force",
+                self.folder, expected="the whole state of a run", found=found, remedy=again
             ) from error
-        kept = kept_step(callback.evaluations(history))
         if self.task.eval_dataset is None:  # the last adapter is the one that is kept
-            kept = callback.kept_step = int(checkpoint.name.rpartition("-")[2])
+            callback.kept_step = int(checkpoint.name.rpartition("-")[2])
+        kept = callback.kept_step
         if f"checkpoint-{kept}" == checkpoint.name and self.arguments.process_index == 0:
             publish(checkpoint, self.out)  # killed between the two
         elif kept and not self.out.is_file():
@@ -143,16 +131,9 @@ class Run:
                 self.out,
                 expected=f"the best adapter so far, of step {kept}",
                 found="nothing there",
-                remedy="put it back, or begin again with --force in place of --resume",
+                remedy=f"put it back, or {again}",
             )
         return checkpoint
-
-    def is_over(self, trainer: AdapterTrainer, callback: RunCallback, checkpoint: Path) -> bool:
-        """Whether there is nothing left to do after a checkpoint; its state is loaded then."""
-        trainer.state = type(trainer.state).load_from_json(str(checkpoint / STATE))
-        hopeless = self.task.eval_dataset is not None and callback.is_hopeless(trainer.state)
-        callback.stopped = "patience" if hopeless else "finished"
-        return hopeless or trainer.state.global_step >= trainer.args.max_steps
 
     def finish(self, trainer: AdapterTrainer, callback: RunCallback) -> TrainReport:
         """Write the last files; the model gets the adapter that the bundle holds."""
@@ -180,10 +161,10 @@ class Run:
 
     def report(self, trainer: AdapterTrainer, callback: RunCallback) -> TrainReport:
         """Collects the report of the run as it stands."""
-        history, first = trainer.state.log_history, self.adapter.first
-        found = callback.evaluations(history)
-        kept = kept_step(found) if found else callback.kept_step
-        logged = [entry for entry in history if "loss" in entry]
+        first = self.adapter.first
+        found = callback.judge(trainer.state.log_history)
+        kept = callback.kept_step
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         spectra = sum(spectrum.size for spectrum in first.spectra.values())
         learning = sum(p.numel() for p in self.adapter.learning())
         rates: dict[str, float] = {}  # of the spectra, what most layers have
@@ -244,7 +225,7 @@ def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArgumen
     """This process's share of the rows; the Trainer's arguments get the steps that follow."""
     batches = EpochBatches(
         len(task.train_dataset),
-        settings.batch_size or defaults.BATCH_SIZE,
+        settings.batch_size or 1,
         seed=settings.seed,
         lengths=task.lengths if settings.group_lengths else None,
         parts=settings.accumulate,
@@ -252,12 +233,11 @@ def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArgumen
         world=arguments.world_size,
     )
     steps = settings.steps or max(1, round((settings.epochs or 1) * batches.steps))
-    scored = task.eval_dataset is not None
     arguments.max_steps = steps
     arguments.logging_steps = max(1, steps // CURVE_POINTS)
     arguments.save_steps = arguments.eval_steps = settings.eval_every or batches.steps
-    arguments.eval_strategy = "steps" if scored else "no"
-    arguments.eval_on_start = scored
+    arguments.eval_on_start = task.eval_dataset is not None
+    arguments.eval_strategy = "steps" if arguments.eval_on_start else "no"
     arguments.per_device_eval_batch_size = max(1, batches.batch_size // settings.accumulate)
     return batches
 
@@ -273,10 +253,10 @@ def last_checkpoint(out: str | os.PathLike[str]) -> Path:
     found = {}
     for path in folder_of(out).glob("checkpoint-*"):
         try:
-            found[int(path.name.partition("-")[2])] = path
             json.loads((path / STATE).read_text("utf-8"))
+            found[int(path.name.partition("-")[2])] = path
         except (OSError, ValueError):
-            found.pop(int(path.name.partition("-")[2]), None)
+            continue
     if not found:
         raise FileAccessError(
             folder_of(out),
@@ -288,16 +268,18 @@ def last_checkpoint(out: str | os.PathLike[str]) -> Path:
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to resume with another model, data or settings than the run began with."""
+    """Refuse to resume with another model, data, settings or plan than the run began with."""
     old, new = before["settings"], now["settings"]
     wrong = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted({*old, *new} - FREE)
         if old.get(key) != new.get(key)
     ]
-    wrong += [
-        f"{key}: another than then" for key in now if key != "settings" and before[key] != now[key]
-    ]
+    if before["adapter"] != now["adapter"]:
+        wrong.append("adapter: another than then")
+    for key in PLAN:
+        if not wrong and before[key] != now[key]:
+            wrong.append(f"{key}: {before[key]} then, {now[key]} now")
     if wrong:
         raise UsageError(
             where,

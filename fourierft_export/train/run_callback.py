@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -23,7 +24,6 @@ from .settings import TrainSettings
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # between two checkpoints, if no evaluation comes first
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "error", "mae", "mse", "rmse"})
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -55,12 +55,16 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.metric, self.higher = metric, higher
         self.progress, self.interrupted = progress, interrupted
         self.kept_step = 0  # of the adapter in `out`
+        self.best: float | None = None
+        self.waited = 0  # evaluations since the best one
         self.stopped = "finished"
-        self.saved_at = self.began = time.monotonic()
+        self.saved_at = time.monotonic()
+        self.began = self.seconds = 0.0
 
     def on_train_begin(self, _args: Any, state: Any, *_others: Any, **_more: Any) -> None:
         """Report where the run begins."""
-        self.progress(self.words(state), state.global_step, state.max_steps)
+        self.judge(state.log_history)
+        self.report(state)
 
     def on_step_begin(self, _args: Any, state: Any, *_others: Any, **_more: Any) -> None:
         """Start the clock of a step."""
@@ -80,7 +84,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
         if args.eval_strategy != "no" and state.global_step >= state.max_steps:
             control.should_evaluate = True  # transformers before 5.23 leaves the last step out
-        self.progress(self.words(state), state.global_step, state.max_steps)
+        self.report(state)
 
     def on_log(self, _args: Any, state: Any, *_others: Any, logs: Any = None, **_more: Any) -> None:
         """Note the seconds of a step with its loss."""
@@ -94,37 +98,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         found = scores(metrics)
         if self.metric not in found:
             raise UsageError("metric", expected="one of " + ", ".join(found), found=self.metric)
-        if state.global_step and self.is_kept(self.values(state)):
-            self.kept_step = state.global_step
+        kept = self.judge(state.log_history)[-1]["is_best"]
         if state.is_world_process_zero:
             text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            kept = "; kept" if state.global_step and self.kept_step == state.global_step else ""
-            log.info("step %d of %d: %s%s", state.global_step, state.max_steps, text, kept)
-        if self.is_hopeless(state) and state.global_step < state.max_steps:
+            text += "; kept" if kept else ""
+            log.info("step %d of %d: %s", state.global_step, state.max_steps, text)
+        if self.is_hopeless and state.global_step < state.max_steps:
             self.stopped = "patience"
             control.should_training_stop = True
-
-    def is_kept(self, values: Sequence[float]) -> bool:
-        """Whether the output gets the adapter of the newest evaluation; `values` of all so far."""
-        return self.settings.keep == "last" or best_of(values, self.higher) == len(values) - 1
-
-    def evaluations(self, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The evaluations in the Trainer's log, each with `is_best`: it was kept at that time."""
-        found, values = evaluations(history), []
-        for one in found:
-            if one["step"]:
-                values.append(one["metrics"][self.metric])
-            one["is_best"] = one["step"] > 0 and self.is_kept(values)
-        return found
-
-    def is_hopeless(self, state: Any) -> bool:
-        """Whether `patience` evaluations came after the best one."""
-        values, patience = self.values(state), self.settings.patience
-        return patience is not None and len(values) - 1 - best_of(values, self.higher) >= patience
-
-    def values(self, state: Any) -> list[float]:
-        """The metric at every evaluation of a trained adapter."""
-        return [e["metrics"][self.metric] for e in evaluations(state.log_history) if e["step"]]
 
     def on_save(self, args: Any, state: Any, _control: Any, **_others: Any) -> None:
         """Write the output if the checkpoint's adapter is the one to keep."""
@@ -134,15 +115,39 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self.kept_step == state.global_step and state.is_world_process_zero:
             publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.out)
 
-    def words(self, state: Any) -> str:
-        """Where the run stands, for a progress bar."""
-        found = [f"epoch {state.epoch or 0:.2f}"]
+    def judge(self, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The evaluations in the Trainer's log, each with `is_best`: it was kept at that time."""
+        found = evaluations(history)
+        self.best, self.waited = None, 0
+        for one in found:
+            better = False
+            if one["step"]:
+                value = one["metrics"][self.metric]
+                better = self.best is None or self.is_better(value, self.best)
+                self.best = value if better else self.best
+                self.waited = 0 if better else self.waited + 1
+            one["is_best"] = one["step"] > 0 and (better or self.settings.keep == "last")
+            self.kept_step = one["step"] if one["is_best"] else self.kept_step
+        return found
+
+    def is_better(self, value: float, best: float) -> bool:
+        """Whether a value is better than the best so far; NaN is worse than any number."""
+        if math.isnan(value) or math.isnan(best):
+            return math.isnan(best) and not math.isnan(value)
+        return value > best if self.higher else value < best
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether `patience` evaluations came after the best one."""
+        return self.waited >= (self.settings.patience or math.inf)
+
+    def report(self, state: Any) -> None:
+        """Report where the run stands, for a progress bar."""
+        words = [f"epoch {state.epoch or 0:.2f}"]
         losses = [entry["loss"] for entry in state.log_history[-3:] if "loss" in entry]
-        found += [f"loss {losses[-1]:.4g}"] if losses else []
-        values = self.values(state)
-        if values:
-            found.append(f"best {self.metric} {values[best_of(values, self.higher)]:.4g}")
-        return ", ".join(found)
+        words += [f"loss {losses[-1]:.4g}"] if losses else []
+        words += [] if self.best is None else [f"best {self.metric} {self.best:.4g}"]
+        self.progress(", ".join(words), state.global_step, state.max_steps)
 
 
 def publish(checkpoint: Path, out: Path) -> None:
@@ -165,21 +170,6 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for e in history
         if any(key.startswith("eval_") for key in e)
     ]
-
-
-def kept_step(found: Sequence[Mapping[str, Any]]) -> int:
-    """The step of the adapter in the bundle; 0 before the first evaluation of a trained one."""
-    return next((int(one["step"]) for one in reversed(found) if one["is_best"]), 0)
-
-
-def best_of(values: Sequence[float], higher: bool) -> int:
-    """The place of the best value, the first of equal ones; NaN is worse than any number."""
-
-    def quality(place: int) -> tuple[bool, float]:
-        value = values[place]
-        return value == value, (value if higher else -value) if value == value else 0.0
-
-    return max(range(len(values)), key=quality, default=0)
 
 
 def _any_process(*flags: bool) -> tuple[bool, ...]:

@@ -1,10 +1,9 @@
 """Every setting of a training run, defined once.
 
-Checks, keys of a settings file and options of the command line all follow from the fields here.
-No torch is imported, so that options are checked before anything slow begins.
+The fields' types say what values are allowed, SETTINGS.md says what they mean; checks, keys of a
+settings file and options of the command line follow. No torch is imported, so that options are
+checked before anything slow begins.
 """
-
-# ruff: noqa: RUF009 - the fields' defaults come from `_setting`
 
 from __future__ import annotations
 
@@ -12,12 +11,14 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import BadInputError, UsageError
 from ..files.container import read_file
+from . import defaults
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,128 +26,117 @@ else:
     import tomli as tomllib
 
 MAX_TOML_BYTES = 1 << 20
-WHAT, ADAPTER, LEARNING, MACHINE, SCORES = (
-    "What is trained on what",
-    "The adapter",
-    "How it learns",
-    "On what machine",
-    "Scores and outputs",
+OF_ADAPTER = (
+    *("n_frequency", "n_frequency_pattern", "scaling", "entry_seed", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "modules_to_save", "bias", "init_weights"),
 )
-SECTIONS = (WHAT, ADAPTER, LEARNING, MACHINE, SCORES)
-Names = str | tuple[str, ...] | list[str]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a setting may be, and how the command line shows it.
+class Kind:
+    """What a value may be.
 
     Attributes:
-        kind: int, float, bool, str; list for names, dict for names with whole numbers, tuple for
-            a list of whole numbers.
-        help: one line for `--help`.
-        section: of the help; "" for a setting that only a file or Python can give.
-        metavar: the word for its value in the help; by default from its kind.
-        choices: the words that it may be.
-        least, most: limits of a number; with `above` it must be larger than `least`.
-        optional: None is allowed, and means the default that the help names.
-        flag: the option's words, where they are not the field's name.
+        type: what the command line makes of its text; list for names.
+        words: what a value must be, for people.
+        accepts: whether a value may stand here.
+        choices: the words that it may be, if it is one of a few.
     """
 
-    kind: type
-    help: str = ""
-    section: str = ""
-    metavar: str = ""
+    type: type
+    words: str
+    accepts: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False
-    optional: bool = True
-    flag: str = ""
-
-    @property
-    def expected(self) -> str:
-        """What a value must be, in words."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        words = {
-            bool: "true or false",
-            str: "a text",
-            list: "a text or a list of texts",
-            dict: "names with whole numbers from 1",
-            tuple: "a list of whole numbers from 0",
-            int: "a whole number",
-            float: "a number",
-        }[self.kind]
-        if self.above:
-            return f"{words} above {self.least:g}"
-        if self.most < math.inf:
-            return f"{words} from {self.least:g} to {self.most:.10g}"
-        return words + (f" of at least {self.least:g}" if self.least > -math.inf else "")
-
-    def accepts(self, value: Any) -> bool:
-        """Whether `value` may stand here."""
-        if value is None:
-            return self.optional
-        if self.choices:
-            return isinstance(value, str) and value in self.choices
-        if self.kind is dict:
-            return isinstance(value, Mapping) and all(
-                isinstance(k, str) and _is_whole(n) and n > 0 for k, n in value.items()
-            )
-        if self.kind is tuple:
-            return isinstance(value, tuple | list) and all(_is_whole(n) and n >= 0 for n in value)
-        if self.kind is list and isinstance(value, tuple | list):
-            return all(isinstance(name, str) and name for name in value)
-        if self.kind in (list, str):
-            return isinstance(value, str) and value != ""
-        if self.kind is bool:
-            return isinstance(value, bool)
-        whole = _is_whole(value)
-        if not whole and (self.kind is int or not isinstance(value, float)):
-            return False
-        in_range = self.least < value if self.above else self.least <= value
-        return math.isfinite(value) and in_range and value <= self.most
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _setting(section: str, kind: type, text: str, default: Any = None, **limits: Any) -> Any:
-    rule = Setting(kind, text, section, optional=default is None, **limits)
-    if kind is dict:
-        return field(default_factory=dict, metadata={"rule": rule})
-    return field(default=default, metadata={"rule": rule})
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
-def _usage_error(where: Any, expected: str, wrong: list[str], remedy: str) -> UsageError:
-    one = len(wrong) == 1
-    found = wrong[0] if one else f"{len(wrong)} that are not"
-    offenders = () if one else wrong
-    return UsageError(where, expected=expected, found=found, remedy=remedy, offenders=offenders)
+def _are_all(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, tuple | list) and all(map(test, values))
+
+
+def _is_one_of(choices: tuple[str, ...]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in choices
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and _is_whole(n) and n > 0 for name, n in value.items()
+    )
+
+
+def _whole(words: str, test: Callable[[int], bool]) -> Kind:
+    return Kind(int, f"a whole number {words}", lambda v: _is_whole(v) and test(v))
+
+
+def _number(words: str, test: Callable[[float], bool]) -> Kind:
+    def accepts(value: Any) -> bool:
+        is_number = _is_whole(value) or isinstance(value, float)
+        return is_number and math.isfinite(value) and test(value)
+
+    return Kind(float, f"a number {words}", accepts)
+
+
+_NAMES = Kind(list, "a text or a list of texts", lambda v: _is_text(v) or _are_all(_is_text)(v))
+_BLOCKS = Kind(tuple, "a list of whole numbers from 0", _are_all(lambda n: _is_whole(n) and n >= 0))
+Text = Annotated[str, Kind(str, "a text", _is_text)]
+Flag = Annotated[bool, Kind(bool, "true or false", lambda v: isinstance(v, bool))]
+Names = Annotated[str | tuple[str, ...] | list[str], _NAMES]
+Paths = Annotated[tuple[str, ...] | list[str], _NAMES]
+Blocks = Annotated[tuple[int, ...] | list[int], _BLOCKS]
+Counts = Annotated[Mapping[str, int], Kind(dict, "names with whole numbers from 1", _are_counts)]
+Count = Annotated[int, _whole("of at least 1", lambda n: n >= 1)]
+Seed = Annotated[int, _whole("from 0 to 4294967295", lambda n: 0 <= n < 2**32)]
+NotZero = Annotated[float, _number("other than 0", lambda x: x != 0)]
+Positive = Annotated[float, _number("above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, _number("of at least 0", lambda x: x >= 0)]
+Share = Annotated[float, _number("from 0 to 1", lambda x: 0 <= x <= 1)]
+PartialShare = Annotated[float, _number("from 0 to 0.999", lambda x: 0 <= x <= 0.999)]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+def kinds(settings: type) -> dict[str, tuple[Kind, bool]]:
+    """Field of a class of settings -> what its values may be, and whether None is allowed."""
+    found = {}
+    for name, hint in get_type_hints(settings, include_extras=True).items():
+        parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
+        if get_origin(parts[0]) is Literal:
+            choices = get_args(parts[0])
+            kind = Kind(str, "one of " + ", ".join(choices), _is_one_of(choices), choices)
+        else:
+            kind = get_args(parts[0])[1]
+        found[name] = (kind, len(parts) > 1)
+    return found
 
 
 class _Checked:
-    """Checks every field by its rule; lists become tuples."""
+    """Checks every field by its type; lists become tuples."""
 
     def __post_init__(self) -> None:
         wrong = self.problems()
         if wrong:
-            remedy = "" if len(wrong) == 1 else "see the list"
-            raise _usage_error("training settings", "valid values", wrong, remedy)
-        for name, rule in rules(type(self)).items():
+            raise _usage_error("training settings", "valid values", wrong, "see the list")
+        for name, (kind, _) in kinds(type(self)).items():
             value = getattr(self, name)
-            if isinstance(value, list) or (rule.kind is list and isinstance(value, str)):
-                kept = (value,) if isinstance(value, str) else tuple(value)
-                if name not in ("target_modules", "exclude_modules") or isinstance(value, list):
-                    object.__setattr__(self, name, kept)
+            expression = name in ("target_modules", "exclude_modules")
+            if kind is _NAMES and isinstance(value, str) and not expression:
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one line each."""
+        given = [(name, getattr(self, name), *kind) for name, kind in kinds(type(self)).items()]
         return [
-            f"{name}: expected {rule.expected}, found {getattr(self, name)!r}"
-            for name, rule in rules(type(self)).items()
-            if not rule.accepts(getattr(self, name))
+            f"{name}: expected {kind.words}, found {value!r}"
+            for name, value, kind, optional in given
+            if not (value is None and optional) and not kind.accepts(value)
         ]
 
 
@@ -154,121 +144,59 @@ class _Checked:
 class TrainSettings(_Checked):
     """The settings of a training run: of its adapter, its steps and its evaluation.
 
-    Args: the keys of a settings file, and with dashes the options of `fourierft-export train`,
-    whose `--help` describes each. None means "by the rules of `train.defaults`".
+    Args: the keys of a settings file, and with dashes the options of `fourierft-export train`;
+    `train/SETTINGS.md` describes each. None means "by the rules of `train.defaults`".
 
     Raises:
         UsageError: values out of range; all of them are listed.
     """
 
-    n_frequency: int | None = _setting(
-        ADAPTER,
-        int,
-        "Coefficients per layer.  [default: 1000, at most a quarter of the smallest layer]",
-        least=1,
-    )
-    n_frequency_pattern: Mapping[str, int] = _setting(
-        "", dict, "Other values of it, by regular expression or full path of a layer."
-    )
-    scaling: float | None = _setting(
-        ADAPTER, float, "Of delta W, not 0.  [default: by the layers' shapes]"
-    )
-    entry_seed: int = _setting(
-        ADAPTER, int, "Places the coefficients.  [default: 2024]", 2024, least=0, most=2**32 - 1
-    )
-    target_modules: Names | None = _setting(
-        ADAPTER,
-        list,
-        "Ends of the paths of layers to adapt, or all-linear, or one regular expression.",
-    )
-    exclude_modules: Names | None = _setting(ADAPTER, list, "Layers to leave out.")
-    layers_to_transform: tuple[int, ...] | list[int] | None = _setting(
-        "", tuple, "Numbers of the blocks to adapt; all by default."
-    )
-    modules_to_save: tuple[str, ...] | list[str] | None = _setting(
-        ADAPTER, list, "Trained whole: heads."
-    )
-    bias: str = _setting(
-        ADAPTER, str, "Biases that learn.", "none", choices=("none", "all", "fourier_only")
-    )
-    init_weights: bool | None = _setting(
-        ADAPTER,
-        bool,
-        "Spectra start at zero, or at standard normal numbers.",
-        flag="--init-weights/--init-normal",
-    )
-    epochs: float | None = _setting(LEARNING, float, "Passes over the rows.", least=0, above=True)
-    steps: int | None = _setting(LEARNING, int, "Instead of --epochs.", least=1)
-    batch_size: int | None = _setting(LEARNING, int, "Rows per step, over all processes.", least=1)
-    learning_rate: float | None = _setting(
-        LEARNING, float, "Of the spectra.  [default: by shapes]", least=0
-    )
-    layer_rates: str = _setting(
-        LEARNING,
-        str,
-        "Whether layers of other shapes get the rate at which they move alike.  [default: shape]",
-        "shape",
-        choices=("shape", "same"),
-    )
-    head_learning_rate: float | None = _setting(LEARNING, float, "Of heads and biases.", least=0)
-    weight_decay: float = _setting(LEARNING, float, "Of heads.  [default: 0]", 0.0, least=0)
-    spectrum_weight_decay: float = _setting(LEARNING, float, "[default: 0]", 0.0, least=0)
-    warmup: float | None = _setting(LEARNING, float, "Share of the steps.", least=0, most=1)
-    schedule: str | None = _setting(LEARNING, str, "", choices=("linear", "cosine", "constant"))
-    max_grad_norm: float | None = _setting(
-        LEARNING, float, "0 leaves gradients as they are.", least=0
-    )
-    seed: int = _setting(LEARNING, int, "[default: 0]", 0, least=0, most=2**32 - 1)
-    dropout: bool = _setting(
-        LEARNING, bool, "The base's own.  [default: no]", False, flag="--dropout/--no-dropout"
-    )
-    group_lengths: bool = _setting(
-        LEARNING,
-        bool,
-        "Rows of like length meet in a batch.  [default: yes]",
-        True,
-        flag="--group-lengths/--no-group-lengths",
-    )
-    device: str | None = _setting(MACHINE, str, "cpu, cuda, mps.  [default: a GPU if there is one]")
-    dtype: str = _setting(
-        MACHINE,
-        str,
-        "What the model computes in; what learns is float32.  [default: float32]",
-        "float32",
-        choices=("float32", "bfloat16", "float16"),
-    )
-    threads: int | None = _setting(MACHINE, int, "Of the CPU.", least=1)
-    accumulate: int = _setting(MACHINE, int, "Parts of a batch, to save memory.", 1, least=1)
-    gradient_checkpointing: bool = _setting(
-        MACHINE, bool, "Compute activations twice, to save memory.", False
-    )
-    eval_every: int | None = _setting(SCORES, int, "Steps.  [default: an epoch]", least=1)
-    metric: str | None = _setting(SCORES, str, "Which score says what is best.")
-    keep: str = _setting(SCORES, str, "[default: best]", "best", choices=("best", "last"))
-    patience: int | None = _setting(
-        SCORES, int, "Stop after N scores without a better one.", least=1
-    )
-    report_to: Names | None = _setting(SCORES, list, "Also log to tensorboard, wandb, mlflow, ...")
-    eval_share: float = _setting(
-        WHAT, float, "Held out without --eval.  [default: 0.1]", 0.1, least=0, most=0.999
-    )
-    max_length: int | None = _setting(WHAT, int, "Cut longer rows to so many tokens.", least=1)
-    max_train_rows: int | None = _setting(
-        WHAT, int, "Use at most so many rows, drawn by the seed.", least=1
-    )
+    n_frequency: Count | None = None
+    n_frequency_pattern: Counts = field(default_factory=dict)
+    scaling: NotZero | None = None
+    entry_seed: Seed = 2024
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
+    layers_to_transform: Blocks | None = None
+    modules_to_save: Paths | None = None
+    bias: Literal["none", "all", "fourier_only"] = "none"
+    init_weights: Flag = defaults.INIT_ZEROS
+    epochs: Positive | None = None
+    steps: Count | None = None
+    batch_size: Count | None = None
+    learning_rate: NotNegative | None = None
+    layer_rates: Literal["shape", "same"] = "shape"
+    head_learning_rate: NotNegative = defaults.HEAD_LEARNING_RATE
+    weight_decay: NotNegative = 0.0
+    spectrum_weight_decay: NotNegative = 0.0
+    warmup: Share = defaults.WARMUP
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: NotNegative = defaults.MAX_GRAD_NORM
+    seed: Seed = 0
+    dropout: Flag = False
+    group_lengths: Flag = True
+    device: Text | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: Count | None = None
+    accumulate: Count = 1
+    gradient_checkpointing: Flag = False
+    eval_every: Count | None = None
+    metric: Text | None = None
+    keep: Literal["best", "last"] = "best"
+    patience: Count | None = None
+    report_to: Paths | None = None
+    eval_share: PartialShare = 0.1
+    max_length: Count | None = None
+    max_train_rows: Count | None = None
 
     def problems(self) -> list[str]:
         """What is wrong with the values, and with values that do not go together."""
         wrong = super().problems()
-        if self.scaling == 0:
-            wrong.append("scaling: expected a number other than 0, found 0")
         if self.epochs is not None and self.steps is not None:
             wrong.append("epochs, steps: expected one of them, found both")
         if not wrong and self.accumulate > (self.batch_size or math.inf):
-            wrong.append(
-                f"accumulate: expected at most the batch size {self.batch_size}, "
-                f"found {self.accumulate}"
-            )
+            expected = f"at most the batch size {self.batch_size}"
+            wrong.append(f"accumulate: expected {expected}, found {self.accumulate}")
         return wrong
 
     def to_dict(self) -> dict[str, Any]:
@@ -279,57 +207,52 @@ class TrainSettings(_Checked):
 
 @dataclass(frozen=True)
 class DataSettings(_Checked):
-    """What the verb `train` trains on what; see `fourierft-export train --help`."""
+    """What the verb `train` trains on what; see `train/SETTINGS.md`."""
 
-    model: str | None = _setting(
-        WHAT, str, "A Hugging Face model directory, or a Hub id.", metavar="DIR"
-    )
-    module: str | None = _setting(
-        WHAT,
-        str,
-        "A callable that gives a torch model and its data sets, in place of --model and --data.",
-        metavar="PKG.MOD:FACTORY",
-    )
-    task: str | None = _setting(
-        WHAT,
-        str,
-        "text-classification, token-classification, image-classification, text-generation.",
-        metavar="TASK",
-    )
-    data: str | None = _setting(
-        WHAT,
-        str,
-        "Rows to learn from: tsv, csv, jsonl, parquet, a folder of images, or a Hub id[:config].",
-        metavar="FILE",
-    )
-    eval: str | None = _setting(
-        WHAT, str, "Rows to score.  [default: a share of --data is held out]", metavar="FILE"
-    )
-    text_column: Names | None = _setting(WHAT, list, "May be given twice, for pairs.")
-    label_column: str | None = _setting(WHAT, str, "")
-    problem_type: str | None = _setting(
-        WHAT,
-        str,
-        "text-classification: what labels are.  [default: one class, or by lists several]",
-        choices=("single_label_classification", "multi_label_classification", "regression"),
-    )
-    pack: bool = _setting(WHAT, bool, "text-generation: several texts in a row.", False)
-    bundle: str | None = _setting(ADAPTER, str, "Train this adapter further.", metavar="BUNDLE")
-    output: str | None = _setting(
-        SCORES, str, "The bundle to write.  [required]", metavar="BUNDLE", flag="-o --output"
-    )
-    metrics_file: str | None = _setting(
-        SCORES, str, "[default: OUT.train/metrics.json]", metavar="FILE"
-    )
+    model: Text | None = None
+    module: Text | None = None
+    task: Text | None = None
+    data: Text | None = None
+    eval: Text | None = None
+    text_column: Paths | None = None
+    label_column: Text | None = None
+    problem_type: ProblemType | None = None
+    pack: Flag = False
+    bundle: Text | None = None
+    output: Text | None = None
+    metrics_file: Text | None = None
 
 
-def rules(settings: type) -> dict[str, Setting]:
-    """Field name -> what it may be."""
-    found: tuple[Field[Any], ...] = fields(settings)
-    return {f.name: f.metadata["rule"] for f in found}
+@dataclass(frozen=True)
+class Option:
+    """A setting on the command line: its section of the help, the word for its value, its help."""
+
+    name: str
+    section: str
+    metavar: str
+    help: str
+    kind: Kind
 
 
-SETTING_NAMES = tuple(rules(TrainSettings))
+def options() -> Iterator[Option]:
+    """The settings that the command line takes, in the order of its help, from SETTINGS.md."""
+    found, section = kinds(DataSettings) | kinds(TrainSettings), ""
+    for line in Path(__file__).with_name("SETTINGS.md").read_text("utf-8").splitlines():
+        cells = [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        if line.startswith("## "):
+            section = line[3:]
+        elif cells and cells[0] in found and not section.startswith("Only in"):
+            name, metavar, text, default = cells
+            note = default if default in ("", "required") else f"default: {default}"
+            text += f"  [{note}]" if note else ""
+            yield Option(name, section, metavar, text, found[name][0])
+
+
+def _usage_error(where: Any, expected: str, wrong: list[str], remedy: str) -> UsageError:
+    if len(wrong) == 1:
+        return UsageError(where, expected=expected, found=wrong[0])
+    found = f"{len(wrong)} that are not"
+    return UsageError(where, expected=expected, found=found, remedy=remedy, offenders=wrong)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -339,7 +262,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     # A ValueError for what is not UTF-8 or not TOML, and for numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise BadInputError(path, expected="a TOML file", found=str(error)) from error
-    known = rules(TrainSettings) | rules(DataSettings)
+    known = kinds(TrainSettings) | kinds(DataSettings)
     wrong = []
     values: dict[str, Any] = {}
     for key, value in found.items():
@@ -349,8 +272,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             wrong.append(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
         elif name in values:
             wrong.append(f"{key}: given twice")
-        elif not known[name].accepts(value):
-            wrong.append(f"{key}: expected {known[name].expected}, found {value!r}")
+        elif not known[name][0].accepts(value):
+            wrong.append(f"{key}: expected {known[name][0].words}, found {value!r}")
         values[name] = value
     if wrong:
         remedy = "see fourierft-export train --help for their names"

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapt.attach import detach
+from ..adapt.attach import attach, detach
 from ..adapt.modules import adapter_names, check_new_name
 from ..bundle.peft import BundleSource
 from ..errors import FileAccessError, FourierFTError, UsageError, missing_extra
 from ..files.staging import check_output
 from ..types import Progress
 from . import defaults
-from .adapter import NAME, LiveAdapter, check_settings_of_training, continued_adapter, new_adapter
+from .adapter import NAME, LiveAdapter, new_adapter
 from .report import TrainReport
-from .settings import TrainSettings
+from .settings import OF_ADAPTER, TrainSettings
 from .task import TrainingTask, hold_out
 
 try:
@@ -81,17 +81,15 @@ def train_adapter(
         TrainingInterrupted: Ctrl-C; a `KeyboardInterrupt` that says what was kept.
     """
     settings = settings or TrainSettings()
+    settings = resolved(settings)
     if bundle is not None:
         check_settings_of_training(settings)
-    settings = resolved(settings)
     check_outputs(out, metrics, resume=resume, force=force)
     check_new_name(task.model, NAME)
     if not len(task.train_dataset):
         raise UsageError("training rows", expected="at least one", found="none")
     with ExitStack() as stack:
-        stack.enter_context(_detached_after_failure(task.model))
-        stack.enter_context(_own_randomness())
-        stack.enter_context(_threads(settings.threads))
+        stack.enter_context(_restored(task.model, settings.threads))
         arguments = make_arguments(settings, folder_of(out))
         stack.enter_context(_processes(arguments))
         interrupted = stack.enter_context(ctrl_c_noted())
@@ -111,16 +109,9 @@ def train_adapter(
 
 def resolved(settings: TrainSettings) -> TrainSettings:
     """The settings with every default that needs no model worked out."""
-    values: dict[str, Any] = {
-        "epochs": None if settings.steps else defaults.EPOCHS,
-        "batch_size": max(defaults.BATCH_SIZE, settings.accumulate),
-        "head_learning_rate": defaults.HEAD_LEARNING_RATE,
-        "warmup": defaults.WARMUP,
-        "schedule": defaults.SCHEDULE,
-        "max_grad_norm": defaults.MAX_GRAD_NORM,
-        "init_weights": defaults.INIT_ZEROS,
-    }
-    return replace(settings, **{k: v for k, v in values.items() if getattr(settings, k) is None})
+    epochs = None if settings.steps else settings.epochs or defaults.EPOCHS
+    batch_size = settings.batch_size or max(defaults.BATCH_SIZE, settings.accumulate)
+    return replace(settings, epochs=epochs, batch_size=batch_size)
 
 
 def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
@@ -140,7 +131,6 @@ def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         raise UsageError("dtype float16", expected="a GPU", found="cpu", remedy="use bfloat16")
     if kind.startswith("cuda:"):
         torch.cuda.set_device(kind)
-    report_to = settings.report_to or ()
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=kind == "cpu",
@@ -153,7 +143,7 @@ def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         save_total_limit=1,
         logging_strategy="steps",
         logging_nan_inf_filter=False,
-        report_to=[report_to] if isinstance(report_to, str) else list(report_to),
+        report_to=list(settings.report_to or ()),
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -169,31 +159,41 @@ def put_adapter(
     allow_base_mismatch: bool,
 ) -> LiveAdapter:
     """Put the adapter that learns on the task's model, everything else ready for it."""
+    model: Any = task.model
     if settings.gradient_checkpointing:
-        _save_memory(task.model)
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+            raise UsageError(
+                "gradient_checkpointing",
+                expected="a model with gradient_checkpointing_enable(), as those of transformers",
+                found=type(model).__name__,
+                remedy="leave the option out; --accumulate saves memory with any model",
+            )
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(settings.seed)
     if bundle is None:
         adapter = new_adapter(task, settings)
     else:
-        adapter = continued_adapter(task, bundle, allow_base_mismatch=allow_base_mismatch)
+        attach(model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
+        adapter = LiveAdapter.of(model)
     if settings.dtype != "float32":
         for parameter in adapter.learning():  # in half precision small steps would be lost
             parameter.data = parameter.data.float()
-        cast_frozen_linears(task.model, getattr(torch, settings.dtype))
+        cast_frozen_linears(model, getattr(torch, settings.dtype))
     return adapter
 
 
-def _save_memory(model: nn.Module) -> None:
-    """Turn on gradient checkpointing."""
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+def check_settings_of_training(settings: TrainSettings) -> None:
+    """Refuse settings of a new adapter, where a bundle says what the adapter is."""
+    plain = TrainSettings()
+    clash = [name for name in OF_ADAPTER if getattr(settings, name) != getattr(plain, name)]
+    if clash:
         raise UsageError(
-            "gradient_checkpointing",
-            expected="a model with gradient_checkpointing_enable(), as those of transformers",
-            found=type(model).__name__,
-            remedy="leave the option out; --accumulate saves memory with any model",
+            ", ".join(clash),
+            expected="settings of the training alone, since the bundle says what the adapter is",
+            found=f"{len(clash)} of the adapter",
+            remedy="leave them out, or train without the bundle",
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def with_rows_to_score(
@@ -202,15 +202,20 @@ def with_rows_to_score(
     """The task; of its training rows some are held out if it has none to score."""
     rows: Any = task.train_dataset
     learnt, held, notes = hold_out(len(rows), settings, bool(task.eval_dataset))
-    if len(learnt) == len(rows):
-        return (task if task.eval_dataset else replace(task, eval_dataset=None)), notes
     subset: Any = torch.utils.data.Subset
-    changes = {
-        "train_dataset": subset(rows, learnt),
-        "eval_dataset": subset(rows, held) if held else task.eval_dataset,
-        "lengths": task.lengths and [task.lengths[i] for i in learnt],
-    }
-    return replace(task, **changes), notes
+    if len(learnt) < len(rows):
+        lengths = task.lengths and [task.lengths[i] for i in learnt]
+        task = replace(task, train_dataset=subset(rows, learnt), lengths=lengths)
+    scored = task.eval_dataset or (subset(rows, held) if held else None)
+    unused = [name for name in ("patience", "metric") if getattr(settings, name) is not None]
+    if scored is None and unused:
+        raise UsageError(
+            ", ".join(unused),
+            expected="rows to score",
+            found="none",
+            remedy="give some (--eval or --eval-share), or leave this out",
+        )
+    return replace(task, eval_dataset=scored), notes
 
 
 def check_outputs(
@@ -246,36 +251,21 @@ def check_outputs(
 
 
 @contextmanager
-def _detached_after_failure(model: nn.Module) -> Iterator[None]:
-    """Detach the adapter if the run ends early, so that the model can be trained again."""
+def _restored(model: nn.Module, threads: int | None) -> Iterator[None]:
+    """Leave global generators and threads as they were; a failed run takes its adapter off."""
+    before = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    torch.set_num_threads(threads or before[2])
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     except BaseException:
         if NAME in adapter_names(model):
             detach(model, NAME)
         raise
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Leave the global generators of torch, numpy and Python as they were."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_num_threads(before[2])
 
 
 @contextmanager

@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..adapt.modules import base_modules, original
 from ..bundle.file import Bundle
 from ..errors import UsageError
-from . import defaults
 from .adapter import LiveAdapter
 from .batches import EpochBatches, rate_factor
-from .callback import ADAPTER_FILE, BundleCallback, write_adapter
+from .callback import ADAPTER_FILE
 from .data.scores import logits_of
 from .parameter_groups import parameter_groups
 from .settings import TrainSettings
 from .task import TrainingTask
 
 OPTIMIZER_FILE = "adapter_optimizer.pt"  # with FSDP: gathered, of the adapter alone
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class SettingsTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer with this package's batches, schedule and mode, whatever learns.
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer with this package's batches, schedule and mode, and checkpoints of kilobytes.
 
     Args:
         task: the model and its rows.
         settings: with every default worked out (`train.resolved`).
         batches: this process's share of the rows.
         arguments: the Trainer's.
-        callbacks: as the Trainer takes them.
-        optimizer: by default the Trainer's.
+        callbacks: what the Trainer calls.
+        adapter: what learns; None where something else does, with an `optimizer` of its own.
+        optimizer: by default AdamW with the rates of `parameter_groups`.
     """
 
     optimizer: Any
@@ -49,9 +56,10 @@ class SettingsTrainer(Trainer):  # type: ignore[misc]
         batches: EpochBatches,
         arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
+        adapter: LiveAdapter | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.settings, self.batches = settings, batches
+        self.settings, self.batches, self.adapter = settings, batches, adapter
         super().__init__(
             task.model,
             arguments,
@@ -77,22 +85,33 @@ class SettingsTrainer(Trainer):  # type: ignore[misc]
         vars(loader)["set_epoch"] = self.batches.set_epoch
         return loader
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """AdamW with the rates of `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=self.settings.learning_rate,
+                head_learning_rate=self.settings.head_learning_rate,
+                weight_decay=self.settings.weight_decay,
+                spectrum_weight_decay=self.settings.spectrum_weight_decay,
+                same_rate=self.settings.layer_rates == "same",
+                steps=self.args.max_steps,
+            )
+            devices = {p.device.type for group in groups for p in group["params"]}
+            # One kernel per group instead of a dozen per tensor, where there is such a kernel.
+            self.optimizer = torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})
+        return self.optimizer
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """`rate_factor` on every group's rate."""
-
-        def factor(step: int) -> float:
-            return rate_factor(
-                step,
-                num_training_steps,
-                warmup=self.settings.warmup or 0.0,
-                schedule=self.settings.schedule or defaults.SCHEDULE,
-            )
-
+        warmup, schedule = self.settings.warmup, self.settings.schedule
         if self.lr_scheduler is None:
-            chosen = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer,
+                lambda s: rate_factor(s, num_training_steps, warmup=warmup, schedule=schedule),
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -116,108 +135,58 @@ class SettingsTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """The Trainer's; a loss that is not finite ends the run before anything is updated."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise _diverged(self.state.global_step, f"a loss of {float(loss)}")
+        self._check_finite(loss, "a loss of")
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # float16's scale is found by trial: an infinite gradient there only skips this update.
-        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            raise _diverged(self.state.global_step, f"a gradient of length {float(norm)}")
+        if self.accelerator.scaler is None:
+            self._check_finite(norm, "a gradient of length")
         return norm
 
-
-class AdapterTrainer(SettingsTrainer):
-    """A `SettingsTrainer` of one adapter, with its rates and checkpoints of kilobytes.
-
-    Args:
-        adapter: what learns.
-        given: what `SettingsTrainer` takes, without an optimizer.
-    """
-
-    def __init__(self, adapter: LiveAdapter, *given: Any) -> None:
-        self.adapter = adapter
-        task, settings, batches, arguments, callbacks = given
-        callbacks = [_SmallCheckpoints(adapter.name), *callbacks]
-        super().__init__(task, settings, batches, arguments, callbacks)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW with the rates of `parameter_groups`."""
-        if self.optimizer is None:
-            groups = parameter_groups(
-                self.model if model is None else model,
-                learning_rate=self.settings.learning_rate,
-                head_learning_rate=self.settings.head_learning_rate,
-                weight_decay=self.settings.weight_decay,
-                spectrum_weight_decay=self.settings.spectrum_weight_decay,
-                same_rate=self.settings.layer_rates == "same",
-                steps=self.args.max_steps,
+    def _check_finite(self, value: Any, what: str) -> None:
+        if not math.isfinite(float(value)):
+            raise UsageError(
+                f"step {self.state.global_step + 1}",
+                expected="a finite loss and gradient",
+                found=f"{what} {float(value)}",
+                remedy="the bundle and the checkpoint are those before; try lower --learning-rate "
+                "and --head-learning-rate, a longer --warmup, or --dtype float32, and look at the "
+                "rows for values that are not finite",
             )
-            devices = {p.device.type for group in groups for p in group["params"]}
-            # One kernel per group instead of a dozen per tensor, where there is such a kernel.
-            self.optimizer = torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})
-        return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with FSDP every process takes part."""
-        if self.is_fsdp_enabled:
+        if self.adapter is not None and (self.is_fsdp_enabled or self.args.should_save):
             bundle = self.adapter.bundle()
             if self.args.should_save:
                 folder = Path(output_dir or self.args.output_dir)
                 folder.mkdir(parents=True, exist_ok=True)
                 bundle.save(folder / ADAPTER_FILE, force=True)
-        elif self.args.should_save:
-            write_adapter(self.adapter, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, _model: Any = None) -> None:
+        if self.adapter is not None:
+            self.adapter.load(Bundle.load(Path(resume_from_checkpoint) / ADAPTER_FILE))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_optimizer_state_dict,
-        )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        optimizer = self.optimizer.optimizer
+        state = get_optimizer_state_dict(self.model, optimizer, options=GATHERED)
         if self.args.should_save:
             both = {"optimizer": state, "scheduler": self.lr_scheduler.state_dict()}
             torch.save(both, Path(output_dir) / OPTIMIZER_FILE)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        if self.is_fsdp_enabled:
-            self.adapter.load(Bundle.load(Path(resume_from_checkpoint) / ADAPTER_FILE))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_optimizer_state_dict,
-        )
-
         both = torch.load(Path(checkpoint) / OPTIMIZER_FILE, weights_only=True)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        set_optimizer_state_dict(
-            self.model, self.optimizer.optimizer, both["optimizer"], options=options
-        )
+        optimizer = self.optimizer.optimizer
+        set_optimizer_state_dict(self.model, optimizer, both["optimizer"], options=GATHERED)
         self.lr_scheduler.load_state_dict(both["scheduler"])
-
-
-class _SmallCheckpoints(BundleCallback):
-    """`BundleCallback` for a Trainer that writes the adapter itself."""
-
-    def check_sharding(self, args: Any) -> None:
-        """FSDP is handled by `AdapterTrainer`."""
-
-    def on_save(self, *_args: Any, **_others: Any) -> None:
-        """Nothing was saved whole."""
 
 
 def set_training(model: nn.Module, *, dropout: bool) -> None:
@@ -234,11 +203,7 @@ def set_training(model: nn.Module, *, dropout: bool) -> None:
 def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> int:
     """Cast float32 weights of frozen linear layers once, as autocast would on every call."""
     modules = [original(module) for _, module in base_modules(model)]
-    holders: dict[int, int] = {}
-    for module in modules:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    holders = Counter(id(p) for module in modules for p in module._parameters.values())
     cast = 0
     for module in modules:
         weight = module._parameters.get("weight")
@@ -251,14 +216,3 @@ def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> int:
                 parameter.data = parameter.data.to(dtype)
         cast += 1
     return cast
-
-
-def _diverged(step: int, found: str) -> UsageError:
-    return UsageError(
-        f"step {step + 1}",
-        expected="a finite loss and gradient",
-        found=found,
-        remedy="the bundle and the checkpoint are those before; try lower --learning-rate and "
-        "--head-learning-rate, a longer --warmup, or --dtype float32, and look at the rows for "
-        "values that are not finite",
-    )

@@ -107,7 +107,7 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     from fourierft_export.train.run import plan
     from fourierft_export.train.run_callback import evaluations
     from fourierft_export.train.train import make_arguments, resolved
-    from fourierft_export.train.trainer import SettingsTrainer
+    from fourierft_export.train.trainer import AdapterTrainer
 
     class Clock(TrainerCallback):
         """Keeps the seconds of every step."""
@@ -138,7 +138,7 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
         task = replace(task, model=model)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         batches = plan(task, settings, arguments)
-        trainer = SettingsTrainer(task, settings, batches, arguments, [clock], optimizer)
+        trainer = AdapterTrainer(task, settings, batches, arguments, [clock], optimizer=optimizer)
         trainer.train()
     scores = evaluations(trainer.state.log_history)[-1]["metrics"]
     return {

@@ -18,7 +18,7 @@ import pytest
 import fourierft_export as ff
 from fourierft_export.cli.main import run
 from fourierft_export.cli.train import train
-from fourierft_export.train.settings import DataSettings, TrainSettings, rules
+from fourierft_export.train.settings import DataSettings, TrainSettings, kinds
 from tests.train.toy import sentences, write_jsonl, write_tsv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +209,7 @@ def test_every_option_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     """So that a settings file can hold all of them, but those that say how to begin."""
     own = {"config", "resume", "force", "allow_base_mismatch", "as_json", "debug"}
     options = {option.name for option in train.params} - own
-    settings = rules(TrainSettings) | rules(DataSettings)
+    settings = kinds(TrainSettings) | kinds(DataSettings)
     assert options <= set(settings)
     assert set(settings) - options == {"n_frequency_pattern", "layers_to_transform"}
     assert run(["train", "--help"]) == 0

@@ -14,7 +14,8 @@ from fourierft_export.errors import BadInputError, UsageError
 from fourierft_export.train import defaults
 from fourierft_export.train.batches import rate_factor
 from fourierft_export.train.defaults import LayerSize
-from fourierft_export.train.settings import DataSettings, read_settings, rules
+from fourierft_export.train.settings import DataSettings, kinds, options, read_settings
+from fourierft_export.train.train import resolved
 
 SIZES = {
     "a": LayerSize((384, 384), 1000),
@@ -49,6 +50,7 @@ def test_all_that_is_wrong_is_listed() -> None:
         ({"epochs": 1, "steps": 1}, "epochs, steps: expected one of them, found both"),
         ({"batch_size": 2, "accumulate": 3}, "accumulate: expected at most the batch size 2"),
         ({"warmup": -0.1}, "warmup: expected a number from 0 to 1, found -0.1"),
+        ({"scaling": 0}, "scaling: expected a number other than 0, found 0"),
         ({"bias": "x"}, "bias: expected one of none, all, fourier_only, found 'x'"),
         ({"steps": 1.5}, "steps: expected a whole number of at least 1, found 1.5"),
         ({"epochs": 0}, "epochs: expected a number above 0, found 0"),
@@ -62,8 +64,23 @@ def test_settings_are_json_and_lists_become_tuples() -> None:
     assert settings.target_modules == ("a", "b") and settings.modules_to_save == ("head",)
     assert ff.TrainSettings(target_modules="a|b").target_modules == "a|b"  # an expression
     assert settings.to_dict()["target_modules"] == ["a", "b"]
-    assert all(rule.help for rule in rules(ff.TrainSettings).values() if rule.section == "")
     assert DataSettings(text_column="x").text_column == ("x",)
+
+
+def test_the_page_of_settings_has_each_with_its_default() -> None:
+    found = {option.name: option for option in options()}
+    hidden = {"n_frequency_pattern", "layers_to_transform"}
+    assert set(found) == set(kinds(ff.TrainSettings) | kinds(DataSettings)) - hidden
+    settings = resolved(ff.TrainSettings()).to_dict()
+    for name, option in found.items():
+        shown = option.help.partition("  [default: ")[2].rstrip("]")
+        assert shown or name in ("model", "module", "task", "data", "output"), name
+        if isinstance(settings.get(name), float | int) and not isinstance(settings[name], bool):
+            assert float(shown) == settings[name]
+        elif option.kind.choices and name in settings:
+            assert shown == settings[name]
+        # A whole phrase.
+        assert option.help[0].isupper() and len(option.help.partition("  [")[0].split()) > 2, name
 
 
 def test_a_file_of_settings(tmp_path: Path) -> None:
