@@ -399,7 +399,7 @@ def everything(folder: Path, name: str) -> dict[str, Any]:
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     return {
         "bundle": (folder / name).read_bytes(),
-        "weights": (checkpoint / "model.safetensors").read_bytes(),
+        "last": (checkpoint / "adapter.fourierft.safetensors").read_bytes(),
         "optimizer": {k: v["exp_avg_sq"].tolist() for k, v in optimizer.items()},
         "losses": found["curves"]["loss"],
         "norms": found["curves"]["gradient_norm"],
@@ -524,7 +524,7 @@ def test_a_run_that_changed_is_refused(tmp_path: Path) -> None:
             ["n_frequency: 30 then, 31 now", "adapter: another than then"],
         ),
         (other, {}, ["adapter: another than then"]),
-        (make_task(rows=39), {}, ["rows: another than then"]),
+        (make_task(rows=39), {}, ["rows: 40 then, 39 now"]),
     ]
     for task, changes, told in cases:
         with pytest.raises(UsageError, match="--force in place of --resume") as caught:
@@ -540,3 +540,24 @@ def test_a_run_that_changed_is_refused(tmp_path: Path) -> None:
         assert isinstance(error.value, BadInputError), (file, error.value)
         file.write_bytes(content)
     train(make_task(), tmp_path / "a", replace(RUN, accumulate=2, patience=9), resume=True)
+
+
+def test_a_plan_that_changed_is_refused(tmp_path: Path) -> None:
+    """41 rows in batches of 8: the last row is a step of its own, unless a batch has two parts."""
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted(make_task(rows=41), 2), tmp_path / "a", RUN)
+    parts = replace(RUN, accumulate=2)
+    with pytest.raises(UsageError) as caught:
+        train(make_task(rows=41), tmp_path / "a", parts, resume=True)
+    (line,) = caught.value.offenders
+    assert "--accumulate" in line and line.endswith(": 6 then, 5 now")
+    assert train(make_task(rows=41), tmp_path / "a", RUN, resume=True).steps == 24
+
+
+@pytest.mark.parametrize("given", [{"patience": 2}, {"metric": "accuracy"}])
+def test_what_needs_scores_is_refused_without_rows_to_score(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(given))}: expected rows to score"):
+        train(make_task(evals=False), tmp_path / "a", settings(eval_share=0.0, **given))
+    assert not list(tmp_path.iterdir())
