@@ -176,13 +176,13 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
                 break
             if staged.is_dir() or (out.is_dir() and not out.is_symlink()):
                 # No single rename replaces a folder, or something else by a folder.
-                _remove(staged.with_name(_OLD))
+                remove(staged.with_name(_OLD))
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(out, staged.with_name(_OLD))
         try:
-            _move(staged, out, force=force)
+            os.replace(staged, out)
         except OSError as error:
-            # Another writer was faster: its output is replaced, or stays.
+            # Another writer was faster: its folder is replaced, or stays.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         else:
@@ -194,21 +194,6 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
         found="one that appeared meanwhile",
         remedy="choose another output, or pass --force (force=True) to replace it",
     )
-
-
-def _move(staged: Path, out: Path, *, force: bool) -> None:
-    """Rename; without `force`, a file does not replace one that has appeared (folders never do)."""
-    if force or not staged.is_file() or os.name == "nt":
-        (os.replace if force else os.rename)(staged, out)
-        return
-    try:
-        os.link(staged, out)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.rename(staged, out)
-    else:
-        staged.unlink()
 
 
 def clean_leftovers(out: Path, own: Path | None = None) -> None:
@@ -262,10 +247,11 @@ def _empty(folder: Path) -> None:
     """Remove everything in a work folder but its lock."""
     for entry in os.scandir(folder):
         if entry.name != _LOCK:
-            _remove(Path(entry))
+            remove(Path(entry))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,18 +1,19 @@
-"""What bundles change in a base, tensor by tensor, before anything is written."""
+"""What bundles change in a base: its tensors and its config.json, before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from ..bundle.file import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
 from ..errors import UsageError
 from ..files.container import TensorInfo
 from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES, to_name
-from ..models.base import Base, BaseLayer, is_input_embedding
-from ..models.task import head_weight
+from ..models import task as tasks
+from ..models.base import T5_FAMILIES, Base, BaseLayer, is_input_embedding
 from ..spectral.delta import Term
 from ..types import Array
 
@@ -60,20 +61,16 @@ class TensorPlan:
 
 @dataclass
 class Changes:
-    """All that bundles change in a base.
+    """All that bundles change in a base."""
 
-    Attributes:
-        tensors: by their names in the base, or in the adapter where the base has none.
-        prefix: what every tensor of the base is renamed with, because the head that is added
-            makes a bare encoder a task model ("bert"); "" for none.
-        outside: names that do not get the prefix: those of the head.
-        unties: the output embedding, tied in the base, becomes a separate tensor.
-    """
-
+    # By their names in the base, or in the adapter where the base has none.
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
+    # What every tensor of the base is renamed with, because the head that is added makes a bare
+    # encoder a task model ("bert"); "" for none.
     prefix: str = ""
+    # Names that do not get the prefix: those of the head.
     outside: set[str] = field(default_factory=set)
-    unties: bool = False
+    unties: bool = False  # the output embedding, tied in the base, becomes a separate tensor
 
     def out_name(self, key: str) -> str:
         """Return a tensor's name in the output, from its name in the base."""
@@ -84,7 +81,7 @@ def fit_bundle(base: Base, name: str, bundle: Bundle, *, thorough: bool) -> Fit:
     """Compare a bundle's layers and dense tensors with a base's: all values, or a few of each."""
     modules = [layer.name for layer in bundle.layers]
     bridge = base.bridge(modules)
-    weight = head_weight({key: value.shape for key, value in bundle.saved.items()})
+    weight = tasks.head_weight({key: value.shape for key, value in bundle.saved.items()})
     tensors = {}
     for key in bundle.saved:
         info = base.tensors.get(base.stored_name(bridge.to_base(key)))
@@ -168,3 +165,92 @@ def _separate_embeddings(base: Base, changes: Changes) -> None:
         source = base.tensors[head.tensor]
         changes.tensors[copied] = TensorPlan(copied, source.dtype, source.shape, source)
         changes.outside.add(copied)
+
+
+def make_config(
+    base: Base,
+    bundles: Sequence[Bundle],
+    weights: Sequence[float],
+    changes: Changes,
+    dtype: str,
+    labels: Sequence[str] | None = None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Make the config.json of a merge's output ({} for a base without one), and notes."""
+    notes = []
+    heads = [bundle for bundle in bundles if bundle.saved]
+    if any(w != 1 and bundle.saved for w, bundle in zip(weights, bundles, strict=True)):
+        notes.append("weights scale delta_W only: heads and biases are not scaled")
+    added = sorted(changes.outside - {*base.tensors})
+    brought = [key for key in added if changes.tensors[key].value is not None]
+    if not base.config:
+        if labels is not None:
+            raise UsageError(
+                "labels", expected="none: the base has no config.json for them", found=f"{labels}"
+            )
+        if added or changes.unties:
+            notes.append("the base has no config.json: none was made")
+        return {}, tuple(notes)
+    types = sorted({bundle.spec.task_type or "" for bundle in heads or bundles} - {""})
+    task_type = types[0] if len(types) == 1 else None
+    shapes = {name: value.shape for b in bundles for name, value in b.saved.items()}
+    config = _with_labels(base.config, task_type, shapes, labels)
+    if added:
+        task = tasks.likely_task(config, task_type)
+        # A model without a head needs no new architecture.
+        has_head = task is not None and task.name != "feature-extraction"
+        name = tasks.architecture_for(config, task) if task and has_head else None
+        if name is not None:
+            config["architectures"] = [name]
+        elif brought:
+            known = f"task types {', '.join(types)}" if types else "an adapter without a task type"
+            known = f"task type {task_type}" if task_type else known
+            notes.append(
+                f"{', '.join(added)} added, but no architecture is known for "
+                f"{known}: set architectures in config.json"
+            )
+    if changes.unties:
+        # T5 would read False as "do not scale the decoder's outputs".
+        is_t5 = base.model_type in T5_FAMILIES
+        if not is_t5:
+            config["tie_word_embeddings"] = False
+        if is_t5 and added:
+            notes.append(
+                "the output embedding was tied and is now a separate weight; transformers 4 would "
+                "tie it again"
+            )
+        elif len(brought) < len(added):
+            notes.append("the output embedding was tied and is now a separate weight")
+    if dtype != "keep":
+        # transformers loads a checkpoint in the dtype its config names, by a new and an old key.
+        config["dtype"] = dtype
+        config.update({"torch_dtype": dtype} if "torch_dtype" in config else {})
+    return config, tuple(notes)
+
+
+def _with_labels(
+    config: Mapping[str, Any],
+    task_type: str | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    labels: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Copy `config` with as many labels as the head that an adapter brings.
+
+    Their names are `labels`, by default those of `config` when their number is right, else LABEL_0,
+    LABEL_1 and so on, as transformers has it; transformers derives num_labels from id2label.
+    """
+    task = tasks.likely_task(config, task_type)
+    count = tasks.head_labels(shapes) if task is not None and task.labelled else None
+    if labels is not None and len(labels) != count:
+        expected = "no labels: the adapter brings no head" if count is None else f"{count}"
+        raise UsageError("labels", expected=expected, found=str(len(labels)))
+    if labels is not None and (len(set(labels)) != len(labels) or "" in labels):
+        # label2id would lose one of two equal names.
+        raise UsageError("labels", expected="different names", found=", ".join(map(repr, labels)))
+    known = config.get("id2label")
+    if count is None or (labels is None and isinstance(known, dict) and len(known) == count):
+        return dict(config)
+    names = list(labels) if labels is not None else [f"LABEL_{i}" for i in range(count)]
+    changed = {key: value for key, value in config.items() if key != "num_labels"}
+    changed["id2label"] = {str(i): name for i, name in enumerate(names)}
+    changed["label2id"] = {name: i for i, name in enumerate(names)}
+    return changed

@@ -91,22 +91,15 @@ def format_manifest(
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a check of a merged folder found.
+    """What a check of a merged folder found."""
 
-    Attributes:
-        directory: the folder.
-        files: how many its manifest lists.
-        nbytes: their size, as it should be.
-        problems: one line for each file that is missing or changed, and for weights that are not
-            listed, which a loader would prefer.
-        unlisted: files that are there and that the manifest does not list.
-    """
-
-    directory: Path
-    files: int
-    nbytes: int
+    directory: Path  # the folder
+    files: int  # how many its manifest lists
+    nbytes: int  # their size, as it should be
+    # One line for each file that is missing or changed, and for weights that are not listed, which
+    # a loader would prefer.
     problems: tuple[str, ...]
-    unlisted: tuple[str, ...]
+    unlisted: tuple[str, ...]  # files that are there and that the manifest does not list
 
     @property
     def ok(self) -> bool:
@@ -115,14 +108,9 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {
-            "directory": str(self.directory),
-            "ok": self.ok,
-            "files": self.files,
-            "bytes": self.nbytes,
-            "problems": list(self.problems),
-            "unlisted": list(self.unlisted),
-        }
+        fields = asdict(self) | {"directory": str(self.directory), "ok": self.ok}
+        fields["bytes"] = fields.pop("nbytes")
+        return fields
 
     def raise_for_failure(self) -> None:
         """Raise a ValidationError that lists the problems, if there are any."""
@@ -154,15 +142,9 @@ def verify_merged(
             folder.
     """
     folder = Path(directory)
-    if not os.path.lexists(folder):
-        raise FileAccessError(folder, expected="a folder that merge wrote", found="none")
-    if not folder.is_dir():
-        raise BadInputError(
-            folder,
-            expected="a folder that merge wrote",
-            found="a file",
-            remedy="merge writes a manifest.json only into folders",
-        )
+    if folder.is_file():
+        remedy = "merge writes a manifest.json only into folders"
+        raise BadInputError(folder, expected="a folder", found="a file", remedy=remedy)
     if not os.path.lexists(folder / MANIFEST):
         raise FileAccessError(
             folder / MANIFEST,

@@ -18,8 +18,7 @@ from ..files.write import check_space
 from ..models.base import open_base
 from ..types import Progress
 from .base_files import MANIFEST, hash_file, measure_file, sort_files
-from .changes import collect_changes, fit_bundle
-from .config import make_config
+from .changes import collect_changes, fit_bundle, make_config
 from .executors import OpenExecutor, connect_dask, start_processes
 from .plan import (
     DTYPES,

@@ -12,85 +12,53 @@ LOW_SURVIVAL = 0.5
 
 @dataclass(frozen=True)
 class BundleReport:
-    """One bundle that was merged.
+    """One bundle that was merged."""
 
-    Attributes:
-        name: its path, or a number for one that was given as an object.
-        sha256: of its bytes.
-        weight: the factor on its delta_W.
-        layers: how many layers it changes.
-        base_check: "same", "precision" (the base in another precision), "mismatch" (allowed by
-            the caller) or "unbound" (it has no fingerprint to check).
-    """
-
-    name: str
-    sha256: str
-    weight: float
-    layers: int
+    name: str  # its path, or a number for one that was given as an object
+    sha256: str  # of its bytes
+    weight: float  # the factor on its delta_W
+    layers: int  # how many layers it changes
+    # "same", "precision" (the base in another precision), "mismatch" (allowed by the caller) or
+    # "unbound" (it has no fingerprint to check).
     base_check: str
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer that was changed.
+    """One layer that was changed."""
 
-    Attributes:
-        name: module path, as the adapter names it.
-        tensor: name of the weight in the output.
-        shape: as stored.
-        dtype: safetensors dtype in the output.
-        survival: share of its weights that changed once rounded to `dtype`; None in a dry run.
-        error: of what was really added, relative to delta_W (Frobenius norms); None in a dry run,
-            and where the weight has NaN or infinity in it.
-    """
-
-    name: str
-    tensor: str
-    shape: tuple[int, ...]
-    dtype: str
+    name: str  # module path, as the adapter names it
+    tensor: str  # name of the weight in the output
+    shape: tuple[int, ...]  # as stored
+    dtype: str  # safetensors dtype in the output
+    # Share of its weights that changed once rounded to `dtype`; None in a dry run.
     survival: float | None = None
+    # Of what was really added, relative to delta_W (Frobenius norms); None in a dry run, and where
+    # the weight has NaN or infinity in it.
     error: float | None = None
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of `merge_checkpoint`.
+    """The result of `merge_checkpoint`."""
 
-    Attributes:
-        out: the folder or file that was (or would be) written.
-        base: what was merged into.
-        dtype: "keep", or the dtype of the output.
-        bundles: what was merged.
-        layers: what was changed, in natural order of their names.
-        replaced: tensors taken whole from a bundle (heads, biases) that the base has too.
-        added: tensors that the base does not have (a head, an untied lm_head).
-        carried: files that are not weights, which were copied.
-        left_behind: weights of the base folder in other formats, which would be stale.
-        shards: sha256 of every weight file; empty in a dry run.
-        nbytes: size of the weights.
-        disk_bytes: space that the whole output needs.
-        memory_bytes: an estimate of one process's peak memory.
-        resumed: weight files that a killed run had finished.
-        notes: what the user should know.
-        dry_run: whether nothing was written.
-    """
-
-    out: Path
-    base: Path
-    dtype: str
-    bundles: tuple[BundleReport, ...]
-    layers: tuple[LayerReport, ...]
-    replaced: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-    carried: tuple[str, ...] = ()
-    left_behind: tuple[str, ...] = ()
+    out: Path  # the folder or file that was (or would be) written
+    base: Path  # what was merged into
+    dtype: str  # "keep", or the dtype of the output
+    bundles: tuple[BundleReport, ...]  # what was merged
+    layers: tuple[LayerReport, ...]  # what was changed, in natural order of their names
+    replaced: tuple[str, ...] = ()  # heads and biases of a bundle that the base has too
+    added: tuple[str, ...] = ()  # tensors that the base does not have
+    carried: tuple[str, ...] = ()  # files that are not weights, which were copied
+    left_behind: tuple[str, ...] = ()  # weights in other formats, which would be stale
+    # sha256 of every weight file; empty in a dry run.
     shards: Mapping[str, str] = field(default_factory=dict)
-    nbytes: int = 0
-    disk_bytes: int = 0
-    memory_bytes: int = 0
-    resumed: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    dry_run: bool = False
+    nbytes: int = 0  # size of the weights
+    disk_bytes: int = 0  # space that the whole output needs
+    memory_bytes: int = 0  # an estimate of one process's peak memory
+    resumed: tuple[str, ...] = ()  # weight files that a killed run had finished
+    notes: tuple[str, ...] = ()  # what the user should know
+    dry_run: bool = False  # whether nothing was written
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..bundle.layer_templates import natural_key
 from ..errors import FourierFTError
 from ..files import strict_json
 from ..files.container import read_file
-from ..files.staging import open_work_folder, publish
+from ..files.staging import open_work_folder, publish, remove
 from ..files.write import check_space, name_os_errors, set_umask_mode, sync, write_file
 from ..types import Progress, byte_counter
 from .base_files import MANIFEST, hash_file, read_blocks
@@ -79,9 +78,12 @@ def _write_shards(
     resumed = set(written)
     for finished in written.values():
         count(finished.size)
-    _remove_unfinished(folder, payload, {place(shard.name) for shard in written.values()})
     if plan.is_folder:
         payload.mkdir(exist_ok=True)
+    inside = payload.iterdir() if plan.is_folder else [payload]
+    for path in {*folder.glob(f"{UNFINISHED}*"), *inside}:
+        if path not in {place(shard.name) for shard in written.values()}:
+            remove(path)
     check_space(folder, plan.report.disk_bytes - sum(shard.size for shard in written.values()))
     left = {n: shard for n, shard in enumerate(plan.shards) if n not in written}
 
@@ -129,17 +131,6 @@ def _read_finished(path: Path, plan: ShardPlan, file: Path) -> WrittenShard | No
     except (FourierFTError, AttributeError, KeyError, TypeError):
         return None
     return shard if whole else None
-
-
-def _remove_unfinished(folder: Path, payload: Path, keep: set[Path]) -> None:
-    """Remove the files that a killed run had not finished."""
-    inside = payload.iterdir() if payload.is_dir() else ()
-    for path in (*folder.glob(f"{UNFINISHED}*"), *inside):
-        if path not in keep:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
 
 def report_layers(

@@ -32,17 +32,11 @@ _HEADS = {"classifier", "classification_head", "score", "pooler", "pre_classifie
 
 @dataclass(frozen=True)
 class RecoverReport:
-    """What `recover_bundle` found.
+    """What `recover_bundle` found."""
 
-    Attributes:
-        layers: in natural order of their names.
-        saved: names of the dense tensors in the bundle (heads, biases).
-        notes: what a person should know.
-    """
-
-    layers: tuple[RecoveredLayer, ...]
-    saved: tuple[str, ...]
-    notes: tuple[str, ...]
+    layers: tuple[RecoveredLayer, ...]  # in natural order of their names
+    saved: tuple[str, ...]  # names of the dense tensors in the bundle (heads, biases)
+    notes: tuple[str, ...]  # what a person should know
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; numbers that are not finite become None."""

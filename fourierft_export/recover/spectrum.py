@@ -25,24 +25,16 @@ LEAST_SIGNAL = 4.0
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """One layer whose spectrum was recovered, and how well it explains the difference.
+    """One layer whose spectrum was recovered, and how well it explains the difference."""
 
-    Attributes:
-        name: module path.
-        dtype: safetensors dtype of its merged weight.
-        changed: share of its weights that differ from the base's.
-        residual: what the spectrum leaves of the difference, relative to what rounding to `dtype`
-            leaves (as root mean squares): near 1 or below for a true FourierFT delta.
-        uncertainty: expected error of the spectrum from rounding, relative to its size.
-        objection: why the difference is no FourierFT delta; empty if it may be one.
-    """
-
-    name: str
-    dtype: str
-    changed: float
+    name: str  # module path
+    dtype: str  # safetensors dtype of its merged weight
+    changed: float  # share of its weights that differ from the base's
+    # What the spectrum leaves of the difference, relative to what rounding to `dtype` leaves (as
+    # root mean squares): near 1 or below for a true FourierFT delta.
     residual: float
-    uncertainty: float
-    objection: str
+    uncertainty: float  # expected error of the spectrum from rounding, relative to its size
+    objection: str  # why the difference is no FourierFT delta; empty if it may be one
 
 
 def compute_spectrum(before: Array, after: Array, entries: Array, scaling: float) -> Array:

@@ -95,12 +95,10 @@ def test_a_manifest_that_is_not_one_is_refused(
 
 
 def test_what_is_no_merged_folder_is_refused(merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileAccessError, match="a folder that merge wrote"):
-        ff.verify_merged(tmp_path / "absent")
-    with pytest.raises(FileAccessError, match=r"manifest\.json") as caught:
-        ff.verify_merged(tmp_path / "base")
-    assert caught.value.remedy == "only a folder that merge wrote can be verified"
-    with pytest.raises(BadInputError, match="a folder that merge wrote, found a file"):
+    for name in ("absent", "base"):
+        with pytest.raises(FileAccessError, match="only a folder that merge wrote"):
+            ff.verify_merged(tmp_path / name)
+    with pytest.raises(BadInputError, match="a folder, found a file"):
         ff.verify_merged(merged / "config.json")
     for name in ("config.json", "tokenizer.json"):
         (merged / name).unlink()
