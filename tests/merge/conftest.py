@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.numpy import save_file
 import fourierft_export as ff
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.files.checkpoint import Checkpoint
+from tests.kill import Forks
 
 Array = np.ndarray[Any, Any]
 
@@ -103,69 +102,10 @@ def make_base() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def files_of() -> Callable[[Path], dict[str, bytes]]:
-    """The bytes of every file below a folder, by its relative path."""
-
-    def read(folder: Path) -> dict[str, bytes]:
-        paths = (p for p in folder.rglob("*") if p.is_file())
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
-
-    return read
-
-
-class Runner:
-    """The command line in forks of one warm process, killed on demand (`fork_server.py`)."""
-
-    def __init__(self) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        here = Path(__file__).parent
-        self._server = subprocess.Popen(
-            [sys.executable, str(here / "fork_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=here.parent.parent,
-        )
-
-    def run(
-        self,
-        words: list[Any],
-        kill_after: float | None = None,
-        at_shard: tuple[int, int] | None = None,
-        stderr: Path | str = os.devnull,
-    ) -> int:
-        """The exit code, negative for a signal.
-
-        Args:
-            words: of the command line.
-            kill_after: seconds until SIGKILL.
-            at_shard: a signal, and after how many finished weight files it comes.
-            stderr: a file for what the command writes there.
-        """
-        stdin, stdout = self._server.stdin, self._server.stdout
-        assert stdin is not None and stdout is not None
-        message = [[*map(str, words)], kill_after, at_shard, str(stderr)]
-        stdin.write(json.dumps(message) + "\n")
-        stdin.flush()
-        return int(stdout.readline())
-
-    def merge(self, base: Path, bundle: Path, out: Path, **options: Any) -> int:
-        """The exit code of merge."""
-        return self.run(["merge", "--base", base, "--bundle", bundle, "-o", out], **options)
-
-    def close(self) -> None:
-        """End the process that forks."""
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def runner() -> Iterator[Runner]:
+def forks() -> Iterator[Forks]:
+    """The command line in forks of one warm process, killed on demand."""
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
-    made = Runner()
+    made = Forks()
     yield made
     made.close()

@@ -20,10 +20,11 @@ import fourierft_export as ff
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.files.container import read_header
 from fourierft_export.merge import executors, plan, run
+from tests.kill import Forks, files_in
 
-FilesOf = Callable[[Path], dict[str, bytes]]
 LAYERS = [f"layers.{number}.q" for number in range(4)]
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
+KILLED = -signal.SIGKILL
 
 
 @pytest.fixture
@@ -37,25 +38,23 @@ def bundle(base: Path, make_bundle: Any, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def whole(base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf) -> dict[str, bytes]:
+def whole(base: Path, bundle: Path, tmp_path: Path) -> dict[str, bytes]:
     """What an undisturbed merge writes."""
     ff.merge_checkpoint(base, bundle, tmp_path / "whole")
-    files = files_of(tmp_path / "whole")
+    files = files_in(tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole")
     return files
 
 
 @pytest.fixture
-def kill(runner: Any, base: Path, bundle: Path) -> Callable[..., Path]:
-    """`kill(out, shards=2)`: kills a merge once so many shards are finished."""
-
-    def killed(out: Path, shards: int = 2) -> Path:
-        code = runner.merge(base, bundle, out, at_shard=(signal.SIGKILL, shards))
-        assert code == -signal.SIGKILL and not out.exists()
-        (left,) = out.parent.glob(f"{out.name}.partial-*")
-        return left
-
-    return killed
+def left(forks: Forks, base: Path, bundle: Path, tmp_path: Path) -> Path:
+    """What a merge into `out` leaves that is killed after two shards; the base's times are old."""
+    for path in base.iterdir():
+        os.utime(path, (1, 1))
+    words = ["merge", "--base", base, "--bundle", bundle, "-o", tmp_path / "out"]
+    assert forks.run(words, at_shard=(signal.SIGKILL, 2)) == KILLED
+    (left,) = tmp_path.glob("*.partial-*")
+    return left
 
 
 def names(folder: Path) -> list[str]:
@@ -63,10 +62,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_killed_merge_resumes(
-    base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf, whole: dict[str, bytes],
-    kill: Callable[..., Path],
-) -> None:  # fmt: skip
-    left = kill(tmp_path / "out")
+    base: Path, bundle: Path, tmp_path: Path, whole: dict[str, bytes], left: Path
+) -> None:
     stamps = {p.name: p.stat().st_mtime_ns for p in (left / "out").iterdir()}
     assert [*stamps] and set(stamps) == set(SHARDS[:2])
     (left / ".writing-x").write_text("half a shard")
@@ -76,7 +73,7 @@ def test_a_killed_merge_resumes(
     )
     assert report.resumed == tuple(SHARDS[:2])
     assert {n: (tmp_path / "out" / n).stat().st_mtime_ns for n in stamps} == stamps
-    assert files_of(tmp_path / "out") == whole
+    assert files_in(tmp_path / "out") == whole
     assert names(tmp_path) == ["b", "base", "out"]
     assert calls[-1][1] == calls[-1][2] == report.nbytes
 
@@ -85,10 +82,6 @@ def flip_last_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, 100)
 
 
 def replace_in(path: Path, old: str, new: str) -> None:
@@ -104,7 +97,7 @@ FIRST = "finished-0.json"
     [
         (lambda left: flip_last_bit(left / "out" / SHARDS[0]), 1),
         (lambda left: (left / "out" / SHARDS[0]).unlink(), 1),
-        (lambda left: cut(left / FIRST), 1),
+        (lambda left: os.truncate(left / FIRST, 100), 1),
         (lambda left: (left / FIRST).write_bytes(b"\xff[" * 1000), 1),
         (lambda left: replace_in(left / FIRST, SHARDS[0], "../../precious"), 1),
         (lambda left: replace_in(left / FIRST, "layers.0.q", "layers.9.q"), 1),
@@ -113,49 +106,41 @@ FIRST = "finished-0.json"
     ids=["shard", "shard gone", "record cut", "no JSON", "name", "tensor", "all records"],
 )
 def test_what_a_killed_merge_left_is_checked(
-    base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf, whole: dict[str, bytes],
-    kill: Callable[..., Path], damage: Callable[[Path], None], resumed: int,
+    base: Path, bundle: Path, tmp_path: Path, whole: dict[str, bytes], left: Path,
+    damage: Callable[[Path], None], resumed: int,
 ) -> None:  # fmt: skip
-    damage(kill(tmp_path / "out"))
+    damage(left)
     assert len(ff.merge_checkpoint(base, bundle, tmp_path / "out").resumed) == resumed
-    assert files_of(tmp_path / "out") == whole
+    assert files_in(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("how", ["options", "its time", "written over", "another file"])
-def test_another_merge_does_not_resume(
-    base: Path, bundle: Path, tmp_path: Path, kill: Callable[..., Path], how: str
-) -> None:
+@pytest.mark.usefixtures("left")
+def test_another_merge_does_not_resume(base: Path, bundle: Path, tmp_path: Path, how: str) -> None:
     """Another weight, time of modification, or content of the same sizes and times."""
-    for path in base.iterdir():
-        os.utime(path, (1, 1))
-    kill(tmp_path / "out")
-    if how == "options":
-        report = ff.merge_checkpoint(base, bundle, tmp_path / "out", weights=[0.5])
-        assert report.resumed == () and names(tmp_path) == ["b", "base", "out"]
-        return
+    weights = [0.5] if how == "options" else None
     for number, shard in enumerate(base / name for name in SHARDS):
-        if how == "its time":
-            os.utime(shard, (2, 2))
-            continue
-        # The fingerprints do not help: the adapter leaves this tensor as it is.
-        start = read_header(shard).tensors[f"layers.{number}.k.weight"].start
         if how == "another file":
             (tmp_path / "new").write_bytes(shard.read_bytes())
             os.replace(tmp_path / "new", shard)
-        with open(shard, "r+b") as file:
-            file.seek(start)
-            file.write(bytes(4))
-        os.utime(shard, (1, 1))
-    assert ff.merge_checkpoint(base, bundle, tmp_path / "out").resumed == ()
-    assert not list(tmp_path.glob("*.partial-*"))
+        if how in ("written over", "another file"):
+            # The fingerprints do not help: the adapter leaves this tensor as it is.
+            with open(shard, "r+b") as file:
+                file.seek(read_header(shard).tensors[f"layers.{number}.k.weight"].start)
+                file.write(bytes(4))
+        if how != "options":
+            os.utime(shard, (2, 2) if how == "its time" else (1, 1))
+    assert ff.merge_checkpoint(base, bundle, tmp_path / "out", weights=weights).resumed == ()
+    assert names(tmp_path) == ["b", "base", "out"]
 
 
 def test_a_single_file_survives_a_kill(
-    base: Path, make_bundle: Any, tmp_path: Path, runner: Any
+    base: Path, make_bundle: Any, tmp_path: Path, forks: Forks
 ) -> None:
     source, out = base / SHARDS[0], tmp_path / "out.safetensors"
     bundle = make_bundle(source, LAYERS[:1]).save(tmp_path / "b")
-    assert runner.merge(source, bundle, out, at_shard=(signal.SIGKILL, 1)) == -signal.SIGKILL
+    words = ["merge", "--base", source, "--bundle", bundle, "-o", out]
+    assert forks.run(words, at_shard=(signal.SIGKILL, 1)) == KILLED
     assert not out.exists()
     assert ff.merge_checkpoint(source, bundle, out).resumed == (source.name,)
     ff.merge_checkpoint(source, bundle, tmp_path / "whole.safetensors")
@@ -245,24 +230,24 @@ def test_too_little_space_or_memory_is_found_before_any_work(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_interrupt_ends_with_130_and_cleans_up(
-    base: Path, bundle: Path, tmp_path: Path, runner: Any, workers: int
+    base: Path, bundle: Path, tmp_path: Path, forks: Forks, workers: int
 ) -> None:
     words = ["merge", "--base", base, "--bundle", bundle, "-o", tmp_path / "out"]
     words += ["--workers", workers]
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "stderr"
-    assert runner.run(words, at_shard=(signal.SIGINT, 1), stderr=log) == 130
+    assert forks.run(words, at_shard=(signal.SIGINT, 1), stderr=log) == 130
     assert log.read_text().strip() == "error: interrupted"
     assert names(tmp_path) == ["b", "base", "logs"]
 
 
 def test_two_writers_at_once_end_with_one_whole_result(
-    base: Path, bundle: Path, tmp_path: Path, files_of: FilesOf
+    base: Path, bundle: Path, tmp_path: Path
 ) -> None:
     wholes = []
     for weight in ("1", "0.5"):
         ff.merge_checkpoint(base, bundle, tmp_path / f"whole-{weight}", weights=[float(weight)])
-        wholes.append(files_of(tmp_path / f"whole-{weight}"))
+        wholes.append(files_in(tmp_path / f"whole-{weight}"))
     (tmp_path / "outputs").mkdir()
     for force, other_weight in (((), "1"), (("--force",), "0.5")):
         out = tmp_path / "outputs" / f"out{other_weight}"
@@ -274,19 +259,20 @@ def test_two_writers_at_once_end_with_one_whole_result(
         ]
         codes = {writer.wait() for writer in writers}
         assert 0 in codes and codes <= {0, 2, 6}
-        assert files_of(out) in wholes
+        assert files_in(out) in wholes
     assert not list((tmp_path / "outputs").glob("*.partial-*"))
 
 
 def test_what_happens_meanwhile_is_noticed(
-    base: Path, bundle: Path, tmp_path: Path, runner: Any
+    base: Path, bundle: Path, tmp_path: Path, forks: Forks
 ) -> None:
     """Another writer at the same work, an output that appears, a base that is cut short."""
     out, codes = tmp_path / "out", []
+    words = ["merge", "--base", base, "--bundle", bundle, "-o", out]
 
     def merge_too(what: str, done: int, total: int) -> None:
         if what == "merging" and not codes:
-            codes.append(runner.merge(base, bundle, out, stderr=tmp_path / "log"))
+            codes.append(forks.run(words, stderr=tmp_path / "log"))
 
     ff.merge_checkpoint(base, bundle, out, progress=merge_too)
     assert codes == [6] and "another process at work" in (tmp_path / "log").read_text()
