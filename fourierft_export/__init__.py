@@ -13,8 +13,7 @@ from fourierft_export import errors
 
 if TYPE_CHECKING:
     from fourierft_export.adapt.active import activate, disabled, trainable_parameters
-    from fourierft_export.adapt.attach import attach, capture, detach, replace
-    from fourierft_export.adapt.combine import combine
+    from fourierft_export.adapt.attach import attach, capture, combine, detach, replace
     from fourierft_export.adapt.config import FourierFTConfig
     from fourierft_export.adapt.fuse import fuse, restore, unload
     from fourierft_export.adapt.inject import inject
@@ -93,7 +92,7 @@ _HOMES = {
     "apply_onnx": "onnx_graph.apply",
     "attach": "adapt.attach",
     "capture": "adapt.attach",
-    "combine": "adapt.combine",
+    "combine": "adapt.attach",
     "detach": "adapt.attach",
     "disabled": "adapt.active",
     "export_onnx": "onnx_graph.trace.export",

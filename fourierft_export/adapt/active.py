@@ -1,12 +1,14 @@
-"""Which of the adapters on a model are in use, and which of their tensors learn."""
+"""Which adapters of a model are in use, which of its tensors learn, and how it may be saved."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import permutations
-from typing import TypeVar
+from functools import partial
+from itertools import combinations
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,15 +19,19 @@ from .modules import (
     adapter_names,
     adapter_versions,
     adapters_of,
+    base_modules,
     check_known,
     check_not_fused,
     check_not_routed,
     fourier_layers,
     is_fused,
+    original,
 )
 from .saved_modules import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
+_FROZEN = "_fourierft_frozen"
+_SAVE = "save_pretrained"
 
 
 def activate(model: Model, names: str | Sequence[str]) -> Model:
@@ -90,25 +96,6 @@ def disabled(model: Model) -> Iterator[Model]:
         update_learning(model)
 
 
-def update_learning(model: nn.Module) -> None:
-    """Let those adapter tensors learn that are active and trainable, none while the model is fused.
-
-    Inactive ones must not require gradients: DistributedDataParallel waits for all that do.
-    """
-    learning = set() if is_fused(model) else set(active_adapters(model))
-    for name in adapter_names(model):
-        for parameter, trainable in _parameters(model, name):
-            parameter.requires_grad_(trainable and name in learning)
-
-
-def let_learn(model: nn.Module, names: Iterable[str]) -> None:
-    """Let what is trainable of these adapters learn, too, until the next `update_learning`."""
-    for name in names:
-        for parameter, trainable in _parameters(model, name):
-            if trainable:
-                parameter.requires_grad_()
-
-
 @dataclass(frozen=True)
 class TrainableParameters:
     """How many values in the parameters of a model are trained.
@@ -140,6 +127,24 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes))
 
 
+def update_learning(model: nn.Module) -> None:
+    """Let those adapter tensors learn that are active and trainable, none while the model is fused.
+
+    Inactive ones must not require gradients: DistributedDataParallel waits for all that do.
+    """
+    learning = set() if is_fused(model) else set(active_adapters(model))
+    for name in adapter_names(model):
+        for parameter, trainable in _parameters(model, name):
+            parameter.requires_grad_(trainable and name in learning)
+
+
+def let_learn(model: nn.Module, names: Iterable[str]) -> None:
+    """Let what is trainable of these adapters learn, too, until the next `update_learning`."""
+    for name in names:
+        for parameter, trainable in _parameters(model, name):
+            parameter.requires_grad_(trainable or parameter.requires_grad)
+
+
 def _parameters(model: nn.Module, name: str) -> Iterator[tuple[nn.Parameter, bool]]:
     """(parameter, whether it is trainable) for all of adapter `name`."""
     for adapter in adapters_of(model, name).values():
@@ -158,16 +163,16 @@ def _set_active(model: nn.Module, names: Sequence[str]) -> None:
 
 def _check_versions(model: nn.Module, wanted: Sequence[str]) -> None:
     """Values replace each other and cannot add up, so only one active adapter may have its own."""
+    versions = {name: adapter_versions(model, name) for name in wanted}
     clashes = []
-    for a, b in permutations(wanted, 2):
-        theirs = adapter_versions(model, b)
-        for path, version in adapter_versions(model, a).items():
-            if path in theirs and wanted.index(a) < wanted.index(b):
-                clashes.append(f"{path}: {a} and {b} both have their own")
-            inside = [p for p in theirs if p.startswith(f"{path}.")]
-            changed = [p for p in adapters_of(model, b) if f"{p}.".startswith(f"{path}.")]
-            if version.is_whole:
-                clashes += [f"{p}: {a} replaces it, {b} changes it" for p in (*inside, *changed)]
+    for a, b in combinations(wanted, 2):
+        both = [path for path in versions[a] if path in versions[b]]
+        clashes += [f"{path}: {a} and {b} both have their own" for path in both]
+        for one, other in ((a, b), (b, a)):
+            whole = [f"{path}." for path, version in versions[one].items() if version.is_whole]
+            changed = (p for p in adapters_of(model, other) if f"{p}.".startswith(tuple(whole)))
+            inside = (p for p in versions[other] if p.startswith(tuple(whole)))
+            clashes += [f"{p}: {one} replaces it, {other} changes it" for p in (*inside, *changed)]
     if clashes:
         raise UsageError(
             "activate",
@@ -176,3 +181,53 @@ def _check_versions(model: nn.Module, wanted: Sequence[str]) -> None:
             remedy="activate one of them at a time",
             offenders=clashes,
         )
+
+
+def freeze(model: nn.Module) -> None:
+    """Stop the base from learning, and its `save_pretrained` from writing the wrappers' names.
+
+    `unfreeze` undoes both.
+    """
+    holder = original(model)
+    frozen: list[str] = list(getattr(holder, _FROZEN, ()))
+    for path, module in base_modules(model):
+        for leaf, parameter in original(module)._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                frozen.append(f"{path}.{leaf}" if path else leaf)
+    setattr(holder, _FROZEN, tuple(frozen))
+    refuse_saving(model)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Undo `freeze`, once no adapter is left."""
+    frozen = set(original(model).__dict__.pop(_FROZEN, ()))
+    for name, parameter in original(model).named_parameters(remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad_(True)
+    for _, base in base_modules(model):
+        if getattr(base.__dict__.get(_SAVE), "func", None) is _refuse_to_save:
+            del base.__dict__[_SAVE]
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Make `save_pretrained` of the model, and of models within it, raise; `unfreeze` undoes it."""
+    for _, module in base_modules(model):
+        base = original(module)
+        if callable(getattr(type(base), _SAVE, None)) and _SAVE not in base.__dict__:
+            base.__dict__[_SAVE] = partial(_refuse_to_save, base)
+
+
+def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a model with adapters: for transformers' Trainer only, which reads back
+    what it writes under the same names.
+    """
+    if sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
+        return getattr(type(model), _SAVE)(model, *args, **kwargs)
+    raise UsageError(
+        f"{type(model).__name__}.{_SAVE}",
+        expected="a model without adapters: from_pretrained would not find these weights again",
+        found=f"adapters {', '.join(adapter_names(model)) or 'on a part of the model'}",
+        remedy="save the adapter with fourierft_export.capture(model, NAME).save(FILE), or merge "
+        "it first with fourierft_export.unload(model, merge=True)",
+    )

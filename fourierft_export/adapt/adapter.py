@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..bundle.spec import AdapterSpec
 from ..spectral import torch_ops
 from ..types import Entries
 
@@ -19,25 +19,6 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-@dataclass(frozen=True)
-class AdapterOrigin:
-    """What all layers of one adapter have in common.
-
-    Attributes:
-        seed: random_loc_seed as its author wrote it.
-        scaling: multiplies delta_W.
-        task_type: PEFT's task type, or None.
-        base_model: name or path of the base, or None.
-        peft_config: the adapter_config.json it came from; empty if it did not come from PEFT.
-    """
-
-    seed: int
-    scaling: int | float
-    task_type: str | None = None
-    base_model: str | None = None
-    peft_config: dict[str, Any] = field(default_factory=dict)
-
-
 class LayerAdapter(nn.Module):
     """One adapter's part of one layer: its spectrum and the positions of its coefficients.
 
@@ -46,7 +27,7 @@ class LayerAdapter(nn.Module):
         entries: (n, 2) int64, the positions (u, v).
         shape: (out_features, in_features) of delta_W.
         entry_rule: "small", "r64" or "explicit".
-        origin: what the adapter's layers share.
+        origin: what the adapter's layers share: a spec that lists no layers.
         trainable: whether the spectrum learns while the adapter is active.
 
     Attributes:
@@ -64,7 +45,7 @@ class LayerAdapter(nn.Module):
         shape: tuple[int, int],
         *,
         entry_rule: str,
-        origin: AdapterOrigin,
+        origin: AdapterSpec,
         trainable: bool,
     ) -> None:
         super().__init__()
@@ -74,31 +55,36 @@ class LayerAdapter(nn.Module):
         self.entry_rule = entry_rule
         self.origin = origin
         self.trainable = trainable
-        placed = torch.tensor(entries, dtype=torch.int64, device=spectrum.device)
-        self.register_buffer("entries", placed, persistent=False)
+        self.register_buffer("entries", None, persistent=False)
+        self._place_entries()
 
     @property
     def n_frequency(self) -> int:
         """Number of coefficients."""
         return self.spectrum.shape[0]
 
+    def _place_entries(self) -> None:
+        self.entries = torch.tensor(
+            self.host_entries, dtype=torch.int64, device=self.spectrum.device
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> LayerAdapter:
         """Move or cast as any module; entries that come off the meta device are made afresh."""
         was_meta = self.entries.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.spectrum.is_meta:
-            self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
+            self._place_entries()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load as any module; entries follow where a spectrum is assigned rather than copied."""
         super()._load_from_state_dict(*args, **kwargs)
         if self.entries.device != self.spectrum.device:
-            self.entries = torch.tensor(self.host_entries, device=self.spectrum.device)
+            self._place_entries()
 
     @torch.no_grad()
     def replace_values(
-        self, spectrum: Tensor, entries: Entries, entry_rule: str, origin: AdapterOrigin
+        self, spectrum: Tensor, entries: Entries, entry_rule: str, origin: AdapterSpec
     ) -> None:
         """Take other values (n,) and positions (n, 2); the parameter stays the same object."""
         if self.trainable:
@@ -107,7 +93,7 @@ class LayerAdapter(nn.Module):
             self.spectrum.data = spectrum.to(self.spectrum.device)
         if entries.tobytes() != self.host_entries.tobytes():
             self.host_entries = entries
-            self.entries = torch.tensor(entries, device=self.spectrum.device)
+            self._place_entries()
         self.entry_rule, self.origin = entry_rule, origin
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
@@ -125,9 +111,8 @@ class LayerAdapter(nn.Module):
             )
 
     def _without_autocast(self) -> AbstractContextManager[object]:
-        device = self.spectrum.device.type
         if autocast_is_on(self.spectrum):
-            return torch.autocast(device, enabled=False)
+            return torch.autocast(self.spectrum.device.type, enabled=False)
         return nullcontext()  # entering the other takes 0.1 ms
 
     def extra_repr(self) -> str:

@@ -1,25 +1,26 @@
-"""Attach bundles to a live model, replace and detach adapters, and capture them as bundles."""
+"""Attach bundles to a live model, replace, combine and detach adapters, and capture them."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..bundle import fingerprint
+from ..bundle.combine import combine_bundles
 from ..bundle.file import Bundle
+from ..bundle.fingerprint import fingerprint
 from ..bundle.peft import BundleSource, open_bundle
-from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, Fingerprint, LayerSpec
-from ..errors import BaseMismatchError, UsageError
+from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
+from ..errors import BaseMismatchError
 from ..spectral.entries import entries_sha256
 from ..types import Array
-from .active import activate, update_learning
-from .adapter import AdapterOrigin
-from .freeze import freeze, unfreeze
-from .linear import float_weight, is_conv1d, layer_device, to_array
-from .match_bundle import match_bundle
+from .active import activate, freeze, unfreeze, update_learning
+from .linear import float_weight, is_conv1d, to_array
+from .match_bundle import check_has_values, match_bundle
 from .modules import (
     active_adapters,
     adapter_names,
@@ -91,17 +92,11 @@ def attach(
     freeze(model)
     origin = _origin(loaded)
     modules = dict(base_modules(model))
-    for path, layer in match.layers.items():
-        spectrum = layer.spectrum
+    for path, layer, spectrum, entries in match.layers():
         if trainable:
             spectrum = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         ensure_fourier(model, path, modules[path]).add_adapter(
-            name,
-            spectrum,
-            origin,
-            entries=layer.entries,
-            entry_rule=layer.spec.entry_rule,
-            trainable=trainable,
+            name, spectrum, origin, entries, layer.entry_rule, trainable=trainable
         )
     for path, tensors in match.saved.items():
         add_saved(model, path, name, tensors, trainable)
@@ -144,7 +139,7 @@ def replace(
     values = {f"{p}.{leaf}": t for p, held in match.saved.items() for leaf, t in held.items()}
     here = {path: [adapter.n_frequency] for path, adapter in adapters.items()}
     here |= {key: list(tensor.shape) for key, tensor in tensors.items()}
-    there = {path: list(layer.spectrum.shape) for path, layer in match.layers.items()}
+    there = {path: [layer.n_frequency] for path, layer, *_ in match.layers()}
     there |= {key: list(tensor.shape) for key, tensor in values.items()}
     wrong = [
         f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} in the bundle"
@@ -160,9 +155,8 @@ def replace(
             offenders=wrong,
         )
     origin = _origin(loaded)
-    for path, layer in match.layers.items():
-        rule = layer.spec.entry_rule or EXPLICIT_RULE
-        adapters[path].replace_values(layer.spectrum, layer.entries, rule, origin)
+    for path, layer, spectrum, entries in match.layers():
+        adapters[path].replace_values(spectrum, entries, layer.entry_rule or EXPLICIT_RULE, origin)
     for key, tensor in tensors.items():
         tensor.copy_(values[key])
     return model
@@ -241,17 +235,13 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
     layers, adapters = fourier_layers(model), adapters_of(model, name)
     for path, adapter in adapters.items():
         base = original(layers[path])
-        if adapter.spectrum.is_meta or layer_device(base).type == "meta":
-            raise UsageError(
-                f"layer {path}",
-                expected="values",
-                found="the meta device",
-                remedy="load the weights before capturing",
-            )
+        for module in (base, adapter):
+            check_has_values(path, module)
         spectra[path] = to_array(adapter.spectrum)
         if adapter.entry_rule == EXPLICIT_RULE:
             explicit[path] = adapter.host_entries
         kept = layers[path].kept_weight
+        weight = float_weight(base) if kept is None else kept
         specs.append(
             LayerSpec(
                 name=path,
@@ -260,29 +250,53 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
                 fan_in_fan_out=is_conv1d(base),
                 entry_rule=adapter.entry_rule,
                 entries_sha256=entries_sha256(adapter.host_entries),
-                fingerprint=_fingerprint(float_weight(base) if kept is None else kept),
+                fingerprint=None if weight is None else fingerprint(to_array(weight)),
             )
         )
     origin = next(iter(adapters.values())).origin
-    spec = AdapterSpec(
-        seed=origin.seed,
-        scaling=origin.scaling,
-        layers=tuple(specs),
-        task_type=origin.task_type,
-        base_model=origin.base_model or base_model_name(model),
-        peft_config=origin.peft_config,
-    )
+    base_name = origin.base_model or base_model_name(model)
+    spec = dataclasses.replace(origin, layers=tuple(specs), base_model=base_name)
     saved = {key: to_array(tensor) for key, tensor in saved_tensors(model, name).items()}
     return Bundle.build(spec, spectra, saved, explicit, where=f"adapter {name!r}")
 
 
-def _fingerprint(weight: torch.Tensor | None) -> Fingerprint | None:
-    """Of a plain float weight; integers and scales are not what an adapter is merged into."""
-    return None if weight is None else fingerprint.fingerprint(to_array(weight))
+def combine(
+    model: Model,
+    weights: Mapping[str, float],
+    name: str,
+    *,
+    heads: str | None = None,
+    trainable: bool = False,
+) -> Model:
+    """Adds an adapter whose delta_W is the weighted sum of other adapters', and activates it.
+
+    The sum is exact (`bundle.combine.combine_bundles` says how it is stored); the adapters
+    themselves stay as they are, and the new one can be captured, saved and merged as any other.
+
+    Args:
+        model: changed in place.
+        weights: adapter name -> finite factor; `{"a": 1, "b": -0.5}`.
+        name: the new adapter's name.
+        heads: saved heads and biases cannot be added. None takes each from the only adapter that
+            has it; an adapter's name takes those of that one and no others; "average" takes
+            means, weighted by `weights`, over the adapters that have the tensor.
+        trainable: continue training it: its spectra and heads learn, the base is frozen.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: an unknown name, a name that is taken, weights that are no finite numbers;
+            several adapters bring a head or bias and `heads` does not say what to do; the model
+            is fused, or a `route` block is open.
+    """
+    check_new_name(model, name)
+    check_known(model, weights)
+    parts = {part: capture(model, part) for part in weights}
+    bundle = combine_bundles(parts, list(weights.values()), heads=heads)
+    return attach(model, bundle, name, trainable=trainable)
 
 
-def _origin(bundle: Bundle) -> AdapterOrigin:
-    spec = bundle.spec
-    return AdapterOrigin(
-        spec.seed, spec.scaling, spec.task_type, spec.base_model, dict(spec.peft_config)
-    )
+def _origin(bundle: Bundle) -> AdapterSpec:
+    """What the layers of a live adapter share, as a spec that can be pickled and lists none."""
+    return dataclasses.replace(bundle.spec, layers=(), peft_config=dict(bundle.spec.peft_config))

@@ -11,7 +11,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -98,37 +98,65 @@ class FourierFTConfig:
     def __post_init__(self) -> None:
         """Check every field and bring lists into one form."""
         wrong: list[str] = []
-        for name in ("n_frequency", "random_loc_seed"):
-            self._set(name, _integer(getattr(self, name), name, wrong))
-        if isinstance(self.n_frequency, int) and self.n_frequency < 1:
-            wrong.append(f"n_frequency: expected at least 1, found {self.n_frequency}")
-        if isinstance(self.random_loc_seed, int) and not 0 <= self.random_loc_seed <= MAX_SEED:
-            wrong.append(f"random_loc_seed: expected 0 to {MAX_SEED}, found {self.random_loc_seed}")
-        if not _is_finite_number(self.scaling):
-            wrong.append(f"scaling: expected a finite number, found {self.scaling!r}")
+
+        def refuse(name: str, expected: str) -> None:
+            wrong.append(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+        for name, low, high in (("n_frequency", 1, None), ("random_loc_seed", 0, MAX_SEED)):
+            number = _integer(getattr(self, name))
+            if number is None:
+                refuse(name, "an integer")
+            elif number < low or (high is not None and number > high):
+                refuse(name, f"at least {low}" if high is None else f"{low} to {high}")
+            else:
+                self._set(name, number)
+        if isinstance(self.scaling, bool) or not (
+            isinstance(self.scaling, int | float) and math.isfinite(self.scaling)
+        ):
+            refuse("scaling", "a finite number")
         for name in ("fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
-                wrong.append(f"{name}: expected True or False, found {getattr(self, name)!r}")
+                refuse(name, "True or False")
         if self.bias not in BIAS_MODES:
-            wrong.append(f"bias: expected one of {', '.join(BIAS_MODES)}, found {self.bias!r}")
+            refuse("bias", f"one of {', '.join(BIAS_MODES)}")
         kind: object = self.task_type
         if isinstance(kind, Enum):  # peft.TaskType
             self._set("task_type", kind.value)
         if self.task_type not in (None, *TASK_TYPES):
-            known = ", ".join(TASK_TYPES)
-            wrong.append(f"task_type: expected one of {known}, or None, found {self.task_type!r}")
+            refuse("task_type", f"one of {', '.join(TASK_TYPES)}, or None")
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            may_be_text = name != "modules_to_save"
-            self._set(name, _names(getattr(self, name), name, may_be_text, wrong))
+            value, may_be_text = getattr(self, name), name != "modules_to_save"
+            if isinstance(value, list | tuple | set | frozenset) and all(
+                isinstance(v, str) and v for v in value
+            ):
+                ordered = sorted(value) if isinstance(value, set | frozenset) else value
+                self._set(name, tuple(ordered))
+            elif value is not None and not (isinstance(value, str) and may_be_text):
+                refuse(name, f"{'a string or ' if may_be_text else ''}a list of names")
+                self._set(name, None)
+        layers: Any = self.layers_to_transform
+        many = isinstance(layers, list | tuple | set | frozenset | range)
+        numbers = tuple(layers if many else [] if layers is None else [layers])
+        if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            self._set("layers_to_transform", numbers if many else layers)
+        else:
+            refuse("layers_to_transform", "whole numbers from 0")
+        pattern: Any = self.n_frequency_pattern or {}
+        if isinstance(pattern, Mapping) and all(
+            isinstance(key, str) and (_integer(n) or 0) >= 1 for key, n in pattern.items()
+        ):
+            self._set("n_frequency_pattern", {key: _integer(n) for key, n in pattern.items()})
+            wrong += _regex_problems("n_frequency_pattern", *pattern)
+        else:
+            refuse("n_frequency_pattern", "a dictionary of names with values from 1")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value.lower() != ALL_LINEAR:
-                _check_regex(value, name, wrong)
+                wrong += _regex_problems(name, value)
         patterns = self.layers_pattern or ()
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            _check_regex(pattern, "layers_pattern", wrong)
-        self._set("layers_to_transform", _layer_numbers(self.layers_to_transform, wrong))
-        self._set("n_frequency_pattern", _frequencies(self.n_frequency_pattern, wrong))
+        wrong += _regex_problems(
+            "layers_pattern", *([patterns] if isinstance(patterns, str) else patterns)
+        )
         wrong += self._contradictions()
         if wrong:
             raise UsageError(
@@ -168,10 +196,6 @@ def load_config(source: ConfigSource) -> FourierFTConfig:
     Args:
         source: a `FourierFTConfig`; PEFT's object of that name; a dictionary of the fields of
             either; the path of an adapter_config.json or of a directory that holds one.
-
-    Raises:
-        FileAccessError, BadInputError: the path leads to no FourierFT configuration.
-        UsageError: fields that neither has, or values that `FourierFTConfig` refuses.
     """
     if isinstance(source, FourierFTConfig):
         return source
@@ -197,63 +221,19 @@ def load_config(source: ConfigSource) -> FourierFTConfig:
     return FourierFTConfig(**{k: v for k, v in source.items() if k in known and v is not None})
 
 
-def _integer(value: object, name: str, wrong: list[str]) -> object:
-    """`value` as a plain int; numpy's integers are welcome, bools are not."""
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-    wrong.append(f"{name}: expected an integer, found {value!r}")
-    return value
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _names(value: object, name: str, may_be_text: bool, wrong: list[str]) -> object:
-    if value is None or (isinstance(value, str) and may_be_text):
-        return value
-    if isinstance(value, list | tuple | set | frozenset) and all(
-        isinstance(v, str) and v for v in value
-    ):
-        return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
-    kinds = "a string or a list of names" if may_be_text else "a list of names"
-    wrong.append(f"{name}: expected {kinds}, found {value!r}")
-    return None
-
-
-def _layer_numbers(value: object, wrong: list[str]) -> object:
-    if value is None:
-        return None
-    many = isinstance(value, list | tuple | set | frozenset | range)
-    numbers: Iterable[object] = value if many else (value,)  # type: ignore[assignment]
-    if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        return tuple(numbers) if many else value
-    wrong.append(f"layers_to_transform: expected whole numbers from 0, found {value!r}")
-    return None
-
-
-def _frequencies(value: object, wrong: list[str]) -> dict[str, int]:
-    if not isinstance(value, Mapping | None):
-        wrong.append(f"n_frequency_pattern: expected a dictionary, found {value!r}")
-        return {}
-    pattern = {}
-    for key, n in (value or {}).items():
-        if not isinstance(key, str) or not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            wrong.append(
-                f"n_frequency_pattern: expected names with values from 1, found {key!r}: {n!r}"
-            )
-        elif _check_regex(key, "n_frequency_pattern", wrong):
-            pattern[key] = n
-    return pattern
-
-
-def _check_regex(pattern: str, name: str, wrong: list[str]) -> bool:
+def _integer(value: object) -> int | None:
+    """`value` as a plain int, numpy's integers too; None if it is none (bools are not)."""
     try:
-        re.compile(pattern)
-    except re.error as error:
-        wrong.append(f"{name}: {pattern!r} is not a regular expression: {error}")
-        return False
-    return True
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _regex_problems(name: str, *patterns: str) -> list[str]:
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{name}: {pattern!r} is not a regular expression: {error}")
+    return problems

@@ -17,7 +17,7 @@ from ..spectral import torch_ops
 from .active import activate, update_learning
 from .attach import detach
 from .layer import FourierLinear
-from .linear import check_mergeable, check_weight_is_parameter, stored_weight
+from .linear import check_mergeable, stored_weight
 from .modules import (
     active_adapters,
     adapted_modules,
@@ -66,12 +66,7 @@ def fuse(model: Model, names: str | Sequence[str] | None = None) -> Model:
         True
         >>> model = ff.restore(model)
     """
-    before, layers = _activate_for_merge(model, names, "fuse")
-    try:
-        weights = merged_weights(layers)
-    except UsageError:
-        activate(model, before)
-        raise
+    layers, weights = _merge(model, names, "fuse")
     for path, layer in layers.items():
         layer.exchange_weight(nn.Parameter(weights[path], requires_grad=False), fuse=True)
     update_learning(model)
@@ -120,21 +115,11 @@ def unload(model: Model, merge: bool = False) -> Model:
     check_not_routed(model, "unload")
     if not merge:
         return detach(model)
-    weights: dict[str, Tensor] = {}
     if is_fused(model):
-        fused = {path: m for path, m in fourier_layers(model).items() if m.is_fused}
-        weights = {path: stored_weight(layer.linear) for path, layer in fused.items()}
+        layers = {path: m for path, m in fourier_layers(model).items() if m.is_fused}
+        weights = {path: stored_weight(layer.linear) for path, layer in layers.items()}
     else:
-        before, layers = _activate_for_merge(model, None, "unload")
-        tied = _tied_weights(model)
-        in_place = {p: m for p, m in layers.items() if p not in tied and _cannot_overflow(m)}
-        try:
-            weights = merged_weights({p: m for p, m in layers.items() if p not in in_place})
-        except UsageError:
-            activate(model, before)
-            raise
-        for group in _same_entries(in_place):
-            _merge_group(group, in_place=True)
+        _, weights = _merge(model, None, "unload", in_place=True)
     versions = {
         path: versions_of(module)[module._fourierft_active]
         for path, module in adapted_modules(model).items()
@@ -158,49 +143,14 @@ def unload(model: Model, merge: bool = False) -> Model:
 
 
 @torch.no_grad()
-def merged_weights(layers: dict[str, FourierLinear]) -> dict[str, Tensor]:
-    """Path -> W + delta_W of each layer, in the base's dtype and layout.
+def _merge(
+    model: nn.Module, names: str | Sequence[str] | None, where: str, in_place: bool = False
+) -> tuple[dict[str, FourierLinear], dict[str, Tensor]]:
+    """Activate the adapters to merge, and compute W + delta_W in the base's dtype and layout.
 
-    Layers of one shape and dtype whose adapters share entries are done together.
-
-    Raises:
-        UsageError: results that are not finite where W is, or layers with no plain float weight
-            to add to (quantised ones), all listed.
-    """
-    check_mergeable("merged weights", {path: layer.linear for path, layer in layers.items()})
-    merged: dict[str, Tensor] = {}
-    for group in _same_entries(layers):
-        merged.update(zip(group, _merge_group(group), strict=True))
-    for path, layer in layers.items():
-        if path not in merged:
-            merged[path] = layer.effective_weight().contiguous()
-    broken = [
-        f"{path}.weight: not finite as {weight.dtype}"
-        for path, weight in merged.items()
-        if not torch.isfinite(weight).all()
-        and torch.isfinite(stored_weight(layers[path].linear)).all()
-    ]
-    if broken:
-        raise UsageError(
-            "merged weights",
-            expected="finite numbers",
-            found=f"{len(broken)} layers with infinities or NaN",
-            remedy="use a wider dtype for the base, or check the adapter",
-            offenders=broken,
-        )
-    return merged
-
-
-def _activate_for_merge(
-    model: nn.Module, names: str | Sequence[str] | None, where: str
-) -> tuple[tuple[str, ...], dict[str, FourierLinear]]:
-    """Activate the adapters to merge.
-
-    Returns:
-        The names that were active before, and path -> the layers to merge now.
-
-    Raises:
-        UsageError: as for `fuse`; the model is unchanged.
+    Layers of one shape and dtype whose adapters share entries are done together. With `in_place`,
+    weights that are not tied and cannot overflow are changed themselves, after all checks; the
+    others are returned by path. If anything is refused, the model is unchanged.
     """
     check_not_fused(model, where)
     before = active_adapters(model)
@@ -213,9 +163,45 @@ def _activate_for_merge(
         for path, layer in fourier_layers(model).items()
         if not set(wanted).isdisjoint(layer.adapters)
     }
-    check_mergeable(where, {path: layer.linear for path, layer in layers.items()})
+    _check_layers(model, where, layers)
+    activate(model, wanted)
+    in_base = {}
+    if in_place:
+        modules = [original(module) for _, module in base_modules(model)]
+        uses = Counter(id(p) for module in modules for p in module._parameters.values())
+        in_base = {
+            path: layer
+            for path, layer in layers.items()
+            if uses[id(original(layer)._parameters["weight"])] == 1 and _cannot_overflow(layer)
+        }
+    merged: dict[str, Tensor] = {}
+    apart = {path: layer for path, layer in layers.items() if path not in in_base}
+    for group in _same_entries(apart):
+        merged.update(zip(group, _merge_group(group), strict=True))
+    merged |= {p: m.effective_weight().contiguous() for p, m in apart.items() if p not in merged}
+    broken = [
+        f"{path}.weight: not finite as {weight.dtype}"
+        for path, weight in merged.items()
+        if not weight.isfinite().all() and stored_weight(layers[path].linear).isfinite().all()
+    ]
+    if broken:
+        activate(model, before)
+        raise UsageError(
+            "merged weights",
+            expected="finite numbers",
+            found=f"{len(broken)} layers with infinities or NaN",
+            remedy="use a wider dtype for the base, or check the adapter",
+            offenders=broken,
+        )
+    for group in _same_entries(in_base):
+        _merge_group(group, in_place=True)
+    return layers, merged
+
+
+def _check_layers(model: nn.Module, where: str, layers: dict[str, FourierLinear]) -> None:
+    """Refuse layers whose weight cannot be exchanged, or that occur at other places, too."""
     plain = {path: original(layer) for path, layer in layers.items()}
-    check_weight_is_parameter(where, plain)
+    check_mergeable(where, plain, parameters=True)
     places = Counter(id(m) for one in original(model).modules() for m in one._modules.values())
     shared = [path for path, linear in plain.items() if places[id(linear)] > 1]
     if shared:
@@ -226,15 +212,13 @@ def _activate_for_merge(
             remedy="put a copy of the layer at each path",
             offenders=shared,
         )
-    activate(model, wanted)
-    return before, layers
 
 
 def _same_entries(layers: dict[str, FourierLinear]) -> list[dict[str, FourierLinear]]:
     """The layers under exactly one active adapter, those together that share all but weights."""
     groups: dict[object, dict[str, FourierLinear]] = {}
     for path, layer in layers.items():
-        if len(layer.active) == 1 and not layer.is_fused:
+        if len(layer.active) == 1:
             adapter, weight = layer.adapter(layer.active[0]), stored_weight(layer.linear)
             key = (
                 *(layer.shape, layer.transposed, weight.dtype, weight.device),
@@ -256,19 +240,6 @@ def _merge_group(group: dict[str, FourierLinear], in_place: bool = False) -> lis
         transposed=layers[0].transposed,
         in_place=in_place,
     )
-
-
-def _tied_weights(model: nn.Module) -> set[str]:
-    """Paths of layers whose weight another module of the base holds as well."""
-    layers = fourier_layers(model)
-    held = [
-        (path, id(parameter))
-        for path, module in base_modules(model)
-        for parameter in original(module)._parameters.values()
-        if parameter is not None
-    ]
-    uses = Counter(parameter for _, parameter in held)
-    return {path for path, parameter in held if path in layers and uses[parameter] > 1}
 
 
 def _cannot_overflow(layer: FourierLinear) -> bool:

@@ -7,11 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..bundle.spec import AdapterSpec
 from ..errors import UsageError
-from .active import activate
-from .adapter import AdapterOrigin
+from .active import activate, freeze
 from .config import ConfigSource, FourierFTConfig, load_config
-from .freeze import freeze
 from .linear import describe, float_weight, is_linear, is_plain, layer_device
 from .match_bundle import check_not_offloaded
 from .modules import (
@@ -63,13 +62,13 @@ def inject(model: Model, config: ConfigSource, name: str = "default") -> Model:
     for path in (*selection.targets, *versions):
         check_not_offloaded(path, original(modules[path]))
     freeze(model)
-    origin = AdapterOrigin(
-        config.random_loc_seed, config.scaling, config.task_type, base_model_name(model)
+    base_name = base_model_name(model)
+    origin = AdapterSpec(
+        config.random_loc_seed, config.scaling, (), config.task_type, base_name, peft_config={}
     )
     for path, n_frequency in selection.targets.items():
         spectrum = _initial_spectrum(n_frequency, original(modules[path]), config.init_weights)
-        layer = ensure_fourier(model, path, modules[path])
-        layer.add_adapter(name, spectrum, origin)
+        ensure_fourier(model, path, modules[path]).add_adapter(name, spectrum, origin)
     for path, tensors in versions.items():
         add_saved(model, path, name, tensors, trainable=True)
     return activate(model, name)
@@ -98,8 +97,12 @@ def _own_tensors(
         for path in _callable_roots(root, modules):
             check_can_be_saved(path, modules[path])
             versions[path] = state_tensors(modules[path])
+    linear = {p: m for p, m in modules.items() if p in inside and is_linear(m)}
+    # A layer has no parameters or some that are no plain floats; a head may have sizes of its own.
     quantised = [
-        f"{p}: {describe(m)}" for p, m in modules.items() if p in inside and _is_quantised(m)
+        f"{path}: {describe(module)}"
+        for path, module in linear.items()
+        if not (there := list(module.parameters())) or not all(map(is_plain, there))
     ]
     if quantised:
         raise UsageError(
@@ -109,13 +112,11 @@ def _own_tensors(
             remedy="leave these modules out of the quantisation",
             offenders=quantised,
         )
-    for path, module in modules.items():
-        wanted = config.bias == "all" or (
-            config.bias == "fourier_only" and path in selection.targets
-        )
-        if wanted and path not in inside and isinstance(module._parameters.get("bias"), Tensor):
-            check_can_be_saved(path, module)
-            versions[path] = {"bias": own_state(module)["bias"]}
+    biased = {"all": tuple(modules), "fourier_only": tuple(selection.targets)}.get(config.bias, ())
+    for path in biased:
+        if path not in inside and isinstance(modules[path]._parameters.get("bias"), Tensor):
+            check_can_be_saved(path, modules[path])
+            versions[path] = {"bias": own_state(modules[path])["bias"]}
     return versions
 
 
@@ -128,9 +129,3 @@ def _callable_roots(path: str, modules: dict[str, nn.Module]) -> list[str]:
         return [path]
     inner = [f"{path}.{name}" for name in module._modules]
     return [root for one in inner if one in modules for root in _callable_roots(one, modules)]
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    """Whether a linear layer has no parameters, or some that are no plain floats."""
-    there = list(module.parameters())  # those within it, too: a head may have sizes of its own
-    return is_linear(module) and not (there and all(map(is_plain, there)))

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bundle.spec import AdapterSpec
 from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
 from ..spectral.torch_kernels import precision
 from ..types import Entries
-from .adapter import AdapterOrigin, LayerAdapter, autocast_is_on
+from .adapter import LayerAdapter, autocast_is_on
 from .linear import (
     check_output,
     float_weight,
@@ -29,7 +30,6 @@ from .linear import (
     layer_device,
     layer_shape,
     stored_weight,
-    warn_if_gradients_stop,
 )
 from .routing.apply import PerRowTensor, add_row_deltas
 from .routing.context import OpenBlocks, current_rows, rows_here
@@ -62,7 +62,7 @@ class FourierLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        linear = module_in_use(base_layer) if isinstance(base_layer, AdaptedModule) else base_layer
+        linear = module_in_use(base_layer)
         if not is_linear(linear):
             raise UsageError(
                 "FourierLinear",
@@ -75,7 +75,6 @@ class FourierLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.blocks = OpenBlocks()
-        self._gradient_tried = False
         self.register_parameter("kept_weight", None)
         self._register_state_dict_hook(_put_kept_weight)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
@@ -88,29 +87,21 @@ class FourierLinear(nn.Module):
     @property
     def linear(self) -> nn.Module:
         """The plain layer in use: the original, or the active adapter's version of it."""
-        layer = self.base_layer
-        return module_in_use(layer) if isinstance(layer, AdaptedModule) else layer
+        return module_in_use(self.base_layer)
 
     @property
     def weight(self) -> Tensor:
-        """W plus the delta_W of the active adapters, in the base's layout.
+        """W plus the delta_W of the active adapters, in the base's layout, computed when read.
 
-        It is computed when it is read. torch reads the weights of some layers and never calls
-        them: the output projection of `nn.MultiheadAttention`, and all of
-        `nn.TransformerEncoderLayer` when gradients are disabled.
-
-        Within `route`, where each row has its own, it is a stand-in that refuses to be used.
-
-        Raises:
-            UsageError: an adapter is active and the base has no plain float weight to add to.
+        torch reads the weights of some layers and never calls them: the output projection of
+        `nn.MultiheadAttention`, and all of `nn.TransformerEncoderLayer` without gradients. Within
+        `route`, where each row has its own, it is a stand-in that refuses to be used.
         """
         rows = rows_here(self) if self.blocks.count else None
         if rows is None:
             return self.effective_weight()
         weight: Any = self.base_layer.weight
-        if any(rows.names):
-            weight = PerRowTensor(weight, rows.where)
-        return cast(Tensor, weight)
+        return cast(Tensor, PerRowTensor(weight, rows.where) if any(rows.names) else weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -128,9 +119,7 @@ class FourierLinear(nn.Module):
     def exchange_weight(self, weight: nn.Parameter, *, fuse: bool) -> nn.Parameter:
         """Put another weight into the base layer and return the one that was there.
 
-        Args:
-            weight: W + delta_W to fuse the layer, the base's own weight to restore it.
-            fuse: keep what was there as `kept_weight`.
+        To `fuse` the layer give W + delta_W, and what was there becomes `kept_weight`.
         """
         parameters = unwrap(self)._parameters
         before = cast(nn.Parameter, parameters["weight"])
@@ -142,19 +131,16 @@ class FourierLinear(nn.Module):
 
     def adapter(self, name: str) -> LayerAdapter:
         """The layer's part of adapter `name`; KeyError if it has none."""
-        module = self.adapters[name]
-        if not isinstance(module, LayerAdapter):
-            raise TypeError(f"{name}: {type(module).__name__}")
-        return module
+        return cast(LayerAdapter, self.adapters[name])
 
     def add_adapter(
         self,
         name: str,
         spectrum: Tensor,
-        origin: AdapterOrigin,
-        *,
+        origin: AdapterSpec,
         entries: Entries | None = None,
         entry_rule: str | None = None,
+        *,
         trainable: bool = True,
     ) -> None:
         """Add an adapter; it is not active yet.
@@ -167,9 +153,6 @@ class FourierLinear(nn.Module):
             entries: (n, 2) int64; by default those that `origin.seed` gives under `entry_rule`.
             entry_rule: by default the one current torch follows for this shape.
             trainable: whether the spectrum learns while active.
-
-        Raises:
-            UsageError: the name is taken, or n does not fit the layer.
         """
         if name in self.adapters:
             raise UsageError(f"adapter {name!r}", found="a layer that has it already")
@@ -212,9 +195,7 @@ class FourierLinear(nn.Module):
 
         For the backward pass the token form holds x (where a spectrum learns) and nothing else;
         the dense form holds W + delta_W besides, 4 M N bytes in float32, if x needs a gradient.
-        The cost model takes the dense form where rows are many and the layer is small, so x is
-        the larger part there, too. Under bfloat16 or float16 the dense form holds a float32 copy
-        of x and delta_W.
+        Under bfloat16 or float16 the dense form holds a float32 copy of x and delta_W.
 
         Args:
             x: (..., in_features).
@@ -240,26 +221,16 @@ class FourierLinear(nn.Module):
             for name in self.active:
                 result = result + self.adapter(name).token_delta(x)
             return result.to(dtype)
-        delta = self.delta_weight()
-        if delta is None:
-            return result
+        delta = cast(Tensor, self.delta_weight())
         if not autocast_is_on(x):
             x = x.to(delta.dtype)
         return (result + F.linear(x, delta)).to(dtype)
 
     def _base_output(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The base layer's output, checked where the layer is not one of the two known types.
-
-        Raises:
-            UsageError: it is not one float tensor (..., out_features).
-        """
+        """The base layer's output, checked where the layer is not one of the two known types."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if float_weight(self.linear) is None:
             check_output(self.linear, result, self.out_features)
-            learns = torch.is_grad_enabled() and x.requires_grad
-            if learns and not self._gradient_tried and not torch.compiler.is_compiling():
-                self._gradient_tried = True
-                warn_if_gradients_stop(self.base_layer, x)
         return result
 
     def _form(self, x: Tensor) -> str:
@@ -288,11 +259,7 @@ class FourierLinear(nn.Module):
         """Write nothing: `kept_weight` is written under the base layer's name by a hook."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as any module.
-
-        Raises:
-            UsageError: the layer is fused: what is loaded would be lost at `restore`.
-        """
+        """Load as any module, but not while fused: what is loaded would be lost at `restore`."""
         if self.is_fused:
             raise UsageError(
                 "load_state_dict", found="a model that is fused", remedy="call restore first"

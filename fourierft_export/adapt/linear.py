@@ -8,9 +8,8 @@ is then added to the output of the layer and never to its weight.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -23,10 +22,7 @@ from ..errors import UsageError
 from ..types import Array
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_REMEDY = (
-    "capture the adapter and merge it into the unquantised checkpoint, or put it on a dequantised "
-    "model; on this model its effect can only be added to the output of the layer"
-)
+_PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -37,18 +33,9 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def is_common_linear(module: nn.Module) -> bool:
-    """Whether `module` is an nn.Linear (quantised or not) or a Conv1D: what PEFT takes."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a layer that FourierFT can adapt.
-
-    That is an nn.Linear, a Conv1D, or anything that is called and whose `in_features` and
-    `out_features` are positive integers.
-    """
-    if is_common_linear(module):
+    """Whether FourierFT can adapt `module`: nn.Linear, Conv1D, or another layer with two sizes."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     counted = all(type(size) is int and size > 0 for size in sizes)
@@ -71,12 +58,8 @@ def float_weight(linear: nn.Module) -> Tensor | None:
     themselves float32 but hold integers, bitsandbytes' hold integers under an nn.Linear, and
     float8 weights need a scale that lies elsewhere.
     """
-    if not is_common_linear(linear):
-        return None
-    weight = linear.weight
-    if not isinstance(weight, Tensor) or not is_plain(weight):
-        return None
-    return weight
+    weight = linear.weight if isinstance(linear, nn.Linear) or is_conv1d(linear) else None
+    return weight if isinstance(weight, Tensor) and is_plain(weight) else None
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -88,31 +71,17 @@ def is_plain(weight: Tensor) -> bool:
 
 
 def stored_weight(linear: nn.Module) -> Tensor:
-    """The weight of an nn.Linear or Conv1D, in its own layout.
-
-    Raises:
-        UsageError: the layer has no plain float weight (`float_weight`).
-    """
+    """The weight of an nn.Linear or Conv1D, in its own layout; UsageError if it has none."""
     weight = float_weight(linear)
     if weight is None:
-        raise UsageError(
-            f"weight of a layer of type {type(linear).__name__}",
-            expected="a plain float matrix, to which a change can be added",
-            found=describe(linear),
-            remedy=_REMEDY,
-        )
-    return weight
+        check_mergeable("weight", {"the layer": linear})
+    return cast(Tensor, weight)
 
 
-def check_mergeable(where: str, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers that have no plain float weight to add delta_W to.
+def check_mergeable(where: str, layers: Mapping[str, nn.Module], parameters: bool = False) -> None:
+    """Refuse layers (by path) that have no plain float weight to add delta_W to.
 
-    Args:
-        where: what was being done, for the message.
-        layers: path -> the base's layer.
-
-    Raises:
-        UsageError: all such layers listed.
+    With `parameters`, also those whose weight is no parameter but is computed from others.
     """
     odd = [f"{p}: {describe(m)}" for p, m in layers.items() if float_weight(m) is None]
     if odd:
@@ -120,19 +89,12 @@ def check_mergeable(where: str, layers: Mapping[str, nn.Module]) -> None:
             where,
             expected="layers with plain float weights",
             found=f"{len(odd)} of {len(layers)} that are quantised or of another kind",
-            remedy=_REMEDY,
+            remedy="capture the adapter and merge it into the unquantised checkpoint, or put it on "
+            "a dequantised model; here it can only be added to the output of the layer",
             offenders=odd,
         )
-
-
-def check_weight_is_parameter(where: str, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weight is no parameter but is computed from others.
-
-    Raises:
-        UsageError: all such layers listed.
-    """
     computed = [path for path, linear in layers.items() if "weight" not in linear._parameters]
-    if computed:
+    if parameters and computed:
         raise UsageError(
             where,
             expected="layers whose weight is a parameter",
@@ -143,14 +105,10 @@ def check_weight_is_parameter(where: str, layers: Mapping[str, nn.Module]) -> No
 
 
 def without_parametrizations(path: str, linear: nn.Module) -> nn.Module:
-    """The layer, or a plain copy where torch computes its weight from others (weight_norm).
-
-    Raises:
-        UsageError: a hook computes the weight, so that a copy would not keep it.
-    """
+    """The layer, or a plain copy where torch computes its weight from others (weight_norm)."""
     if not parametrize.is_parametrized(linear):
-        if float_weight(linear) is not None:
-            check_weight_is_parameter("export", {path: linear})
+        if float_weight(linear) is not None:  # a hook that computes the weight is not copied
+            check_mergeable("export", {path: linear}, parameters=True)
         return linear
     plain = copy.deepcopy(linear)
     # torch's remove_parametrizations would change the class, which the copy shares.
@@ -161,15 +119,12 @@ def without_parametrizations(path: str, linear: nn.Module) -> nn.Module:
     return plain
 
 
-_PLAIN_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
 def is_bare(linear: nn.Module) -> bool:
     """Whether calling the layer is nothing but x W^T + b: no replaced forward, no hooks.
 
     PEFT always calls the base layer, so whatever hangs on it must run here, too.
     """
-    plain = is_conv1d(linear) or type(linear) in _PLAIN_LINEAR
+    plain = type(linear) in _PLAIN_LINEAR or is_conv1d(linear)
     return plain and "forward" not in linear.__dict__ and not has_hooks(linear)
 
 
@@ -188,53 +143,18 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def check_output(layer: nn.Module, output: Any, out_features: int) -> None:
-    """Refuse an output of a layer of unknown type to which x delta_W^T cannot be added.
-
-    Raises:
-        UsageError: not a tensor (..., out_features) of floats.
-    """
+    """Refuse an output of a layer of unknown type to which x delta_W^T cannot be added."""
+    found = type(output).__name__
     if isinstance(output, Tensor):
         if output.shape[-1:] == (out_features,) and output.is_floating_point():
             return
         found = f"shape {list(output.shape)}, {str(output.dtype).removeprefix('torch.')}"
-    else:
-        found = type(output).__name__
     raise UsageError(
         f"output of {type(layer).__name__}",
         expected=f"one float tensor whose last dimension is out_features, {out_features}",
         found=found,
         remedy="leave the layer out of target_modules",
     )
-
-
-def warn_if_gradients_stop(layer: nn.Module, x: Tensor) -> None:
-    """Warn when gradients do not reach the layer's input, as in some quantised layers.
-
-    The layer is run once more for it, forward and backward, on `x`.
-    """
-    # Separate hooks hide what is saved here from gradient checkpointing, which counts.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
-        probe = x.detach().requires_grad_()
-        answer = layer(probe)
-        gradient = None
-        if answer.requires_grad:
-            ones = torch.ones_like(answer)
-            try:
-                (gradient,) = torch.autograd.grad(answer, probe, ones, allow_unused=True)
-            except RuntimeError:  # training will end with this very message, which says more
-                return
-    if gradient is None:
-        warnings.warn(
-            f"{describe(layer)}: no gradient passes through this layer. Layers before "
-            "it get gradients through its adapter only; use weight-only quantisation to train, or "
-            "adapt only the last layers.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def describe(linear: nn.Module) -> str:
@@ -248,10 +168,10 @@ def describe(linear: nn.Module) -> str:
     return f"{type(linear).__name__} with a weight of {held}"
 
 
-def layer_device(linear: nn.Module) -> torch.device:
+def layer_device(module: nn.Module) -> torch.device:
     """Where a layer's tensors are: that of its weight, else of its first tensor, else the CPU."""
-    weight = getattr(linear, "weight", None)
-    tensors = (*linear.parameters(), *linear.buffers())
+    weight = getattr(module, "weight", None)
+    tensors = (*module.parameters(), *module.buffers())
     first = weight if isinstance(weight, Tensor) else next(iter(tensors), None)
     return torch.device("cpu") if first is None else first.device
 

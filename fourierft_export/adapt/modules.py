@@ -12,33 +12,20 @@ from ..errors import UsageError
 from .adapter import LayerAdapter
 from .layer import FourierLinear
 from .linear import without_parametrizations
-from .saved_modules import (
-    AdaptedModule,
-    Version,
-    add_version,
-    original_of,
-    remove_version,
-    unwrap,
-    versions_of,
-)
+from .saved_modules import AdaptedModule, Version, unwrap, versions_of
+
+# By their names: two of these classes are slow to import.
+_WHOLE_MODEL = ("AveragedModel", "DataParallel", "DistributedDataParallel", "OptimizedModule")
 
 
 def original(module: nn.Module) -> nn.Module:
-    """The base's module under any wrappers.
-
-    Besides those of adapters: what torch.compile, DistributedDataParallel, DataParallel and
-    weight averaging (`torch.optim.swa_utils.AveragedModel`) put around a model.
-    """
+    """The base's module under wrappers: adapters', torch.compile's, weight averaging, DDP's."""
     while type(module).__name__ in _WHOLE_MODEL:
         inner = module._modules.get("module", module._modules.get("_orig_mod"))
         if inner is None:
             break
         module = inner
     return unwrap(module)
-
-
-# By their names: two of these classes are slow to import.
-_WHOLE_MODEL = ("AveragedModel", "DataParallel", "DistributedDataParallel", "OptimizedModule")
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -64,30 +51,23 @@ def fourier_layers(model: nn.Module) -> dict[str, FourierLinear]:
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedModule]:
     """Path -> AdaptedModule, those within FourierLinear layers too."""
-    found = {}
-    for path, module in base_modules(model):
-        inner = module.base_layer if isinstance(module, FourierLinear) else module
-        if isinstance(inner, AdaptedModule):
-            found[path] = inner
-    return found
+    inner = {p: m.base_layer if isinstance(m, FourierLinear) else m for p, m in base_modules(model)}
+    return {path: m for path, m in inner.items() if isinstance(m, AdaptedModule)}
 
 
-def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The base's module that holds `path`, and the name it holds it under."""
+def _holder(model: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    """The `_modules` that hold the module at `path`, and its name there."""
     *above, name = path.split(".")
     parent = original(model)
     for segment in above:
-        child = parent._modules[segment]
-        if child is None:
-            raise KeyError(path)
-        parent = original(child)
-    return parent, name
+        parent = original(parent._modules[segment])  # type: ignore[arg-type]
+    return parent._modules, name
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Set the module at `path`, whatever stood there."""
-    parent, name = parent_of(model, path)
-    parent._modules[name] = module
+    held, name = _holder(model, path)
+    held[name] = module
 
 
 def ensure_fourier(model: nn.Module, path: str, module: nn.Module) -> FourierLinear:
@@ -101,17 +81,18 @@ def ensure_fourier(model: nn.Module, path: str, module: nn.Module) -> FourierLin
 def add_saved(
     model: nn.Module, path: str, name: str, tensors: Mapping[str, Tensor], trainable: bool
 ) -> None:
-    """Give adapter `name` its own version of the module at `path`, with these tensors."""
-    parent, leaf = parent_of(model, path)
-    module = parent._modules[leaf]
-    if module is None:
-        raise KeyError(path)
+    """Give adapter `name` its own version of the module at `path`, with copies of `tensors`."""
+    held, leaf = _holder(model, path)
+    module = held[leaf]
     inner = module.base_layer if isinstance(module, FourierLinear) else module
     if not isinstance(inner, AdaptedModule):
+        if inner is None:
+            raise KeyError(path)
         wrapper = AdaptedModule(inner)
         exchange_everywhere(model, inner, wrapper)
         inner = wrapper
-    add_version(inner, name, tensors, trainable)
+    version = Version(unwrap(inner), tensors, trainable).train(inner.training)
+    versions_of(inner)[name] = version
 
 
 def exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -125,9 +106,12 @@ def exchange_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> Non
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Remove adapter `name`; where it was the last one, put the base's own module back."""
     for adapted in adapted_modules(model).values():
-        remove_version(adapted, name)
+        if name in versions_of(adapted):
+            del versions_of(adapted)[name]
+        if adapted._fourierft_active == name:
+            adapted._fourierft_active = None
         if not versions_of(adapted):
-            exchange_everywhere(model, adapted, original_of(adapted))
+            exchange_everywhere(model, adapted, unwrap(adapted))
     for path, layer in fourier_layers(model).items():
         layer.active = tuple(n for n in layer.active if n != name)
         if name in layer.adapters:
@@ -138,11 +122,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, LayerAdapter]:
     """Path -> adapter `name`'s share of that layer."""
-    return {
-        path: layer.adapter(name)
-        for path, layer in fourier_layers(model).items()
-        if name in layer.adapters
-    }
+    layers = fourier_layers(model).items()
+    return {path: layer.adapter(name) for path, layer in layers if name in layer.adapters}
 
 
 def adapter_versions(model: nn.Module, name: str) -> dict[str, Version]:
@@ -161,29 +142,23 @@ def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of a model's adapters.
+    """Returns the names of a model's adapters, in the order in which they were added.
 
     Args:
         model: with adapters or without.
-
-    Returns:
-        The names in the order in which they were added.
     """
-    return tuple(
-        dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.adapters)
-    )
+    layers = fourier_layers(model).values()
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.adapters))
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of a model's active adapters.
+    """Returns the names of a model's active adapters, in the order in which they add up.
 
     Args:
         model: with adapters or without.
-
-    Returns:
-        The names in the order in which their changes add up.
     """
-    return tuple(dict.fromkeys(n for layer in fourier_layers(model).values() for n in layer.active))
+    layers = fourier_layers(model).values()
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.active))
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -220,20 +195,15 @@ def check_known(model: nn.Module, names: Iterable[str]) -> None:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raise UsageError unless `name` can become an adapter's name on `model` now."""
+    where = f"adapter {name!r}"
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise UsageError(
-            f"adapter {name!r}",
-            expected="a name without dots that is no attribute of nn.ModuleDict",
-            remedy="choose another name",
-        )
+        expected = "a name without dots that is no attribute of nn.ModuleDict"
+        raise UsageError(where, expected=expected, remedy="choose another name")
     if name in adapter_names(model):
-        raise UsageError(
-            f"adapter {name!r}",
-            found="an adapter of that name on this model already",
-            remedy="detach it first, or give another name",
-        )
-    check_not_fused(model, f"adapter {name!r}")
-    check_not_routed(model, f"adapter {name!r}")
+        found = "an adapter of that name on this model already"
+        raise UsageError(where, found=found, remedy="detach it first, or give another name")
+    check_not_fused(model, where)
+    check_not_routed(model, where)
 
 
 def base_model_name(model: nn.Module) -> str | None:
@@ -247,23 +217,15 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within the block, the model is its base with the base's own modules, as exporters need it.
 
     Layers whose weight torch computes (parametrizations such as weight_norm) are plain ones there.
-    Everything is put back afterwards.
-
-    Raises:
-        UsageError: a `route` block is open; an adapted layer's weight is computed by a hook.
     """
     check_not_routed(model, "export")
-    wrappers: dict[str, nn.Module] = {}
+    layers = fourier_layers(model)
+    wrappers: dict[str, nn.Module] = {**adapted_modules(model), **layers}
+    plain = {path: unwrap(module) for path, module in wrappers.items()}
+    plain |= {path: without_parametrizations(path, plain[path]) for path in layers}
     fused: dict[FourierLinear, nn.Parameter] = {}
-    plain: dict[str, nn.Module] = {}
-    for path, module in base_modules(model):
-        if isinstance(module, FourierLinear | AdaptedModule):
-            wrappers[path] = module
-            plain[path] = unwrap(module)
-        if isinstance(module, FourierLinear):
-            plain[path] = without_parametrizations(path, plain[path])
     try:
-        for layer in fourier_layers(model).values():
+        for layer in layers.values():
             if layer.kept_weight is not None:
                 fused[layer] = layer.exchange_weight(layer.kept_weight, fuse=False)
         for path, module in plain.items():

@@ -8,7 +8,7 @@ bias alone is trained, the version shares everything else with the original.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -40,9 +40,9 @@ class Version(nn.Module):
         self.trainable = trainable
         self.is_whole = set(own) == set(state_tensors(original))
         if self.is_whole:
-            self._modules["module"] = copy_base(original)
+            self._modules["module"] = _copy_base(original)
         else:
-            copied, held = copy_sharing(original, own), nn.Module()
+            copied, held = _copy_sharing(original, own), nn.Module()
             for leaf in own:
                 held._parameters[leaf] = copied._parameters[leaf]
             self._modules["module"] = held
@@ -90,9 +90,6 @@ class AdaptedModule(nn.Module):
 
     Its attributes and methods are those of the version in use. Only names that the module itself
     does not have (`original`, `versions`, `version`, `active`) are those of the wrapper.
-
-    Args:
-        original: the base's module; kept untouched.
     """
 
     fourierft_wraps = "original"
@@ -132,21 +129,22 @@ class AdaptedModule(nn.Module):
             raise
 
 
-def original_of(adapted: AdaptedModule) -> nn.Module:
-    """The base's module."""
-    return cast(nn.Module, adapted._modules["original"])
-
-
-def versions_of(adapted: AdaptedModule) -> dict[str, Version]:
-    """Adapter name -> its version."""
-    held = cast(nn.ModuleDict, adapted._modules["versions"])
-    return {name: cast(Version, module) for name, module in held.items()}
+def versions_of(adapted: AdaptedModule) -> MutableMapping[str, Version]:
+    """Adapter name -> its version; changes of the mapping are changes of the wrapper."""
+    return cast(MutableMapping[str, Version], adapted._modules["versions"])
 
 
 def module_under(adapted: AdaptedModule, name: str | None) -> nn.Module:
     """The module that is used under adapter `name`; the original under None."""
-    module: nn.Module = original_of(adapted) if name is None else versions_of(adapted)[name].module
-    return module
+    module = unwrap(adapted) if name is None else versions_of(adapted)[name].module
+    return cast(nn.Module, module)
+
+
+def module_in_use(module: nn.Module) -> nn.Module:
+    """The active adapter's version of a wrapped module, or the original; other modules as such."""
+    if not isinstance(module, AdaptedModule):
+        return module
+    return module_under(module, module._fourierft_active)
 
 
 def link_versions(adapted: AdaptedModule) -> None:
@@ -155,58 +153,22 @@ def link_versions(adapted: AdaptedModule) -> None:
         _ = version.module
 
 
-def module_in_use(adapted: AdaptedModule) -> nn.Module:
-    """The active adapter's version, or the original."""
-    return module_under(adapted, adapted._fourierft_active)
-
-
-def add_version(
-    adapted: AdaptedModule, name: str, own: Mapping[str, Tensor], trainable: bool
-) -> None:
-    """Add adapter `name`'s version, which holds copies of these tensors; it is not active yet."""
-    version = Version(original_of(adapted), own, trainable).train(adapted.training)
-    cast(nn.ModuleDict, adapted._modules["versions"])[name] = version
-
-
-def remove_version(adapted: AdaptedModule, name: str) -> None:
-    """Remove adapter `name`'s version, if it has one."""
-    if name in versions_of(adapted):
-        del cast(nn.ModuleDict, adapted._modules["versions"])[name]
-    if adapted._fourierft_active == name:
-        adapted._fourierft_active = None
-
-
 _WRAPPER_ATTRIBUTES: dict[str, Callable[[AdaptedModule], Any]] = {
-    "original": original_of,
-    "versions": lambda adapted: adapted._modules["versions"],
+    "original": lambda adapted: adapted._modules["original"],
+    "versions": versions_of,
     "version": lambda adapted: versions_of(adapted).__getitem__,
     "active": lambda adapted: adapted._fourierft_active,
 }
 
 
-def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+def state_tensors(module: nn.Module, path: str = "") -> dict[str, Tensor]:
     """The tensors of the base's module in its state dict, by name; wrappers within are skipped."""
-    found = {}
-    for path, inner in base_children(module):
-        for leaf, tensor in own_state(inner).items():
-            found[f"{path}.{leaf}" if path else leaf] = tensor
-    return found
-
-
-def base_children(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path within `module`, the base's module) for `module` and all in it."""
-    module = unwrap(module)
-    yield path, module
-    for name, child in module._modules.items():
+    base = unwrap(module)
+    found = {f"{path}{leaf}": tensor for leaf, tensor in own_state(base).items()}
+    for name, child in base._modules.items():
         if child is not None:
-            yield from base_children(child, f"{path}.{name}" if path else name)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The base's module under the wrappers of adapters (a FourierLinear, an AdaptedModule)."""
-    while (child := getattr(type(module), "fourierft_wraps", None)) is not None:
-        module = module._modules[child]  # type: ignore[assignment]
-    return module
+            found |= state_tensors(child, f"{path}{name}.")
+    return found
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -217,7 +179,14 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def copy_base(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
+    """The base's module under the wrappers of adapters (a FourierLinear, an AdaptedModule)."""
+    while (child := getattr(type(module), "fourierft_wraps", None)) is not None:
+        module = module._modules[child]  # type: ignore[assignment]
+    return module
+
+
+def _copy_base(module: nn.Module) -> nn.Module:
     """A deep copy of the base's module, without the wrappers of adapters in it."""
     memo: dict[int, Any] = {}
     wrapped = [m for m in module.modules() if unwrap(m) is not m]
@@ -226,7 +195,7 @@ def copy_base(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def copy_sharing(module: nn.Module, own: Iterable[str] = ()) -> nn.Module:
+def _copy_sharing(module: nn.Module, own: Iterable[str]) -> nn.Module:
     """A copy that shares children, hooks and tensors with `module`, the parameters `own` excepted.
 
     Bound methods that the module keeps of itself become those of the copy.
@@ -245,12 +214,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def check_can_be_saved(path: str, module: nn.Module) -> None:
-    """Refuse modules that a wrapper cannot replace: those that are read rather than called.
-
-    Raises:
-        UsageError: `module` has no forward, or is the whole model; its tensors are spread over
-            processes.
-    """
+    """Refuse modules that a wrapper cannot replace: those that are read rather than called."""
     found = type(module).__name__
     remedy = "leave it out of modules_to_save and bias"
     if not path:

@@ -66,10 +66,6 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
     """Choose the layers of `model` that `config` asks for.
 
     A module that stands at several paths is adapted at the first of them only, as in PEFT.
-
-    Raises:
-        UsageError: nothing matched; something that is no linear layer matched; n_frequency is
-            larger than a layer; modules_to_save names nothing.
     """
     modules = {path: original(module) for path, module in base_modules(model) if path}
     saved = _saved_paths(modules, config)
@@ -84,9 +80,7 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
     ]
     if not chosen:
         raise _nothing_matched(modules, wanted)
-    odd = [
-        f"{path}: {type(modules[path]).__name__}" for path in chosen if not is_linear(modules[path])
-    ]
+    odd = [f"{p}: {type(modules[p]).__name__}" for p in chosen if not is_linear(modules[p])]
     if odd:
         raise UsageError(
             "target_modules",
@@ -96,7 +90,19 @@ def select(model: nn.Module, config: FourierFTConfig) -> Selection:
             offenders=odd,
         )
     targets = {path: _frequency(path, config) for path in chosen}
-    _check_fit(targets, modules)
+    too_small = []
+    for path, n in targets.items():
+        rows, columns = layer_shape(modules[path])
+        if n > rows * columns:
+            too_small.append(f"{path}: {rows} x {columns} has {rows * columns} weights, found {n}")
+    if too_small:
+        raise UsageError(
+            "n_frequency",
+            expected="at most the number of weights of each layer",
+            found=f"{len(too_small)} layers that are smaller",
+            remedy="lower n_frequency, or give these layers their own in n_frequency_pattern",
+            offenders=too_small,
+        )
     return Selection(targets, saved)
 
 
@@ -146,14 +152,13 @@ def _target_names(
     if wanted.lower() != ALL_LINEAR:
         return wanted
     head = _output_head(model, config)
+
+    def holds_linears(module: nn.Module) -> bool:  # a block with sizes: the layers in it are taken
+        return any(is_linear(inner) for inner in module.modules() if inner is not module)
+
     return frozenset(
-        p for p, m in modules.items() if is_linear(m) and m is not head and not _holds_linears(m)
+        p for p, m in modules.items() if is_linear(m) and m is not head and not holds_linears(m)
     )
-
-
-def _holds_linears(module: nn.Module) -> bool:
-    """Whether a module with sizes is a block of layers: "all-linear" takes the layers in it."""
-    return any(is_linear(inner) for inner in module.modules() if inner is not module)
 
 
 def _output_head(model: nn.Module, config: FourierFTConfig) -> nn.Module | None:
@@ -161,15 +166,10 @@ def _output_head(model: nn.Module, config: FourierFTConfig) -> nn.Module | None:
     output = getattr(model, "get_output_embeddings", None)
     if output is None:
         return None
-    embedding = output()
-    if isinstance(embedding, nn.Module):
-        return original(embedding)
+    heads = [output()]
     if config.task_type == "SEQ_CLS":
-        for name in ("score", "classifier"):
-            head = getattr(model, name, None)
-            if isinstance(head, nn.Module):
-                return original(head)
-    return None
+        heads += [getattr(model, "score", None), getattr(model, "classifier", None)]
+    return next((original(head) for head in heads if isinstance(head, nn.Module)), None)
 
 
 def _is_left_out(path: str, config: FourierFTConfig, saved: Iterable[str]) -> bool:
@@ -213,22 +213,6 @@ def _frequency(path: str, config: FourierFTConfig) -> int:
     pattern = config.n_frequency_pattern
     key = next((k for k in pattern if re.match(rf".*\.{k}$", path)), path)
     return pattern.get(key, config.n_frequency)
-
-
-def _check_fit(targets: Mapping[str, int], modules: Mapping[str, nn.Module]) -> None:
-    too_small = []
-    for path, n in targets.items():
-        rows, columns = layer_shape(modules[path])
-        if n > rows * columns:
-            too_small.append(f"{path}: {rows} x {columns} has {rows * columns} weights, found {n}")
-    if too_small:
-        raise UsageError(
-            "n_frequency",
-            expected="at most the number of weights of each layer",
-            found=f"{len(too_small)} layers that are smaller",
-            remedy="lower n_frequency, or give these layers their own in n_frequency_pattern",
-            offenders=too_small,
-        )
 
 
 def _last_segments(paths: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..adapt.freeze import refuse_saving
+from ..adapt.active import refuse_saving
 from ..adapt.modules import adapter_names
 from ..bundle.file import SUFFIX, Bundle
 from ..errors import BaseMismatchError, UsageError

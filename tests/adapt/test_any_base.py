@@ -178,38 +178,6 @@ def test_a_head_with_sizes_is_no_quantised_layer() -> None:
     assert capture(inject(model, config)).saved.keys() == {"1.dense.weight", "1.dense.bias"}
 
 
-def test_a_base_without_gradients_is_reported_once() -> None:
-    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12))
-    for i in (1, 2):
-        model[i] = NoGradient(model[i])
-    inject(model, FourierFTConfig(n_frequency=5, target_modules=["1"]))
-    x = torch.randn(4, 12)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(x)  # nothing before layer 1 learns
-    with pytest.warns(RuntimeWarning, match="NoGradient: no gradient passes"):
-        model(x.requires_grad_())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(x)
-
-
-class NoGradient(Ternary):
-    """As torchao's layers do that quantise what they are given: the bias alone has a gradient."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        self.bias = nn.Parameter(linear.bias.detach().clone())
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "bias" and isinstance(value, nn.Parameter):
-            self._buffers.pop("bias", None)
-        super().__setattr__(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.detach())
-
-
 class TwoAnswers(Ternary):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), None

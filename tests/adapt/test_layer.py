@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fourierft_export import FourierLinear
-from fourierft_export.adapt.adapter import AdapterOrigin
+from fourierft_export.bundle.spec import AdapterSpec
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost
 
@@ -41,7 +41,7 @@ def make(
     total = torch.zeros(shape, dtype=torch.float64)
     for name, n, seed, scaling in (("a", 31, 7, 60.0), ("b", 12, 2**32 - 1, 25)):
         spectrum = torch.randn(n)
-        layer.add_adapter(name, spectrum, AdapterOrigin(seed, scaling))
+        layer.add_adapter(name, spectrum, AdapterSpec(seed, scaling, ()))
         total += float64_delta(spectrum, shape, seed, scaling)
     layer.active = ("a", "b")
     return layer, base, total
@@ -150,6 +150,6 @@ def test_other_layers_are_refused() -> None:
         FourierLinear(nn.Conv2d(3, 3, 1))
     layer, _, _ = make()
     with pytest.raises(UsageError):
-        layer.add_adapter("a", torch.zeros(3), AdapterOrigin(1, 1.0))
+        layer.add_adapter("a", torch.zeros(3), AdapterSpec(1, 1.0, ()))
     with pytest.raises(UsageError):
-        layer.add_adapter("c", torch.zeros(24 * 18 + 1), AdapterOrigin(1, 1.0))
+        layer.add_adapter("c", torch.zeros(24 * 18 + 1), AdapterSpec(1, 1.0, ()))

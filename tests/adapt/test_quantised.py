@@ -251,16 +251,6 @@ def test_two_adapters_in_one_batch(quantised: Callable[..., nn.Module], tokens: 
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
-def test_activations_that_are_quantised_too_pass_no_gradient() -> None:
-    model = with_torchao(
-        nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)),
-        "Int8DynamicActivationInt8WeightConfig",
-    )
-    adapted(model, target_modules=["0", "2"])
-    with pytest.warns(RuntimeWarning, match=r"Int8Tensor \(float32\): no gradient passes"):
-        model(torch.randn(4, 32))
-
-
 def test_a_torchao_layer_under_compile(make_model: MakeModel) -> None:
     model = with_torchao(nn.Sequential(nn.Linear(32, 48)), "Int8WeightOnlyConfig")
     adapted(model, target_modules=["0"])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fourierft_export import FourierFTConfig, FourierLinear, activate, attach, inject, route
-from fourierft_export.adapt.adapter import AdapterOrigin
 from fourierft_export.adapt.modules import active_adapters
+from fourierft_export.bundle.spec import AdapterSpec
 from fourierft_export.spectral import cost
 
 MakeModel = Callable[[str], nn.Module]
@@ -96,7 +96,7 @@ def layer_with(dtype: torch.dtype, spectra: torch.dtype) -> FourierLinear:
     ):
         # Of one seed, but not of one dtype.
         own = torch.float64 if name == "b" else spectra
-        layer.add_adapter(name, torch.randn(n).to(own), AdapterOrigin(seed, scaling))
+        layer.add_adapter(name, torch.randn(n).to(own), AdapterSpec(seed, scaling, ()))
     return layer
 
 

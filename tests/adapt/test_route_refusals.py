@@ -23,7 +23,6 @@ from fourierft_export import (
     route,
 )
 from fourierft_export.adapt.modules import adapted_modules, adapter_names
-from fourierft_export.adapt.saved_modules import add_version
 from fourierft_export.errors import UsageError
 
 MakeModel = Callable[[str], nn.Module]
@@ -110,19 +109,6 @@ def test_weights_that_are_read(learns: bool) -> None:
             model(x)
         with route(model, ["b", None]):
             model(x)
-
-
-def test_heads_of_different_sizes(model: Any) -> None:
-    """Not even low-level versions of one module may differ within a batch."""
-    head = adapted_modules(model)["classifier"]
-    five = {"weight": torch.zeros(5, 32), "bias": torch.zeros(5)}
-    add_version(head, "b", five, trainable=False)
-    with pytest.raises(UsageError, match="batches of their own") as caught, route(model, NAMES):
-        pytest.fail("the block was entered")
-    assert "classifier.weight: a has [3, 32], b [5, 32]" in caught.value.offenders
-    assert "classifier.weight: b has [5, 32], None [3, 32]" in caught.value.offenders
-    with torch.no_grad(), route(model, ["b", "b"]):
-        assert run(model, 2).shape == (2, 5)
 
 
 def test_versions_that_answer_with_more_than_one_tensor() -> None:

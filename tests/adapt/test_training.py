@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fourierft_export import FourierFTConfig, FourierLinear, fuse, inject
 from fourierft_export.adapt.active import activate
-from fourierft_export.adapt.adapter import AdapterOrigin
+from fourierft_export.bundle.spec import AdapterSpec
 from fourierft_export.spectral import cost
 
 MakeModel = Callable[[str], nn.Module]
@@ -167,7 +167,7 @@ def held_bytes(module: nn.Module, function: Callable[[], Tensor]) -> int:
 def trained_layer(rows: int, columns: int, n: int = 200) -> FourierLinear:
     torch.manual_seed(0)
     layer = FourierLinear(nn.Linear(columns, rows).requires_grad_(False))
-    layer.add_adapter("a", torch.randn(n), AdapterOrigin(1, 20.0))
+    layer.add_adapter("a", torch.randn(n), AdapterSpec(1, 20.0, ()))
     layer.active = ("a",)
     layer.adapter("a").spectrum.requires_grad_()
     return layer

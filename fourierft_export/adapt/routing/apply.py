@@ -25,12 +25,7 @@ def add_row_deltas(result: Tensor, x: Tensor, adapters: nn.ModuleDict, rows: Row
         result: (B, ..., out_features), what the base layer returns (each row with its own bias).
         x: (B, ..., in_features), B as `rows` has it.
         adapters: name -> `LayerAdapter`, those that `rows` names among them.
-
-    Returns:
-        (B, ..., out_features), of the dtype of `result`.
-
-    Raises:
-        UsageError: another number of rows; torch.export is at work.
+        rows: which adapter each row uses.
     """
     _refuse_export(rows)
     if not rows.groups:
@@ -60,6 +55,10 @@ def _group_deltas(
     adapters = list(members.values())
     first = adapters[0]
     positions = rows.positions(names, x.device)
+
+    def select(chosen: Tensor) -> Tensor:  # rising positions; x itself if that is all of them
+        return x if len(chosen) == len(names) else x.index_select(0, chosen)
+
     each = x[0].numel() // first.shape[1]
     learns = torch.is_grad_enabled() and any(a.spectrum.requires_grad for a in adapters)
     counts = [len(positions[name]) * each for name in members]
@@ -67,14 +66,14 @@ def _group_deltas(
         parts = []
         for name, adapter in members.items():
             delta = adapter.delta_weight()
-            own = _select(x, positions[name], names)
+            own = select(positions[name])
             if not autocast_is_on(x):
                 own = own.to(delta.dtype)
             parts.append((positions[name], F.linear(own, delta)))
         return parts
     if len(members) == 1:
         (only,) = (positions[name] for name in members)
-        return [(only, first.token_delta(_select(x, only, names)))]
+        return [(only, first.token_delta(select(only)))]
     # In the batch's order, so that a batch of one group needs no copy of x.
     number = {name: i for i, name in enumerate(members)}
     position = torch.tensor([i for i, n in enumerate(names) if n in number], device=x.device)
@@ -92,14 +91,10 @@ def _group_deltas(
             spectra, scaling = spectra.to(wide) * factors[:, None], 1.0
         per_row = spectra.index_select(0, which)
         per_row = per_row.reshape(len(which), *(1,) * (x.ndim - 2), -1)
-        own = _select(x, position, names)
-        delta = torch_ops.token_delta(own, per_row, first.entries, first.shape, scaling)
+        delta = torch_ops.token_delta(
+            select(position), per_row, first.entries, first.shape, scaling
+        )
     return [(position, delta)]
-
-
-def _select(x: Tensor, positions: Tensor, names: Names) -> Tensor:
-    """Rows of `x` at rising `positions`; `x` itself if that is all of them."""
-    return x if len(positions) == len(names) else x.index_select(0, positions)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -111,17 +106,8 @@ def call_by_rows(
 ) -> Any:
     """Call each adapter's version with its own rows of every tensor among the arguments.
 
-    Args:
-        version: adapter name, or None for the base -> what to call.
-        rows: which adapter each row uses.
-        args, kwargs: of the call; tensors may be within tuples, lists and dictionaries.
-
-    Returns:
-        The results, each row in its place.
-
-    Raises:
-        UsageError: another number of rows; several versions, and there is no tensor among the
-            arguments, or a result is not one tensor with a row for each; torch.export is at work.
+    `version` gives what to call under an adapter's name, or None for the base. The results must be
+    one tensor each; tensors among the arguments may lie in tuples, lists and dictionaries.
     """
     _refuse_export(rows)
     if len(set(rows.names)) == 1:
@@ -130,8 +116,7 @@ def call_by_rows(
     first = next((leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), None)
     if first is None:
         found = ", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "none"
-        expected = "a tensor among the arguments, with a row for each row of the batch"
-        raise _refusal(rows, expected, found)
+        raise _refusal(rows, "a tensor among the arguments, with a row for each row", found)
     names = rows.names_for(first)
     positions = rows.positions(names, first.device)
     parts: list[Tensor] = []
@@ -147,8 +132,7 @@ def call_by_rows(
             found = type(answer).__name__
             if isinstance(answer, Tensor):
                 found = f"shape {list(answer.shape)} for {len(position)} rows"
-            expected = "a result that is one tensor with a row for each row of the batch"
-            raise _refusal(rows, expected, found)
+            raise _refusal(rows, "a result that is one tensor with a row for each row", found)
         parts.append(answer)
     order = torch.cat(list(positions.values()))
     return _record_rows(torch.cat(parts).index_select(0, order.argsort()), rows)
@@ -160,11 +144,7 @@ def attribute_by_rows(
     """An attribute of the module that each row uses.
 
     What all versions share is returned itself. A method or child module becomes one that splits
-    the rows when it is called; a tensor becomes a `PerRowTensor`.
-
-    Raises:
-        AttributeError: there is no such attribute.
-        UsageError: the versions have other values, which no stand-in can represent.
+    the rows when it is called; a tensor becomes a `PerRowTensor`; other values must be equal.
     """
     values = [getattr(version(name), attribute) for name in dict.fromkeys(rows.names)]
     first = values[0]
@@ -176,9 +156,7 @@ def attribute_by_rows(
         return PerRowCallable(lambda name: getattr(version(name), attribute), rows)
     if all(type(value) is type(first) and value == first for value in values):
         return first
-    raise _refusal(
-        rows, f"an attribute {attribute!r} with one value", "other values for other rows"
-    )
+    raise _refusal(rows, f"an attribute {attribute!r} with one value", "others for other rows")
 
 
 class PerRowCallable:
@@ -200,10 +178,6 @@ class PerRowTensor:
     """Stands for a weight or bias of which each row has its own; computing with it is refused.
 
     Code that only reads its dtype, device or shape gets the base's (T5 does).
-
-    Args:
-        base: the base's tensor.
-        where: path of the module.
     """
 
     def __init__(self, base: Tensor, where: str) -> None:
@@ -215,17 +189,9 @@ class PerRowTensor:
 
     @classmethod
     def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What torch calls for any function that is given one of these.
-
-        Raises:
-            UsageError: always.
-        """
+        """What torch calls for any function that is given one of these: it is refused."""
         everything = (*args, *(kwargs or {}).values())
         where = next((a.where for a in everything if isinstance(a, cls)), "a routed module")
         raise UsageError(
@@ -242,9 +208,8 @@ class PerRowTensor:
 
 
 def _refusal(rows: RowAdapters, expected: str, found: str) -> UsageError:
-    return UsageError(
-        f"module {rows.where} within route", expected=expected, found=found, remedy=ONE_BY_ONE
-    )
+    where = f"module {rows.where} within route"
+    return UsageError(where, expected=expected, found=found, remedy=ONE_BY_ONE)
 
 
 def _refuse_export(rows: RowAdapters) -> None:
@@ -273,14 +238,11 @@ class _RecordRows(torch.autograd.Function):
     """The identity; saves an empty tensor whose size is `RowAdapters.content`."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, content: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, content: int) -> Tensor:
         ctx.save_for_backward(x.new_empty(0, content))
         return x.view_as(x)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.BackwardCFunction,
-        *grads: Tensor,
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         _ = ctx.saved_tensors
         return grads[0], None

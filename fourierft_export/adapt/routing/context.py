@@ -38,11 +38,7 @@ class RowAdapters:
     )
 
     def names_for(self, x: Tensor, features: int = 0) -> Names:
-        """The name for each row of `x`, whose last `features` dimensions hold no rows.
-
-        Raises:
-            UsageError: `x` has another number of rows.
-        """
+        """The name for each row of `x`, whose last `features` dimensions hold no rows."""
         count, found = len(self.names), x.shape[0] if x.ndim > features else 0
         if found == count:
             return self.names
@@ -126,11 +122,7 @@ def open_block(plans: Mapping[nn.Module, tuple[OpenBlocks, RowAdapters]]) -> Ite
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def current_rows(module: nn.Module, blocks: OpenBlocks) -> RowAdapters | None:
-    """The rows that the pass of `module` that begins now must use; None outside of `route`.
-
-    Raises:
-        UsageError: nn.DataParallel runs the module, in threads outside of the block.
-    """
+    """The rows that the pass of `module` that begins now must use; None outside of `route`."""
     thread = threading.get_ident()
     if torch._C._current_graph_task_id() != -1:  # within a backward pass
         if isinstance(threading.current_thread(), threading._DummyThread):  # of a GPU

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from ..modules import (
     fourier_layers,
     original,
 )
-from ..saved_modules import AdaptedModule, module_under, state_tensors, versions_of
+from ..saved_modules import versions_of
 from .context import ONE_BY_ONE, Names, OpenBlocks, RowAdapters, open_block
 
 
@@ -60,8 +59,8 @@ def route(
         The model.
 
     Raises:
-        UsageError: an unknown name or none at all; adapters whose heads differ in shape, or hold
-            modules that adapters change as well; the model is fused; while the model runs, a batch
+        UsageError: an unknown name or none at all; adapters whose heads hold modules that adapters
+            change as well; the model is fused; while the model runs, a batch
             with another number of rows, or nn.DataParallel.
 
     Example:
@@ -74,23 +73,41 @@ def route(
         >>> torch.allclose(rows[0], model(x)[0], atol=1e-5), torch.equal(rows[0], rows[1])
         (True, False)
     """
-    layers, saved = fourier_layers(model), adapted_modules(model)
-    rows = _check_names(model, layers, saved, names, num_beams)
+    if isinstance(names, str) or not names:
+        raise UsageError(
+            "route",
+            expected="an adapter's name, or None, for each row of the batch",
+            found=repr(names),
+        )
+    if num_beams < 1:
+        raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
+    rows = tuple(names)
+    used = [name for name in dict.fromkeys(rows) if name is not None]
+    check_known(model, used)
+    check_not_fused(model, "route")
     plans: dict[nn.Module, tuple[OpenBlocks, RowAdapters]] = {}
-    for path, layer in layers.items():
+    layers: list[str] = []  # paths of layers that change
+    saved: list[str] = []  # of saved modules
+    split: list[str] = []  # of those that are run once for each adapter
+    for path, layer in fourier_layers(model).items():
         known = _known(rows, layer.adapters.keys())
+        if any(known):
+            layers.append(path)
         plan = RowAdapters(path or "(the model)", known, _groups(layer, known), num_beams)
         plans[layer] = layer.blocks, plan
-    for path, module in saved.items():
-        plan = RowAdapters(path, _known(rows, versions_of(module)), (), num_beams)
-        plans[module] = module._fourierft_blocks, plan
+    for path, module in adapted_modules(model).items():
+        known = _known(rows, versions_of(module))
+        if any(known):
+            (split if len(set(known)) > 1 else saved).append(path)
+        plans[module] = module._fourierft_blocks, RowAdapters(path, known, (), num_beams)
+    _check_places(model, layers, saved, split)
     with open_block(plans):
         if torch.is_grad_enabled():
-            let_learn(model, dict.fromkeys(name for name in rows if name is not None))
+            let_learn(model, used)
         yield model
 
 
-def _known(rows: Iterable[str | None], there: Container[str]) -> Names:
+def _known(rows: Names, there: Container[str]) -> Names:
     """`rows` with None for adapters that are not `there`."""
     return tuple(name if name is not None and name in there else None for name in rows)
 
@@ -106,74 +123,16 @@ def _groups(layer: FourierLinear, known: Names) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, groups.values()))
 
 
-def _check_names(
-    model: nn.Module,
-    layers: Mapping[str, FourierLinear],
-    saved: Mapping[str, AdaptedModule],
-    names: Sequence[str | None],
-    num_beams: int,
-) -> Names:
-    """`names` as a tuple, once the model can be routed by them.
-
-    Raises:
-        UsageError: as for `route`.
-    """
-    if isinstance(names, str) or not names:
-        raise UsageError(
-            "route",
-            expected="an adapter's name, or None, for each row of the batch",
-            found=repr(names),
-        )
-    if num_beams < 1:
-        raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
-    rows = tuple(names)
-    check_known(model, dict.fromkeys(name for name in rows if name is not None))
-    check_not_fused(model, "route")
-    _check_heads(saved, rows)
-    _check_not_nested(layers, saved, rows)
-    routed = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
-    routed += [path for path, head in saved.items() if not set(rows).isdisjoint(versions_of(head))]
-    _check_batch_first(model, routed)
-    return rows
-
-
-def _check_heads(saved: Mapping[str, AdaptedModule], rows: Names) -> None:
-    """Refuse heads of different shapes: the results of a batch are stacked."""
-    unlike = []
-    for path, module in saved.items():
-        users: dict[str | None, str] = {}  # version -> who uses it
-        for name, version in zip(rows, _known(rows, versions_of(module)), strict=True):
-            users.setdefault(version, str(name))
-        shapes = {
-            user: _shapes_of(module_under(module, version)) for version, user in users.items()
-        }
-        for (one, mine), (other, its) in pairwise(shapes.items()):
-            unlike += [
-                f"{path}.{leaf}: {one} has {mine[leaf]}, {other} {its.get(leaf)}"
-                for leaf in mine
-                if mine[leaf] != its.get(leaf)
-            ]
-    if unlike:
-        raise UsageError(
-            "route",
-            expected="adapters whose answers have one shape, to be stacked in one batch",
-            found=f"{len(unlike)} tensors of different shapes",
-            remedy="run these adapters in batches of their own",
-            offenders=unlike,
-        )
-
-
-def _shapes_of(module: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in state_tensors(module).items()}
-
-
-def _check_not_nested(
-    layers: Mapping[str, FourierLinear], saved: Mapping[str, AdaptedModule], rows: Names
+def _check_places(
+    model: nn.Module, layers: Sequence[str], saved: Sequence[str], split: Sequence[str]
 ) -> None:
-    """A module that is run once for each adapter hands on parts of the batch, not rows in order."""
-    split = [path for path, m in saved.items() if len(set(_known(rows, versions_of(m)))) > 1]
-    inner = [path for path, layer in layers.items() if not set(rows).isdisjoint(layer.adapters)]
-    nested = [f"{i}: within {s}" for s in split for i in (*inner, *split) if i.startswith(f"{s}.")]
+    """Refuse modules that would not get the batch's rows in their order.
+
+    A module that is run once for each adapter (`split`) hands on parts of the batch; layers of
+    torch itself say that they have the batch second.
+    """
+    inner = (*layers, *split)
+    nested = [f"{i}: within {s}" for s in split for i in inner if i.startswith(f"{s}.")]
     if nested:
         raise UsageError(
             "route",
@@ -182,12 +141,10 @@ def _check_not_nested(
             remedy=ONE_BY_ONE,
             offenders=nested,
         )
-
-
-def _check_batch_first(model: nn.Module, routed: Iterable[str]) -> None:
-    """Layers of torch itself say where their batch is."""
     second = [path for path, module in base_modules(model) if _has_batch_second(original(module))]
-    wrong = [p for p in dict.fromkeys(routed) if any(p.startswith(f"{s}.") for s in second)]
+    wrong = [
+        p for p in dict.fromkeys((*inner, *saved)) if any(p.startswith(f"{s}.") for s in second)
+    ]
     if wrong:
         raise UsageError(
             "route",
