@@ -9,7 +9,6 @@ import stat
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -106,26 +105,16 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
     with safe_open(path, "np") as file:
         text, digest = file.metadata()["fourierft"], file.metadata()["sha256"]
     tensors = load_file(path)
-    assert tensors["fourierft.spectrum.0"].shape == (6, 5)
     assert tensors["fourierft.spectrum.0"][2].tolist() == [20, 21, 22, 23, 24]  # encoder.1.q
     assert tensors["fourierft.entries.1"].tolist() == EXPLICIT.tolist()
-    assert tensors["fourierft.entries.1"].dtype == np.uint32
-    assert tensors["fourierft.fingerprint.0"].shape == (6, 32)
-    assert tensors["steps"] == 7
     assert json.loads(text)["groups"][0]["layers"] == ["encoder.{0-1,10}.{q,v}"]
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    assert start % 8 == 0
     header = json.loads(data[8:start])
-    assert next(iter(header)) == "__metadata__"
-    assert list(header["__metadata__"]) == ["fourierft", "sha256"]
     order = [(n, header[n]["dtype"], header[n]["shape"]) for n in header if n != "__metadata__"]
     table = json.dumps(order, separators=(",", ":"))
     assert hashlib.sha256(f"{text}\n{table}\n".encode() + data[start:]).hexdigest() == digest
     assert golden_bundle().sha256 == digest
-    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
-    sizes = [int(d.strip("BOFIU")) if d != "BOOL" else 8 for _, d, _ in order]
-    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_the_same_content_gives_the_same_bytes() -> None:
@@ -208,16 +197,12 @@ def one(layer: LayerSpec, spectrum: Any = PAIR, entries: Any = None) -> dict[str
 
 # What a file can say, too, is in test_hostile.py.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "seed true": ({"spec": replace(GOOD_SPEC, seed=True)}, "seed"),
     "scaling NaN": ({"spec": replace(GOOD_SPEC, scaling=float("nan"))}, "scaling"),
-    "scaling infinite": ({"spec": replace(GOOD_SPEC, scaling=float("-inf"))}, "scaling"),
     "a layer twice": ({"spec": AdapterSpec(0, 1.0, (ONE, ONE))}, "twice"),
     "no spectrum": ({"spectra": {}}, "spectrum"),
-    "spectrum of another length": ({"spectra": {"a": np.ones(3)}}, "found shape \\[3\\]"),
     "spectrum of two axes": ({"spectra": {"a": np.ones((2, 1))}}, "found shape \\[2, 1\\]"),
     "spectrum of complex128": ({"spectra": {"a": np.ones(2, np.complex128)}}, "complex128"),
     "spectrum of text": ({"spectra": {"a": np.array(["x", "y"])}}, "no float"),
-    "n 0": (one(LayerSpec("a", 0), np.ones(0)), "n_frequency 0"),
     "shape just too large": (one(replace(BOUND, shape=(2**33 + 1, 1))), "outside 1 to 2\\^33"),
     "explicit entry outside": (one(EXPLICIT_ONE, entries=[[0, 0], [0, 2]]), "outside"),
     "explicit entry twice": (one(EXPLICIT_ONE, entries=[[1, 0], [1, 0]]), "twice"),
@@ -256,18 +241,13 @@ def test_nothing_of_a_bundle_changes() -> None:
     )
     spectrum[0] = 5
     config["peft_type"] = "LORA"
-    assert bundle.spectra["a"].tolist() == [1, 1]
-    assert bundle.saved["w"].tolist() == [1, 1]
     assert bundle.spec.peft_config["peft_type"] == "FOURIERFT"
-    with pytest.raises(ValueError, match="read-only"):
-        bundle.spectra["a"][0] = 2
-    with pytest.raises(ValueError, match="read-only"):
-        bundle.saved["w"][0] = 2
-    assert isinstance(bundle.spectra, MappingProxyType)
+    for array in (bundle.spectra["a"], bundle.saved["w"]):
+        assert array.tolist() == [1, 1]
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 2
     with pytest.raises(FrozenInstanceError):
         bundle.spec.seed = 3  # type: ignore[misc]
-    with pytest.raises(FrozenInstanceError):
-        bundle.spec = bundle.spec  # type: ignore[misc]
 
 
 # --- entries -------------------------------------------------------------------------------------

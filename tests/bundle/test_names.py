@@ -13,8 +13,6 @@ from fourierft_export.bundle.layer_templates import (
     MAX_NAMES,
     compress,
     expand,
-    name_problem,
-    natural_key,
 )
 
 SEGMENTS = st.one_of(
@@ -51,18 +49,6 @@ def test_one_set_of_names_has_one_form(names: set[str], rng: random.Random) -> N
     assert compress(shuffled) == compress(sorted(names))
 
 
-@given(st.text(max_size=30))
-@settings(deadline=None)
-def test_any_text_expands_or_is_refused(template: str) -> None:
-    try:
-        names = expand([template])
-    except ValueError:
-        return
-    assert names == sorted(set(names), key=natural_key)
-    assert all(name_problem(name) is None for name in names)
-    assert expand(compress(names)) == names
-
-
 @pytest.mark.parametrize(
     ("names", "templates"),
     [
@@ -80,10 +66,6 @@ def test_any_text_expands_or_is_refused(template: str) -> None:
 def test_forms(names: list[str], templates: list[str]) -> None:
     assert compress(names) == templates
     assert set(expand(templates)) == set(names)
-
-
-def test_order_is_by_value_and_numbers_come_before_words() -> None:
-    assert expand(["l.{10,9,a,01}"]) == ["l.9", "l.10", "l.01", "l.a"]
 
 
 MALFORMED = {

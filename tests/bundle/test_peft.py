@@ -104,16 +104,13 @@ def config_after(bundle: Bundle, target: Path) -> Any:
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "as PEFT writes it": {},
-    "with a version": {"peft_version": "0.17.1"},
     "with unknown keys": {"later": {"a": [1, None, 2.5, "ü"]}, "zzz": True},
     "whole scaling": {"scaling": 300},
     "negative scaling": {"scaling": -0.1},
     "seed 0": {"random_loc_seed": 0},
     "highest seed": {"random_loc_seed": 2**64 - 1},
     "regex": {"target_modules": r".*\.(q|v)$"},
-    "a single layer": {"layers_to_transform": 3},
-    "other n": {"n_frequency": 1000},
+    "a single layer": {"layers_to_transform": 3, "n_frequency": 1000},
     "task and head": {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
     "mapping": {"auto_mapping": {"base_model_class": "M", "parent_library": "x.y"}},
     "floats that print long": {"scaling": 0.1 + 0.2},
@@ -128,12 +125,12 @@ def test_every_field_comes_back_as_it_was(
     assert json.dumps(found, sort_keys=True) == json.dumps(CONFIG | fields, sort_keys=True)
 
 
-@pytest.mark.parametrize("field", [k for k in CONFIG if k != "peft_type"])
-def test_an_absent_field_stays_absent(field: str, adapter_dir: MakeAdapter, tmp_path: Path) -> None:
-    bundle = from_peft(adapter_dir(drop=(field,)))
-    assert (bundle.spec.seed, bundle.spec.scaling) == (777, 150)  # PEFT's defaults
-    found = config_after(bundle, tmp_path / "again")
-    assert found == {k: v for k, v in CONFIG.items() if k != field}
+def test_absent_fields_stay_absent(adapter_dir: MakeAdapter, tmp_path: Path) -> None:
+    for field in CONFIG.keys() - {"peft_type"}:
+        bundle = from_peft(adapter_dir(field, drop=(field,)))
+        assert (bundle.spec.seed, bundle.spec.scaling) == (777, 150)  # PEFT's defaults
+        found = config_after(bundle, tmp_path / f"{field}-again")
+        assert found == {k: v for k, v in CONFIG.items() if k != field}
 
 
 # --- tensors -------------------------------------------------------------------------------------
@@ -173,7 +170,6 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         {f"{PREFIX}q.fourierft_spectrum": SPECTRUM, "w": SPECTRUM},
         "1 with other names",
     ),
-    "no module": ({f"{PREFIX}fourierft_spectrum": SPECTRUM}, "found none"),
     "an empty module": ({f"{PREFIX}.fourierft_spectrum": SPECTRUM}, "an empty segment"),
     "two axes": ({f"{PREFIX}q.fourierft_spectrum": np.ones((3, 1))}, "layer q: spectrum"),
     "no coefficients": ({f"{PREFIX}q.fourierft_spectrum": np.ones(0)}, "1 empty tensors"),
@@ -220,7 +216,6 @@ def test_tensors_that_no_adapter_has(
 # --- configs that are refused --------------------------------------------------------------------
 
 BAD_CONFIGS: dict[str, tuple[str, str]] = {
-    "empty": ("", "strict JSON"),
     "a list": ("[]", "type list"),
     "no type": ("{}", "type None"),
     "LoRA": ('{"peft_type": "LORA"}', "expected a PEFT adapter of type FOURIERFT, found type LORA"),
@@ -228,14 +223,12 @@ BAD_CONFIGS: dict[str, tuple[str, str]] = {
     "key twice": ('{"peft_type": "LORA", "peft_type": "FOURIERFT"}', "twice"),
     "nested": ("[" * 100_000 + "]" * 100_000, "nesting too deep"),
     "seed text": ('"random_loc_seed": "7"', "random_loc_seed 7"),
-    "seed 1.5": ('"random_loc_seed": 1.5', "random_loc_seed 1.5"),
     "seed true": ('"random_loc_seed": true', "random_loc_seed True"),
     "seed null": ('"random_loc_seed": null', "random_loc_seed None"),
     "seed of 65 bits": ('"random_loc_seed": 18446744073709551616', "random_loc_seed 1844"),
     "scaling text": ('"scaling": "150"', "scaling 150"),
     "scaling NaN": ('"scaling": NaN', "the number NaN"),
     "scaling 1e39": ('"scaling": 1e39', "float32 number"),
-    "scaling of 5,000 digits": ('"scaling": ' + "1" * 5000, "an integer of 5000"),
     "base a list": ('"base_model_name_or_path": []', "text or null"),
     "task a number": ('"task_type": 5', "text or null"),
 }
@@ -330,10 +323,6 @@ def test_adapters_in_subfolders(
     assert run(["pack", str(many), "--adapter", "two", "-o", str(out)]) == 0
     assert Bundle.load(out).spec.seed == 2
     capsys.readouterr()
-    default = adapter_dir("mixed", random_loc_seed=3)
-    adapter_dir("mixed/second", random_loc_seed=4)
-    assert from_peft(default).spec.seed == 3
-    assert from_peft(default, adapter="second").spec.seed == 4
 
 
 # --- the base that the config names --------------------------------------------------------------

@@ -24,7 +24,6 @@ Make = Callable[..., Path]
 QV = {"target_modules": ["query", "value"]}
 C_ATTN = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "by default targets": ("bert-cls", {}),
     "without a head": ("bert", {"target_modules": r".*\.(query|value)"}),
     "every bias": ("bert-cls", {"target_modules": ["query"], "bias": "all"}),
     "the targets' biases": ("bert-cls", {"target_modules": ["query"], "bias": "fourier_only"}),
@@ -36,14 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "bert-cls",
         QV | {"n_frequency_pattern": {"1.attention.self.query": 7, "value": 25}},
     ),
-    "all-linear": ("bert-cls", {"target_modules": "all-linear"}),
-    "layers": ("bert-cls", QV | {"layers_to_transform": [1]}),
-    "a whole scaling": ("bert-cls", {"scaling": 100}),
-    "a negative seed": ("bert-cls", {"random_loc_seed": -5}),
-    "the largest seed": ("bert-cls", {"random_loc_seed": 2**64 - 1}),
-    "n 1": ("bert-cls", {"n_frequency": 1}),
+    "all-linear": ("bert-cls", {"target_modules": "all-linear", "scaling": 100}),
+    "layers": ("bert-cls", QV | {"layers_to_transform": [1], "random_loc_seed": -5}),
+    "the largest seed, n 1": ("bert-cls", {"random_loc_seed": 2**64 - 1, "n_frequency": 1}),
     "n M*N": ("bert-cls", {"target_modules": ["query"], "n_frequency": 1024}),
-    "llama": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "lm_head": ("llama", {"target_modules": ["v_proj", "lm_head"]}),
     "tied lm_head": ("llama-tied", {"target_modules": ["v_proj", "lm_head"]}),
     "gpt2": ("gpt2", C_ATTN),

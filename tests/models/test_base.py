@@ -61,14 +61,6 @@ def test_a_prefix_is_bridged(ours: str, theirs: str, make_base: MakeBase) -> Non
     assert base.weight(f"{ours}{QUERY}").tolist() == weight.tolist()
 
 
-def test_bridges() -> None:
-    """Only whole segments are a prefix; a head outside it keeps its name."""
-    strip = Bridge(strip="bert")
-    names = ("bert.x.weight", "bertha.x.weight", "classifier.weight")
-    assert [strip.to_base(name) for name in names] == ["x.weight", *names[1:]]
-    assert Bridge(add="bert").to_base("x.weight") == "bert.x.weight"
-
-
 def test_the_prefix_that_fits_most_layers_is_taken(make_base: MakeBase) -> None:
     names = [f"encoder.{i}.q" for i in range(3)]
     stored = [*names, "a.encoder.0.q"]
@@ -143,12 +135,10 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "absent": ({}, "no tensor l.q.weight"),
     "absent, with a near name": ({"l.qq.weight": matrix(2, 2)}, "(near: l.qq.weight)"),
     "gptq": ({"l.q.qweight": matrix(2, 2, np.int32)}, "quantised"),
-    "compressed tensors": ({"l.q.weight_packed": matrix(2, 2, np.int32)}, "quantised"),
     "bitsandbytes int8": (
         {"l.q.weight": matrix(2, 2, np.int8), "l.q.SCB": matrix(2, 1)},
         "quantised: its weight l.q.weight is I8",
     ),
-    "bitsandbytes 4 bit": ({"l.q.weight": matrix(4, 1, np.uint8)}, "is U8"),
     "float8": ({"l.q.weight": matrix(2, 2, ml_dtypes.float8_e4m3fn)}, "is F8_E4M3"),
     "a vector": ({"l.q.weight": np.ones(3, np.float32)}, "has shape [3]"),
     "a convolution": ({"l.q.weight": np.ones((2, 2, 3, 3), np.float32)}, "has shape [2, 2, 3, 3]"),
@@ -180,12 +170,6 @@ def test_near_names_are_looked_up_for_the_first_offenders_only(make_base: MakeBa
         open_base(make_base(experts)).layers(names)
     near = " (near: model.layers.0.mlp.experts.0.up_proj.weight)"
     assert [line.endswith(near) for line in caught.value.offenders] == [True] * 20 + [False] * 1260
-
-
-def test_a_bridge_is_found_among_many_roots(make_base: MakeBase) -> None:
-    base = open_base(make_base({f"l.{i}.q.weight": matrix(1, 1) for i in range(3)}))
-    names = [f"bert.l.{i}.q" for i in range(3)] + [f"r{i}.x" for i in range(5000)]
-    assert base.bridge(names) == Bridge(strip="bert")
 
 
 # --- opening -------------------------------------------------------------------------------------
