@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.routing.route import route
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.peft import from_peft, to_peft
+    from fourierft_export.bundle.pool import Pool
     from fourierft_export.merge.manifest import verify_merged
     from fourierft_export.merge.merge import merge_checkpoint
     from fourierft_export.onnx_graph.apply import apply_onnx
@@ -45,6 +46,7 @@ __all__ = [
     "BundleCallback",
     "FourierFTConfig",
     "FourierLinear",
+    "Pool",
     "TrainSettings",
     "TrainingTask",
     "activate",
@@ -84,6 +86,7 @@ _HOMES = {
     "BundleCallback": "train.callback",
     "FourierFTConfig": "adapt.config",
     "FourierLinear": "adapt.layer",
+    "Pool": "bundle.pool",
     "TrainSettings": "train.settings",
     "TrainingTask": "train.task",
     "activate": "adapt.active",

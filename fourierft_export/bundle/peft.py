@@ -21,6 +21,7 @@ from ..models.base import Base
 from ..types import Array
 from .file import Bundle
 from .peft_config import config_of, read_peft_config
+from .pool import open_from_pool
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
 DEFAULT_ADAPTER = "default"  # the one that PEFT saves into the folder itself
@@ -32,7 +33,7 @@ SPECTRUM = ".fourierft_spectrum"
 BASE_LAYER = ".base_layer"
 
 BundleSource = Bundle | str | os.PathLike[str]
-"""A bundle, or the path of a bundle file or of a PEFT adapter directory."""
+"""A bundle, or the path of a bundle file, of a PEFT adapter directory, or POOL#NAME."""
 
 
 def open_bundle(source: BundleSource, *, bind: bool = False) -> Bundle:
@@ -51,7 +52,7 @@ def open_bundle(source: BundleSource, *, bind: bool = False) -> Bundle:
             found=type(source).__name__,
         )
     if not os.path.isdir(source):
-        return Bundle.load(source)
+        return open_from_pool(source) or Bundle.load(source)
     return from_peft(source) if bind else read_adapter(find_adapter(source))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.file import Bundle
 from ..bundle.peft import BundleSource, list_bundles, open_bundle
+from ..bundle.pool import Pool, is_pool
 from ..errors import UsageError
 from ..spectral.delta import Term, add_delta_weight
 from ..types import Array
@@ -20,6 +22,11 @@ def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
         named = dict(bundles)
     else:
         given = list_bundles(bundles)
+        if len(given) == 1 and isinstance(given[0], (str, os.PathLike)):
+            path = given[0]
+            if os.path.isfile(path) and is_pool(path):
+                with Pool(path) as pool:
+                    return dict(pool)
         several = len(given) > 1
         named = {f"adapter_{i}" if several else "default": one for i, one in enumerate(given)}
     if not named:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle.peft import BundleSource, open_bundle
+from ...bundle.pool import Pool
 from ...errors import UsageError
 from ...types import Array
 from ..feeds import base_feeds, check_parameters, feed_bundle, has_fingerprints, table
@@ -166,6 +167,22 @@ class AdapterSession:
             self._adapters[name] = feeds
             self._kept.forget(name)
             self._table = None
+
+    def load_pool(
+        self, pool: Pool | str | os.PathLike[str], *, allow_base_mismatch: bool = False
+    ) -> None:
+        """Make all adapters of a pool available under their names.
+
+        Args:
+            pool: an open pool, or its file.
+            allow_base_mismatch: accept a base other than the one they were trained on.
+
+        Raises:
+            UsageError, BaseMismatchError, BadInputError: as in `load`.
+        """
+        opened = pool if isinstance(pool, Pool) else Pool(pool)
+        for name, bundle in opened.items():
+            self.load(name, bundle, allow_base_mismatch=allow_base_mismatch)
 
     def prepare(self, name: str | None) -> None:
         """Compute an adapter's inputs (mode paired: its weights) now instead of at its next run.
