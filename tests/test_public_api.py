@@ -16,7 +16,7 @@ import pytest
 import fourierft_export as ff
 
 PUBLIC = """
-AdapterSession Bundle BundleCallback FourierFTConfig FourierLinear TrainSettings TrainingTask
+AdapterSession Bundle BundleCallback FourierFTConfig FourierLinear Pool TrainSettings TrainingTask
 activate active_adapters adapter_names apply_onnx attach capture combine detach disabled errors
 export_onnx export_pretrained from_peft fuse inject merge_checkpoint parameter_groups
 recover_bundle recover_onnx replace restore route save_bundles to_peft train_adapter
@@ -46,6 +46,7 @@ EXAMPLES = (
     "AdapterSession",
     "Bundle",
     "FourierFTConfig",
+    "Pool",
     "apply_onnx",
     "attach",
     "capture",

@@ -11,6 +11,7 @@ from . import layer_templates as names
 from .file import Bundle
 from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_adapter
 from .peft_config import read_peft_config
+from .pool import Pool
 
 
 def describe_bundle(bundle: Bundle, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -66,3 +67,22 @@ def describe_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describes an adapter_config.json without its directory, as JSON values."""
     config = read_peft_config(Path(path))
     return {"kind": "adapter-config", "path": os.fspath(path), "config": config}
+
+
+def describe_pool(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describes a pool as JSON values: its size, its first adapters, and what one of them holds."""
+    with Pool(path) as pool:
+        names = list(pool)
+        first = [(name, pool[name].sha256) for name in names[:20]]
+        facts = describe_bundle(pool[names[0]]) if names else {}
+    return {
+        "kind": "pool",
+        "path": os.fspath(path),
+        "bytes": os.stat(path).st_size,
+        "adapters": len(names),
+        "names": names,
+        "first": first,
+        "base_model": facts.get("base_model"),
+        "groups": facts.get("groups", []),
+        "saved": facts.get("saved", []),
+    }

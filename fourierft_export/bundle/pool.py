@@ -281,6 +281,7 @@ def open_from_pool(source: str | os.PathLike[str]) -> Bundle | None:
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     address = f"file:{quote(os.fspath(path.absolute()))}?mode={mode}"
     database = sqlite3.connect(address, uri=True, check_same_thread=False, timeout=10)
+    database.text_factory = lambda text: text.decode("utf-8", "replace")
     # The file may be hostile: no functions of its own, and broken pages are noticed.
     for setting in ("trusted_schema = OFF", "cell_size_check = ON"):
         database.execute(f"PRAGMA {setting}")

@@ -33,9 +33,15 @@ def describe(path: str) -> dict[str, Any]:
         FileAccessError: there is no such path.
         BadInputError: it is none of the known kinds, or damaged.
     """
-    from ..bundle.describe import describe_adapter, describe_adapter_config, describe_bundle
+    from ..bundle.describe import (
+        describe_adapter,
+        describe_adapter_config,
+        describe_bundle,
+        describe_pool,
+    )
     from ..bundle.file import Bundle
     from ..bundle.peft import CONFIG_FILE
+    from ..bundle.pool import is_pool
     from ..errors import FileAccessError
     from ..files.container import read_header
     from ..models.base import describe_base
@@ -54,6 +60,8 @@ def describe(path: str) -> dict[str, Any]:
         return describe_onnx(path)
     if path.endswith(".json"):
         return describe_adapter_config(path)
+    if is_pool(path):
+        return describe_pool(path)
     if "fourierft" in read_header(path).metadata:
         return describe_bundle(Bundle.load(path), path)
     return describe_base(path)
@@ -66,6 +74,15 @@ def _bundle(facts: Mapping[str, Any]) -> list[str | Table]:
         f"  seed {facts['seed']}, scaling {facts['scaling']}, "
         f"task {facts['task_type'] or 'unknown'}, base {facts['base_model'] or 'unnamed'}",
         f"  sha256 {facts['sha256']}",
+        *_layers(facts),
+    ]
+
+
+def _pool(facts: Mapping[str, Any]) -> list[str | Table]:
+    return [
+        f"{facts['path']}: pool of {facts['adapters']} FourierFT adapters, "
+        f"{size_text(facts['bytes'])}, base {facts['base_model'] or 'unnamed'}",
+        _table(("adapter", "sha256"), [(name, digest[:16]) for name, digest in facts["first"]]),
         *_layers(facts),
     ]
 
@@ -164,6 +181,7 @@ def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
 
 _RENDERERS = {
     "bundle": _bundle,
+    "pool": _pool,
     "adapter": _adapter,
     "adapter-config": _adapter,
     "checkpoint": _checkpoint,

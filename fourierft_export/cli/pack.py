@@ -9,6 +9,7 @@ import click
 
 from . import options
 from .console import Outcome, size_text, verb
+from .pool import write_pool
 
 if TYPE_CHECKING:
     from ..bundle.file import Bundle
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 @verb(
     examples=(
         "pack adapter --base base -o a.fourierft.safetensors",
+        "pack adapter-a adapter-b --base base --pool -o tenants.fourierft.pool",
         "pack a.fourierft.safetensors --to onnx-adapter --onnx swappable.onnx -o a.onnx_adapter",
     )
 )
-@click.argument("source", type=options.PATH)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=False, type=options.PATH)
 @options.base_option
 @options.input_option(
     "--adapter", metavar="NAME", help="Subfolder of the adapter, if SOURCE holds several."
@@ -41,9 +43,16 @@ if TYPE_CHECKING:
     help="onnx-adapter: inputs of the graph --onnx, for ONNX Runtime's adapter API. onnx-inputs: "
     "the same as safetensors, for languages without that API. For both, SOURCE may be a bundle.",
 )
+@options.output_section(
+    "--pool", is_flag=True, help="Write the SOURCEs, each a path or NAME=PATH, into one pool."
+)
+@options.output_section("--append", is_flag=True, help="With --pool: add to a pool that exists.")
+@options.output_section(
+    "--remove", metavar="NAME", multiple=True, help="With --pool: remove an adapter; repeatable."
+)
 @options.links_option
 def pack(
-    source: str,
+    sources: tuple[str, ...],
     output: str,
     base: str | None,
     adapter: str | None,
@@ -52,8 +61,11 @@ def pack(
     onnx: str | None,
     allow_links: bool,
     force: bool,
+    pool: bool,
+    append: bool,
+    remove: tuple[str, ...],
 ) -> Outcome:
-    """Pack a PEFT adapter into one small, checked file.
+    """Pack a PEFT adapter into one small, checked file, or many into a pool.
 
     SOURCE is PEFT's directory. With --base the bundle is bound to its base: it then holds layer
     shapes and hashes of weights, and other bases are refused.
@@ -63,6 +75,16 @@ def pack(
     from ..errors import UsageError
     from ..files.staging import check_output
 
+    if pool:
+        if adapter or entry_rule or onnx or allow_links or target != "bundle":
+            found = "an option for a single adapter"
+            raise UsageError("pack --pool", expected="--base and --force at most", found=found)
+        return write_pool(sources, output, base, append=append, remove=remove, force=force)
+    if len(sources) != 1 or append or remove:
+        found = f"{len(sources)}" if len(sources) != 1 else "--append or --remove"
+        expected, remedy = "one SOURCE", "for several adapters in one file, give --pool"
+        raise UsageError("pack", expected=expected, found=found, remedy=remedy)
+    (source,) = sources
     check_output(output, force=force, inputs=tuple(p for p in (source, base, onnx) if p))
     if (onnx is None) != (target == "bundle"):
         raise UsageError(

@@ -13,12 +13,11 @@ from .console import Outcome, verb
 @options.output_option("DIR", "The PEFT adapter directory to write.")
 def unpack(bundle: str, output: str, force: bool) -> Outcome:
     """Write a bundle as a directory that PEFT loads, bit for bit."""
-    from ..bundle.file import Bundle
-    from ..bundle.peft import to_peft
+    from ..bundle.peft import open_bundle, to_peft
     from ..files.staging import check_output
 
     check_output(output, force=force, inputs=(bundle,))
-    opened = Bundle.load(bundle)
+    opened = open_bundle(bundle)
     to_peft(opened, output, force=force)
     return Outcome(
         {"output": output, "layers": len(opened.layers), "saved": sorted(opened.saved)},

@@ -47,6 +47,8 @@ def check_output(
         _refuse_impossible(os.fspath(named))
     real, there = Path(os.path.realpath(path)), os.path.lexists(path)
     for source in inputs:
+        if not os.path.lexists(source):  # POOL#NAME reads POOL
+            source = os.fspath(source).partition("#")[0] or source
         for origin in (*_real_paths(source), *(find_external_files(source) if there else ())):
             if real == origin or real in origin.parents or origin in real.parents:
                 where = "a place inside " if origin in real.parents else ""
