@@ -116,7 +116,7 @@ def test_usage_errors_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     fields = json.loads(shown.out)["error"]
     assert (fields["kind"], fields["code"]) == ("usage", 2)
-    assert fields["where"] == "fourierft-export pack" and "SOURCE" in fields["found"]
+    assert fields["where"] == "fourierft-export pack" and "--output" in fields["found"]
     assert shown.err.count("\n") == 1
     assert run([]) == 2
     shown = capsys.readouterr()
