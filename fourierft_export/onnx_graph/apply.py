@@ -21,11 +21,10 @@ from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_model
 from .interface import KEY
-from .locate.content import compare_site
 from .locate.finder import Finder, Found
 from .locate.saved import find_saved, missing_saved
 from .locate.search import find_layers
-from .locate.site import Site, Wanted
+from .locate.site import Site, Wanted, compare_site
 from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
 from .modes.batch_rows import batch_of
 from .modes.plan import Plan

@@ -79,7 +79,7 @@ def quantise(plain: Path, form: str, feeds: list[dict[str, np.ndarray]] | None =
     Args:
         plain: the float model.
         form: "dynamic int8", "QDQ" or "QOperator" (measured on `feeds`), "4 bit" or "8 bit";
-            with "per channel", "asymmetric" or "4 bit QDQ".
+            with "per channel", "asymmetric" or "4 bit QDQ"; or "Cast and Mul", weights only.
         feeds: rows for the ranges of activations.
     """
     from onnxruntime import quantization as tools
@@ -92,6 +92,9 @@ def quantise(plain: Path, form: str, feeds: list[dict[str, np.ndarray]] | None =
             return next(self.rows, None)
 
     out = plain.with_name(f"{form}.onnx")
+    if form == "Cast and Mul":
+        onnx.save(_cast_and_mul(onnx.load(plain)), out)
+        return out
     logging.disable(logging.WARNING)
     if form.startswith("dynamic"):
         kind = tools.QuantType.QInt8
@@ -111,6 +114,31 @@ def quantise(plain: Path, form: str, feeds: list[dict[str, np.ndarray]] | None =
         quantiser.model.save_model_to_file(str(out))
     logging.disable(logging.NOTSET)
     return out
+
+
+def _cast_and_mul(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every matrix as 8-bit integers, cast and multiplied; the second one with a zero point."""
+    from onnx import helper, numpy_helper
+
+    matrices = [t for t in model.graph.initializer if len(t.dims) == 2]
+    for number, tensor in enumerate(matrices):
+        name, weight = tensor.name, numpy_helper.to_array(tensor)
+        scale = np.abs(weight).max(0, keepdims=True) / 120
+        zero = 5 if number == 1 else 0
+        parts = {"q": np.round(weight / scale + zero).astype(np.int8), "scale": scale}
+        parts |= {"zero": np.array(zero, np.float32)} if zero else {}
+        model.graph.initializer.remove(tensor)
+        model.graph.initializer.extend(
+            numpy_helper.from_array(array, f"{name}_{part}") for part, array in parts.items()
+        )
+        nodes = [helper.make_node("Cast", [f"{name}_q"], [f"{name}_f"], to=1)]
+        if zero:
+            nodes.append(helper.make_node("Sub", [f"{name}_f", f"{name}_zero"], [f"{name}_s"]))
+        last = nodes[-1].output[0]
+        nodes.append(helper.make_node("Mul", [last, f"{name}_scale"], [name]))
+        for at, one in enumerate(nodes):
+            model.graph.node.insert(at, one)
+    return model
 
 
 def torchscript(model: Any, x: np.ndarray, path: Path, axes: dict[int, str] | None = None) -> Path:

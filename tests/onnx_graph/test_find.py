@@ -176,6 +176,17 @@ CASES = {
         lambda w: {"y": X @ w["a"].T, "z": X @ w["a"].T},
         {"a": A},
     ),
+    "one layer, called again by TorchScript": Case(
+        [
+            node("MatMul", ["x", "v"], ["y"], "/m/q/MatMul"),
+            node("MatMul", ["y", "w"], ["z"], "/m/q_1/MatMul"),
+            node("MatMul", ["z", "v"], ["u"], "/m/q_2/MatMul"),
+            node("MatMul", ["x", "other"], ["o"], "/m/q_3/MatMul"),
+        ],
+        {"v": A.T * 0.2, "w": A.T * 0.2, "other": B.T},
+        lambda w: {"u": X @ w["m.q"].T @ w["m.q"].T @ w["m.q"].T, "o": X @ B.T},
+        {"m.q": A * 0.2},
+    ),
     "packed, by content": Case(
         [node("MatMul", ["x", "qkv"], ["y"])],
         {"qkv": np.concatenate([WIDE, A, B]).T},
@@ -221,6 +232,43 @@ CASES = {
         one,
         {"a": A},
     ),
+    "an Einsum": Case(
+        [node("Einsum", ["x", "a.weight"], ["y"], equation="bi,oi->bo")], {"a.weight": A}, one,
+        {"a": A},
+    ),
+    "an Einsum, weight first": Case(
+        [node("Einsum", ["a.weight", "x"], ["y"], equation="io, ...i -> ...o")],
+        {"a.weight": A.T}, one, {"a": A},
+    ),
+    "a Reshape to the same sizes": Case(
+        [node("Reshape", ["a.weight", "s"], ["w"]), node("Transpose", ["w"], ["t"], perm=[1, 0]),
+         node("MatMul", ["x", "t"], ["y"])],
+        {"a.weight": A, "s": np.array([0, -1])}, one, {"a": A},
+    ),
+    "a Reshape that adds an axis": Case(
+        [node("Reshape", ["a.weight", "s"], ["w"]), node("Squeeze", ["w", "i"], ["v"]),
+         node("Gemm", ["x", "v"], ["y"], transB=1)],
+        {"a.weight": WIDE, "s": np.array([12, 1, 8]), "i": np.array([1])}, one, {"a": WIDE},
+    ),
+    "an Unsqueeze": Case(
+        [node("Unsqueeze", ["a.weight", "i"], ["w"]),
+         node("Transpose", ["w"], ["t"], perm=[0, 2, 1]), node("MatMul", ["x", "t"], ["y"])],
+        {"a.weight": A, "i": np.array([0])}, lambda w: {"y": (X @ w["a"].T)[None]}, {"a": A},
+    ),
+    "times a number": Case(
+        [node("Mul", ["n", "a.weight"], ["w"]), node("Div", ["w", "m"], ["v"]),
+         node("Gemm", ["x", "v"], ["y"], transB=1, alpha=3.0)],
+        {"a.weight": A, "n": np.float32(2), "m": np.full(1, 4, np.float32)},
+        lambda w: {"y": 1.5 * X @ w["a"].T}, {"a": A},
+    ),
+    "times a vector": Case(
+        [node("Mul", ["a.weight", "n"], ["w"]), node("Gemm", ["x", "w"], ["y"], transB=1)],
+        {"a.weight": A, "n": np.arange(8, dtype=np.float32)},
+        lambda w: {"y": X * np.arange(8) @ w["a"].T}, {"a": A},
+    ),
+    "named as the layer": Case([node("MatMul", ["x", "W_q"], ["y"])], {"W_q": A.T},
+        lambda w: {"y": X @ w["W_q"].T}, {"W_q": A},
+    ),
     "used in a subgraph": Case(subgraph(False), {"w": A.T}, one, {"a": A}),
     "held in a subgraph": Case(subgraph(True), {}, one, {"a": A}),
     "used in a function": Case(
@@ -253,10 +301,19 @@ def test_every_way_to_hold_a_weight(
     assert not [note for note in report.notes if "no check" in note]
 
 
-@pytest.mark.parametrize("external", [False, True])
+PACKED_NAMES = [name for name in CASES if name.startswith("packed")]
+MOVED = ["an Einsum", "a Reshape to the same sizes", "a Reshape that adds an axis", "an Unsqueeze"]
+
+
 @pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("packed")])
-def test_packed_weights_and_adapters_that_come_at_run_time(
+@pytest.mark.parametrize(
+    ("name", "external"),
+    [
+        *((name, external) for name in PACKED_NAMES for external in (False, True)),
+        *((name, False) for name in (*MOVED, "times a number")),
+    ],
+)
+def test_adapters_that_come_at_run_time(
     name: str, mode: str, external: bool, make_bundle: Any, exact_delta: Any, tmp_path: Path
 ) -> None:
     case, out = CASES[name], tmp_path / "out.onnx"
@@ -273,10 +330,10 @@ def test_packed_weights_and_adapters_that_come_at_run_time(
         got = session.run({"x": X}, adapter=adapter)["y"]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     assert np.abs(case.want(changed)["y"] - plain).max() > 0.1
-    # The weight stays whole, with the nodes that use it; mode paired takes it as one input.
-    graph = onnx.load(out).graph
-    assert "qkv" in {tensor.name for tensor in graph.initializer}
-    assert ("qkv" in {value.name for value in graph.input}) == (mode == "paired")
+    if name in PACKED_NAMES:  # it stays whole, with its users; mode paired takes it as one input
+        graph = onnx.load(out).graph
+        assert "qkv" in {tensor.name for tensor in graph.initializer}
+        assert ("qkv" in {value.name for value in graph.input}) == (mode == "paired")
 
 
 def test_a_packed_weight_by_map(
@@ -312,9 +369,14 @@ REFUSED: dict[str, tuple[Any, dict[str, Array], dict[str, Any], dict[str, str], 
     "two layers, one weight": (
         PRODUCT, {"w": A.T}, {"a": A, "b": A}, {}, ["found for a, too"]
     ),
-    "a product with alpha": (
-        [node("Gemm", ["x", "a.weight"], ["y"], transB=1, alpha=2.0)], {"a.weight": A}, {"a": None},
-        {}, ["is used by Gemm, not as a layer's weight"],
+    "rows that x chooses": (
+        [node("Cast", ["x"], ["i"], to=7), node("Gather", ["a.weight", "i"], ["y"], "/a/Gather")],
+        {"a.weight": A}, {"a": None}, {}, ["is used by Gather /a/Gather, not as a layer's weight"],
+    ),
+    "a Reshape to other sizes": (
+        [node("Reshape", ["a.weight", "s"], ["w"]), node("Gemm", ["x", "w"], ["y"])],
+        {"a.weight": WIDE, "s": np.array([8, 12])}, {"a": None}, {"a": "a.weight"},
+        ["is used by Reshape, not as a layer's weight"],
     ),
     "packed, unbound": (
         PACKED.nodes, PACKED.constants, {"q": None, "v": None}, {}, ["candidates: qkv [8, 28]"]
@@ -390,6 +452,7 @@ def test_modes_at_several_opsets(
         ("weight first", "a: a.weight is used by MatMul in another way than x W"),
         ("weight first, turned", "a: a.weight is used by MatMul in another way than x W"),
         ("in a subgraph", "a: its MatMul is in a subgraph or function, which sees no adapter"),
+        ("times a vector", "a: a.weight is used by Gemm in another way than x W"),
     ],
 )
 def test_what_no_adapter_can_be_beside(
@@ -402,6 +465,8 @@ def test_what_no_adapter_can_be_beside(
         constants = {"a.weight": A.T}
     elif name == "in a subgraph":
         nodes, constants = subgraph(False), {"w": A.T}
+    elif name in CASES:
+        nodes, constants = CASES[name].nodes, CASES[name].constants
     path = save(tmp_path / "in.onnx", nodes, constants, {"y": [3, 8]})
     with pytest.raises(UsageError, match="use mode merged or unmerged") as caught:
         ff.apply_onnx(path, make_bundle(["a"], {"a": A}), tmp_path / "out.onnx", mode=mode)

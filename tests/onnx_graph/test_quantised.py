@@ -16,7 +16,8 @@ from torch import nn
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError
 
-FORMS = ("dynamic int8", "dynamic int8 per channel", "QDQ", "4 bit", "8 bit", "4 bit asymmetric")
+INT8 = ("dynamic int8", "dynamic int8 per channel", "QDQ", "Cast and Mul")
+FORMS = (*INT8, "4 bit", "8 bit", "4 bit asymmetric")
 LAYERS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 X = np.random.default_rng(0).standard_normal((4, 6, 32)).astype(np.float32)
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..graph.source import Source, constant_of, constant_shape, constants
-from .content import compare_site
 from .quantised import QuantisedLinear
-from .site import Site, Wanted
+from .site import Site, Wanted, compare_site
 from .uses import Use, describe_users, find_linear_uses, use_of
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
@@ -47,9 +46,7 @@ def make_site(
     """Make the layer's site of a constant, or say why it cannot be.
 
     Args:
-        source: the graph.
-        want: the layer.
-        one: the constant.
+        one: the constant, as a site of no layer.
         uses: its uses that are this layer.
         part: the layer's outputs (first, last + 1) in a packed weight; None for all of them.
         transposed: the constant holds the weight as (in, out); by default as its uses take it.

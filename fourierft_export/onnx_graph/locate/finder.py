@@ -8,14 +8,16 @@ Quantised weights are found in the same way, and several layers may be packed in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ...models.name_mapping import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constant_shape, constants
 from .candidates import describe_sites, list_candidates, make_site, may_hold
-from .content import match_constant
 from .module_names import (
     module_of_weight,
     packed_in,
@@ -25,11 +27,13 @@ from .module_names import (
     same_path,
 )
 from .quantised import find_quantised_linears, list_unsupported
-from .site import Site, Wanted
+from .site import Site, Wanted, match_constant
 from .uses import Use, describe_users
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+Hit = tuple[Site, tuple[Use, ...]]  # a constant, and its uses that are one module
 
 
 @dataclass
@@ -48,21 +52,14 @@ class Found:
 
 
 class Finder:
-    """Finds layers in one graph.
-
-    Args:
-        source: the open file.
-
-    Attributes:
-        linears: the graph's quantised layers.
-    """
+    """Finds layers in one graph."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.linears = find_quantised_linears(source)
         self._candidates = list(list_candidates(source, self.linears))
         # By names, scopes and biases: module path -> (constant, the uses that it is about).
-        self._lookups: list[dict[str, list[tuple[Site, tuple[Use, ...]]]]] = [{}, {}, {}]
+        self._lookups: list[dict[str, list[Hit]]] = [{}, {}, {}]
         for one in self._candidates:
             path = module_of_weight(one.name)
             if path:
@@ -72,6 +69,8 @@ class Finder:
                 for path in {getattr(use, kind) for use in one.uses} - {None}:
                     uses = tuple(use for use in one.uses if getattr(use, kind) == path)
                     self._note(number, path, one, uses)
+        # At last a weight with exactly the layer's name, which ends in no word for a weight.
+        self._named = {one.name: [(one, one.uses)] for one in self._candidates if one.uses}
         self._paths = {path for lookup in self._lookups for path in lookup}
         self._paths |= {part for path in tuple(self._paths) for part in packed_modules(path)}
 
@@ -81,18 +80,17 @@ class Finder:
     def find(self, wanted: Sequence[Wanted], mapping: Mapping[str, str]) -> Found:
         """Find the sites of every layer; one without, or with several candidates, is in `missing`.
 
-        Args:
-            wanted: the layers.
-            mapping: layer -> constant, or `constant[start:stop]` for a part of a packed weight
-                (of its outputs).
+        `mapping` names a layer's constant, or `constant[start:stop]` (outputs) in a packed one.
         """
         found = Found(bridge=self.bridge(one.name for one in wanted))
         unknown = []
+        taken = {same_path(found.bridge.to_base(want.name)) for want in wanted}
         for want in wanted:
             if want.name in mapping:
                 result = self._mapped(want, mapping[want.name])
             else:
-                result = self.by_path(want, found.bridge) or self._packed(want, found.bridge)
+                result = self.by_path(want, found.bridge, taken)
+                result = result or self._packed(want, found.bridge)
             if isinstance(result, str):
                 found.missing[want.name] = result
                 continue
@@ -122,11 +120,14 @@ class Finder:
         """The linear node of a module, by its path in the graph's language."""
         return next((uses[0].linear for _, uses in self._hits(same_path(path)) if uses), None)
 
-    def by_path(self, want: Wanted, bridge: Bridge) -> list[Site] | str:
-        """The layer's sites by name, scope or bias; none; or why those do not fit."""
+    def by_path(self, want: Wanted, bridge: Bridge, taken: Container[str] = ()) -> list[Site] | str:
+        """The layer's sites by name, scope or bias; none; or why those do not fit.
+
+        `taken` are the paths of the layers that are looked for, in the graph's spelling.
+        """
         path = same_path(bridge.to_base(want.name))
-        for lookup in self._lookups:
-            hits = lookup.get(path, [])
+        for lookup in (*self._lookups, {path: self._named.get(want.name, [])}):
+            hits = self._with_other_calls(path, lookup.get(path, []), taken)
             results = [make_site(self.source, want, one, uses) for one, uses in hits]
             good = [site for site in results if not isinstance(site, str)]
             fits = [site for site in good if site.verdict != "different"]
@@ -137,7 +138,29 @@ class Finder:
                 return fits or good or str(results[0])
         return []
 
-    def _hits(self, path: str) -> list[tuple[Site, tuple[Use, ...]]]:
+    def _with_other_calls(
+        self, path: str, hits: Sequence[Hit], taken: Container[str]
+    ) -> Sequence[Hit]:
+        """The hits of a layer, with those of its second and further calls.
+
+        TorchScript names these `query_1`, `query_2`, and may give each a copy of the weight.
+        """
+        found = {id(one): (one, uses) for one, uses in hits}
+        calls = (f"{path}_{number}" for number in itertools.count(1))
+        for call in itertools.takewhile(lambda one: one in self._lookups[1], calls if hits else ()):
+            for one, uses in () if call in taken else self._lookups[1][call]:
+                if id(one) in found or self._are_equal(hits[0][0], one):
+                    known = found.get(id(one), (one, ()))[1]
+                    found[id(one)] = one, tuple(dict.fromkeys((*known, *uses)))
+        return list(found.values())
+
+    def _are_equal(self, first: Site, other: Site) -> bool:
+        if first.quantised or other.quantised or first.shape != other.shape:
+            return False
+        one, two = (self.source.read_constant(site.value) for site in (first, other))
+        return np.array_equal(one, two)
+
+    def _hits(self, path: str) -> list[Hit]:
         return [hit for lookup in self._lookups for hit in lookup.get(path, [])]
 
     def _mapped(self, want: Wanted, text: str) -> list[Site] | str:
@@ -188,10 +211,7 @@ class Finder:
     def _by_content(
         self, wanted: Sequence[Wanted], sizes: Sequence[int]
     ) -> list[tuple[Wanted, list[Site] | str]]:
-        """Per layer the sites with its content, or why they are ambiguous.
-
-        Each constant is read or dequantised once for all layers.
-        """
+        """Per layer the sites with its content, or why they are ambiguous."""
         hits: dict[str, list[Site]] = {want.name: [] for want in wanted}
         for one in self._candidates:
             fit = [w for w in wanted if w.fingerprint and w.shape and may_hold(one.shape, w)]

@@ -6,7 +6,7 @@ import re
 
 _WEIGHT = re.compile(
     r"(?:\.MatMul(?:NBits)?(?:\.DequantizeLinear)?)?\.q?(?:weight|kernel)"
-    r"(?:_quantized|(?:_DQ)?_Q\d\w*)?$"
+    r"(?:_quantized|_q|(?:_DQ)?_Q\d\w*)?$"
 )
 _BIAS = re.compile(r"(?:\.Add)?\.bias(?:_quantized)?$")
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")

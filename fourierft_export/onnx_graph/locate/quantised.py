@@ -1,4 +1,4 @@
-"""Linear layers with quantised weights: MatMulNBits, QDQ and dynamic int8.
+"""Linear layers with quantised weights: MatMulNBits, QDQ, dynamic int8, and integers times a scale.
 
 Their weights are not changed. An adapter is added between the layer's float input x and float
 output y; the dequantised weight shows whether it is the layer that the adapter was trained on.
@@ -18,6 +18,8 @@ from ..graph.source import STANDARD, Source, constant_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+Place = tuple["ir.Node", int]  # a node, and the index of one of its inputs
+# Gives W (out, in) float32, and the quantisation step of each element.
 Dequantised = Callable[[], tuple[Array, Array]]
 
 # Quantised products that have no x and y in float, or whose integers are laid out otherwise.
@@ -37,15 +39,14 @@ class QuantisedLinear:
     """A linear layer with a quantised weight.
 
     Attributes:
-        kind: "MatMulNBits", "QDQ" or "MatMulInteger".
+        kind: how the weight is quantised, for messages.
         shape: (out, in).
         node: the MatMulNBits, MatMul, Gemm or MatMulInteger.
-        value: the constant with its integers.
-        integers: where that comes in: (node, index of the input).
-        fed: where its input x (..., in) comes in, in float: (node, index of the input).
+        value: the constant with the integers.
+        integers: where that comes in.
+        fed: where its input x (..., in) comes in, in float.
         y: its output (..., out), float, without bias (a Gemm's: with it).
-        dequantised: gives W (out, in) float32 and the quantisation step of each element; None for
-            a form that is not understood.
+        dequantised: None for a form that is not understood.
         scale: where the constant with the scales comes in, if there is one.
     """
 
@@ -53,11 +54,11 @@ class QuantisedLinear:
     shape: tuple[int, int]
     node: ir.Node
     value: ir.Value
-    integers: tuple[ir.Node, int]
-    fed: tuple[ir.Node, int]
+    integers: Place
+    fed: Place
     y: ir.Value
     dequantised: Dequantised | None
-    scale: tuple[ir.Node, int] | None = None
+    scale: Place | None = None
 
     @property
     def weight(self) -> str:
@@ -70,16 +71,12 @@ def find_quantised_linears(source: Source) -> list[QuantisedLinear]:
     found = []
     for node in source.model.graph:
         if node.op_type == "MatMulNBits":
-            one = _n_bits(source, node)
+            found.append(_n_bits(source, node))
         elif node.op_type == "MatMulInteger" and node.domain in STANDARD:
-            one = _integer(source, node)
+            found.append(_integer(source, node))
         elif node.op_type in ("MatMul", "Gemm") and node.domain in STANDARD:
-            one = _qdq(source, node)
-        else:
-            continue
-        if one is not None:
-            found.append(one)
-    return found
+            found.append(_dequantised_product(source, node))
+    return [one for one in found if one is not None]
 
 
 def list_unsupported(source: Source) -> list[str]:
@@ -114,34 +111,22 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
 
     # Reordered columns (g_idx) are not supported.
     ordered = len(node.inputs) > 4 and node.inputs[4] is not None
-    known = not ordered and bits in (4, 8) and _constants_only(node, 2, 3)
-    return QuantisedLinear(
-        "MatMulNBits",
-        (rows, columns),
-        node,
-        value,
-        (node, 1),
-        (node, 0),
-        node.outputs[0],
-        dequantised if known else None,
-        (node, 2),
-    )
+    known = dequantised if not ordered and bits in (4, 8) and _constants_only(node, 2, 3) else None
+    y, shape = node.outputs[0], (rows, columns)
+    places = (node, 1), (node, 0), y, known, (node, 2)
+    return QuantisedLinear("MatMulNBits", shape, node, value, *places)
 
 
 def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
     """DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul, weight (in, out)."""
-    quantise = node.inputs[0].producer() if node.inputs[0] is not None else None
-    value, tensor = node.inputs[1], _constant(node, 1)
-    if value is None or quantise is None or quantise.op_type != "DynamicQuantizeLinear":
-        return None
-    if quantise.inputs[0] is None or tensor is None or len(tensor.shape) != 2:
-        return None
+    quantise, tensor = _producer(node, 0, "DynamicQuantizeLinear"), _constant(node, 1)
     cast = only_user(node.outputs[0], "Cast")
     scaled = only_user(cast.outputs[0], "Mul") if cast is not None else None
-    if cast is None or scaled is None:
+    if quantise is None or quantise.inputs[0] is None or tensor is None or len(tensor.shape) != 2:
         return None
-    other = next(v for v in scaled.inputs if v is not cast.outputs[0])
-    both = other.producer() if other is not None else None
+    if cast is None or scaled is None or node.inputs[1] is None:
+        return None
+    both = _producer(scaled, 1 if scaled.inputs[0] is cast.outputs[0] else 0)
     scales = [] if both is None else [i for i in range(len(both.inputs)) if _constant(both, i)]
     place = (both, scales[0]) if both is not None and len(scales) == 1 else None
 
@@ -151,77 +136,101 @@ def _integer(source: Source, node: ir.Node) -> QuantisedLinear | None:
         return weight.T, step.T
 
     rows, columns = (int(size) for size in tensor.shape.numpy())
-    return QuantisedLinear(
-        "MatMulInteger",
-        (columns, rows),
-        node,
-        value,
-        (node, 1),
-        (quantise, 0),
-        scaled.outputs[0],
-        dequantised if place else None,
-        place,
-    )
+    known = dequantised if place else None
+    places = (node, 1), (quantise, 0), scaled.outputs[0], known, place
+    return QuantisedLinear("MatMulInteger", (columns, rows), node, node.inputs[1], *places)
 
 
-def _qdq(source: Source, node: ir.Node) -> QuantisedLinear | None:
-    """MatMul or Gemm whose weight comes out of a DequantizeLinear, perhaps through a Transpose."""
-    weight = node.inputs[1]
-    producer = weight.producer() if weight is not None else None
+def _dequantised_product(source: Source, node: ir.Node) -> QuantisedLinear | None:
+    """MatMul or Gemm whose weight is dequantised in the graph, perhaps behind a Transpose."""
+    producer = _producer(node, 1)
     flipped = producer is not None and producer.op_type == "Transpose"
-    if producer is not None and flipped and producer.inputs[0] is not None:
-        producer = producer.inputs[0].producer()
-    if node.inputs[0] is None or producer is None or producer.op_type != "DequantizeLinear":
-        return None
+    producer = _producer(producer, 0) if producer is not None and flipped else producer
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     if any(node.attributes[n].value != v for n, v in plain.items() if n in node.attributes):
         return None
-    dequantise = producer
-    value, tensor = dequantise.inputs[0], _constant(dequantise, 0)
-    if value is None or tensor is None or len(tensor.shape) != 2:
+    if node.inputs[0] is None or producer is None:
         return None
+    is_qdq = producer.op_type == "DequantizeLinear"
+    parts = ((producer, 0), (producer, 1), (producer, 2)) if is_qdq else _scaled_parts(producer)
+    value = parts[0][0].inputs[parts[0][1]] if parts else None
+    tensor = constant_of(value)
+    if parts is None or value is None or tensor is None or len(tensor.shape) != 2:
+        return None
+    integers, scale_at, zero_at = parts
     transposed = flipped == bool("transB" in node.attributes and node.attributes["transB"].as_int())
     axis, block = (
-        int(dequantise.attributes[name].as_int()) if name in dequantise.attributes else default
+        int(producer.attributes[name].as_int()) if name in producer.attributes else default
         for name, default in (("axis", 1), ("block_size", 0))
     )
 
     def spread(values: Array, shape: tuple[int, ...]) -> Array:
         """Scales or zero points, broadcastable to the matrix."""
+        if not values.ndim or not is_qdq:
+            return values
         if block:
             return np.repeat(values, block, axis=axis % 2)[: shape[0], : shape[1]]
         return values.reshape([-1, 1] if axis % 2 == 0 else [1, -1])
 
     def dequantised() -> tuple[Array, Array]:
-        values, zero = source.read(tensor), _read(source, dequantise, 2, 0)
-        scale = spread(_read(source, dequantise, 1), values.shape)
-        zero = spread(zero, values.shape) if zero.ndim else zero
-        weight, step = _scaled(values, scale, zero)
+        values = source.read(tensor)
+        zero = _read(source, *zero_at, 0) if zero_at else np.zeros((), np.float32)
+        scale = _read(source, *scale_at)
+        weight, step = _scaled(values, spread(scale, values.shape), spread(zero, values.shape))
         return (weight.T, step.T) if transposed else (weight, step)
 
     first, second = (int(size) for size in tensor.shape.numpy())
     return QuantisedLinear(
-        "QDQ",
+        "QDQ" if is_qdq else "integers times a scale",
         (second, first) if transposed else (first, second),
         node,
         value,
-        (dequantise, 0),
+        integers,
         _before_qdq(node),
         after_qdq(node.outputs[0]),
-        dequantised if _constants_only(dequantise, 1, 2) else None,
-        (dequantise, 1),
+        dequantised if not is_qdq or _constants_only(producer, 1, 2) else None,
+        scale_at,
     )
 
 
-def _before_qdq(node: ir.Node) -> tuple[ir.Node, int]:
+def _scaled_parts(mul: ir.Node) -> tuple[Place, Place, Place | None] | None:
+    """Integers, scale and zero point of (Cast(integers) - zero point) * scale, all constants."""
+    scales = [i for i in range(len(mul.inputs)) if _constant(mul, i)]
+    if mul.op_type != "Mul" or len(scales) != 1:
+        return None
+    cast, zero = _producer(mul, 1 - scales[0]), None
+    if cast is not None and cast.op_type == "Sub":
+        zero = _cast_constant(cast, 1)
+        cast = None if zero is None else _producer(cast, 0)
+    integers = None if cast is None or cast.op_type != "Cast" else _cast_constant(cast, 0)
+    tensor, scale = _constant(*integers) if integers else None, _constant(mul, scales[0])
+    if integers is None or tensor is None or scale is None or "INT" not in tensor.dtype.name:
+        return None
+    # A scale of more sizes than the integers would spread the matrix.
+    sizes = zip(scale.shape.numpy()[::-1], tensor.shape.numpy()[::-1], strict=False)
+    fits = len(scale.shape) <= len(tensor.shape) and all(a in (1, b) for a, b in sizes)
+    return (integers, (mul, scales[0]), zero) if fits else None
+
+
+def _cast_constant(node: ir.Node, index: int) -> Place | None:
+    """Where a constant comes in, at this input or at that of a Cast before it."""
+    cast = _producer(node, index, "Cast")
+    place = (node, index) if cast is None else (cast, 0)
+    return place if _constant(*place) is not None else None
+
+
+def _before_qdq(node: ir.Node) -> Place:
     """Where x comes in, before it is quantised and dequantised."""
-    x = node.inputs[0]
-    dequantise = x.producer() if x is not None else None
-    if dequantise is None or dequantise.op_type != "DequantizeLinear":
-        return node, 0
-    quantise = dequantise.inputs[0].producer() if dequantise.inputs[0] is not None else None
-    found = quantise is not None and quantise.op_type == "QuantizeLinear"
-    return (quantise, 0) if quantise is not None and found else (node, 0)
+    dequantise = _producer(node, 0, "DequantizeLinear")
+    quantise = None if dequantise is None else _producer(dequantise, 0, "QuantizeLinear")
+    return (node, 0) if quantise is None else (quantise, 0)
+
+
+def _producer(node: ir.Node, index: int, kind: str | None = None) -> ir.Node | None:
+    """The node that gives an input, if it is of this kind."""
+    value = node.inputs[index] if len(node.inputs) > index else None
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and kind in (None, producer.op_type) else None
 
 
 def after_qdq(y: ir.Value) -> ir.Value:

@@ -15,9 +15,8 @@ from ..feeds import base_feeds, full_feeds
 from ..graph.ops import Ops, constant_value, free_name, used_names
 from ..graph.source import constant_of
 from ..interface import BASE_PREFIX, PREFIX, Group, Interface, Saved, group_layers
-from ..locate.content import compare_site, part_of
 from ..locate.saved import Place
-from ..locate.site import Wanted
+from ..locate.site import Wanted, compare_site, part_of
 from ..mode_names import DEFAULTS
 from .plan import Plan, Written
 

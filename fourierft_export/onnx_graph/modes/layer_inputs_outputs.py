@@ -16,7 +16,6 @@ from ...errors import UsageError
 from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source
 from ..locate.site import Site
-from ..locate.uses import source_of
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -30,10 +29,12 @@ class Ends:
     Attributes:
         fed: the node, and the number of its input, at which x comes in.
         y: what comes out.
+        factor: y is this times x W^T.
     """
 
     fed: tuple[ir.Node, int]
     y: ir.Value
+    factor: float = 1.0
 
     @property
     def x(self) -> ir.Value:
@@ -65,7 +66,7 @@ def ends_of(plan: Plan) -> dict[str, list[Ends]]:
     packed: dict[ir.Value, list[Site]] = {}
     for site in every:
         _set_output_types(site)
-        for _, y in site.products if site.start is not None else ():
+        for _, y, _ in site.products if site.start is not None else ():
             packed.setdefault(y, []).append(site)
     pieces: dict[ir.Value, dict[int, ir.Value]] = {}
     if packed:
@@ -75,9 +76,9 @@ def ends_of(plan: Plan) -> dict[str, list[Ends]]:
         ops.finish()
     return {
         layer: [
-            Ends(fed, y if site.start is None else pieces[y][site.start])
+            Ends(fed, y if site.start is None else pieces[y][site.start], factor)
             for site in several
-            for fed, y in site.products
+            for fed, y, factor in site.products
         ]
         for layer, several in plan.sites.items()
     }
@@ -99,9 +100,7 @@ def _obstacle(source: Source, site: Site) -> str | None:
         node = use.linear
         if node.graph is not source.model.graph:
             return f"its {node.op_type} is in a subgraph or function, which sees no adapter"
-        transposed_x = "transA" in node.attributes and node.attributes["transA"].as_int()
-        first = source_of(node.inputs[0]) is site.value
-        if node.op_type not in ("MatMul", "Gemm") or transposed_x or first:
+        if not use.plain or use.factor is None:
             return f"{site.name} is used by {node.op_type} in another way than x W"
         if use.transposed != site.transposed:
             return f"{site.name} is used by {node.op_type} in both orientations"

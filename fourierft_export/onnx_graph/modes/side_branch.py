@@ -87,7 +87,8 @@ class SideBranches:
         for row, layer in enumerate(group.layers):
             for number, end in enumerate(ends[layer]):
                 name = f"{layer}.adapter" + (f".{number}" if number else "")
-                added[layer].append(self.add(frequencies, row, end.x, end.y, name=name))
+                total = self.add(frequencies, row, end.x, end.y, name=name, factor=end.factor)
+                added[layer].append(total)
         return added
 
     def group(
@@ -136,7 +137,14 @@ class SideBranches:
         return Frequencies(shape, scaled, sine, None, op("Add", [start, u], f"{name}.place"), batch)
 
     def add(
-        self, frequencies: Frequencies, row: int, x: ir.Value, y: ir.Value, *, name: str
+        self,
+        frequencies: Frequencies,
+        row: int,
+        x: ir.Value,
+        y: ir.Value,
+        *,
+        name: str,
+        factor: float = 1.0,
     ) -> ir.Value:
         """Add the adapter's share to a linear layer; whatever used `y` uses the sum afterwards.
 
@@ -147,6 +155,7 @@ class SideBranches:
                 dimension is the batch, or the batch times other dimensions.
             y: the layer's output (..., M), with its bias or before it.
             name: start of the new nodes' names.
+            factor: the share is multiplied with it.
 
         Returns:
             The sum, of y's dtype and shape; a graph output keeps its name.
@@ -172,6 +181,9 @@ class SideBranches:
         dense, rows = frequencies.read is None, frequencies.shape[0]
         inverse = self._transforms.dense_inverse if dense else self._transforms.two_step_inverse
         delta = inverse(even, odd, rows, name)
+        if factor != 1:
+            number = self.ops.constant(np.array(factor, np.float32), f"fourier.factor{factor}")
+            delta = op("Mul", [delta, number], f"{name}.times")
         if not dense or frequencies.batch is not None:
             delta = op("Reshape", [delta, op("Shape", [y], f"{name}.shape")], f"{name}.as_y")
         if not exact:
