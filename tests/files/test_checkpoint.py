@@ -22,6 +22,7 @@ TENSORS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
     "b.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
     "c.ids": np.arange(5, dtype=np.int64),
+    "d": np.array([[1.5, -2.25], [3e38, 1e-30]], ml_dtypes.bfloat16),
 }
 
 
@@ -29,9 +30,9 @@ TENSORS = {
 def sharded(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
-    save_file({k: TENSORS[k] for k in ("a.weight", "c.ids")}, directory / A, {"format": "pt"})
+    save_file({k: TENSORS[k] for k in ("a.weight", "c.ids", "d")}, directory / A, {"format": "pt"})
     save_file({"b.weight": TENSORS["b.weight"]}, directory / B, {"format": "pt"})
-    write_index(directory, {"a.weight": A, "b.weight": B, "c.ids": A})
+    write_index(directory, {"a.weight": A, "b.weight": B, "c.ids": A, "d": A})
     return directory
 
 
@@ -52,17 +53,6 @@ def test_sharded_tensors_equal_the_safetensors_library(sharded: Path) -> None:
     assert checkpoint.tensors["b.weight"].path == sharded / B
     assert checkpoint.index_metadata == {"total_size": 100}
     assert checkpoint.headers[0].metadata == {"format": "pt"}
-
-
-def test_bfloat16_is_read_as_ml_dtypes_bfloat16(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file as save_torch
-
-    values = torch.tensor([[1.5, -2.25], [3e38, 1e-30]], dtype=torch.bfloat16)
-    save_torch({"w": values}, tmp_path / "model.safetensors")
-    found = Checkpoint.open(tmp_path).read("w")
-    assert found.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(found.astype(np.float32), values.float().numpy())
 
 
 def test_blocks_join_to_the_payload(sharded: Path) -> None:

@@ -108,13 +108,6 @@ def test_bad_files_are_refused(data: bytes, says: str) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_names_with_escape_sequences_are_printed_escaped() -> None:
-    with pytest.raises(BadInputError) as caught:
-        parse(container({"\x1b[31mred": {"dtype": "X", "shape": [], "data_offsets": [0, 0]}}))
-    assert "\x1b" not in str(caught.value)
-    assert "x1b" in str(caught.value)
-
-
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(
     lambda name: name != "__metadata__"
 )

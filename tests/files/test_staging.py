@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import subprocess
 import sys
 import textwrap
@@ -168,17 +167,6 @@ def test_an_error_while_reading_names_what_was_read(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError) as caught, staged_file(tmp_path / "x") as partial:
         (partial / "y").write_text("the parent is missing")
     assert caught.value.where == str(tmp_path / "x")
-
-
-def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o022)
-    try:
-        with staged_file(tmp_path / "x") as partial:
-            partial.write_text("x")
-            partial.chmod(0o600)
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
 
 
 def test_an_output_that_exists_is_refused_even_a_broken_link(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,50 +113,22 @@ def test_files_that_are_not_weights_are_copied_and_stale_weights_are_not(
     assert set(plan.left_behind) == set(STALE) | modules
 
 
-def test_manifest_and_report_state_the_hashes(
+def test_the_manifest_identifies_the_base(
     base: Path, tmp_path: Path, make_bundle: MakeBundle
 ) -> None:
-    bundle = make_bundle(base, TARGETS)
-    bundle.save(tmp_path / "a.fourierft.safetensors")
-    path = tmp_path / "a.fourierft.safetensors"
-    report = ff.merge_checkpoint(base, [path], tmp_path / "out", weights=[0.5])
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    (base / "manifest.json").unlink()
-    ff.merge_checkpoint(base, make_bundle(base, TARGETS[:1]), tmp_path / "one")  # of two shards
-    one = json.loads((tmp_path / "one/manifest.json").read_text())["base"]
+    """By the hashes of copied shards and of its own manifest; the contract pins the rest."""
+    report = ff.merge_checkpoint(base, make_bundle(base, TARGETS[:1]), tmp_path / "out")
+    found = json.loads((tmp_path / "out/manifest.json").read_text())["base"]
     second = (base / SHARDS[1]).read_bytes()
-    assert (tmp_path / "one" / SHARDS[1]).read_bytes() == second
-    assert one["manifest_sha256"] is None
-    assert one["shards"][SHARDS[1]]["sha256"] == hashlib.sha256(second).hexdigest()
-    assert "sha256" not in one["shards"][SHARDS[0]]
-    for shard in SHARDS:
-        digest = hashlib.sha256((tmp_path / "out" / shard).read_bytes()).hexdigest()
-        assert manifest["shards"][shard] == report.shards[shard] == digest
-    sizes = {shard: (base / shard).stat().st_size for shard in SHARDS}
-    assert manifest["base"] == {
+    assert (tmp_path / "out" / SHARDS[1]).read_bytes() == second
+    assert found == {
         "name": "base",
-        "shards": {shard: {"bytes": size} for shard, size in sizes.items()},
+        "shards": {
+            SHARDS[0]: {"bytes": (base / SHARDS[0]).stat().st_size},
+            SHARDS[1]: {"bytes": len(second), "sha256": hashlib.sha256(second).hexdigest()},
+        },
         "manifest_sha256": hashlib.sha256(STALE["manifest.json"].encode()).hexdigest(),
     }
-    files = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert set(manifest["files"]) == {p.as_posix() for p in files} - {"manifest.json"}
-    for name, entry in manifest["files"].items():
-        data = (tmp_path / "out" / name).read_bytes()
-        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    assert set(manifest["tensors"]) == {f"{name}.weight" for name in TARGETS}
-    for shard, shapes, seed in zip(SHARDS, (FIRST, SECOND), (1, 2), strict=True):
-        after, before = load_file(tmp_path / "out" / shard), values(shapes, seed)
-        for name in set(shapes) & set(manifest["tensors"]):
-            entry = manifest["tensors"][name]
-            assert entry["sha256"] == hashlib.sha256(after[name].tobytes()).hexdigest()
-            assert entry["source_sha256"] == hashlib.sha256(before[name].tobytes()).hexdigest()
-            assert entry["layer"] == name.removesuffix(".weight") and entry["source"] == name
-    assert manifest["dtype"] == "keep"
-    assert manifest["allow_base_mismatch"] is False
-    (entry,) = manifest["bundles"]
-    assert entry["sha256"] == bundle.sha256
-    assert entry["weight"] == 0.5
-    assert entry["base_check"] == "same"
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["name"] == "layers.0.q"
 
 
@@ -230,15 +203,6 @@ def test_dtypes_of_tensors_that_are_not_floats_stay(
     assert all(info.start % found[info.name].dtype.itemsize == 0 for info in infos)
 
 
-def test_config_names_the_new_dtype(base: Path, tmp_path: Path, make_bundle: MakeBundle) -> None:
-    bundle = make_bundle(base, TARGETS)
-    ff.merge_checkpoint(base, bundle, tmp_path / "kept")
-    assert (tmp_path / "kept/config.json").read_text() == FILES["config.json"]
-    ff.merge_checkpoint(base, bundle, tmp_path / "half", dtype="float16")
-    config = json.loads((tmp_path / "half/config.json").read_text())
-    assert config == {"model_type": "made", "dtype": "float16"}
-
-
 def test_several_bundles_with_weights_add_up(
     base: Path, tmp_path: Path, make_bundle: MakeBundle, exact_delta: Callable[..., Array]
 ) -> None:
@@ -262,12 +226,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(
     planned = ff.merge_checkpoint(base, bundle, tmp_path / "out", dtype="float16", dry_run=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
     done = ff.merge_checkpoint(base, bundle, tmp_path / "out", dtype="float16")
-    assert planned.dry_run and not done.dry_run
-    assert planned.nbytes == done.nbytes
-    assert planned.carried == done.carried
-    assert [layer.tensor for layer in planned.layers] == [layer.tensor for layer in done.layers]
-    assert all(layer.survival is None for layer in planned.layers)
-    assert planned.shards == {}
+    layers = tuple(replace(layer, survival=None, error=None) for layer in done.layers)
+    assert planned == replace(done, dry_run=True, shards={}, layers=layers, notes=planned.notes)
 
 
 def test_low_survival_is_noted_with_the_remedy(
