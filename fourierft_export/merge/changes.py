@@ -200,13 +200,22 @@ def make_config(
         has_head = task is not None and task.name != "feature-extraction"
         name = tasks.architecture_for(config, task) if task and has_head else None
         if name is not None:
+            # Other names are probably no tensors of the model, which would load without them.
+            is_new = [name] != config.get("architectures")
+            known = {"lm_head", "embed_out", *(tasks.HEAD_PARTS if is_new else ())}
+            strange = [key for key in brought if not known & {*key.split(".")}]
+            if strange:
+                notes.append(
+                    f"the base has no tensor {', '.join(strange)}: added as the adapter has it; "
+                    f"check that {name} uses it"
+                )
             config["architectures"] = [name]
         elif brought:
-            known = f"task types {', '.join(types)}" if types else "an adapter without a task type"
-            known = f"task type {task_type}" if task_type else known
+            of = f"task types {', '.join(types)}" if types else "an adapter without a task type"
+            of = f"task type {task_type}" if task_type else of
             notes.append(
-                f"{', '.join(added)} added, but no architecture is known for "
-                f"{known}: set architectures in config.json"
+                f"{', '.join(added)} added, but no architecture is known for {of}: "
+                "set architectures in config.json"
             )
     if changes.unties:
         # T5 would read False as "do not scale the decoder's outputs".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,12 +58,17 @@ _TASKS = (
 )
 TASKS = tuple(task.name for task in _TASKS)
 """The names of all tasks."""
+MAX_CONFIG_BYTES = 64 << 20
+MAX_LAYERS = 10_000
+MAX_LABELS = 10_000_000
 # Names of earlier versions -> today's.
 ALIASES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
 _BY_NAME = {task.name: task for task in _TASKS}
 _BY_PEFT_TYPE = {task.peft_type: task for task in _TASKS if task.peft_type is not None}
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _FAMILY_ENDINGS = ("LMHeadModel", "DoubleHeadsModel", "PreTrainedModel", "EncoderModel", "Model")
+# Parts of the names of heads, which adapters save whole.
+HEAD_PARTS = frozenset({"classifier", "classification_head", "score", "pooler", "pre_classifier"})
 # The last projection of the heads that transformers builds, most specific first.
 _HEAD_WEIGHTS = (
     "classifier.out_proj.weight",
@@ -78,9 +84,15 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         return {}
-    config = strict_json.loads(read_file(path), os.fspath(path))
+    config = strict_json.loads(read_file(path, MAX_CONFIG_BYTES), os.fspath(path))
     if not isinstance(config, dict):
         raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
+    for fields in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in fields.items():
+            is_layers = name.endswith("layers") or name in ("n_layer", "depth")
+            most = MAX_LAYERS if is_layers else MAX_LABELS if name == "num_labels" else math.inf
+            if isinstance(value, int) and value > most:
+                raise BadInputError(path, expected=f"{name} of at most {most}", found=str(value))
     return config
 
 

@@ -20,14 +20,13 @@ from ..errors import UsageError, ValidationError
 from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES, to_numpy
 from ..models.base import Base, open_base
-from ..models.task import head_labels, likely_task
+from ..models.task import HEAD_PARTS, head_labels, likely_task
 from ..spectral.delta import Term
 from ..types import Array, Progress, byte_counter
 from .spectrum import RecoveredLayer, compute_spectrum, judge_spectrum
 
 DEFAULT_SCALING = 150.0
 UNCERTAIN = 0.1
-_HEADS = {"classifier", "classification_head", "score", "pooler", "pre_classifier"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,11 @@ def recover_bundle(
         task = likely_task(after.config, None)
         spec = replace(spec, task_type=task.peft_type if task else None)
     bundle = Bundle.build(spec, spectra, saved, template.explicit_entries, where=os.fspath(merged))
-    return bundle, RecoverReport(tuple(layers), tuple(saved), _notes(layers))
+    notes = _notes(layers)
+    absent = sorted(template.saved.keys() - saved)
+    if absent:
+        notes.append(f"not in {after.directory}, and so not in the bundle: {', '.join(absent)}")
+    return bundle, RecoverReport(tuple(layers), tuple(saved), tuple(notes))
 
 
 def _make_template(
@@ -210,7 +213,9 @@ def _compare_other_tensors(
         elif not _is_same(before, info, after, after.tensors[there]):
             # PEFT saves biases and heads with the spectra.
             is_bias = len(info.shape) == 1 and there.endswith(".bias")
-            is_head = head_labels({there: info.shape}) is not None or {*there.split(".")} & _HEADS
+            is_head = head_labels({there: info.shape}) is not None or HEAD_PARTS & {
+                *there.split(".")
+            }
             (saved if wanted is None and (is_bias or is_head) else changed).append(there)
         count(info.nbytes)
     for there in sorted(after.tensors.keys() - compared):
@@ -261,7 +266,7 @@ def _refuse(where: Path, layers: Sequence[RecoveredLayer], changed: Sequence[str
         )
 
 
-def _notes(layers: Sequence[RecoveredLayer]) -> tuple[str, ...]:
+def _notes(layers: Sequence[RecoveredLayer]) -> list[str]:
     notes = []
     same = [layer for layer in layers if not layer.changed]
     if same:
@@ -274,4 +279,4 @@ def _notes(layers: Sequence[RecoveredLayer]) -> tuple[str, ...]:
             f"in {len(vague)} of {len(layers)} layers rounding to {worst.dtype} has blurred the "
             f"spectrum (worst: {worst.name}, by about {worst.uncertainty:.0%})"
         )
-    return tuple(notes)
+    return notes

@@ -190,6 +190,10 @@ CLASSIFIER = "BertForSequenceClassification"
         ({"architectures": [CLASSIFIER], "id2label": {"0": "x", "1": "y"}},
          {"classifier.weight": np.ones((2, 4), np.float32)}, "classifier", "SEQ_CLS", {},
          (CLASSIFIER, LABELS), ()),
+        # A tensor that no model of this class has.
+        ({"architectures": [CLASSIFIER]}, {}, "extra", "SEQ_CLS", {}, (CLASSIFIER, None),
+         ("the base has no tensor extra.weight: added as the adapter has it; check that "
+          f"{CLASSIFIER} uses it",)),
         # A head that nothing is known of.
         ({"architectures": ["MadeModel"]}, {}, "tagger", None, {}, ("MadeModel", None),
          ("tagger.weight added, but no architecture is known for an adapter without a task type: "

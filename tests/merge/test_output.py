@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fourierft_export as ff
+from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.errors import BadInputError
 from fourierft_export.files.container import read_header
 
@@ -250,6 +251,22 @@ def test_low_survival_is_noted_with_the_remedy(
     full = ff.merge_checkpoint(base, bundle, tmp_path / "full", dtype="float32")
     assert all(layer.survival is not None and layer.survival > 0.9 for layer in full.layers)
     assert full.notes == ()
+
+
+def test_a_weight_with_nan_has_no_error_and_is_named(tmp_path: Path, make_base: Any) -> None:
+    base = make_base(tmp_path / "base", shards=2, size=16)
+    tensors = load_file(base / SHARDS[1])
+    tensors["layers.1.q.weight"][2, 3] = np.nan
+    save_file(tensors, base / SHARDS[1], {"format": "pt"})
+    spec = AdapterSpec(7, 50.0, tuple(LayerSpec(name, 9) for name in TARGETS))
+    bundle = ff.Bundle.build(spec, dict.fromkeys(TARGETS, np.ones(9, np.float32)))
+    report = ff.merge_checkpoint(base, bundle, tmp_path / "out")
+    good, bad = report.layers
+    assert good.error is not None and good.error < 1e-4 and bad.error is None
+    assert report.notes[-1].startswith("layers.1.q.weight: NaN or infinity in the base's weight")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["tensors"]["layers.1.q.weight"]["error"] is None
+    assert np.isnan(load_file(tmp_path / "out" / SHARDS[1])["layers.1.q.weight"]).sum() == 1
 
 
 def test_an_unbound_bundle_is_bound_and_said_to_be_unchecked(

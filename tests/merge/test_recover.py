@@ -239,6 +239,11 @@ def test_biases_come_along_and_other_tensors_are_refused(
         found, report = ff.recover_bundle(tmp_path / "base", tmp_path / "out", **chosen)
         assert report.saved == ("a.bias",)
         np.testing.assert_array_equal(found.saved["a.bias"], bias)
+    saved = {"a.bias": bias, "score.weight": np.ones((2, 64), np.float32)}
+    more = make_bundle(tmp_path / "base", ["a"], saved=saved, n_frequency=20)
+    found, report = ff.recover_bundle(tmp_path / "base", tmp_path / "out", like=more)
+    assert set(found.saved) == {"a.bias"}
+    assert "so not in the bundle: score.weight" in report.notes[-1]
     edit(tmp_path / "out", "norm.weight", lambda w: w * 2)
     edit(tmp_path / "out", "ids", lambda w: w + 1)
     for chosen in (options, {"like": bundle}):
