@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from zipfile import ZipFile
@@ -121,3 +122,17 @@ def test_a_missing_extra_is_named(
     assert "pip install 'fourierft-export[" in done.stderr
     assert done.returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lowest_versions_in_ci_are_those_that_the_package_claims() -> None:
+    """`.ci/lowest` installs and tests constraints-lowest.txt."""
+    lines = (ROOT / "samples" / "constraints-lowest.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {pin.name: next(iter(pin.specifier)).version for pin in pins}
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["ort"]]
+    claims = [Requirement(text) for text in texts]
+    for claim in (one for one in claims if one.marker is None):
+        lowest = next(iter(claim.specifier)).version
+        assert f"{pinned[claim.name]}.".startswith(f"{lowest}."), claim.name

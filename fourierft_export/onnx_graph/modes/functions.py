@@ -10,7 +10,8 @@ With C, S the tables of cosines and sines over half ranges (cos is even, sin is 
     delta_W[p, q] = CC - SS,   delta_W[p, -q] = delta_W[-p, q] = CC + SS
 
 so a quarter of the matrix gives the rest by mirroring. Phases are integers modulo the length, and
-their cosines are taken in double precision: angles built in float32 would cost two digits.
+their sines are taken in double precision: angles built in float32 would cost two digits. ONNX
+Runtime has no Cos of doubles before 1.29, so cos(2 pi k / N) is sin(2 pi (4 k + N) / (4 N)).
 Tables are a function of their own, so that layers with the same entries share them.
 """
 
@@ -52,12 +53,17 @@ FourierTable <axis, length> (entries) => (cosines, sines, mirrored) {
     product = Mul (position_column, frequencies)
     phases = Mod (product, count)
     all_phases = Range (zero, count, one)
-    all_phases_double = Cast <to = 11> (all_phases)
     count_double = Cast <to = 11> (count)
-    full_turn = Constant <value = double {6.283185307179586}> ()
-    phase_step = Div (full_turn, count_double)
-    angles = Mul (all_phases_double, phase_step)
-    cosine_double = Cos (angles)
+    quarter_turn = Constant <value = double {1.5707963267948966}> ()
+    quarter_step = Div (quarter_turn, count_double)
+    four = Constant <value_int: int = 4> ()
+    quarter_phases = Mul (all_phases, four)
+    shifted_phases = Add (quarter_phases, count)
+    quarter_phases_double = Cast <to = 11> (quarter_phases)
+    shifted_phases_double = Cast <to = 11> (shifted_phases)
+    angles = Mul (quarter_phases_double, quarter_step)
+    shifted_angles = Mul (shifted_phases_double, quarter_step)
+    cosine_double = Sin (shifted_angles)
     sine_double = Sin (angles)
     cosine_normalised = Div (cosine_double, count_double)
     sine_normalised = Div (sine_double, count_double)

@@ -124,12 +124,12 @@ class SideBranches:
             self._folded(value, length, f"{name}.{side}")
             for value, length, side in ((u, rows, "u"), (v, columns, "v"))
         )
-        even = op("Equal", [u_mirrored, v_mirrored], f"{name}.even")
+        odd = op("Xor", [u_mirrored, v_mirrored], f"{name}.odd")  # tract has no Equal of bools
         # The sum starts with minus sin sin.
         signs = (
-            self.ops.constant(np.array(x, np.float32), f"fourier.sign{x:.0f}") for x in (-1.0, 1.0)
+            self.ops.constant(np.array(x, np.float32), f"fourier.sign{x:.0f}") for x in (1.0, -1.0)
         )
-        sign = op("Where", [even, *signs], f"{name}.sign")
+        sign = op("Where", [odd, *signs], f"{name}.sign")
         if batch is not None:
             sign = op("Unsqueeze", [sign, self._int([1], "layer_axis")], f"{name}.signs")
         sine = op("Mul", [scaled, sign], f"{name}.signed")

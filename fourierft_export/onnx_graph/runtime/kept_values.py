@@ -36,14 +36,12 @@ class KeptValues:
         self._device = device
         self._limit = None if weights is None else memory_limit
         self._kept: OrderedDict[str | None, dict[str, Any]] = OrderedDict()
+        self._sizes: dict[str | None, int] = {}
 
     @property
     def sizes(self) -> dict[str | None, int]:
         """Bytes kept per adapter; None is the base."""
-        return {
-            name: sum(value.tensor_size_in_bytes() for value in values.values())
-            for name, values in self._kept.items()
-        }
+        return {name: self._sizes[name] for name in self._kept}
 
     def forget(self, name: str) -> None:
         """Drop an adapter's values; running calls keep theirs."""
@@ -53,6 +51,7 @@ class KeptValues:
         """The inputs of the graph for an adapter (None: the base), made of its `feeds` at first."""
         if name not in self._kept:
             arrays = feeds if self._weights is None else self._adapted(name, feeds)
+            self._sizes[name] = sum(array.nbytes for array in arrays.values())
             self._kept[name] = {n: to_value(array, *self._device) for n, array in arrays.items()}
             self._make_room(name)
         self._kept.move_to_end(name)
