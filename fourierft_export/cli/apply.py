@@ -36,6 +36,14 @@ from .console import Outcome, graph_lines, verb
     help="Leave out layers and heads that the file lacks, as where encoder and decoder are two "
     "files.",
 )
+@options.defaults_option
+@options.setting_option(
+    "--opset",
+    type=int,
+    metavar="N",
+    help="Convert the graph to this opset first; swappable and bank need 16 or newer.",
+)
+@options.inline_option
 @options.output_option("OUT.onnx", "The ONNX file to write.")
 @options.allow_mismatch_option
 @options.links_option

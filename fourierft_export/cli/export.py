@@ -21,14 +21,7 @@ from .console import Outcome, graph_lines, verb
 @options.required_base_option
 @options.bundles_option
 @options.mode_option
-@options.setting_option(
-    "--defaults",
-    type=click.Choice(["bundle", "base", "required"]),
-    default="bundle",
-    show_default=True,
-    help="What swappable, paired and bank compute when no adapter is fed. With required, one must "
-    "be fed; onnxruntime-node needs that, since it ignores values fed to inputs with a default.",
-)
+@options.defaults_option
 @options.task_option
 @options.setting_option(
     "--cache",
@@ -53,11 +46,7 @@ from .console import Outcome, graph_lines, verb
     help="Version of the ONNX file format, for older readers.  [default: 10, or what the opset "
     "needs]",
 )
-@options.setting_option(
-    "--inline",
-    is_flag=True,
-    help="Write standard operators only, for tools that cannot read model-local functions.",
-)
+@options.inline_option
 @options.output_option("FILE.onnx", "The ONNX file to write.")
 @options.allow_mismatch_option
 def export(

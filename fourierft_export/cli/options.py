@@ -60,6 +60,19 @@ mode_option = setting_option(
     "FILE.expand.onnx. bank: the file holds several adapters, and the input adapter_id chooses one "
     "for each row of the batch (0: none).",
 )
+defaults_option = setting_option(
+    "--defaults",
+    type=click.Choice(["bundle", "base", "required"]),
+    default="bundle",
+    show_default=True,
+    help="What swappable, paired and bank compute when no adapter is fed. With required, one must "
+    "be fed; onnxruntime-node needs that, since it ignores values fed to inputs with a default.",
+)
+inline_option = setting_option(
+    "--inline",
+    is_flag=True,
+    help="Write standard operators only, for tools that cannot read model-local functions.",
+)
 entry_rule_option = setting_option(
     "--entry-rule",
     type=click.Choice(["small", "r64"]),

@@ -17,22 +17,24 @@ from ..files.staging import check_output
 from ..models.base import Base, open_base
 from ..types import Progress
 from .adapters import Bundles, named_bundles, weighted
+from .graph.inline import inline_functions
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
-from .graph.write import refuse_inputs, write_model
+from .graph.write import refuse_inputs, write_pair
 from .interface import KEY
 from .locate.finder import Finder, Found
 from .locate.saved import find_saved, missing_saved
 from .locate.search import find_layers
 from .locate.site import Site, Wanted, compare_site
-from .mode_names import BANK, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
+from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
 from .modes.batch_rows import batch_of
 from .modes.plan import Plan
 from .modes.quantised_heads import float_heads
 from .modes.write import check_mode, write_adapters
 from .report import ExportReport, report_on
 
-_SIDE_OPSET = 18  # of a graph with side branches
+_SIDE_OPSET = 16  # of a graph with side branches
+_CONVERT = "convert it with --opset 18 (opset=18), which calls onnx.version_converter"
 
 
 def apply_onnx(
@@ -45,6 +47,9 @@ def apply_onnx(
     base: str | os.PathLike[str] | None = None,
     mapping: Mapping[str, str] | None = None,
     partial: bool = False,
+    opset: int | None = None,
+    inline: bool = False,
+    defaults: str = DEFAULTS[0],
     allow_base_mismatch: bool = False,
     allow_links: bool = False,
     force: bool = False,
@@ -60,7 +65,7 @@ def apply_onnx(
 
     Args:
         onnx_in: an .onnx file of any opset and IR version (unmerged: opset 13 or newer; with
-            quantised weights, swappable and bank: 18 or newer).
+            quantised weights, swappable and bank: 16 or newer, see `opset`).
         bundles: one adapter, several that add up, or a mapping from name to adapter; each a
             `Bundle`, or the path of a bundle file or of a PEFT adapter directory.
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
@@ -76,6 +81,11 @@ def apply_onnx(
             for layers that are not found otherwise; of a quantised weight, its integers.
         partial: leave out layers and saved tensors that the graph does not have, as where encoder
             and decoder are two files; a note lists them.
+        opset: convert the graph to this opset first, with onnx.version_converter.
+        inline: leave no model-local functions, also none of the input's own: a graph of standard
+            operators only, for tools that read no functions.
+        defaults: as in `export_onnx`, in the modes whose adapter is an input: what counts when it
+            is not fed, "bundle", "base" or "required" (it must be fed).
         allow_base_mismatch: accept weights other than those the adapter was trained on.
         allow_links: follow links of external data that end inside the model's folder.
         force: replace an existing output.
@@ -104,7 +114,7 @@ def apply_onnx(
     """
     named = named_bundles(bundles)
     factors = checked_weights(weights, len(named))
-    check_mode(mode)
+    check_mode(mode, defaults)
     mapping = mapping or {}
     _check_mapping(named, mapping)
     inputs = (onnx_in,) if base is None else (onnx_in, base)
@@ -113,6 +123,8 @@ def apply_onnx(
         check_output(expander_path(onnx_out), force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)
     refuse_inputs(onnx_out, (*inputs, *source.files))
+    if opset is not None:
+        source = _convert(source, opset)
     _check_source(source, mode)
     opened = None if base is None else open_base(base)
     bound = {
@@ -136,8 +148,8 @@ def apply_onnx(
         source.path,
         fits,
         allow_base_mismatch=allow_base_mismatch,
-        remedy="give the base checkpoint (--base), or say where a weight is (--map "
-        "LAYER=INITIALIZER)"
+        remedy=("" if opened else "give the base checkpoint (--base), or ")
+        + "say where a weight is (--map LAYER=INITIALIZER)"
         if found.missing
         else "give the model of the base that the adapter belongs to",
     )
@@ -162,6 +174,14 @@ def apply_onnx(
         notes.append(
             f"{len(quantised)} layers are quantised: the adapter is a float branch next to each"
         )
+        kinds = {
+            one.quantised and one.quantised.kind for each in quantised.values() for one in each
+        }
+        if mode == BANK and "MatMulInteger" in kinds:
+            notes.append(
+                "the input quantises its activations with one range for the whole batch: a row "
+                "changes a little with the rows that it shares a batch with, as in the base"
+            )
     bound = {n: replace(b, spec=f.spec) for (n, b), f in zip(bound.items(), fits, strict=True)}
     places = find_saved(finder, found.bridge, bound)
     if mode == BANK:
@@ -169,11 +189,12 @@ def apply_onnx(
     if quantised or beside:
         fill_shapes(source.model)
     saved_places = {name: [place] for name, place in places.items()}
-    plan = Plan(source, weighted(bound, factors), sites, saved_places, named)
-    written = write_adapters(plan, mode)
-    expander = written.expander
-    made = write_model(expander, expander_path(onnx_out), force=force) if expander else ()
-    files = (*write_model(source, onnx_out, force=force, progress=progress), *made)
+    plan = Plan(source, weighted(bound, factors), sites, saved_places, named, defaults)
+    expander = write_adapters(plan, mode).expander
+    for model in (source.model, expander) if inline else ():
+        if model is not None:
+            inline_functions(model)
+    files = write_pair(source, expander, onnx_out, force=force, progress=progress)
     return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
 
 
@@ -190,6 +211,34 @@ def _without(bundle: Bundle, names: Container[str]) -> Bundle:
         saved,
         {n: array for n, array in bundle.explicit_entries.items() if n not in names},
     )
+
+
+def _convert(source: Source, opset: int) -> Source:
+    """The same graph in a newer opset; weights in external data stay where they are."""
+    import onnx
+    import onnx_ir as ir
+
+    newest = onnx.defs.onnx_opset_version()
+    if not source.opset <= opset <= newest:
+        raise UsageError(
+            source.path, expected=f"an opset from {source.opset} to {newest}", found=str(opset)
+        )
+    if opset == source.opset:
+        return source
+    proto = ir.serde.serialize_model(source.model)
+    try:
+        proto = onnx.version_converter.convert_version(proto, opset)
+        model = ir.serde.deserialize_model(proto)
+    except (RuntimeError, ValueError, ir.serde.SerdeError) as error:
+        raise UsageError(
+            source.path,
+            expected=f"a graph that onnx.version_converter brings to opset {opset}",
+            found=str(error).splitlines()[0],
+            remedy="export the base at a newer opset",
+        ) from None
+    version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.ir_version = max(model.ir_version or 0, version)
+    return replace(source, model=model)
 
 
 def _wanted_layers(bundles: Mapping[str, Bundle], base: Base | None) -> list[Wanted]:
@@ -227,7 +276,7 @@ def _check_source(source: Source, mode: str) -> None:
             source.path,
             expected=f"opset {needed} or newer for mode {mode}",
             found=f"opset {source.opset}",
-            remedy="use --mode merged, or convert the model with onnx.version_converter first",
+            remedy=_CONVERT,
         )
     text = source.model.metadata_props.get(KEY)
     if text is not None and '"mode":"merged"' not in text:
@@ -254,7 +303,7 @@ def _check_quantised(source: Source, mode: str, quantised: Mapping[str, Sequence
             source.path,
             expected=f"opset {_SIDE_OPSET} or newer for an adapter on quantised weights",
             found=f"opset {source.opset}",
-            remedy="quantise or export the base again at a newer opset",
+            remedy=_CONVERT,
         )
 
 

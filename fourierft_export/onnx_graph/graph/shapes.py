@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .contrib_shapes import contrib_operators
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -104,6 +106,8 @@ def _load_symbolic_inference() -> Any:
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
+            for kind, infer in contrib_operators(self).items():
+                self.dispatcher_.setdefault(kind, infer)
             for kind, infer in self.dispatcher_.items():
                 self.dispatcher_[kind] = partial(self._infer_bounded, infer)
 

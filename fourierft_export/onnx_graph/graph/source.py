@@ -152,6 +152,15 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     import onnx_ir as ir
 
     proto = read_proto(path)
+    empty = [one.name for one in tensors(proto) if _has_no_data(one)]
+    if empty:
+        raise BadInputError(
+            path,
+            expected="a model with its weights",
+            found=f"{len(empty)} tensors without data",
+            remedy="get the model with its weights: this one was stripped of them",
+            offenders=empty,
+        )
     files = check_external_data(proto, path, allow_links=allow_links)
     for tensor in tensors(proto):
         for entry in tensor.external_data if tensor.data_location == EXTERNAL else ():
@@ -166,6 +175,14 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     if "" not in model.opset_imports and "ai.onnx" in model.opset_imports:  # its other name
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     return Source(Path(path), model, frozenset(files.values()))
+
+
+def _has_no_data(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor has a shape, and neither numbers nor the name of a file with them."""
+    absent = tensor.data_type == 0  # the empty sparse tensor of another kind of attribute
+    if absent or tensor.data_location == EXTERNAL or 0 in tensor.dims or tensor.raw_data:
+        return False
+    return not any(field.name.endswith("_data") and value for field, value in tensor.ListFields())
 
 
 def read_proto(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -191,7 +208,8 @@ def read_proto(path: str | os.PathLike[str]) -> onnx.ModelProto:
     except DecodeError:
         raise BadInputError(path, expected="an ONNX model", found="something else") from None
     if not proto.HasField("graph") or not proto.opset_import:
-        raise BadInputError(path, expected="an ONNX model", found="a message without a graph")
+        found = "a model without opset_import" if proto.HasField("graph") else "no graph in it"
+        raise BadInputError(path, expected="an ONNX model", found=found)
     return proto
 
 

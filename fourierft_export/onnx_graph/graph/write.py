@@ -14,6 +14,7 @@ from ...files.external import EXTERNAL, count_tensor_bytes, tensors
 from ...files.staging import check_output, open_work_folder
 from ...files.write import check_space, name_os_errors, set_umask_mode, sync
 from ...types import Progress
+from ..mode_names import expander_path
 from .source import Source
 
 if TYPE_CHECKING:
@@ -97,6 +98,27 @@ def write_model(
         staged.write_bytes(proto.SerializeToString())
         _check(staged, source.path)
         return _publish(staged, out)
+
+
+def write_pair(
+    graph: ir.Model | Source,
+    expander: ir.Model | None,
+    path: str | os.PathLike[str],
+    *,
+    external_data: bool | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, ...]:
+    """Write a graph as `write_model` does, and the expander of mode paired: both, or neither."""
+    if expander is None:
+        return write_model(graph, path, external_data=external_data, force=force, progress=progress)
+    out = check_output(expander_path(path), force=force)
+    with open_work_folder(out) as folder:
+        staged, *_ = write_model(expander, folder / out.name, external_data=external_data)
+        files = write_pair(
+            graph, None, path, external_data=external_data, force=force, progress=progress
+        )
+        return (*files, *_publish(staged, out))
 
 
 def _write_data(

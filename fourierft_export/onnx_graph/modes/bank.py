@@ -51,11 +51,11 @@ def write(plan: Plan) -> Written:
     wrong = [
         f"{layer}: input {'unknown' if x.shape is None else [str(size) for size in x.shape]}"
         for layer, x in shapes
-        if not leads_with_batch(x, batch)
+        if (x.shape is not None and len(x.shape) < 2) or not leads_with_batch(x, batch)
     ]
     _refuse(
         wrong,
-        expected=f"the batch ({batch}) first in the input of every adapted layer",
+        expected=f"the batch ({batch}) first, and features last, in the input of every layer",
         found=f"{len(wrong)} layers whose input has another first dimension, or an unknown one",
         remedy="export in mode swappable, or make the batch a dynamic size",
     )

@@ -89,6 +89,12 @@ def _sources(value: ir.Value, batch: int | str) -> Iterator[ir.Value]:
     node = value.producer()
     if node is None or not node.inputs or node.inputs[0] is None:
         return
+    ids = node.inputs[1] if node.op_type == "Gather" else None
+    if ids is not None:  # rows of a table, in the order of the ids
+        table = constant_of(node.inputs[0])
+        if node.domain in STANDARD and not _attribute(node, "axis", 0) and table is not None:
+            yield ids
+        return
     if _SEVERAL.fullmatch(node.op_type) and node.domain in _KNOWN:
         rank = _rank(value)
         yield from (one for one in node.inputs if one is not None and not _repeated(one, rank))
@@ -126,9 +132,10 @@ def _keeps_rows(node: ir.Node, value: ir.Value, batch: int | str) -> bool:
     if kind in ("Softmax", "LogSoftmax", "Split"):
         axis = int(_attribute(node, "axis", 0 if kind == "Split" else -1))
         return axis == -1 or axis > 0
-    if kind == "ReduceMean" and len(node.inputs) > 1 and node.inputs[1] is not None:
-        axes = constant_of(node.inputs[1])
-        return axes is not None and bool((np.asarray(axes.numpy()) == -1).all())
+    if kind == "ReduceMean":
+        held = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = _attribute(node, "axes", None) if held is None else held.numpy()
+        return axes is not None and bool((np.asarray(axes) == -1).all())
     return False
 
 

@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...bundle.fingerprint import fingerprint
 from ...bundle.spec import Fingerprint
 from ...types import Array
@@ -115,10 +113,10 @@ def group_inputs(
     return spectrum, entries, scaling
 
 
-def write_saved_inputs(ops: Ops, inputs: AdapterInputs, written: Written) -> None:
+def write_saved_inputs(ops: Ops, plan: Plan, inputs: AdapterInputs, written: Written) -> None:
     """Make saved tensors inputs under their own names, in the layout of the adapter.
 
-    The base's own are kept as constants, too, where an adapter's are the defaults.
+    The base's own are kept as constants, too, where an adapter has its own.
     """
     for tensor in inputs.interface.saved:
         places = inputs.places[tensor.name]
@@ -133,7 +131,7 @@ def write_saved_inputs(ops: Ops, inputs: AdapterInputs, written: Written) -> Non
             if place.transposed:
                 fed = ops.op("Transpose", [value], f"{tensor.name}.turned")
             node.replace_input_with(index, fed)
-        if not np.array_equal(base, default):
+        if any(tensor.name in bundle.saved for bundle in plan.adapters.values()):
             ops.initializer(base, BASE_PREFIX + tensor.name)
 
 

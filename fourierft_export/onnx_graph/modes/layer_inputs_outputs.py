@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import UsageError
 from ..graph.ops import Ops, replace_uses
-from ..graph.source import Source
+from ..graph.source import Source, constant_of
 from ..locate.site import Site
 from .plan import Plan
 
@@ -85,13 +85,33 @@ def ends_of(plan: Plan) -> dict[str, list[Ends]]:
 
 
 def _set_output_types(site: Site) -> None:
-    """Give y the weight's dtype where shape inference found none: a product has one dtype."""
+    """Give y the dtype of the weight, or of its scales, where shape inference found none."""
     import onnx_ir as ir
 
-    for use in () if site.quantised else site.uses:
-        y = use.linear.outputs[0]
-        if y.dtype is None and use.node is use.linear and site.value.dtype is not None:
-            y.type = ir.TensorType(site.value.dtype)
+    places = [(use.linear.inputs[1], use.linear.outputs[0]) for use in site.uses]
+    if site.quantised is not None and site.quantised.scale is not None:
+        node, index = site.quantised.scale
+        places = [(node.inputs[index], site.quantised.y)]
+    for value, y in places:
+        dtype = _dtype_of(value) if y.dtype is None else None
+        if dtype is not None:
+            y.type = ir.TensorType(dtype)
+
+
+def _dtype_of(value: ir.Value | None) -> ir.DataType | None:
+    """The dtype of a value, also behind a Cast, Transpose or Identity."""
+    import onnx_ir as ir
+
+    tensor = constant_of(value)
+    if value is None or tensor is not None:
+        return None if tensor is None else tensor.dtype
+    node = value.producer()
+    if value.dtype is not None or node is None:
+        return value.dtype
+    if node.op_type not in ("Cast", "Identity", "Transpose"):
+        return None
+    cast = node.attributes.get("to")
+    return _dtype_of(node.inputs[0]) if cast is None else ir.DataType(cast.as_int())
 
 
 def _obstacle(source: Source, site: Site) -> str | None:

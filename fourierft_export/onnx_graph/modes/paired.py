@@ -48,7 +48,7 @@ def write(plan: Plan) -> Written:
     inputs = adapter_inputs(plan)
     written = Written(interface=inputs.interface, base=inputs.base)
     ops = Ops(model.graph)
-    write_saved_inputs(ops, inputs, written)
+    write_saved_inputs(ops, plan, inputs, written)
     packed: dict[object, list[Site]] = {}
     for site in plan.every_site:
         packed.setdefault((site.value, site.consumers), []).append(site)

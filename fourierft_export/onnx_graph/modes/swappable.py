@@ -25,7 +25,7 @@ def write(plan: Plan) -> Written:
     inputs = adapter_inputs(plan)
     written = written_beside(plan, inputs)
     ops = Ops(plan.source.model.graph)
-    write_saved_inputs(ops, inputs, written)
+    write_saved_inputs(ops, plan, inputs, written)
     branches = SideBranches(ops)
     for group in inputs.interface.groups:
         tensors = group_inputs(ops, group, inputs.defaults[0])

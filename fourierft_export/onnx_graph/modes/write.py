@@ -55,10 +55,10 @@ def write_adapters(plan: Plan, mode: str) -> Written:
         found=f"{len(unused)} that are used in another way",
         remedy="leave these layers out of the adapter, or export the base another way",
     )
-    written = _WRITERS[mode](plan)
-    live = _live_values(model)
     held = {layer: several[0].name for layer, several in plan.sites.items()}
     held |= {name: str(several[0].value.name) for name, several in plan.saved.items()}
+    written = _WRITERS[mode](plan)
+    live = _live_values(model)
     dead = [name for name in held if live.isdisjoint(written.changed.get(name, ()))]
     _refuse(
         plan,

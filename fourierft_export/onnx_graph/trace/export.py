@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...files.staging import check_output
 from ...types import Progress
 from ..graph.inline import inline_functions
-from ..graph.write import write_model
+from ..graph.write import write_pair
 from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES, expander_path
 from ..modes.merged import saved_values
 from ..modes.plan import Plan
@@ -179,13 +179,12 @@ def export_adapters(
     written = write_adapters(plan, mode)
     report("save", 2, 3)
     graph = traced.source.model
-    files: list[Any] = []
-    for one, to in ((written.expander, expander_path(path)), (graph, path)):
+    for one in (graph, written.expander):
         if one is not None:
             if inline:
                 inline_functions(one)
             set_ir_version(one, ir_version)
-            files = [*write_model(one, to, external_data=external_data, force=force), *files]
+    files = write_pair(graph, written.expander, path, external_data=external_data, force=force)
     report("save", 3, 3)
     dtypes = {array.dtype.name for one in adapters.values() for array in one.spectra.values()}
     notes: tuple[str, ...] = ()
