@@ -7,7 +7,6 @@ The export recorded in the metadata where each tensor of a bundle's file is in t
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +53,7 @@ def recover_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> 
             if "bundle" in adapter:
                 data = _read_bundle(source, adapter["bundle"], arrays)
                 bundles[name] = Bundle.from_bytes(data, f"{os.fspath(path)}: adapter {name}")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BadInputError(
             path,
             expected="a bundle whose place is recorded in the metadata",
