@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.modules import active_adapters, adapter_names
     from fourierft_export.adapt.routing.route import route
     from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.lora import to_lora
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.bundle.pool import Pool
     from fourierft_export.merge.manifest import verify_merged
@@ -72,6 +73,7 @@ __all__ = [
     "restore",
     "route",
     "save_bundles",
+    "to_lora",
     "to_peft",
     "train_adapter",
     "trainable_parameters",
@@ -111,6 +113,7 @@ _HOMES = {
     "restore": "adapt.fuse",
     "route": "adapt.routing.route",
     "save_bundles": "train.callback",
+    "to_lora": "bundle.lora",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",
     "trainable_parameters": "adapt.active",

@@ -254,12 +254,15 @@ def to_peft(
         f"{PREFIX}{name}{SPECTRUM}": spectrum for name, spectrum in bundle.spectra.items()
     }
     for name, tensor in bundle.saved.items():
-        module, _, leaf = name.rpartition(".")
-        # PEFT keeps a targeted layer's own parameters one level down.
-        stored = f"{module}{BASE_LAYER}.{leaf}" if module in bundle.spectra else name
-        tensors[f"{PREFIX}{stored}"] = tensor
+        tensors[f"{PREFIX}{peft_name(bundle, name)}"] = tensor
     config = strict_json.pretty(dict(config_of(bundle.spec, bundle.saved)))
     with staged_directory(directory, force=force) as folder:
         (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
         (folder / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
     return Path(directory)
+
+
+def peft_name(bundle: Bundle, name: str) -> str:
+    """PEFT's name for a saved tensor: it keeps a targeted layer's own parameters one level down."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}{BASE_LAYER}.{leaf}" if module in bundle.spectra else name
