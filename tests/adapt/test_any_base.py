@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fourierft_export import (
@@ -18,13 +17,12 @@ from fourierft_export import (
     attach,
     capture,
     export_onnx,
-    fuse,
     inject,
 )
 from fourierft_export.adapt.modules import fourier_layers
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost
-from fourierft_export.spectral.delta import reference_delta
+from tests.adapt.helpers import exact_delta
 
 
 class Ternary(nn.Module):
@@ -67,16 +65,6 @@ def float_values(base: nn.Module) -> Tensor:
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"own": Ternary, "dynamic": dynamic_int8}
 
 
-def float64_delta(layer: FourierLinear) -> Tensor:
-    """Sum of the active adapters' delta_W by the definition."""
-    total = torch.zeros(layer.shape, dtype=torch.float64)
-    for adapter in map(layer.adapter, layer.active):
-        spectrum, scaling = adapter.spectrum.detach().numpy(), adapter.origin.scaling
-        delta = reference_delta(spectrum, adapter.host_entries, layer.shape, scaling)
-        total += torch.from_numpy(delta)
-    return total
-
-
 class Net(nn.Module):
     """Two layers: the first as given, the second a plain one."""
 
@@ -115,11 +103,11 @@ def test_output_is_the_bases_plus_the_change(
     base = layer.base_layer(x)
     with cost.force(form=form):
         found = layer(x)
-    expected = base.double() + x.double() @ float64_delta(layer).T
+    expected = base.double() + x.double() @ exact_delta(layer).T
     assert (expected - base).abs().max() > 0.1
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
     if kind == "own":
-        whole = x.double() @ (float_values(layer.base_layer) + float64_delta(layer)).T
+        whole = x.double() @ (float_values(layer.base_layer) + exact_delta(layer)).T
         bias = layer.bias
         assert bias is not None
         torch.testing.assert_close(found.double(), whole + bias.double(), rtol=3e-6, atol=3e-6)
@@ -129,7 +117,7 @@ def test_autocast_and_low_precision() -> None:
     model = adapted("own")
     layer = fourier_layers(model)["first"]
     x = torch.randn(6, 12)
-    exact = x.double() @ (float_values(layer.base_layer) + float64_delta(layer)).T
+    exact = x.double() @ (float_values(layer.base_layer) + exact_delta(layer)).T
     exact += layer.base_layer.bias.double()
     bound = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
     with torch.autocast("cpu", torch.bfloat16):
@@ -139,19 +127,6 @@ def test_autocast_and_low_precision() -> None:
     half = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half.double() - exact).abs().max() <= bound
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_needs_a_weight_is_refused(kind: str) -> None:
-    model = adapted(kind)
-    x = torch.randn(3, 12)
-    before = model(x)
-    with pytest.raises(UsageError, match="checkpoint") as caught:
-        fuse(model)
-    assert [line.split(":")[0] for line in caught.value.offenders] == ["first"]
-    with pytest.raises(UsageError, match="float"):
-        _ = fourier_layers(model)["first"].weight
-    assert torch.equal(model(x), before)
 
 
 def test_a_scripted_layer_is_a_base() -> None:
@@ -219,7 +194,7 @@ def test_all_linear_takes_layers_not_blocks() -> None:
     assert list(fourier_layers(again)) == ["0"]
     x = torch.randn(3, 12)
     layer = fourier_layers(again)["0"]
-    expected = layer.base_layer(x).double() + x.double() @ float64_delta(layer).T
+    expected = layer.base_layer(x).double() + x.double() @ exact_delta(layer).T
     torch.testing.assert_close(layer(x).double(), expected, rtol=2e-6, atol=2e-6)
 
 
@@ -307,22 +282,3 @@ def test_export_is_refused_with_the_layers(mode: str, tmp_path: Path) -> None:
         export_onnx(adapted("own"), (torch.randn(2, 12),), tmp_path / "a.onnx", mode=mode)
     assert caught.value.offenders == ("first: Ternary",)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool) -> None:
-    """The trial of the base's gradient must not disturb what checkpointing counts."""
-    grads = []
-    for checkpointed in (False, True):
-        model = adapted("own", target_modules=["first"])
-        layer = fourier_layers(model)["first"]
-        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        for _ in range(2):
-            if checkpointed:
-                out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
-            else:
-                out = model(x)
-            out.square().sum().backward()
-        grads.append((x.grad, layer.adapter("default").spectrum.grad))
-    for found, expected in zip(*grads, strict=True):
-        assert torch.equal(found, expected)

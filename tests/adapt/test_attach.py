@@ -27,8 +27,7 @@ from fourierft_export import (
 from fourierft_export.adapt.modules import adapter_names, fourier_layers
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.errors import BaseMismatchError, UsageError
-
-MakeModel = Callable[[str], nn.Module]
+from tests.adapt.helpers import MakeModel, adapted, output, structure
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"target_modules": "all-linear"}),
@@ -37,22 +36,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama-tied", {"target_modules": ["lm_head", "q_proj"], "scaling": 150}),
     ("gpt2", {"target_modules": "all-linear", "bias": "fourier_only"}),
 ]
-
-
-def output(model: Any, tokens: Tensor) -> Tensor:
-    result = model(input_ids=tokens)
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state
-
-
-def adapted(model: nn.Module, **fields: Any) -> nn.Module:
-    """The model with an adapter whose every tensor is random."""
-    torch.manual_seed(2)
-    inject(model, FourierFTConfig(**({"n_frequency": 21, "scaling": 30.0} | fields)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape)
-    return model
 
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)
@@ -160,10 +143,6 @@ def test_a_bare_adapter_on_the_task_model(make_model: MakeModel, tokens: Tensor)
     assert next(iter(fourier_layers(whole))) == "bert.encoder.layer.0.attention.self.query"
     twin = attach(make_model("bert-cls").bert, bundle)
     assert torch.equal(output(whole.bert, tokens), output(twin, tokens))
-
-
-def structure(model: nn.Module) -> list[tuple[str, int]]:
-    return [(n, id(m)) for n, m in model.named_modules()]
 
 
 def refused(model: nn.Module, bundle: Bundle, **kwargs: Any) -> BaseMismatchError:

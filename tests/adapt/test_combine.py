@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,69 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from fourierft_export import (
-    Bundle,
-    FourierFTConfig,
     activate,
     attach,
     capture,
     combine,
     detach,
     fuse,
-    inject,
     restore,
     route,
 )
 from fourierft_export.adapt.modules import active_adapters, adapter_names, fourier_layers
 from fourierft_export.errors import UsageError
-from fourierft_export.spectral.delta import reference_delta
-
-MakeModel = Callable[[str], nn.Module]
-Deltas = dict[str, Any]
-
-
-def add(model: nn.Module, name: str, **fields: Any) -> None:
-    torch.manual_seed(sum(map(ord, name)))
-    usual = {"n_frequency": 21, "scaling": 30.0, "random_loc_seed": 5}
-    inject(model, FourierFTConfig(**(usual | fields)), name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape)
+from tests.adapt.helpers import MakeModel, adapted, exact_delta
 
 
 @pytest.fixture
 def model(make_model: MakeModel) -> nn.Module:
     """bert-cls with adapters that share entries, or parts of them, or none."""
     model = make_model("bert-cls")
-    add(model, "a")
-    add(model, "b", scaling=7.5)
-    add(model, "few", n_frequency=9)
-    add(model, "seed", random_loc_seed=6, target_modules="all-linear")
-    add(model, "full", random_loc_seed=7, n_frequency=1024)
-    add(model, "head", task_type="SEQ_CLS", bias="fourier_only")
-    add(model, "head2", task_type="SEQ_CLS", random_loc_seed=6)
+    adapted(model, "a")
+    adapted(model, "b", scaling=7.5)
+    adapted(model, "few", n_frequency=9)
+    adapted(model, "seed", random_loc_seed=6, target_modules="all-linear")
+    adapted(model, "full", random_loc_seed=7, n_frequency=1024)
+    adapted(model, "head", task_type="SEQ_CLS", bias="fourier_only")
+    adapted(model, "head2", task_type="SEQ_CLS", random_loc_seed=6)
     return model
-
-
-def deltas(bundle: Bundle) -> Deltas:
-    """delta_W of every layer by the float64 reference."""
-    return {
-        layer.name: reference_delta(
-            bundle.spectra[layer.name],
-            bundle.entries(layer.name),
-            layer.shape or (0, 0),
-            bundle.spec.scaling,
-        )
-        for layer in bundle.layers
-    }
-
-
-def weighted(model: nn.Module, weights: dict[str, float]) -> Deltas:
-    total: Deltas = {}
-    for name, weight in weights.items():
-        for layer, delta in deltas(capture(model, name)).items():
-            total[layer] = total.get(layer, 0) + weight * delta
-    return total
 
 
 def logits(model: Any) -> Tensor:
@@ -96,34 +57,15 @@ UNITED: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("weights", SHARED + UNITED, ids=lambda w: "+".join(w))
-def test_delta_is_the_weighted_sum(
-    model: nn.Module, weights: dict[str, float], tmp_path: Path
-) -> None:
-    assert combine(model, weights, "sum") is model
-    assert active_adapters(model) == ("sum",)
-    bundle = capture(model, "sum")
-    found, wanted = deltas(bundle), weighted(model, weights)
-    assert found.keys() == wanted.keys()
-    for layer, delta in wanted.items():
-        assert np.linalg.norm(found[layer] - delta) <= 1e-6 * np.linalg.norm(delta), layer
-    # The layers' own delta_W, in float32, is the same.
-    for path, layer in fourier_layers(model).items():
-        if path in wanted:
-            mine = layer.adapter("sum").delta_weight().detach().double().numpy()
-            np.testing.assert_allclose(mine, wanted[path], atol=2e-6 * abs(wanted[path]).max())
-    loaded = Bundle.load(bundle.save(tmp_path / "sum.fourierft.safetensors"))
-    assert loaded.to_bytes() == bundle.to_bytes()
-
-
 @pytest.mark.parametrize("weights", [SHARED[1], UNITED[1]], ids=["shared", "united"])
 def test_the_model_answers_with_the_sum(model: nn.Module, weights: dict[str, float]) -> None:
-    wanted = weighted(model, weights)
     layers = fourier_layers(model)
     activate(model, [])
-    before = {path: layers[path].base_layer.weight.detach().clone() for path in wanted}
-    for path, delta in wanted.items():
-        layers[path].base_layer.weight.data = (before[path].double() + torch.tensor(delta)).float()
+    before = {path: layer.base_layer.weight.detach() for path, layer in layers.items()}
+    for path, layer in layers.items():
+        there = {name: weight for name, weight in weights.items() if name in layer.adapters}
+        delta = sum(weight * exact_delta(layer, name) for name, weight in there.items())
+        layer.base_layer.weight.data = (before[path].double() + delta).float()
     expected = logits(model)
     for path, weight in before.items():
         layers[path].base_layer.weight.data = weight

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fourierft_export import FourierFTConfig, FourierLinear, inject
-from fourierft_export.adapt.active import activate
 from fourierft_export.adapt.modules import adapted_modules, fourier_layers
 from fourierft_export.errors import UsageError
+from tests.adapt.helpers import MakeModel, output, structure
 
-MakeModel = Callable[[str], nn.Module]
 WithPeft = Callable[..., Any]
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -33,11 +32,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"target_modules": ["c_attn"], "bias": "fourier_only", "fan_in_fan_out": True}),
 ]
 IDS = [f"{kind}-{i}" for i, (kind, _) in enumerate(CASES)]
-
-
-def output(model: Any, tokens: Tensor) -> Tensor:
-    result = model(input_ids=tokens)
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
 def plain_name(name: str) -> str | None:
@@ -133,30 +127,9 @@ def test_drawing_leaves_the_generator_where_peft_leaves_it(
         assert torch.equal(torch.rand(3), expected)
 
 
-def test_each_adapter_has_its_own_head_and_biases(make_model: MakeModel, tokens: Tensor) -> None:
-    model = make_model("bert-cls")
-    inject(model, FourierFTConfig(n_frequency=9, task_type="SEQ_CLS"), "a")
-    inject(model, FourierFTConfig(n_frequency=9, task_type="SEQ_CLS", bias="all"), "b")
-    before = output(activate(model, "a"), tokens)
-    with torch.no_grad():
-        for parameter in own_parameters(model, "b").values():
-            parameter.add_(1.0)
-    assert torch.equal(output(activate(model, "a"), tokens), before)
-    activate(model, "b")
-    reference = make_model("bert-cls")
-    with torch.no_grad():
-        for path, layer in fourier_layers(model).items():
-            delta = layer.adapter("b").delta_weight()
-            reference.get_submodule(path).weight += delta
-        for name, parameter in own_parameters(model, "b").items():
-            if not name.endswith("spectrum"):
-                reference.get_parameter(name).copy_(parameter)
-    torch.testing.assert_close(output(model, tokens), output(reference, tokens))
-
-
 def test_a_refused_injection_changes_nothing(make_model: MakeModel) -> None:
     model = make_model("bert")
-    before = [(n, type(m), id(m)) for n, m in model.named_modules()]
+    before = structure(model)
     for fields in (
         {"target_modules": ["nope"]},
         {"n_frequency": 10**6},
@@ -165,7 +138,7 @@ def test_a_refused_injection_changes_nothing(make_model: MakeModel) -> None:
     ):
         with pytest.raises(UsageError):
             inject(model, FourierFTConfig(**fields))  # type: ignore[arg-type]
-    assert [(n, type(m), id(m)) for n, m in model.named_modules()] == before
+    assert structure(model) == before
     assert all(p.requires_grad for p in model.parameters())
 
 

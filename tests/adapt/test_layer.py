@@ -126,15 +126,6 @@ def test_autocast(base_dtype: torch.dtype) -> None:
     assert layer.adapter("a").spectrum.grad.dtype == torch.float32
 
 
-def test_nothing_active_is_the_base_itself() -> None:
-    layer, base, _ = make()
-    layer.active = ()
-    x = torch.randn(5, 18)
-    assert torch.equal(layer(x), base(x))
-    assert layer.delta_weight() is None
-    assert torch.equal(layer.effective_weight(), base.weight)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_effective_weight_is_rounded_once(dtype: torch.dtype) -> None:
     layer, base, delta = make(dtype)

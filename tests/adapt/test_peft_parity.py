@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourierft_export import (
     FourierFTConfig,
@@ -28,24 +28,18 @@ from fourierft_export import (
     from_peft,
     fuse,
     inject,
-    restore,
     route,
 )
 from fourierft_export.adapt.modules import active_adapters, adapter_names, fourier_layers, is_fused
 from fourierft_export.errors import BadInputError, UsageError
+from tests.adapt.helpers import MakeModel, exact_delta, output
 
-MakeModel = Callable[[str], nn.Module]
 WithPeft = Callable[..., Any]
 
 LLAMA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
 KINDS: dict[str, dict[str, Any]] = {"llama": LLAMA, "gpt2": GPT2}
 COMMON: dict[str, Any] = {"n_frequency": 40, "scaling": 30.0, "random_loc_seed": 11}
-
-
-def output(model: Any, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens).logits
-    return logits
 
 
 class Pair:
@@ -104,35 +98,12 @@ def weights64(pair: Pair, names: list[str]) -> dict[str, Tensor]:
     exact = {}
     for path, layer in fourier_layers(pair.ours).items():
         weight = pair.base.get_submodule(path).weight.detach().double()
-        for name in names:
-            adapter = layer.adapter(name)
-            dense = torch.zeros(layer.shape, dtype=torch.float64)
-            u, v = torch.tensor(adapter.host_entries).T
-            dense[u, v] = adapter.spectrum.detach().double()
-            delta = torch.fft.ifft2(dense).real * adapter.origin.scaling
-            weight = weight + (delta.T if layer.transposed else delta)
-        exact[path] = weight
+        delta = exact_delta(layer, *names)
+        exact[path] = weight + (delta.T if layer.transposed else delta)
     return exact
 
 
 # Merging
-
-
-def test_merge_and_unmerge(pair: Pair, tokens: Tensor) -> None:
-    pair.activate("a")
-    before, _ = pair.outputs(tokens)
-    fuse(pair.ours)
-    pair.theirs.merge_adapter()
-    pair.check(tokens)
-    restore(pair.ours)
-    pair.theirs.unmerge_adapter()
-    pair.check(tokens)
-    assert torch.equal(pair.outputs(tokens)[0], before)
-    for name, tensor in pair.base.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        layer = fourier_layers(pair.ours).get(path)
-        held = layer.base_layer if layer is not None else pair.ours.get_submodule(path)
-        assert torch.equal(getattr(held, leaf), tensor), name
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["b", "a"]])
@@ -235,16 +206,6 @@ def test_disabling(pair: Pair, tokens: Tensor) -> None:
     with pytest.raises(RuntimeError, match="stop"), disabled(pair.ours):
         raise RuntimeError("stop")
     assert torch.equal(pair.outputs(tokens)[0], before)
-
-
-def test_disabling_a_merged_model(pair: Pair, tokens: Tensor) -> None:
-    fuse(pair.ours, ["a", "b"])
-    pair.theirs.merge_adapter(["a", "b"])
-    fused, _ = pair.outputs(tokens)
-    with disabled(pair.ours), pair.theirs.disable_adapter():
-        pair.check(tokens, changed=False)
-    assert torch.equal(pair.outputs(tokens)[0], fused)
-    assert is_fused(pair.ours)
 
 
 def test_what_changes_while_disabled(pair: Pair, tokens: Tensor) -> None:
@@ -396,15 +357,6 @@ def test_only_the_active_adapters_parameters_change(pair: Pair, tokens: Tensor) 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_parameters_are_counted_alike(pair: Pair) -> None:
-    pair.activate("a")
-    trained, _ = pair.theirs.get_nb_trainable_parameters()
-    assert sum(p.numel() for p in pair.ours.parameters() if p.requires_grad) == trained
-    assert trained == 40 * len(fourier_layers(pair.ours))
-    everything = sum(p.numel() for p in pair.theirs.parameters())
-    assert sum(p.numel() for p in pair.ours.parameters()) == everything
-
-
 def test_inputs_that_want_gradients(pair: Pair, tokens: Tensor) -> None:
     pair.activate("a", "b")
     grads = []
@@ -488,22 +440,6 @@ def test_loading_without_memory_to_spare(
         torch.testing.assert_close(output(empty, tokens), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_what_is_loaded_learns_only_if_asked(
-    make_model: MakeModel, tmp_path: Path, trainable: bool
-) -> None:
-    from peft import PeftModel
-
-    pair = Pair(make_model, "llama").add("default")
-    pair.theirs.save_pretrained(tmp_path)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(pair.base), tmp_path, is_trainable=trainable)
-    base = copy.deepcopy(pair.base).requires_grad_(False)
-    ours = attach(base, from_peft(tmp_path), trainable=trainable)
-    learning = [p.shape for p in theirs.parameters() if p.requires_grad]
-    assert [p.shape for p in ours.parameters() if p.requires_grad] == learning
-    assert len(learning) == (9 if trainable else 0)
-
-
 def test_pickles_and_copies_are_independent(pair: Pair, tokens: Tensor) -> None:
     pair.activate("a", "b")
     before, _ = pair.outputs(tokens)
@@ -558,19 +494,6 @@ def test_an_adapted_head_over_tied_embeddings(make_model: MakeModel, tokens: Ten
     torch.testing.assert_close(fused, pair.outputs(tokens)[1], rtol=1e-4, atol=1e-5)
     assert torch.equal(embeddings, pair.base.get_input_embeddings().weight)
     assert detach(pair.ours).lm_head.weight is embeddings
-
-
-# Attributes
-
-
-def test_the_layers_attributes_are_the_bases(pair: Pair) -> None:
-    activate(pair.ours, [])
-    for path, layer in fourier_layers(pair.ours).items():
-        theirs = pair.theirs.base_model.model.get_submodule(path)
-        assert (layer.in_features, layer.out_features) == (theirs.in_features, theirs.out_features)
-        assert torch.equal(layer.weight, theirs.weight)
-        assert (layer.bias is None) == (theirs.bias is None)
-        assert "n_frequency=40" in repr(layer)
 
 
 # Other architectures, saved modules

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourierft_export import FourierFTConfig, FourierLinear, activate, attach, inject, route
+from fourierft_export import FourierLinear, activate, attach, route
 from fourierft_export.adapt.modules import active_adapters
 from fourierft_export.bundle.spec import AdapterSpec
 from fourierft_export.spectral import cost
-
-MakeModel = Callable[[str], nn.Module]
+from tests.adapt.helpers import MakeModel, adapted
 
 # name -> its own fields: one seed for three of them, n 9 and other scalings among them, biases
 # and heads, layers that not all of them touch.
@@ -31,21 +30,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 NAMES = ["few", None, "head", "plain", "wide", "scaled", "head", "seed", "plain"]
 
 
-def add(model: nn.Module, name: str, **fields: Any) -> None:
-    """An adapter whose every tensor is random."""
-    torch.manual_seed(sum(map(ord, name)))
-    usual = {"n_frequency": 21, "scaling": 30.0, "random_loc_seed": 5}
-    inject(model, FourierFTConfig(**(usual | fields)), name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape).to(parameter.dtype)
-
-
-def adapted(model: nn.Module, kind: str = "bert-cls") -> nn.Module:
+def with_all(model: nn.Module, kind: str = "bert-cls") -> nn.Module:
     for name, fields in ADAPTERS.items():
         fields = {k: v for k, v in fields.items() if kind.endswith("-cls") or k != "task_type"}
-        add(model, name, **fields)
+        adapted(model, name, **fields)
     return model
 
 
@@ -71,7 +59,7 @@ def alone(model: nn.Module, names: Sequence[str | None], tokens: Tensor) -> Tens
 @torch.no_grad()
 def test_each_row_is_as_if_alone(make_model: MakeModel, kind: str, form: str | None) -> None:
     """In float64, where rounding cannot hide a wrong row."""
-    model = adapted(make_model(kind), kind).double()
+    model = with_all(make_model(kind), kind).double()
     tokens = rows(len(NAMES))
     with cost.force(form=form):
         wanted = alone(model, NAMES, tokens)
@@ -174,7 +162,7 @@ def test_minilm_with_sentences(
 
 @torch.no_grad()
 def test_blocks_nest_and_leave_everything_as_it_was(make_model: MakeModel) -> None:
-    model = adapted(make_model("bert-cls"))
+    model = with_all(make_model("bert-cls"))
     tokens = rows(2)
     wanted = [logits(activate(model, name), tokens) for name in ("plain", "seed", "head")]
     activate(model, ["head", "plain"])
@@ -199,9 +187,9 @@ def test_generation(make_model: MakeModel, kind: str, num_beams: int) -> None:
     model: Any = make_model(kind)
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.decoder_start_token_id = None, 0, 0
-    add(model, "a", scaling=3000.0, target_modules="all-linear")
-    add(model, "b", scaling=3000.0, bias="all")
-    add(model, "c", scaling=3000.0, random_loc_seed=6, n_frequency=9)
+    adapted(model, "a", scaling=3000.0, target_modules="all-linear")
+    adapted(model, "b", scaling=3000.0, bias="all")
+    adapted(model, "c", scaling=3000.0, random_loc_seed=6, n_frequency=9)
     names = ["c", "a", None, "b"]
     tokens = rows(len(names))
     options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False}
@@ -218,8 +206,8 @@ def test_torch_layers_that_know_a_fast_path() -> None:
     """Without gradients nn.TransformerEncoderLayer reads weights rather than calling layers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
-    add(model, "a", target_modules=["linear1", "linear2"])
-    add(model, "b", target_modules=["linear1"], bias="fourier_only")
+    adapted(model, "a", target_modules=["linear1", "linear2"])
+    adapted(model, "b", target_modules=["linear1"], bias="fourier_only")
     names = ["a", "b", None, "a"]
     x = torch.randn(4, 5, 16)
     with route(model, names):
@@ -235,7 +223,7 @@ def test_a_compiled_model_is_routed_too(make_model: MakeModel) -> None:
     model = make_model("sequential")
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         bias = "fourier_only" if name == "b" else "none"
-        add(model, name, target_modules="all-linear", random_loc_seed=seed, bias=bias)
+        adapted(model, name, target_modules="all-linear", random_loc_seed=seed, bias=bias)
     activate(model, "a")
     x = torch.randn(4, 12)
     plain = model(x)
@@ -252,7 +240,7 @@ def test_a_compiled_model_is_routed_too(make_model: MakeModel) -> None:
 
 @torch.no_grad()
 def test_a_routed_model_can_be_copied(make_model: MakeModel) -> None:
-    model = adapted(make_model("bert-cls"))
+    model = with_all(make_model("bert-cls"))
     tokens = rows(3)
     activate(model, "wide")
     wanted = logits(model, tokens)

@@ -24,8 +24,8 @@ from fourierft_export import (
 )
 from fourierft_export.adapt.modules import adapted_modules, adapter_names
 from fourierft_export.errors import UsageError
+from tests.adapt.helpers import MakeModel
 
-MakeModel = Callable[[str], nn.Module]
 NAMES = ["a", "b", None]
 
 
@@ -42,20 +42,16 @@ def run(model: Any, rows: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("names", "match"),
+    ("names", "num_beams", "match"),
     [
-        ("aab", "for each row"),
-        ([], "for each row"),
-        (["a", "c"], "'c': expected one of a, b"),
+        ("aab", 1, "for each row"),
+        ([], 1, "for each row"),
+        (["a", "c"], 1, "'c': expected one of a, b"),
+        (NAMES, 0, "num_beams"),
     ],
 )
-def test_names_that_say_nothing(model: Any, names: Any, match: str) -> None:
-    with pytest.raises(UsageError, match=match), route(model, names):
-        pytest.fail("the block was entered")
-
-
-def test_num_beams_below_one(model: Any) -> None:
-    with pytest.raises(UsageError, match="num_beams"), route(model, NAMES, num_beams=0):
+def test_names_that_say_nothing(model: Any, names: Any, num_beams: int, match: str) -> None:
+    with pytest.raises(UsageError, match=match), route(model, names, num_beams=num_beams):
         pytest.fail("the block was entered")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from fourierft_export import FourierFTConfig, activate, attach, capture, inject, route
+from fourierft_export import activate, attach, capture, route
 from fourierft_export.spectral import cost
+from tests.adapt.helpers import MakeModel, adapted
 
-MakeModel = Callable[[str], nn.Module]
 NAMES = ["a", "b", "c", None, "a", "d"]
 
 
@@ -25,13 +24,7 @@ def trainee(make_model: MakeModel, *, zero_dropout: bool = True) -> Any:
         ("b", 5, {"n_frequency": 21, "scaling": 9.0}),
         ("c", 6, {"task_type": "SEQ_CLS"}),
     ):
-        torch.manual_seed(seed)
-        usual = {"n_frequency": 21, "scaling": 30.0, "random_loc_seed": seed}
-        inject(model, FourierFTConfig(**(usual | fields)), name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape)
+        adapted(model, name, random_loc_seed=seed, **fields)
     attach(model, capture(model, "c"), "d")
     for module in model.modules():
         if isinstance(module, nn.Dropout) and zero_dropout:
@@ -108,21 +101,6 @@ def test_only_the_active_learn_again_after_the_next_activate(make_model: MakeMod
         assert "d" not in learning
     activate(model, "b")
     assert [n for n, p in model.named_parameters() if p.requires_grad] == before
-
-
-def test_a_step_trains_each_adapter_on_its_rows(make_model: MakeModel) -> None:
-    model = trainee(make_model)
-    with route(model, NAMES):
-        learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(learning, lr=0.05)
-        losses = []
-        for _ in range(8):
-            optimizer.zero_grad()
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
 
 
 def test_training_after_inference_mode_in_one_block(make_model: MakeModel) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fourierft_export import FourierFTConfig, capture, from_peft, inject, to_peft
+from fourierft_export import capture, from_peft, to_peft
+from tests.adapt.helpers import MakeModel, adapted
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert-cls", {"task_type": "SEQ_CLS", "n_frequency_pattern": {"query": 7}}),
@@ -25,7 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)
 def test_peft_loads_what_was_trained_here(
-    make_model: Callable[[str], nn.Module],
+    make_model: MakeModel,
     tokens: Tensor,
     tmp_path: Path,
     kind: str,
@@ -34,12 +34,7 @@ def test_peft_loads_what_was_trained_here(
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    torch.manual_seed(6)
-    model = inject(make_model(kind), FourierFTConfig(n_frequency=20, scaling=25, **fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape)
+    model = adapted(make_model(kind), **fields)
     bundle = capture(model)
     directory = to_peft(bundle, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(make_model(kind), directory).eval()
