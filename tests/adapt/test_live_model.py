@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.spectral import cost
+from tests.adapt.helpers import move
 
 
 class Head(nn.Module):
@@ -58,10 +59,7 @@ def net(*names: str, q: nn.Module | None = None, via: str = "forward", **fields:
     model = Net(q, via)
     for name in names:
         ff.inject(model, config(**fields), name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter))
+        move(model, 1.0)
     return model
 
 
@@ -194,10 +192,7 @@ def test_saved_modules_with_modules_in_them_open_in_peft(tmp_path: Path) -> None
 
     model = ff.inject(Attending(), config(modules_to_save=["head"]))
     base = ff.detach(copy.deepcopy(model))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    move(model)
     bundle = ff.capture(model)
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), ff.to_peft(bundle, tmp_path / "peft"))
     x = torch.randn(2, 3, 8)
@@ -286,13 +281,22 @@ def test_a_saved_module_keeps_the_names_that_the_wrapper_uses() -> None:
 
 
 def test_a_saved_module_at_two_places_stays_one() -> None:
-    model = net()
-    model.again = model.head
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Twice()
+    head = model.again = model.head
     ff.inject(model, config(modules_to_save=["head"]))
-    assert model.again is model.head
-    head = ff.detach(model).head
-    assert model.again is head
-    assert isinstance(head, Head)
+    move(model)
+    wanted = model(X)
+    for merge in (False, True):
+        plain = ff.unload(copy.deepcopy(model), merge=merge)
+        assert plain.again is plain.head
+        assert isinstance(plain.head, Head)
+    torch.testing.assert_close(plain(X), wanted)
+    assert ff.detach(model).head is head is model.again
 
 
 # What is refused leaves the model as it was
@@ -526,25 +530,3 @@ def test_save_pretrained_refuses_wrapper_names(make_model: Any, tmp_path: Path) 
     ff.unload(model, merge=True).save_pretrained(tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
     torch.testing.assert_close(again(tokens).logits, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_unload_merges_a_saved_module_at_all_its_places() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.a = nn.Linear(6, 6), nn.Linear(6, 6)
-            self.b = self.a
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(self.layer(x)))
-
-    torch.manual_seed(0)
-    config = {"n_frequency": 9, "target_modules": ["layer"], "modules_to_save": ["a"]}
-    model = ff.inject(Twice(), config)
-    with torch.no_grad():
-        model.a.version("default").module.weight.mul_(3.0)
-    x = torch.randn(2, 6)
-    want = model(x).detach()
-    ff.unload(model, merge=True)
-    assert model.a is model.b
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)

@@ -213,15 +213,6 @@ def test_state_dicts(make_model: MakeModel, tokens: Tensor, tmp_path: Path, kind
     assert torch.equal(other(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
-def test_a_torchao_layer_under_compile(make_model: MakeModel) -> None:
-    model = with_torchao(nn.Sequential(nn.Linear(32, 48)), "Int8WeightOnlyConfig")
-    adapted(model, target_modules=["0"])
-    x = torch.randn(5, 32)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
-
-
 def test_a_float_head_on_a_quantised_body(make_model: MakeModel, tokens: Tensor) -> None:
     """What a classifier has: quantised layers, a head that learns whole, biases that do."""
     from torchao import quantization

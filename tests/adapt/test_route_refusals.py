@@ -22,9 +22,9 @@ from fourierft_export import (
     restore,
     route,
 )
-from fourierft_export.adapt.modules import adapted_modules, adapter_names
+from fourierft_export.adapt.modules import adapter_names
 from fourierft_export.errors import UsageError
-from tests.adapt.helpers import MakeModel
+from tests.adapt.helpers import MakeModel, adapted
 
 NAMES = ["a", "b", None]
 
@@ -107,89 +107,54 @@ def test_weights_that_are_read(learns: bool) -> None:
             model(x)
 
 
-def test_versions_that_answer_with_more_than_one_tensor() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(4))
+class Head(nn.Module):
+    """A head with tensors of its own and of a child; `kind` says what it takes and returns."""
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x + self.bias, x
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.scale, self.dense = kind, nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
 
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-            self.pair = Pair()
+    def forward(self, x: Any) -> Any:
+        if self.kind == "containers":
+            x, others = x
+            x = x + sum(others["more"])
+        result = self.dense(x) * self.scale
+        return (result, x) if self.kind == "two answers" else result
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.pair(self.inner(x))[0]
 
-    config = FourierFTConfig(n_frequency=5, target_modules=["inner"], modules_to_save=["pair"])
-    model = inject(Two(), config, "a")
-    with pytest.raises(UsageError, match=r"pair within route.*tuple"), route(model, ["a", None]):
+class Holder(nn.Module):
+    """A layer and a head, of which the adapters a and b have their own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner, self.head = kind, nn.Linear(4, 4), Head(kind)
+        for name in ("a", "b"):
+            fields = {"target_modules": ["inner"], "modules_to_save": ["head"]}
+            adapted(self, name, n_frequency=5, **fields)
+
+    def forward(self, x: Tensor) -> Any:
+        inner = self.inner(x)
+        return self.head((inner, {"more": [x, 1.0]}) if self.kind == "containers" else inner)
+
+
+@pytest.mark.parametrize("kind", ["plain", "containers"])
+def test_saved_modules_are_routed_whatever_they_hold_and_take(kind: str) -> None:
+    model, x = Holder(kind), torch.randn(3, 4)
+    with torch.no_grad(), route(model, ["a", None, "b"]):
+        found = model(x)
+    for i, name in enumerate(("a", [], "b")):
+        torch.testing.assert_close(found[i], activate(model, name)(x)[i])
+
+
+def test_saved_modules_without_rows() -> None:
+    model = Holder("two answers")
+    with pytest.raises(UsageError, match=r"head within route.*tuple"), route(model, ["a", None]):
         model(torch.randn(2, 4))
     with route(model, ["a", "a"]):
-        assert model(torch.randn(2, 4)).shape == (2, 4)
-
-
-class Scaled(nn.Module):
-    """A module with a tensor of its own that takes its input within a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, given: Any) -> Tensor:
-        x, others = given
-        return (x + sum(others["more"])) * self.scale
-
-
-def test_tensors_within_containers_are_routed_and_none_are_refused() -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-            self.scaled = Scaled()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.scaled((self.inner(x), {"more": [x, 1.0]}))
-
-    config = FourierFTConfig(n_frequency=5, target_modules=["inner"], modules_to_save=["scaled"])
-    model = inject(Holder(), config, "a")
-    x = torch.randn(3, 4)
-    with torch.no_grad():
-        adapted_modules(model)["scaled"].version("a").module.scale.mul_(3)
-        with route(model, ["a", None, "a"]):
-            found = model(x)
-        for i, name in enumerate(("a", [], "a")):
-            torch.testing.assert_close(found[i], activate(model, name)(x[i]))
-        refused = pytest.raises(UsageError, match=r"scaled within route.*a tensor among.*tuple")
-        with refused, route(model, ["a", None, "a"]):
-            model.scaled((1.0, {"more": [1.0]}))
-
-
-def test_saved_modules_within_saved_modules() -> None:
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
-            self.dense = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.dense(x) * self.scale
-
-    model = nn.Sequential(nn.Linear(4, 4), Head())
-    for name in ("a", "b"):
-        config = FourierFTConfig(n_frequency=5, target_modules=["0"], modules_to_save=["1"])
-        inject(model, config, name)
-    with torch.no_grad():
-        next(m for m in model.modules() if isinstance(m, Head)).scale.mul_(2)
-    x = torch.randn(2, 4)
-    with torch.no_grad(), route(model, ["a", "b"]):
-        found = model(x)
-    for i, name in enumerate("ab"):
-        torch.testing.assert_close(found[i], activate(model, name)(x)[i])
+        assert model(torch.randn(2, 4))[0].shape == (2, 4)
+    refused = pytest.raises(UsageError, match=r"head within route.*a tensor among.*tuple")
+    with refused, route(model, ["a", None]):
+        model.head((1.0, {"more": [1.0]}))
 
 
 def test_fused(model: Any) -> None:
