@@ -93,7 +93,7 @@ def train(
     from ..train.train import check_outputs, train_adapter
 
     inputs = [path for path in (run.model, run.data, run.eval, run.bundle, config) if path]
-    check_outputs(run.output, run.metrics_file, resume=resume, force=force, inputs=tuple(inputs))
+    check_outputs(run.output, resume=resume, force=force, inputs=tuple(inputs))
     bundle = open_bundle(run.bundle) if run.bundle else None
     writes = os.environ.get("RANK", "0") == "0"  # one of the processes that train together
     if writes:
@@ -108,7 +108,6 @@ def train(
             resume=resume,
             force=force,
             allow_base_mismatch=allow_base_mismatch,
-            metrics=run.metrics_file,
             progress=progress,
         )
     if not writes:
@@ -141,7 +140,7 @@ def _scores_on_stderr() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    log = logging.getLogger("fourierft_export.train.run_callback")
+    log = logging.getLogger("fourierft_export.train.run")
     before, handler = log.level, logging.StreamHandler(sys.stderr)
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -33,22 +33,18 @@ from .settings import TrainSettings
 from .task import TrainingTask
 
 NAME = "default"
+COPIED = ("exclude_modules", "layers_to_transform", "bias", "init_weights")
 Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """An adapter on a model that is being trained.
-
-    Attributes:
-        model: has it, active, with everything else frozen.
-        name: of the adapter.
-        first: the adapter as it started. It says what never changes: layers, seed, scaling and
-            the base's fingerprints, so that the base's weights are hashed only once.
-    """
+    """An adapter on a model that is being trained."""
 
     model: nn.Module
     name: str
+    # The adapter as it started. It says what never changes: layers, seed, scaling and the base's
+    # fingerprints, so that the base's weights are hashed only once.
     first: Bundle
 
     @classmethod
@@ -109,15 +105,12 @@ def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
         return FourierFTConfig(
             n_frequency=n_frequency,
             scaling=scaling,
+            n_frequency_pattern=pattern,
             random_loc_seed=settings.entry_seed,
             target_modules=targets,
-            exclude_modules=settings.exclude_modules,
-            n_frequency_pattern=pattern,
             modules_to_save=settings.modules_to_save or task.modules_to_save or None,
-            layers_to_transform=settings.layers_to_transform,
-            bias=settings.bias,
-            init_weights=settings.init_weights,
             task_type=task.task_type,
+            **{name: getattr(settings, name) for name in COPIED},
         )
 
     modules = {path: original(module) for path, module in base_modules(model)}

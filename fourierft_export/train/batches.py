@@ -19,18 +19,10 @@ WINDOW = 50  # batches of random rows that are sorted by length among themselves
 
 
 class EpochBatches(Sampler[list[int]]):
-    """One process's share of every batch of an epoch.
+    """One process's share of every batch of an epoch, in `parts`; it is process `rank` of `world`.
 
-    Args:
-        rows: how many there are to learn from.
-        batch_size: rows of a step, over all processes and parts.
-        seed: of the order.
-        lengths: of the rows; rows of like length then meet, in batches of random order.
-        parts: how many parts a process takes its share of a batch in.
-        rank, world: number of this process, and how many there are.
-
-    Raises:
-        UsageError: a batch has too few rows for the processes and parts.
+    Rows with like `lengths` meet, in batches of random order. `batch_size` counts the rows of a
+    step, over all processes and parts; a batch too small for them is an error.
     """
 
     def __init__(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from safetensors.torch import save_file
@@ -31,8 +30,8 @@ from .adapter import (
     check_same_adapter,
     identity,
 )
+from .checkpoint import ADAPTER
 
-ADAPTER_FILE = f"adapter{SUFFIX}"
 WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DIVERTED = "_fourierft_diverted"
@@ -49,13 +48,9 @@ class BundleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Every `checkpoint-N` then holds the bundle, `adapter.fourierft.safetensors`; the same numbers
     under the live model's names, `model.safetensors`, from which the Trainer resumes and takes the
     best; the optimizer's state, of the adapter alone; and what the Trainer writes besides. After
-    training `trainer.save_model(folder)` writes the bundle alone. Resuming, the best model,
-    save_total_limit, early stopping, logging and progress stay the Trainer's own.
-
-    From the Trainer's start on, `save_pretrained` of this model object writes the adapter; it is
-    the class's own again after `release(model)`, and once the adapter is detached. A model that is
-    not transformers' is saved whole by the Trainer; each checkpoint is made small once it is
-    written, and `trainer.save_model` stays whole.
+    training `trainer.save_model(folder)` writes the bundle alone, and so does `save_pretrained` of
+    this model object until `release(model)` or `ff.detach`. Of a model that is not transformers'
+    only the checkpoints are small.
 
     Args:
         name: the adapter that is trained. Only it may learn: parameters outside it would be lost.
@@ -63,8 +58,7 @@ class BundleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Raises:
         UsageError: at the start of training: no such adapter, one that does not learn, other
             parameters that learn, or FSDP or DeepSpeed, which break tensors into pieces.
-        BaseMismatchError: at the start of training: the checkpoint resumed from is of another
-            adapter or base.
+        BaseMismatchError: there: the checkpoint resumed from is of another adapter or base.
     """
 
     def __init__(self, name: str = NAME) -> None:
@@ -122,7 +116,7 @@ class BundleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def write_adapter(
-    adapter: LiveAdapter, folder: str | os.PathLike[str], file: str = ADAPTER_FILE
+    adapter: LiveAdapter, folder: str | os.PathLike[str], file: str = ADAPTER
 ) -> None:
     """Write an adapter as `file`, and to a checkpoint of the Trainer its model.safetensors."""
     os.makedirs(folder, exist_ok=True)
@@ -207,25 +201,24 @@ def _require_input_gradients(model: nn.Module, args: Any) -> None:
         enable()
 
 
-@dataclass(frozen=True)
-class BundleState:
-    """What `save_bundles` has registered; `remove` takes it back."""
+class BundleState(NamedTuple):
+    """What `save_bundles` has registered: the hooks of saving and of loading."""
 
-    handles: tuple[Any, ...]
+    saving: Any
+    loading: Any
 
     def remove(self) -> None:
         """Let the accelerator save whole models again."""
-        for handle in self.handles:
-            handle.remove()
+        self.saving.remove()
+        self.loading.remove()
 
 
 def save_bundles(accelerator: Any, name: str = NAME) -> BundleState:
     """Makes accelerate's `save_state` and `load_state` write and read an adapter, not its model.
 
-    Call it once, before the first of them. A folder that `save_state` makes then holds
-    `NAME.fourierft.safetensors` and the optimizer's and the generators' states. Models without
-    such an adapter are saved whole. To save the adapter alone there is
-    `ff.capture(accelerator.unwrap_model(model)).save(path)`.
+    Call it once, before the first of them. A folder of `save_state` then holds
+    `NAME.fourierft.safetensors` beside the optimizer's and the generators' states. Models without
+    such an adapter are saved whole.
 
     Args:
         accelerator: accelerate's; with models prepared before or after.
@@ -275,12 +268,8 @@ def save_bundles(accelerator: Any, name: str = NAME) -> BundleState:
             )
         yield from ((i, LiveAdapter.of(plain[i], name)) for i in found)
 
-    return BundleState(
-        (
-            accelerator.register_save_state_pre_hook(save),
-            accelerator.register_load_state_pre_hook(load),
-        )
-    )
+    saving = accelerator.register_save_state_pre_hook(save)
+    return BundleState(saving, accelerator.register_load_state_pre_hook(load))
 
 
 def _has_all(weights: Any, ends: list[str]) -> bool:

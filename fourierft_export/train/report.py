@@ -6,18 +6,14 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
+from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files.staging import staged_file
 from ..files.strict_json import pretty
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SCHEMA = 1
 PACKAGES = ("fourierft-export", "torch", "numpy", "safetensors", "transformers", "accelerate")
@@ -30,28 +26,21 @@ class TrainReport:
     """What was trained, how well, and what it took.
 
     Attributes:
-        bundle: the adapter's file; None where no evaluation was reached.
-        bundle_bytes: its size.
-        folder: where the checkpoint, metrics and picture lie.
-        metrics_file: the same report as JSON.
+        bundle, bundle_bytes: the adapter's file and its size; None where no evaluation was reached.
+        folder, metrics_file: where the checkpoint lies, and the same report as JSON.
         picture: the learning curve; None without matplotlib.
-        metric: which metric says what is best.
-        higher_is_better: whether more of it is better.
-        before: metrics with the adapter as it started; empty without rows to score.
-        best: metrics of the adapter in the bundle; empty likewise.
-        best_step: after which it was taken.
-        steps: done.
-        planned_steps: of the whole run.
-        steps_per_epoch: batches in an epoch.
+        metric, higher_is_better: which metric says what is best, and whether more of it is better.
+        before, best: metrics of the adapter as it started and of the one in the bundle; empty
+            without rows to score.
+        best_step: after which step the bundle's adapter was taken.
+        steps, planned_steps, steps_per_epoch: done, of the whole run, and batches in an epoch.
         stopped: "finished", "patience" or "interrupted".
-        rows: training rows; `eval_rows`: rows scored.
+        rows, eval_rows: how many rows were learnt from and scored.
         labels: names of the classes, by id; empty where there are none.
         parameters: numbers that learn: `spectra` and `heads`.
-        adapter: the layers, n_frequency and scaling in use.
-        rates: peak learning rates in use.
+        adapter, rates: the layers, n_frequency and scaling, and the peak learning rates in use.
         settings: as given, with every default worked out.
-        processes: how many trained together.
-        device: where.
+        processes, device: how many trained together, and where.
         evaluations: by time: `step`, `epoch`, `metrics`, and `is_best`.
         curves: `step`, `loss`, `gradient_norm` and `seconds` of the steps that were logged: all
             of them, or of a long run means over as many as make 2,000 points.
@@ -83,7 +72,7 @@ class TrainReport:
     device: str
     evaluations: Sequence[Mapping[str, Any]]
     curves: Mapping[str, Sequence[float]]
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...]
 
     @property
     def seconds_per_step(self) -> float:
@@ -93,31 +82,53 @@ class TrainReport:
 
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
         """The report as JSON values; numbers that are not finite become text."""
-        found = self.__dict__ | {
+        # Where several folders hold a package, the first is the one that is imported.
+        versions = {name: next(iter(distributions(name=name)), None) for name in PACKAGES}
+        found = {
+            **vars(self),
             "schema": SCHEMA,
             "seconds_per_step": self.seconds_per_step,
-            "versions": versions(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: one.version for name, one in versions.items() if one is not None},
+            },
         }
-        if not curves:
-            del found["curves"]
-        return _plain(found)  # type: ignore[no-any-return]
+        return {key: _plain(value) for key, value in found.items() if curves or key != "curves"}
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole report as JSON; the file is the old one or the new one."""
+        with staged_file(path, force=True) as partial:
+            partial.write_text(pretty(self.to_dict()), "utf-8")
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    def draw(self, path: Path) -> None:
+        """Write a PNG: the loss by step, and the metric by evaluation with the best marked."""
+        # The figure is used without pyplot, which would choose a window system.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-
-def write_metrics(report: TrainReport, path: str | os.PathLike[str]) -> None:
-    """Write the whole report as JSON; the file is the old one or the new one."""
-    with staged_file(path, force=True) as partial:
-        partial.write_text(pretty(report.to_dict()), "utf-8")
+        scored = [one for one in self.evaluations if self.metric in one["metrics"]]
+        steps = [one["step"] for one in scored]
+        figure = Figure(figsize=(10 if scored else 5.5, 3.8), dpi=130, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+        panels[0].plot(self.curves["step"], self.curves["loss"], color=QUIET, label="each step")
+        panels[0].set_title("loss", loc="left")
+        if scored:
+            losses, values = (
+                [one["metrics"][name] for one in scored] for name in ("loss", self.metric)
+            )
+            panels[0].plot(steps, losses, color=ORANGE, marker="o", label="scored")
+            panels[1].plot(steps, values, color=BLUE, marker="o")
+            best = self.best.get(self.metric, math.nan)
+            panels[1].plot(self.best_step, best, color=ORANGE, marker="o", markersize=9)
+            title = f"{self.metric}: {best:.4g} at its best, after step {self.best_step}"
+            panels[1].set_title(title, loc="left")
+        panels[0].legend(frameon=False)
+        for panel in panels:
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_xlabel("step")
+        with staged_file(path, force=True) as partial:
+            figure.savefig(partial, format="png")
 
 
 def _plain(value: Any) -> Any:
@@ -125,58 +136,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return os.fspath(value) if isinstance(value, Path) else value
-
-
-def draw_curve(report: TrainReport, path: Path) -> None:
-    """Write a PNG: training loss by step, and the metric by evaluation with the best marked."""
-    # The figure is used without pyplot, which would choose a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    scored = report.eval_rows > 0 and bool(report.evaluations)
-    figure = Figure(figsize=(10 if scored else 5.5, 3.8), dpi=130, facecolor="white")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    figure.subplots_adjust(left=0.07 if scored else 0.12, right=0.98, bottom=0.15, top=0.9)
-    _draw_losses(panels[0], report)
-    if scored:
-        _draw_scores(panels[1], report)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xlabel("step")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    with staged_file(path, force=True) as partial:
-        figure.savefig(partial, format="png")
-
-
-def _draw_losses(axes: Axes, report: TrainReport) -> None:
-    steps, losses = report.curves["step"], report.curves["loss"]
-    smooth = smoothed(losses, max(1, len(losses) // 40))
-    axes.plot(steps, losses, color=QUIET, linewidth=0.8, alpha=0.6, label="each step")
-    axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="smoothed")
-    held = [(e["step"], e["metrics"]["loss"]) for e in report.evaluations if e["metrics"]]
-    if held:
-        axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", markersize=4, label="scored")
-    axes.set_title("loss", loc="left")
-    axes.legend(frameon=False)
-
-
-def _draw_scores(axes: Axes, report: TrainReport) -> None:
-    points = [(e["step"], e["metrics"][report.metric]) for e in report.evaluations]
-    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
-    title = report.metric
-    if report.best:
-        value = report.best[report.metric]
-        axes.plot(report.best_step, value, color=ORANGE, marker="o", markersize=9, fillstyle="none")
-        title += f": {value:.4g} at its best, after step {report.best_step}"
-    axes.set_title(title, loc="left")
-
-
-def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Means over the neighbours up to `reach` on either side, as far as there are any."""
-    sums = [0.0, *accumulate(values)]
-    ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
-    return [(sums[end] - sums[first]) / (end - first) for first, end in ends]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,61 +3,83 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
+import math
 import shutil
-import zipfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..bundle.file import Bundle
-from ..errors import BadInputError, FileAccessError, UsageError
-from ..files.container import read_header
+from ..errors import FileAccessError, UsageError
 from ..files.staging import staged_file
 from ..types import Progress
 from .adapter import LiveAdapter, identity
 from .batches import EpochBatches
-from .callback import ADAPTER_FILE
-from .report import TrainReport, draw_curve, write_metrics
-from .run_callback import RunCallback, publish
+from .checkpoint import (
+    AGAIN,
+    FACTS,
+    METRICS,
+    PICTURE,
+    STATE,
+    STEPS,
+    folder_of,
+    last_checkpoint,
+    publish,
+    read_history,
+)
+from .report import TrainReport
 from .settings import TrainSettings
 from .task import TrainingTask
 from .trainer import AdapterTrainer
 
-FOLDER_SUFFIX = ".train"
-METRICS, PICTURE, FACTS = "metrics.json", "curve.png", "run.json"
-STATE = "trainer_state.json"
+log = logging.getLogger(__name__)
+
+SAVE_SECONDS = 60.0  # between two checkpoints, if no evaluation comes first
 CURVE_POINTS = 2000
+CURVES = {"step": "step", "loss": "loss", "gradient_norm": "grad_norm", "seconds": "seconds"}
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "error", "mae", "mse", "rmse"})
-STEPS = "steps of an epoch, which also follow from --accumulate and the number of processes"
-PLAN = ("rows", "rows to score", STEPS)
-# Settings that may differ when a run is resumed: they change how, not what, is computed.
-FREE = frozenset({"device", "eval_every", "patience", "report_to", "threads"})
-FREE |= {"accumulate", "gradient_checkpointing"}
+_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C stopped a run between two steps; the message says what was kept."""
 
 
-@dataclass
-class Run:
-    """A run from its first step, or a checkpoint, to its report."""
+@dataclass(eq=False)
+class Run(TrainerCallback):  # type: ignore[misc]
+    """A run to its report. It keeps the best adapter in `out` and stops the Trainer in time."""
 
     task: TrainingTask
     settings: TrainSettings
     adapter: LiveAdapter
     arguments: TrainingArguments
     out: Path
-    metrics_file: Path
     picture: bool
     notes: tuple[str, ...]
+    progress: Progress
+    interrupted: Callable[[], bool]  # whether Ctrl-C was pressed
 
-    def train(self, resume: bool, progress: Progress, interrupted: Any) -> TrainReport:
+    def __post_init__(self) -> None:
+        self.folder = folder_of(self.out)  # of the checkpoint, the metrics and the picture
+        usual = self.task.metric_for_best_model
+        self.metric, higher = self.settings.metric or usual, self.task.greater_is_better
+        known = higher is not None and self.metric == usual
+        self.higher = bool(higher) if known else self.metric not in LOWER_IS_BETTER
+        self.kept_step = 0  # of the adapter in `out`
+        self.best: float | None = None
+        self.waited = 0  # evaluations since the best one
+        self.stopped = "finished"
+        self.saved_at = time.monotonic()
+        self.began = self.seconds = 0.0
+
+    def train(self, resume: bool) -> TrainReport:
         """Train to the end."""
         settings, task, arguments = self.settings, self.task, self.arguments
         batches = plan(task, settings, arguments)
@@ -68,81 +90,134 @@ class Run:
             "rows to score": len(task.eval_dataset or ()),
             STEPS: batches.steps,
         }
-        metric, higher = settings.metric or task.metric_for_best_model, task.greater_is_better
-        if higher is None or metric != task.metric_for_best_model:
-            higher = metric not in LOWER_IS_BETTER
-        progress = progress if arguments.process_index == 0 else silent
-        callback = RunCallback(
-            self.out, settings, metric, higher, progress, interrupted, self.clear
-        )
-        trainer = AdapterTrainer(task, settings, batches, arguments, [callback], self.adapter)
-        checkpoint = self.find_checkpoint(callback) if resume else None
-        arguments.eval_on_start &= checkpoint is None
-        progress("scoring the untrained adapter", 0, arguments.max_steps)
+        trainer = AdapterTrainer(task, settings, batches, arguments, [self], self.adapter)
+        checkpoint = self.find_checkpoint() if resume else None
+        self.progress("scoring the untrained adapter", 0, arguments.max_steps)
         if checkpoint is not None:
+            arguments.eval_on_start = False
             trainer.state = type(trainer.state).load_from_json(str(checkpoint / STATE))
-        steps = trainer.state.global_step
-        if callback.is_hopeless:
-            callback.stopped = "patience"
-        elif steps < arguments.max_steps:
+        if self.is_hopeless:
+            self.stopped = "patience"
+        elif trainer.state.global_step < arguments.max_steps:
             trainer.train(checkpoint and str(checkpoint))
-        return self.finish(trainer, callback)
+        return self.finish(trainer)
 
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoint, the metrics and the picture lie."""
-        return folder_of(self.out)
-
-    def clear(self) -> None:
-        """Make room for a new run."""
-        for path in (self.folder / PICTURE, self.metrics_file, self.out):
-            path.unlink(missing_ok=True)
-        for path in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        with staged_file(self.folder / FACTS, force=True) as partial:
-            partial.write_text(json.dumps(self.facts), "utf-8")
-
-    def find_checkpoint(self, callback: RunCallback) -> Path:
+    def find_checkpoint(self) -> Path:
         """Checks the checkpoint to resume from and returns its folder."""
         checkpoint = last_checkpoint(self.out)
-        again = "begin again with --force in place of --resume"
-        for path in checkpoint.glob("*.p*"):
-            if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
-                raise BadInputError(path, expected="a whole file", remedy=again)
-        for path in checkpoint.glob("*.safetensors"):
-            read_header(path)
-        Bundle.load(checkpoint / ADAPTER_FILE)
-        try:
-            before = json.loads((self.folder / FACTS).read_text("utf-8"))
-            callback.judge(json.loads((checkpoint / STATE).read_text("utf-8"))["log_history"])
-            check_same_run(before, self.facts, self.folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            found = f"one that lacks something: {error!r}"
-            raise BadInputError(
-                self.folder, expected="the whole state of a run", found=found, remedy=again
-            ) from error
+        self.judge(read_history(checkpoint, self.facts))
         if self.task.eval_dataset is None:  # the last adapter is the one that is kept
-            callback.kept_step = int(checkpoint.name.rpartition("-")[2])
-        kept = callback.kept_step
-        if f"checkpoint-{kept}" == checkpoint.name and self.arguments.process_index == 0:
+            self.kept_step = int(checkpoint.name.rpartition("-")[2])
+        if f"checkpoint-{self.kept_step}" == checkpoint.name and self.arguments.process_index == 0:
             publish(checkpoint, self.out)  # killed between the two
-        elif kept and not self.out.is_file():
+        elif self.kept_step and not self.out.is_file():
             raise FileAccessError(
                 self.out,
-                expected=f"the best adapter so far, of step {kept}",
+                expected=f"the best adapter so far, of step {self.kept_step}",
                 found="nothing there",
-                remedy=f"put it back, or {again}",
+                remedy=f"put it back, or {AGAIN}",
             )
         return checkpoint
 
-    def finish(self, trainer: AdapterTrainer, callback: RunCallback) -> TrainReport:
+    def on_train_begin(self, _args: Any, state: Any, *_others: Any, **_more: Any) -> None:
+        """Report where the run begins."""
+        self.judge(state.log_history)
+        self.report_progress(state)
+
+    def on_step_begin(self, _args: Any, state: Any, *_others: Any, **_more: Any) -> None:
+        """Make room for a new run, which nothing can hinder any more; start the clock of a step."""
+        if state.global_step == 0 and state.is_world_process_zero:
+            for path in (self.folder / PICTURE, self.folder / METRICS, self.out):
+                path.unlink(missing_ok=True)
+            for path in self.folder.glob("checkpoint-*"):
+                shutil.rmtree(path)
+            with staged_file(self.folder / FACTS, force=True) as partial:
+                partial.write_text(json.dumps(self.facts), "utf-8")
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
+        """Save in good time; stop after Ctrl-C, of which all processes hear."""
+        self.seconds = time.perf_counter() - self.began
+        due = time.monotonic() - self.saved_at > SAVE_SECONDS
+        stop, due = _any_process(self.interrupted(), due)
+        if stop and state.global_step < state.max_steps:
+            self.stopped, control.should_training_stop = "interrupted", True
+        control.should_save |= stop or due
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # transformers before 5.23 leaves the last step out
+        self.report_progress(state)
+
+    def on_log(self, _args: Any, state: Any, *_others: Any, logs: Any = None, **_more: Any) -> None:
+        """Note the seconds of a step with its loss."""
+        if logs and "loss" in logs:
+            state.log_history[-1]["seconds"] = self.seconds
+
+    def on_evaluate(
+        self, _args: Any, state: Any, control: Any, metrics: dict[str, float], **_others: Any
+    ) -> None:
+        """Decide whether this adapter is kept, and whether there is hope for a better one."""
+        found = scores(metrics)
+        if self.metric not in found:
+            raise UsageError("metric", expected="one of " + ", ".join(found), found=self.metric)
+        kept = self.judge(state.log_history)[-1]["is_best"]
+        if state.is_world_process_zero:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+            text += "; kept" if kept else ""
+            log.info("step %d of %d: %s", state.global_step, state.max_steps, text)
+        if self.is_hopeless and state.global_step < state.max_steps:
+            self.stopped, control.should_training_stop = "patience", True
+
+    def on_save(self, args: Any, state: Any, _control: Any, **_others: Any) -> None:
+        """Write the output if the checkpoint's adapter is the one to keep."""
+        self.saved_at = time.monotonic()
+        if args.eval_strategy == "no":
+            self.kept_step = state.global_step
+        if self.kept_step == state.global_step and state.is_world_process_zero:
+            publish(self.folder / f"checkpoint-{state.global_step}", self.out)
+
+    def judge(self, history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The evaluations in the Trainer's log, each with `is_best`: it was kept at that time."""
+        found, sign = evaluations(history), 1 if self.higher else -1
+        self.best, self.waited, top = None, 0, -math.inf
+        for one in found:
+            one["is_best"] = False
+            if one["step"]:
+                value = one["metrics"][self.metric]
+                quality = -math.inf if math.isnan(value) else sign * value
+                better = self.best is None or quality > top
+                if better:
+                    self.best, top = value, quality
+                self.waited = 0 if better else self.waited + 1
+                one["is_best"] = better or self.settings.keep == "last"
+            self.kept_step = one["step"] if one["is_best"] else self.kept_step
+        return found
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether `patience` evaluations came after the best one."""
+        return self.waited >= (self.settings.patience or math.inf)
+
+    def report_progress(self, state: Any) -> None:
+        """Report where the run stands, for a progress bar."""
+        words = [f"epoch {state.epoch or 0:.2f}"]
+        losses = [entry["loss"] for entry in state.log_history[-3:] if "loss" in entry]
+        words += [f"loss {losses[-1]:.4g}"] if losses else []
+        words += [] if self.best is None else [f"best {self.metric} {self.best:.4g}"]
+        self.progress(", ".join(words), state.global_step, state.max_steps)
+
+    def finish(self, trainer: AdapterTrainer) -> TrainReport:
         """Write the last files; the model gets the adapter that the bundle holds."""
-        report = self.report(trainer, callback)
-        writes = trainer.is_world_process_zero()
-        if callback.stopped == "interrupted":
+        report = self.report(trainer)
+        writes, metrics_file = trainer.is_world_process_zero(), self.folder / METRICS
+        if self.stopped == "interrupted":
             if writes:
-                write_metrics(report, self.metrics_file)
-            raise TrainingInterrupted(self.kept_after_interrupt(report))
+                report.write(metrics_file)
+            score = report.best.get(report.metric)
+            scored = "" if score is None else f", {report.metric} {score:.4g}"
+            kept = f"{self.out} holds the adapter of step {report.best_step}{scored}"
+            kept = kept if report.bundle else "no bundle yet, since there was no evaluation"
+            state = f"{self.folder} holds step {report.steps} of {report.planned_steps}"
+            raise TrainingInterrupted(f"{kept}; {state}, for --resume")
         if is_distributed():
             torch.distributed.barrier()
         if report.bundle is not None:
@@ -151,24 +226,23 @@ class Run:
         if not writes:
             return report
         if self.picture and find_spec("matplotlib") is not None:
-            draw_curve(report, self.folder / PICTURE)
+            report.draw(self.folder / PICTURE)
             report = replace(report, picture=str(self.folder / PICTURE))
         elif self.picture:
             note = "no picture of the learning curve: pip install 'fourierft-export[report]'"
             report = replace(report, notes=(*report.notes, note))
-        write_metrics(report, self.metrics_file)
+        report.write(metrics_file)
         return report
 
-    def report(self, trainer: AdapterTrainer, callback: RunCallback) -> TrainReport:
+    def report(self, trainer: AdapterTrainer) -> TrainReport:
         """Collects the report of the run as it stands."""
-        first = self.adapter.first
-        found = callback.judge(trainer.state.log_history)
-        kept = callback.kept_step
-        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        first, history = self.adapter.first, trainer.state.log_history
+        found, kept = self.judge(history), self.kept_step
+        logged = [entry for entry in history if "loss" in entry]
         spectra = sum(spectrum.size for spectrum in first.spectra.values())
         learning = sum(p.numel() for p in self.adapter.learning())
         rates: dict[str, float] = {}  # of the spectra, what most layers have
-        groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+        groups = getattr(trainer.optimizer, "param_groups", ())
         for group in sorted(groups, key=lambda g: len(g["params"])):
             rates["spectra" if group["name"] == "spectrum" else "heads"] = group["initial_lr"]
         written = self.out.is_file() and kept > 0
@@ -176,17 +250,17 @@ class Run:
             bundle=str(self.out) if written else None,
             bundle_bytes=self.out.stat().st_size if written else 0,
             folder=str(self.folder),
-            metrics_file=str(self.metrics_file),
+            metrics_file=str(self.folder / METRICS),
             picture=None,
-            metric=callback.metric,
-            higher_is_better=callback.higher,
+            metric=self.metric,
+            higher_is_better=self.higher,
             before=next((e["metrics"] for e in found if e["step"] == 0), {}),
             best=next((e["metrics"] for e in reversed(found) if e["step"] == kept), {}),
             best_step=kept,
             steps=trainer.state.global_step,
             planned_steps=trainer.args.max_steps,
             steps_per_epoch=trainer.batches.steps,
-            stopped=callback.stopped,
+            stopped=self.stopped,
             rows=len(self.task.train_dataset),
             eval_rows=len(self.task.eval_dataset or ()),
             labels=tuple(self.task.labels),
@@ -202,23 +276,10 @@ class Run:
             device=str(trainer.args.device),
             evaluations=found,
             curves={
-                "step": [entry["step"] for entry in logged],
-                "loss": [entry["loss"] for entry in logged],
-                "gradient_norm": [entry.get("grad_norm", 0.0) for entry in logged],
-                "seconds": [entry.get("seconds", 0.0) for entry in logged],
+                name: [entry.get(key, 0.0) for entry in logged] for name, key in CURVES.items()
             },
             notes=self.notes,
         )
-
-    def kept_after_interrupt(self, report: TrainReport) -> str:
-        """The message after Ctrl-C: what the bundle and the folder hold."""
-        step = f"step {report.steps} of {report.planned_steps}"
-        state = f"{self.folder} holds {step}, for --resume"
-        if report.bundle is None:
-            return f"no bundle yet, since there was no evaluation; {state}"
-        score = report.best.get(report.metric)
-        scored = "" if score is None else f", {report.metric} {score:.4g}"
-        return f"{self.out} holds the adapter of step {report.best_step}{scored}; {state}"
 
 
 def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArguments) -> EpochBatches:
@@ -242,52 +303,19 @@ def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArgumen
     return batches
 
 
-def folder_of(out: str | os.PathLike[str]) -> Path:
-    """Where the checkpoint, metrics and picture of a run lie: beside its bundle."""
-    path = Path(out)
-    return path.with_name(path.name + FOLDER_SUFFIX)
+def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The scores among what the Trainer calls metrics, without its prefix and times."""
+    found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}
+    return {name: float(value) for name, value in found.items() if name not in _TIMES}
 
 
-def last_checkpoint(out: str | os.PathLike[str]) -> Path:
-    """The newest whole checkpoint of a run; `trainer_state.json` is written last into one."""
-    found = {}
-    for path in folder_of(out).glob("checkpoint-*"):
-        try:
-            json.loads((path / STATE).read_text("utf-8"))
-            found[int(path.name.partition("-")[2])] = path
-        except (OSError, ValueError):
-            continue
-    if not found:
-        raise FileAccessError(
-            folder_of(out),
-            expected="the checkpoint of a run that was stopped",
-            found="none",
-            remedy="leave --resume out to begin one",
-        )
-    return found[max(found)]
-
-
-def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to resume with another model, data, settings or plan than the run began with."""
-    old, new = before["settings"], now["settings"]
-    wrong = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in sorted({*old, *new} - FREE)
-        if old.get(key) != new.get(key)
+def evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations among what the Trainer logged: step, epoch, metrics."""
+    return [
+        {"step": e["step"], "epoch": e.get("epoch") or 0.0, "metrics": scores(e)}
+        for e in history
+        if any(key.startswith("eval_") for key in e)
     ]
-    if before["adapter"] != now["adapter"]:
-        wrong.append("adapter: another than then")
-    for key in PLAN:
-        if not wrong and before[key] != now[key]:
-            wrong.append(f"{key}: {before[key]} then, {now[key]} now")
-    if wrong:
-        raise UsageError(
-            where,
-            expected="the settings, model and data that the run began with",
-            found=f"{len(wrong)} that differ",
-            remedy="give the same ones, or begin again with --force in place of --resume",
-            offenders=wrong,
-        )
 
 
 def is_distributed() -> bool:
@@ -295,5 +323,11 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def silent(_what: str, _done: int, _total: int) -> None:
-    """Report nothing."""
+def _any_process(*flags: bool) -> tuple[bool, ...]:
+    """Each flag: whether it is set in any process."""
+    if not is_distributed():
+        return flags
+    device = "cuda" if "nccl" in torch.distributed.get_backend() else "cpu"
+    totals = torch.tensor(flags, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(totals)
+    return tuple(total > 0 for total in totals.tolist())

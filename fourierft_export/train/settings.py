@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..errors import BadInputError, UsageError
 from ..files.container import read_file
@@ -34,19 +34,12 @@ OF_ADAPTER = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be.
+    """What a value may be."""
 
-    Attributes:
-        type: what the command line makes of its text; list for names.
-        words: what a value must be, for people.
-        accepts: whether a value may stand here.
-        choices: the words that it may be, if it is one of a few.
-    """
-
-    type: type
-    words: str
+    type: type  # what the command line makes of its text; list for names
+    words: str  # what a value must be, for people
     accepts: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # the words that it may be, if it is one of a few
 
 
 def _is_whole(value: Any) -> bool:
@@ -220,12 +213,10 @@ class DataSettings(_Checked):
     pack: Flag = False
     bundle: Text | None = None
     output: Text | None = None
-    metrics_file: Text | None = None
 
 
-@dataclass(frozen=True)
-class Option:
-    """A setting on the command line: its section of the help, the word for its value, its help."""
+class Option(NamedTuple):
+    """A setting on the command line; `metavar` is the word for its value."""
 
     name: str
     section: str

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +31,8 @@ from .task import TrainingTask, hold_out
 try:
     from transformers import TrainingArguments
 
-    from .run import FACTS, METRICS, Run, folder_of, is_distributed, last_checkpoint, silent
-    from .run_callback import ctrl_c_noted
+    from .checkpoint import FACTS, folder_of, last_checkpoint
+    from .run import Run, is_distributed
     from .trainer import cast_frozen_linears
 except ImportError as error:
     raise missing_extra(str(error.name), "hf", "training an adapter") from None
@@ -45,7 +47,6 @@ def train_adapter(
     resume: bool = False,
     force: bool = False,
     allow_base_mismatch: bool = False,
-    metrics: str | os.PathLike[str] | None = None,
     picture: bool = True,
     progress: Progress | None = None,
 ) -> TrainReport:
@@ -66,7 +67,6 @@ def train_adapter(
             the result is, bit for bit, that of a run that was never stopped.
         force: replace `out` and its folder.
         allow_base_mismatch: accept a `bundle` that was trained on other base weights.
-        metrics: where to write the report as JSON; by default in the folder.
         picture: draw the learning curve, where matplotlib is installed.
         progress: called with (what, done, total).
 
@@ -84,7 +84,7 @@ def train_adapter(
     settings = resolved(settings)
     if bundle is not None:
         check_settings_of_training(settings)
-    check_outputs(out, metrics, resume=resume, force=force)
+    check_outputs(out, resume=resume, force=force)
     check_new_name(task.model, NAME)
     if not len(task.train_dataset):
         raise UsageError("training rows", expected="at least one", found="none")
@@ -92,7 +92,7 @@ def train_adapter(
         stack.enter_context(_restored(task.model, settings.threads))
         arguments = make_arguments(settings, folder_of(out))
         stack.enter_context(_processes(arguments))
-        interrupted = stack.enter_context(ctrl_c_noted())
+        interrupted = stack.enter_context(_ctrl_c_noted())
         task, note = with_rows_to_score(task, settings)
         run = Run(
             task=task,
@@ -100,11 +100,12 @@ def train_adapter(
             adapter=put_adapter(task, settings, bundle, allow_base_mismatch),
             arguments=arguments,
             out=Path(out),
-            metrics_file=Path(metrics or folder_of(out) / METRICS),
             picture=picture,
             notes=(*task.notes, *note),
+            progress=progress if progress and arguments.process_index == 0 else _silent,
+            interrupted=interrupted,
         )
-        return run.train(resume, progress or silent, interrupted)
+        return run.train(resume)
 
 
 def resolved(settings: TrainSettings) -> TrainSettings:
@@ -139,9 +140,7 @@ def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         seed=settings.seed,
         max_grad_norm=settings.max_grad_norm,
         gradient_accumulation_steps=settings.accumulate,
-        save_strategy="steps",
         save_total_limit=1,
-        logging_strategy="steps",
         logging_nan_inf_filter=False,
         report_to=list(settings.report_to or ()),
         disable_tqdm=True,
@@ -220,32 +219,26 @@ def with_rows_to_score(
 
 def check_outputs(
     out: str | os.PathLike[str],
-    metrics: str | os.PathLike[str] | None = None,
     *,
     resume: bool,
     force: bool,
     inputs: tuple[str | os.PathLike[str], ...] = (),
 ) -> None:
-    """Refuse outputs that exist, before anything slow begins."""
+    """Refuse outputs that exist, or that are `inputs` too, before anything slow begins."""
     if resume and force:
         raise UsageError(
             "resume, force", expected="one of them", found="both", remedy="leave one out"
         )
-    check_output(out, force=force or resume, inputs=inputs)
     folder = folder_of(out)
     # A run that was stopped before its first checkpoint left nothing worth keeping.
     empty = folder.is_dir() and {path.name for path in folder.iterdir()} <= {FACTS}
+    check_output(out, force=force or resume, inputs=inputs)
     check_output(folder, force=force or resume or empty, inputs=inputs)
-    if metrics is not None:
-        check_output(metrics, force=force or resume, inputs=(*inputs, out, folder / FACTS))
-    files = [path for path in (out, metrics) if path is not None and os.path.isdir(path)]
-    if files or (folder.exists() and not folder.is_dir()):
-        raise FileAccessError(
-            (files or [folder])[0],
-            expected="a file to write" if files else "a folder to write to",
-            found="a folder" if files else "a file",
-            remedy="choose another output",
-        )
+    remedy = "choose another output"
+    if os.path.isdir(out):
+        raise FileAccessError(out, expected="a file to write", found="a folder", remedy=remedy)
+    if folder.exists() and not folder.is_dir():
+        raise FileAccessError(folder, expected="a folder", found="a file", remedy=remedy)
     if resume:
         last_checkpoint(out)
 
@@ -288,3 +281,30 @@ def _processes(arguments: TrainingArguments) -> Iterator[None]:
     finally:
         if owned and is_distributed():
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _ctrl_c_noted() -> Iterator[Callable[[], bool]]:
+    """Yields a function that returns True after Ctrl-C; a second Ctrl-C stops at once."""
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed = True
+
+    in_main = threading.current_thread() is threading.main_thread()
+    # Somebody else may decide what Ctrl-C does.
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""

@@ -23,27 +23,24 @@ from ..bundle.file import Bundle
 from ..errors import UsageError
 from .adapter import LiveAdapter
 from .batches import EpochBatches, rate_factor
-from .callback import ADAPTER_FILE
+from .checkpoint import ADAPTER
 from .data.scores import logits_of
 from .parameter_groups import parameter_groups
 from .settings import TrainSettings
 from .task import TrainingTask
 
 OPTIMIZER_FILE = "adapter_optimizer.pt"  # with FSDP: gathered, of the adapter alone
+TASK_ARGUMENTS = (
+    *("train_dataset", "eval_dataset", "data_collator", "compute_loss_func"),
+    *("compute_metrics", "preprocess_logits_for_metrics"),
+)
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer with this package's batches, schedule and mode, and checkpoints of kilobytes.
 
-    Args:
-        task: the model and its rows.
-        settings: with every default worked out (`train.resolved`).
-        batches: this process's share of the rows.
-        arguments: the Trainer's.
-        callbacks: what the Trainer calls.
-        adapter: what learns; None where something else does, with an `optimizer` of its own.
-        optimizer: by default AdamW with the rates of `parameter_groups`.
+    `adapter` is what learns; without one something else does, with an `optimizer` of its own.
     """
 
     optimizer: Any
@@ -60,17 +57,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.settings, self.batches, self.adapter = settings, batches, adapter
+        given = {name: getattr(task, name) for name in TASK_ARGUMENTS}
+        optimizers = (optimizer, None)
         super().__init__(
-            task.model,
-            arguments,
-            train_dataset=task.train_dataset,
-            eval_dataset=task.eval_dataset,
-            data_collator=task.data_collator,
-            compute_loss_func=task.compute_loss_func,
-            compute_metrics=task.compute_metrics,
-            preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-            callbacks=list(callbacks),
-            optimizers=(optimizer, None),
+            task.model, arguments, callbacks=list(callbacks), optimizers=optimizers, **given
         )
         self.remove_callback(PrinterCallback)
         if task.compute_loss_func is not None:
@@ -163,11 +153,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             if self.args.should_save:
                 folder = Path(output_dir or self.args.output_dir)
                 folder.mkdir(parents=True, exist_ok=True)
-                bundle.save(folder / ADAPTER_FILE, force=True)
+                bundle.save(folder / ADAPTER, force=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, _model: Any = None) -> None:
         if self.adapter is not None:
-            self.adapter.load(Bundle.load(Path(resume_from_checkpoint) / ADAPTER_FILE))
+            self.adapter.load(Bundle.load(Path(resume_from_checkpoint) / ADAPTER))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

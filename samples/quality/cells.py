@@ -104,8 +104,7 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from fourierft_export.train import defaults
-    from fourierft_export.train.run import plan
-    from fourierft_export.train.run_callback import evaluations
+    from fourierft_export.train.run import evaluations, plan
     from fourierft_export.train.train import make_arguments, resolved
     from fourierft_export.train.trainer import AdapterTrainer
 

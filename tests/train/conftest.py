@@ -23,7 +23,7 @@ def with_tokenizer(
         if kind in made:
             return made[kind]
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
-        from transformers import PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
         vocabulary = {w: i for i, w in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -38,6 +38,8 @@ def with_tokenizer(
         folder = tmp_path_factory.mktemp("text") / kind
         shutil.copytree(tiny_base(kind), folder)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+        if kind == "vit":
+            ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
         made[kind] = folder
         return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import BadInputError
 from ..task import TrainingTask
 from . import models, scores
-from .models import IDS, Row, TextEncoder, TextInput
+from .models import IDS, Row, TextInput
 from .rows import BadRows, Rows
 from .scores import IGNORED
 from .source import Source
@@ -20,15 +20,16 @@ TEXTS = (("text",), ("sentence",))
 def text_generation(source: Source) -> TrainingTask:
     """A causal language model and rows to continue: text, or a column of ready `input_ids`."""
     model = models.load_generator(source.directory, dtype=source.dtype)
-    parts, inputs = [], TextInput(model)
+    parts = []
     if IDS in source.train.columns and not source.data.text_column:
+        inputs = TextInput(model)
         parts = [_read_ids(rows, inputs.size) for rows in source.both]
     else:
         texts = source.read_texts(TEXTS)
-        inputs = encoder = TextEncoder(source.directory, model)
-        end = encoder.tokenizer.eos_token_id
+        inputs = TextInput(model, source.directory)
+        end = inputs.tokenizer.eos_token_id
         for some in texts:
-            ids = [row[IDS] for row in encoder.encode(some, None)[0]]
+            ids = [row[IDS] for row in inputs.encode(some, None)[0]]
             ids = [own if end is None or own[-1:] == [end] else [*own, end] for own in ids]
             parts.append([{IDS: own, "labels": own} for own in ids])
     for rows, part in zip(source.both, parts, strict=True):
@@ -66,19 +67,15 @@ def text_generation(source: Source) -> TrainingTask:
 def _read_ids(rows: Rows, size: int) -> list[Row]:
     """Rows of ready token ids; labels are the same, unless a column gives them."""
     bad = BadRows(rows.where, f"lists of token ids below {size}, and as many labels")
-    ids, names = rows.column(IDS), (IDS, "labels") if "labels" in rows.columns else (IDS,)
-    labels = [
-        own if given is None else given
-        for own, given in zip(ids, rows.column(names[-1]), strict=True)
-    ]
-    found = [{IDS: a, "labels": b} for a, b in zip(ids, labels, strict=True)]
-    for place, row in zip(rows.places, found, strict=True):
-        if not _are_ids(row[IDS], range(size)):
-            bad.add(place, f"input_ids {row[IDS]!r:.60}")
-        elif not _are_ids(row["labels"], range(IGNORED, size)) or len(row["labels"]) != len(
-            row[IDS]
-        ):
-            bad.add(place, f"labels {row['labels']!r:.60}")
+    targets = rows.column("labels" if "labels" in rows.columns else IDS)
+    found = []
+    for place, ids, given in zip(rows.places, rows.column(IDS), targets, strict=True):
+        labels = ids if given is None else given
+        if not _are_ids(ids, range(size)):
+            bad.add(place, f"input_ids {ids!r:.60}")
+        elif not _are_ids(labels, range(IGNORED, size)) or len(labels) != len(ids):
+            bad.add(place, f"labels {labels!r:.60}")
+        found.append({IDS: ids, "labels": labels})
     bad.check()
     return found
 

@@ -7,19 +7,17 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadInputError, FourierFTError, UsageError, missing_extra
+from ...errors import BadInputError, FourierFTError, missing_extra
 from ...files.container import open_regular
-from . import models
+from .models import load_processor
 from .rows import BadRows, Rows
 
 MAX_PIXELS = 1 << 26
@@ -30,7 +28,6 @@ _DAMAGED = (
     ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 Image = str | bytes  # a file's path or its content
-Transform = Callable[[Sequence[Image]], Tensor]
 
 
 def read_images(rows: Rows, named: Sequence[str]) -> list[Image]:
@@ -82,66 +79,23 @@ def _open_image(image: Image) -> Iterator[Any]:
     raise BadInputError(where, expected="an image", found=found, remedy="remove or repair it")
 
 
-def load_image(image: Image, mode: str) -> Any:
-    """One image in Pillow's `mode` ("RGB", "L")."""
-    with _open_image(image) as opened:
-        return opened.convert(mode)
-
-
-@dataclass(frozen=True)
 class Collate:
-    """Labelled images -> a batch.
+    """Labelled images -> a batch, through the image processor of the model's directory."""
 
-    Attributes:
-        transform: images -> (rows, channels, height, width) float32.
-        dtype: of the model's pixels.
-    """
+    def __init__(self, directory: str, model: nn.Module) -> None:
+        from transformers import AutoImageProcessor
 
-    transform: Transform
-    dtype: torch.dtype
+        what, remedy = "an image processor", "add or correct preprocessor_config.json"
+        self.processor = load_processor(AutoImageProcessor, directory, what, remedy)
+        self.dtype = next(model.parameters()).dtype
+        self.mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
     def __call__(self, rows: Sequence[tuple[Image, int]]) -> dict[str, Tensor]:
         """Tensors "pixel_values" (rows, channels, height, width) and "labels" (rows,) int64."""
-        pixels = self.transform([image for image, _ in rows]).to(self.dtype)
-        return {"pixel_values": pixels, "labels": torch.tensor([label for _, label in rows])}
-
-
-def make_transform(directory: str, model: nn.Module) -> tuple[Transform, str]:
-    """How a model's images are made, and a line that says so."""
-    config: Any = model.config
-    channels = getattr(config, "num_channels", 3)
-    if (Path(directory) / "preprocessor_config.json").is_file() and channels == 3:
-        from transformers import AutoImageProcessor
-
-        remedy = "correct or remove preprocessor_config.json"
-        processor = models.load_processor(
-            AutoImageProcessor, directory, "an image processor", remedy
-        )
-
-        def processed(images: Sequence[Image]) -> Tensor:
-            loaded = [load_image(image, "RGB") for image in images]
-            pixels: Tensor = processor(images=loaded, return_tensors="pt")["pixel_values"]
-            return pixels
-
-        return processed, f"images go through the directory's {type(processor).__name__}"
-    size = getattr(config, "image_size", None)
-    if not size or channels not in (1, 3):
-        raise UsageError(
-            directory,
-            expected="a config with image_size, and num_channels 1 or 3",
-            found=f"image_size {size}, num_channels {channels}",
-            remedy="add a preprocessor_config.json, or use --module",
-        )
-    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-    def scaled(images: Sequence[Image]) -> Tensor:
-        mode = "RGB" if channels == 3 else "L"
-        resized = [load_image(one, mode).resize((width, height), resample=2) for one in images]
-        pixels = torch.from_numpy(np.stack([np.asarray(one) for one in resized]))
-        pixels = pixels.reshape(len(images), height, width, channels).permute(0, 3, 1, 2)
-        return (pixels.float() / 255 - 0.5) / 0.5
-
-    return scaled, (
-        f"no image processor for this model: images are resized to {height} x {width} and scaled "
-        "to -1..1 (mean and standard deviation 0.5)"
-    )
+        images = []
+        for image, _ in rows:
+            with _open_image(image) as opened:
+                images.append(opened.convert(self.mode))
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        labels = torch.tensor([label for _, label in rows])
+        return {"pixel_values": pixels.to(self.dtype), "labels": labels}

@@ -21,15 +21,10 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a task.
+    """The classes of a task."""
 
-    Attributes:
-        names: by id; some may have no training row.
-        ids: every label of the training rows -> its id.
-    """
-
-    names: tuple[str, ...] = ()
-    ids: Mapping[Label, int] = field(default_factory=dict)
+    names: tuple[str, ...] = ()  # by id; some may have no training row
+    ids: Mapping[Label, int] = field(default_factory=dict)  # of every label of the training rows
 
 
 def read_labels(where: str, values: Iterable[Any], places: Sequence[str]) -> list[Label]:

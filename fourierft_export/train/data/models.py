@@ -120,29 +120,15 @@ def usual_targets(model: nn.Module) -> tuple[str, ...] | str | None:
 
 
 class TextInput:
-    """What a model takes of text.
+    """What a model takes of text; with a `directory`, its tokenizer, of `words` or of text."""
 
-    Args:
-        model: a transformers model.
-        pad_id: fills rows up, if the model's config names no other; masked out.
+    tokenizer: Any = None
 
-    Raises:
-        UsageError: the model's forward takes no input_ids.
-    """
-
-    def __init__(self, model: nn.Module, pad_id: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, directory: str | None = None, *, words: bool = False
+    ) -> None:
         config: Any = model.config
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        self.size: int = getattr(embedding, "num_embeddings", None) or 1 << 31
-        # The model's own comes first: by it a decoder's head finds the end of a row, and RoBERTa
-        # counts positions.
-        own = getattr(config, "pad_token_id", None)
-        self.pad_id: int = own if isinstance(own, int) and 0 <= own < self.size else pad_id
-        found = getattr(config, "max_position_embeddings", None)
-        if isinstance(found, int) and config.model_type in _OFFSET_POSITIONS:
-            found -= self.pad_id + 1
-        self.limit = found if isinstance(found, int) else None
-        self.names = input_names(model)
+        self.directory, self.words, self.names = directory, words, input_names(model)
         if IDS not in self.names:
             raise UsageError(
                 type(model).__name__,
@@ -150,6 +136,22 @@ class TextInput:
                 found=", ".join(inspect.signature(model.forward).parameters) or "no arguments",
                 remedy="give a model of text, or another --task",
             )
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self.size: int = getattr(embedding, "num_embeddings", None) or 1 << 31
+        # The model's own comes first: by it a decoder's head finds the end of a row, and RoBERTa
+        # counts positions.
+        pads, limits = [getattr(config, "pad_token_id", None)], []
+        if directory is not None:
+            self.tokenizer = load_tokenizer(directory, words=words)
+            pads += [self.tokenizer.pad_token_id, self.tokenizer.eos_token_id]
+            limits.append(self.tokenizer.model_max_length)
+        known = [i for i in pads if isinstance(i, int) and 0 <= i < self.size]
+        self.pad_id: int = next(iter(known), 0)
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int):
+            offset = self.pad_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+            limits.append(longest - offset)
+        self.limit = min((int(n) for n in limits if 0 < n < _UNLIMITED), default=None)
         self.collate = partial(pad, pad_id=self.pad_id, mask="attention_mask" in self.names)
 
     def row_length(self, max_length: int | None, usual: int) -> int:
@@ -161,19 +163,6 @@ class TextInput:
             expected = f"4 to {limit} tokens" if limit else "at least 4 tokens"
             raise UsageError("max_length", expected=expected, found=str(max_length))
         return max_length
-
-
-class TextEncoder(TextInput):
-    """A directory's tokenizer, as far as a model needs it; with `words` for lists of words."""
-
-    def __init__(self, directory: str, model: nn.Module, *, words: bool = False) -> None:
-        self.directory, self.words = directory, words
-        self.tokenizer = load_tokenizer(directory, words=words)
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        super().__init__(model, next((i for i in ids if i is not None), 0))
-        limits = (self.limit, self.tokenizer.model_max_length)
-        known = [int(n) for n in limits if n is not None and 0 < n < _UNLIMITED]
-        self.limit = min(known, default=None)
 
     def encode(
         self, texts: Sequence[tuple[Any, ...]], length: int | None
@@ -197,7 +186,7 @@ class TextEncoder(TextInput):
         largest = max((max(row[IDS], default=0) for row in rows), default=0)
         if largest >= self.size:
             raise BadInputError(
-                self.directory,
+                self.directory or "",
                 expected=f"token ids below {self.size}",
                 found=f"id {largest}",
                 remedy="use the tokenizer of this model",

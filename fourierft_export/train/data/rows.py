@@ -53,17 +53,11 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a data set.
+    """The rows of a data set."""
 
-    Attributes:
-        where: the file, folder or Hub id.
-        data: column -> values, or a `datasets.Dataset`.
-        places: where a person finds each row: "line 7" of a text file.
-    """
-
-    where: str
-    data: Any
-    places: Sequence[str]
+    where: str  # the file, folder or Hub id
+    data: Any  # column -> values, or a `datasets.Dataset`
+    places: Sequence[str]  # where a person finds each row: "line 7" of a text file
 
     @property
     def columns(self) -> list[str]:

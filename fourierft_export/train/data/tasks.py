@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,9 +16,9 @@ from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
 from . import scores
 from .generation import text_generation
-from .images import Collate, make_transform, read_images
+from .images import Collate, read_images
 from .labels import Labels, label_ids, make_labels, read_labels
-from .models import Row, TextEncoder, find_model
+from .models import Row, TextInput, find_model
 from .rows import BadRows, load_rows
 from .scores import IGNORED
 from .source import NUMBER, SEVERAL, SINGLE, Source
@@ -53,7 +52,7 @@ def text_classification(source: Source) -> TrainingTask:
     names = labels.names if problem != NUMBER else ("value",)
     model, new, head = source.load_classifier("text-classification", names)
     model.config.problem_type = problem
-    encoder = TextEncoder(source.directory, model)
+    encoder = TextInput(model, source.directory)
     if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = encoder.pad_id  # a decoder's head reads the last token before
     length = encoder.row_length(source.settings.max_length, LENGTH)
@@ -109,7 +108,7 @@ def token_classification(source: Source) -> TrainingTask:
         parts.append([(words, [next(ids) for _ in words]) for words in sentences])
     learnt, scored, notes = source.split(*parts)
     model, new, head = source.load_classifier("token-classification", labels.names)
-    encoder = TextEncoder(source.directory, model, words=True)
+    encoder = TextInput(model, source.directory, words=True)
     length = encoder.row_length(source.settings.max_length, LENGTH)
     lost = 0
 
@@ -160,32 +159,24 @@ def image_classification(source: Source) -> TrainingTask:
     parts = [list(zip(x, y, strict=True)) for x, y in zip(images, targets, strict=True)]
     learnt, scored, notes = source.split(*parts)
     model, saved, head = source.load_classifier("image-classification", labels.names)
-    transform, how = make_transform(source.directory, model)
     return source.task(
         model,
         learnt,
         scored,
         scores.CLASSES,
-        data_collator=Collate(transform, next(model.parameters()).dtype),
+        data_collator=Collate(source.directory, model),
         modules_to_save=saved,
-        notes=(*notes, *head, how),
+        notes=(*notes, *head),
         labels=labels.names,
     )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A task of the verb: what makes it, and which options it does not use."""
-
-    make: Callable[[Source], TrainingTask]
-    unused: tuple[str, ...]
-
-
-TASKS = {
-    "text-classification": Kind(text_classification, ("pack",)),
-    "token-classification": Kind(token_classification, ("pack", "problem_type")),
-    "image-classification": Kind(image_classification, ("pack", "problem_type", "max_length")),
-    "text-generation": Kind(text_generation, ("problem_type", "label_column")),
+# What makes a task, and the options that it does not use.
+TASKS: dict[str, tuple[Callable[[Source], TrainingTask], tuple[str, ...]]] = {
+    "text-classification": (text_classification, ("pack",)),
+    "token-classification": (token_classification, ("pack", "problem_type")),
+    "image-classification": (image_classification, ("pack", "problem_type", "max_length")),
+    "text-generation": (text_generation, ("problem_type", "label_column")),
 }
 UNUSED_BY_MODULES = (
     *("model", "task", "data", "eval", "text_column", "label_column"),
@@ -194,26 +185,21 @@ UNUSED_BY_MODULES = (
 
 
 def prepare(data: DataSettings, settings: TrainSettings) -> TrainingTask:
-    """The model to train and its rows.
-
-    Raises:
-        UsageError: options that are missing, clash, are out of range or have no use here.
-        BadInputError: bad rows, all listed; models and tokenizers that cannot be loaded.
-        BaseMismatchError: a model that lacks more than its head.
-        FileAccessError: files that are missing or unreadable.
-        MissingExtraError: a package that the task needs is not installed.
-    """
-    name = ALIASES.get(data.task or "", data.task)
-    if data.module is not None:
-        _refuse(UNUSED_BY_MODULES, data, settings, "--module, which brings a whole task")
-        return call_factory(data.module)
-    if name not in TASKS:
-        found = "none" if name is None else repr(name)
-        raise UsageError("task", expected=" or ".join(TASKS), found=found, remedy="give --task")
+    """The model to train and its rows; bad rows and options without use here are errors."""
+    name = ALIASES.get(data.task or "", data.task or "none")
+    make, unused = TASKS.get(name, (None, UNUSED_BY_MODULES))
+    if make is None and data.module is None:
+        raise UsageError("task", expected=" or ".join(TASKS), found=name, remedy="give --task")
     for option, what in (("model", "a model to train"), ("data", "rows to learn from")):
-        if getattr(data, option) is None:
+        if getattr(data, option) is None and data.module is None:
             raise UsageError(option, expected=what, found="none", remedy=f"give --{option}")
-    _refuse(TASKS[name].unused, data, settings, f"--task {name}")
+    given, unused = vars(data) | vars(settings), UNUSED_BY_MODULES if data.module else unused
+    wrong = ", ".join(f"--{name.replace('_', '-')}" for name in unused if given[name])
+    if wrong:
+        by = "--module, which brings a whole task," if data.module else f"--task {name}"
+        raise UsageError(wrong, expected=f"options that {by} uses", remedy="leave it out")
+    if data.module is not None or make is None:
+        return call_factory(data.module or "")
     columns = data.text_column or ()
     most = 2 if name == "text-classification" else 1
     if len(columns) > most:
@@ -222,16 +208,7 @@ def prepare(data: DataSettings, settings: TrainSettings) -> TrainingTask:
     directory, images = find_model(str(data.model)), name == "image-classification"
     train = load_rows(str(data.data), images=images)
     scored = data.eval and load_rows(data.eval, split="eval", images=images)
-    return TASKS[name].make(Source(train, scored or None, directory, data, settings))
-
-
-def _refuse(names: Sequence[str], data: DataSettings, settings: TrainSettings, what: str) -> None:
-    """Raise UsageError for options that were given and have no use with `what`."""
-    given = vars(data) | vars(settings)
-    wrong = [f"--{name.replace('_', '-')}" for name in names if given[name]]
-    if wrong:
-        found = ", ".join(wrong)
-        raise UsageError(found, expected=f"options that {what} uses", remedy="leave it out")
+    return make(Source(train, scored or None, directory, data, settings))
 
 
 def call_factory(spec: str) -> TrainingTask:
