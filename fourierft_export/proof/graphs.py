@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ..files.external import check_external_data
 from ..types import Array
 from .inputs import AS_NPZ
 from .report import first_line
+
+if TYPE_CHECKING:
+    import onnx
 
 _NUMPY_TYPES = {
     "tensor(int64)": np.int64,
@@ -43,16 +47,16 @@ class Graph:
         except ImportError as error:
             raise missing_extra("onnxruntime", "ort", "validate") from error
         self.path = Path(path)
-        self.precision = _weights_precision(self.path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised as an error of this package
+        self.precision = _weights_precision(_read_model(self.path))
+        self._options = onnxruntime.SessionOptions()
+        self._options.log_severity_level = 4  # what goes wrong is raised as a package error
         # Else int8 sums saturate on x86-64 CPUs without VNNI, and results depend on the machine.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        self._options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
-            options.intra_op_num_threads = threads
+            self._options.intra_op_num_threads = threads
         with self._bad_input("an ONNX model that ONNX Runtime loads"):
             self._session = onnxruntime.InferenceSession(
-                self.path, options, providers=["CPUExecutionProvider"]
+                self.path, self._options, providers=["CPUExecutionProvider"]
             )
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self.inputs: tuple[str, ...] = tuple(self._inputs)
@@ -111,6 +115,27 @@ class Graph:
         whole = parts[0] if len(parts) == 1 else [*map(np.concatenate, zip(*parts, strict=True))]
         return dict(zip(self.outputs, whole, strict=True))
 
+    def trace(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """Computes every float value of the graph, with each node's outputs added to its own."""
+        import onnx
+        import onnxruntime
+
+        model = _read_model(self.path)
+        names = {name for node in model.graph.node for name in node.output if name}
+        names -= {value.name for value in model.graph.output}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
+        folder = "session.model_external_initializers_file_folder_path"
+        self._options.add_session_config_entry(folder, str(self.path.parent.resolve()))
+        with self._bad_input("an ONNX model that ONNX Runtime loads with more outputs"):
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), self._options, providers=["CPUExecutionProvider"]
+            )
+            found = self._with_defaults(inputs)
+            feed = {name: self._cast(name, found[name]) for name in self._inputs if name in found}
+            values = session.run(None, feed)
+        arrays = (value for value in values if isinstance(value, np.ndarray))
+        return [a for a in arrays if a.ndim and np.issubdtype(a.dtype, np.floating)]
+
     def _with_defaults(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Adds an empty key-value cache and the number of a bank's first adapter, if missing."""
         found = dict(inputs)
@@ -159,8 +184,8 @@ class Graph:
         raise UsageError(f"input {name}", expected=np.dtype(wanted).name, found=found)
 
 
-def _weights_precision(path: Path) -> str:
-    """Finds the type of most values of the graph's initializers; bytes count as "int8"."""
+def _read_model(path: Path) -> onnx.ModelProto:
+    """Reads the graph without its external data, whose places it checks."""
     import onnx
     from google.protobuf import message
 
@@ -174,6 +199,13 @@ def _weights_precision(path: Path) -> str:
         raise FileAccessError(path, expected="an ONNX file", found=found) from error
     # ONNX Runtime follows links and any name: nothing is opened before this.
     check_external_data(model, path)
+    return model
+
+
+def _weights_precision(model: onnx.ModelProto) -> str:
+    """Finds the type of most values of the graph's initializers; bytes count as "int8"."""
+    import onnx
+
     types = onnx.TensorProto
     kinds = {types.DOUBLE: "float64", types.FLOAT: "float32", types.FLOAT16: "float16"}
     kinds |= {types.BFLOAT16: "bfloat16", types.INT8: "int8", types.UINT8: "int8"}

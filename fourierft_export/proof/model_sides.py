@@ -33,6 +33,7 @@ class ModelSides:
         noise: the noise that was measured.
         problems: findings that fail the validation by themselves.
         notes: limits of the result, for the report.
+        roundings: precision -> how the weights of the model rebuilt for it are rounded.
         random_outputs: outputs that depend on parameters in no file; they are not compared.
     """
 
@@ -49,6 +50,7 @@ class ModelSides:
         self.noise = Noise()
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.roundings: dict[str, rebuild.Rounding] = {}
         self.random_outputs: set[str] = set()
 
     def run(self, precisions: Set[str]) -> None:
@@ -134,6 +136,7 @@ class ModelSides:
         more = set(rebuild.put_saved(model, bundle)) - set(filled)
         if rounding is None:
             rounding = rebuild.uniform_rounding(model, precision)
+        self.roundings[precision] = rounding
         rebuild.round_all(model, rounding)
         side = Side(f"plain{suffix}", "base", self.artifacts.source, precision)
         rounded = () if exact else (f"weights rounded to {precision}, computed in float32",)

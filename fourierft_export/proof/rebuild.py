@@ -52,6 +52,12 @@ class Target:
         first, second = self.weight.shape
         return (second, first) if self.transposed else (first, second)
 
+    @property
+    def matrix(self) -> npt.NDArray[np.float64]:
+        """The base's weight as (out_features, in_features)."""
+        weight = self.weight.double().numpy()
+        return weight.T if self.transposed else weight
+
 
 def find_targets(model: torch.nn.Module, bundle: Bundle) -> list[Target]:
     """Finds the layers of `model` that the adapter names; raises for all that do not fit."""
@@ -154,10 +160,9 @@ def set_weights(
     import torch
 
     for target in targets:
-        delta = delta_of(bundle, target)
-        delta = delta.T if target.transposed else delta
         dtype = np.float32 if in_float32 else np.float64
-        changed = target.weight.numpy().astype(dtype) + delta.astype(dtype)
+        changed = target.matrix.astype(dtype) + delta_of(bundle, target).astype(dtype)
+        changed = changed.T if target.transposed else changed
         tensor = torch.from_numpy(np.ascontiguousarray(changed.astype(np.float32)))
         tensor = _rounded(tensor, rounding.get(f"{target.path}.weight"))
         # Not in place: a tied embedding keeps the base's values, as in PEFT's unmerged forward.

@@ -81,6 +81,7 @@ class _Text:
         if not report.ok:
             failed = f"FAILED: {len(report.failing)} of {len(report.comparisons)} pairs."
             lines = [failed, *_suspects(report), *(f"{problem}." for problem in report.problems)]
+            lines += [f"{cause}." for cause in report.causes]
         yield Text(f"{_title(report)}\n")
         yield _sides_table(report, wide)
         yield Text("")
@@ -169,6 +170,7 @@ def _verdict(report: Report) -> list[str]:
         return [f"OK: {equal} {pairs}, {different} differ as they must."]
     first = [f"{place}: {reason}" for place, reason in report.findings[:1]]
     lines = [f"FAILED: {line}" for line in (*report.problems, *first)]
+    lines += [f"Likely cause: {cause}" for cause in report.causes]
     return [printable(line) for line in (*lines, *_suspects(report))]
 
 

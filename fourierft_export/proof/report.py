@@ -126,6 +126,31 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """Why a side differs, as far as its layers show it.
+
+    Attributes:
+        side: its name.
+        layer: path of the first module whose output differs.
+        kind: "scaling", "left out", "twice", "transposed", "entry rule", "seed", "precision",
+            "head", "tied" or "base".
+        text: the same in words.
+        difference: how far the layer's output is off, as a fraction of its root mean square; None
+            if the side has nothing like it.
+    """
+
+    side: str
+    layer: str
+    kind: str
+    text: str
+    difference: float | None
+
+    def __str__(self) -> str:
+        off = "" if self.difference is None else f" by {self.difference:.2g} of its size"
+        return f"{self.side}: {self.layer} is the first layer that differs{off}: {self.text}"
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole validation.
 
@@ -137,6 +162,7 @@ class Report:
         comparisons: every pair that was compared.
         problems: findings that fail the validation without a comparison, one line each.
         notes: what limits the result, one line each.
+        causes: the first layer that differs in each faulty side, and the likely cause.
     """
 
     task: str | None
@@ -147,6 +173,7 @@ class Report:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     schema: int = REPORT_SCHEMA
+    causes: tuple[Cause, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -186,6 +213,8 @@ class Report:
         data: dict[str, Any] = _as_json(asdict(self))
         for pair, entry in zip(self.comparisons, data["comparisons"], strict=True):
             entry["ok"] = pair.ok
+        if not self.causes:
+            del data["causes"]
         return {"schema": self.schema, "ok": self.ok, "suspects": list(self.suspects), **data}
 
     def raise_for_failure(self) -> None:
@@ -208,6 +237,9 @@ class Report:
         else:
             last = self.failing[0].right if self.failing else "it"
             remedy = f"make {last} again, of this base and this adapter"
+        if self.causes:
+            found = f"{found}; likely cause: {self.causes[0]}"
+            offenders = [*map(str, self.causes[1:]), *offenders]
         raise ValidationError(
             where,
             expected="artifacts that agree, and an adapter that changes the base",

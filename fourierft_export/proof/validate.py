@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.peft import BundleSource
-from ..errors import UsageError
+from ..errors import FourierFTError, UsageError
 from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
+from .causes import find_causes
 from .compare import Outputs
 from .graphs import Graph
 from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokenizer
 from .model_sides import ModelSides
 from .models import DECODER_TOKENS
 from .pairs import Run, compare_pairs
-from .report import Comparison, Report, Side
+from .report import Cause, Comparison, Report, Side, first_line
 from .tolerances import Tolerance, resolve_tolerances
 
 SideFunction = Callable[[Mapping[str, Array]], Outputs]
@@ -137,7 +138,8 @@ def validate(
     usual = artifacts.task.outputs if artifacts.task else ()
     related = any(not set(run.outputs) & set(usual) for run in references + adapted if usual)
     rows = batch_size if ready.mask is not None and not related else None
-    for name, graph in zip(_graph_names(files), graphs, strict=True):
+    named = dict(zip(_graph_names(files), graphs, strict=True))
+    for name, graph in named.items():
         side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
         run_side(side, lambda graph=graph: graph.run(ready.arrays, batch_size=rows))  # type: ignore[misc]
     comparisons = compare_pairs(
@@ -155,6 +157,11 @@ def validate(
             for run in adapted
             if "logits" not in run.outputs
         ]
+    causes: tuple[Cause, ...] = ()
+    try:
+        causes = tuple(find_causes(artifacts, ready, named, comparisons, models.roundings))
+    except (FourierFTError, MemoryError, RuntimeError) as error:
+        models.notes.append(f"the cause was not searched for: {first_line(error)}")
     if not comparisons:
         models.problems.append("no two sides were left to compare")
     return Report(
@@ -165,6 +172,7 @@ def validate(
         comparisons=comparisons,
         problems=tuple(models.problems),
         notes=(*models.notes, *_limits_of(references, comparisons)),
+        causes=causes,
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fourierft_export as ff
+from fourierft_export.spectral.entries import spectral_entries
 
 HIDDEN, LABELS, SCALING, SEED, N = 32, 3, 4.0, 777, 60
 
@@ -69,17 +70,30 @@ def adapted_model(adapted: Adapted, fault: str = "", scaling: float = SCALING) -
             continue
         weight = model.get_submodule(path.removesuffix(".fourierft_spectrum")).weight
         rows, columns = weight.shape
-        draw = torch.Generator().manual_seed(SEED + (fault == "seed + 1"))
+        offset = {"seed + 1": 1, "seed + 5000": 5000}.get(fault, 0)
+        draw = torch.Generator().manual_seed(SEED + offset)
         picks = torch.randperm(rows * columns, generator=draw)[: len(value)]
+        if fault == "entry rule":
+            rule = spectral_entries(SEED, (rows, columns), len(value), "r64")
+            picks = torch.from_numpy(rule[:, 0] * columns + rule[:, 1])
         dense = torch.zeros(rows * columns, dtype=torch.complex128)
         dense[picks] = value.to(torch.complex128)
         delta = torch.fft.ifft2(dense.reshape(rows, columns)).real * scaling
+        last = path.startswith("bert.encoder.layer.1.attention.self.value")
         delta = {
             "adapter zeroed": delta * 0,
+            "layer left out": delta * (not last),
+            "layer twice": delta * (1 + last),
             "delta transposed": delta.T,
             "scaling * 1.01": delta * 1.01,
         }.get(fault, delta)
+        if fault == "rounded":
+            delta = (weight.data.double() + delta).bfloat16().double() - weight.data.double()
+        if fault == "another base" and last:
+            weight.data += 0.05 * torch.randn_like(weight)
         weight.data = (weight.data.double() + delta).float()
+    if fault == "another embedding":
+        model.bert.embeddings.word_embeddings.weight.data *= 1.05
     return model.eval()
 
 
