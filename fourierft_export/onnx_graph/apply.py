@@ -17,14 +17,13 @@ from ..files.staging import check_output
 from ..models.base import Base, open_base
 from ..types import Progress
 from .adapters import Bundles, named_bundles, weighted
-from .graph.inline import inline_functions
+from .graph.inline import expand_functions, inline_functions
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_pair
 from .interface import KEY
 from .locate.finder import Finder, Found
 from .locate.saved import find_saved, missing_saved
-from .locate.search import find_layers
 from .locate.site import Site, Wanted, compare_site
 from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
 from .modes.batch_rows import batch_of
@@ -60,7 +59,7 @@ def apply_onnx(
     Each layer's weight is found by its name, by the scope or name of the node that uses it, by the
     bias added after it, or by its content, known from a bound bundle (or `base`); never by shape.
     A weight that other nodes use too is changed for the adapter's layers only. Functions that hold
-    layers of the adapter are expanded; the rest stay. Weights in external data stay on disk: memory
+    weights are expanded; the rest stay. Weights in external data stay on disk: memory
     holds two at a time.
 
     Args:
@@ -135,7 +134,9 @@ def apply_onnx(
         progress("find weights", 0, 1)
     wanted = _wanted_layers(bound, opened)
     beside = mode in (SWAPPABLE, BANK)
-    finder, found, expanded = find_layers(source, wanted, mapping, bound, in_main_graph=beside)
+    expanded = expand_functions(source, products=beside)
+    finder = Finder(source)
+    found = finder.find(wanted, mapping)
     sites = found.sites
     absent: list[str] = []
     if partial and sites:
@@ -153,7 +154,9 @@ def apply_onnx(
         if found.missing
         else "give the model of the base that the adapter belongs to",
     )
-    notes = [*expanded, *(note for fit in fits for note in fit.notes)]
+    notes = [note for fit in fits for note in fit.notes]
+    if expanded:
+        notes.append(f"functions that hold weights are expanded: {', '.join(expanded)}")
     if absent:
         listed = ", ".join(compress(absent))
         notes.append(

@@ -28,7 +28,7 @@ def weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         name: rng.standard_normal(shape).astype(np.float32)
-        for name, shape in {"up": SHAPE, "down": SHAPE[::-1], "other": (6, 6)}.items()
+        for name, shape in {"up": SHAPE, "down": SHAPE[::-1]}.items()
     }
 
 
@@ -45,7 +45,7 @@ def call(name: str, source: str, to: str) -> onnx.NodeProto:
 
 
 def model_of_functions(names: dict[str, str], opsets: Any = OPSETS) -> onnx.ModelProto:
-    """tanh(up) and down in a function each, in an outer one that is called twice; and another.
+    """tanh(up) and down in a function each, in an outer one called twice; and one without weights.
 
     `up` is held as (out, in) and transposed there, `down` as (in, out).
     """
@@ -62,10 +62,7 @@ def model_of_functions(names: dict[str, str], opsets: Any = OPSETS) -> onnx.Mode
         constant(names["down"], held["down"].T.copy()),
         helper.make_node("MatMul", ["x", names["down"]], ["y"]),
     ]
-    other = [
-        constant("weight", held["other"]),
-        helper.make_node("MatMul", ["x", "weight"], ["y"]),
-    ]
+    other = [helper.make_node("Sin", ["x"], ["y"])]
     both = [call("Up", "x", "middle"), call("Down", "middle", "y")]
     nodes = [call("Both", "x", "once"), call("Both", "once", "twice"), call("Other", "twice", "y")]
     values = [helper.make_tensor_value_info(name, 1, ["batch", 6]) for name in "xy"]
@@ -88,7 +85,7 @@ def exact(x: np.ndarray, up: np.ndarray, down: np.ndarray, bias: np.ndarray | fl
     y = x.astype(np.float64)
     for _ in range(2):
         y = np.tanh(y @ up.T + bias) @ down.T
-    return y @ weights()["other"]
+    return np.sin(y)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,14 +93,14 @@ def exact(x: np.ndarray, up: np.ndarray, down: np.ndarray, bias: np.ndarray | fl
 def test_weights_within_functions(
     names: dict[str, str], mode: str, make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run
 ) -> None:
-    """Both calls of a function have the adapter; functions that hold none of it stay."""
+    """Both calls of a function have the adapter; functions without weights stay."""
     held = {name: weights()[name] for name in ("up", "down")}
     saved = {"up.bias": np.linspace(-1, 1, 10, dtype=np.float32)} if names is NAMED else {}
     bundle = make_bundle(["up", "down"], held, saved, scaling=30.0)
     source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(model_of_functions(names), source)
     report = ff.apply_onnx(source, {"a": bundle}, out, mode=mode)
-    assert "functions expanded, which hold layers of the adapter: Both, Down, Up" in report.notes
+    assert "functions that hold weights are expanded: Both, Down, Up" in report.notes
     kept = [one.name for one in onnx.load(out).functions if one.domain == "local"]
     assert kept == ["Other"]
     got = ff.AdapterSession(out)
@@ -122,6 +119,20 @@ def test_weights_within_functions(
     shapes = [tuple(t.dims) for t in onnx.load(out).graph.initializer]
     if mode == "merged":
         assert sorted(shape for shape in shapes if len(shape) == 2) == [(10, 6), (10, 6)]
+
+
+@pytest.mark.parametrize("calls", ["without end", "2^40 times"])
+def test_functions_that_call_each_other(calls: str, make_bundle: Any, tmp_path: Path) -> None:
+    model, source = model_of_functions(NAMED), tmp_path / "in.onnx"
+    for depth in range(40):
+        inner = ("Both" if depth == 0 else f"F{depth - 1}") if calls[0] == "2" else f"F{39 - depth}"
+        twice = [call(inner, "x", "m"), call(inner, "m", "y")]
+        model.functions.append(function(f"F{depth}", twice))
+    model.graph.node.insert(0, call("F39", "x", "unused"))
+    onnx.save(model, source)
+    bundle = make_bundle(["up"], {"up": weights()["up"]})
+    with pytest.raises(BadInputError, match="without end" if calls[0] == "w" else "found more"):
+        ff.apply_onnx(source, bundle, tmp_path / "out.onnx")
 
 
 def test_mapped_by_hand(make_bundle: Any, exact_delta: Any, tmp_path: Path, run: Run) -> None:

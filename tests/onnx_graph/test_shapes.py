@@ -12,6 +12,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 import fourierft_export as ff
+from fourierft_export.errors import UsageError
+from fourierft_export.onnx_graph.graph import shapes
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 MINE = "com.microsoft"
@@ -156,3 +158,20 @@ def test_subgraphs_nested_without_end(tmp_path: Path, make_bundle: Any) -> None:
     save(path, nodes, {"layer.weight": floats(16, 4), "yes": np.array(True)}, {}, ("y", last))
     report = ff.apply_onnx(path, make_bundle(["layer"]), out, mode="bank")
     assert report.outputs["y"] == ("batch", "tokens", 4)
+
+
+def test_another_version_of_symbolic_inference(
+    tmp_path: Path, make_bundle: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """It can be bounded by private attributes only: without them it is not used, and that said."""
+    monkeypatch.setattr(shapes, "_PRIVATE", ("dispatcher_", "gone_"))
+    shapes._load_symbolic_inference.cache_clear()
+    attention = helper.make_node("Attention", ["x", "w", "b"], ["inner"], domain=MINE, num_heads=2)
+    product = helper.make_node("MatMul", ["inner", "layer.weight"], ["y"], name="/layer/MatMul")
+    constants = {"layer.weight": floats(16, 4), "w": floats(16, 48), "b": floats(48)}
+    path = tmp_path / "in.onnx"
+    save(path, [attention, product], constants, {}, ("y",))
+    with pytest.raises(UsageError, match="or an unknown one"):
+        ff.apply_onnx(path, make_bundle(["layer"]), tmp_path / "out.onnx", mode="bank")
+    assert "this version of it has no gone_" in caplog.text
+    shapes._load_symbolic_inference.cache_clear()

@@ -2,29 +2,28 @@
 
 onnx.version_converter and the usual float16 converters fail on functions or skip them; an inlined
 graph holds standard operators only. And the modes change weights of the graph, not of functions:
-functions that hold an adapted weight are expanded before an adapter is written.
+functions that hold weights are expanded before an adapter is written.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from ...errors import BadInputError
 from .ops import free_name, register_constant, used_names
-from .source import STANDARD
+from .source import STANDARD, Source
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_PRODUCTS = ("Einsum", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits")
+_MAX_NODES = 1_000_000  # of the expanded graph: functions may call each other 2^n times
+
 
 def inline_functions(model: ir.Model) -> None:
-    """Replace every call of a function by the function's nodes; no function is left.
-
-    Args:
-        model: changed in place; inputs, outputs and initializers keep their names.
-    """
+    """Replace every call of a function by the function's nodes; no function is left."""
     from onnx_ir.passes.common import InlinePass
 
     domains = {function.domain for function in model.functions.values()}
@@ -33,48 +32,34 @@ def inline_functions(model: ir.Model) -> None:
         model.opset_imports.pop(domain, None)
 
 
-def inline_chosen(
-    model: ir.Model, functions: Collection[ir.OperatorIdentifier], path: str | os.PathLike[str]
-) -> tuple[str, ...]:
-    """Expand some functions, and those that call them; their constants become initializers.
-
-    All calls of a function share one initializer per constant, as they shared the constant.
-    (onnx-ir's own pass would make one for each call.)
+def expand_functions(source: Source, *, products: bool) -> tuple[str, ...]:
+    """Expand the functions that hold weights, and those that call them; return their names.
 
     Args:
-        model: changed in place; other functions stay.
-        functions: the functions to expand.
-        path: the file, for the error message.
-
-    Returns:
-        The names of the expanded functions.
-
-    Raises:
-        BadInputError: functions that call themselves, of another opset than the model, or with
-            graphs as arguments.
+        source: changed in place; other functions stay, and weights become initializers.
+        products: also expand functions that multiply with weights they are given.
     """
     from onnx_ir.passes import PreconditionError
     from onnx_ir.passes.common import InlinePass
 
-    chosen, size = set(functions), 0
-    while len(chosen) > size:
-        size = len(chosen)
-        chosen |= {
-            one
-            for one, function in model.functions.items()
-            if any(node.op_identifier() in chosen for node in function.all_nodes())
-        }
-    names = {
-        id(tensor): str(value.name)
-        for one in chosen
-        for value, tensor in _constants(model.functions[one])
-    }
+    model = source.model
+    chosen: set[ir.OperatorIdentifier] = set()
+    names: dict[int, str] = {}
+    for identifier, calls in _list_calls(source).items():
+        function = model.functions[identifier]
+        held = {id(t): str(v.name) for v, t in _constants(function) if t.size > 1 and _is_weight(t)}
+        multiplies = products and any(n.op_type in _PRODUCTS for n in function.all_nodes())
+        if held or multiplies or calls & chosen:
+            chosen.add(identifier)
+            names |= held
+    if not chosen:
+        return ()
     try:
         InlinePass(criteria=lambda function: function.identifier() in chosen)(model)
     except (ValueError, PreconditionError) as error:
         raise BadInputError(
-            path,
-            expected="functions that can be expanded, as they hold weights of the adapter's layers",
+            source.path,
+            expected="functions that can be expanded, as they hold weights",
             found=str(error).splitlines()[0],
             remedy="expand them first with onnx.inliner.inline_local_functions",
         ) from None
@@ -82,15 +67,33 @@ def inline_chosen(
     return tuple(sorted(one[1] for one in chosen))
 
 
-def functions_with_constants(
-    model: ir.Model, wanted: Callable[[str, ir.TensorProtocol], bool]
-) -> set[ir.OperatorIdentifier]:
-    """The functions that hold a constant for which `wanted(name, tensor)` is true."""
-    return {
-        identifier
-        for identifier, function in model.functions.items()
-        if any(wanted(str(value.name), tensor) for value, tensor in _constants(function))
+def _is_weight(tensor: ir.TensorProtocol) -> bool:
+    return len(tensor.shape) > (0 if tensor.dtype.is_floating_point() else 1)
+
+
+def _list_calls(source: Source) -> dict[ir.OperatorIdentifier, set[ir.OperatorIdentifier]]:
+    """Function -> the functions that it calls, callees first."""
+    functions = source.model.functions
+    called = {
+        identifier: [node.op_identifier() for node in function.all_nodes()]
+        for identifier, function in functions.items()
     }
+    calls = {identifier: {*names} & functions.keys() for identifier, names in called.items()}
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+    try:
+        order = list(TopologicalSorter(calls).static_order())
+    except CycleError:
+        order = []
+    for identifier in order:
+        sizes[identifier] = sum(sizes.get(name, 1) for name in called[identifier])
+    nodes = sum(sizes.get(node.op_identifier(), 1) for node in source.model.graph.all_nodes())
+    if len(order) < len(calls) or nodes > _MAX_NODES:
+        raise BadInputError(
+            source.path,
+            expected=f"functions that come to at most {_MAX_NODES:,} nodes",
+            found="more" if order else "functions that call each other without end",
+        )
+    return {identifier: calls[identifier] for identifier in order}
 
 
 def _constants(graph: ir.Function | ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
@@ -103,10 +106,13 @@ def _constants(graph: ir.Function | ir.Graph) -> Iterator[tuple[ir.Value, ir.Ten
 
 
 def _lift(model: ir.Model, names: dict[int, str]) -> None:
-    """Make Constant nodes of these tensors (id -> name) initializers, one per tensor."""
+    """Make Constant nodes of these tensors (id -> name) initializers: all calls share one each.
+
+    onnx-ir's own pass would make one for each call.
+    """
     found: dict[int, list[ir.Value]] = {}
     for value, tensor in _constants(model.graph):
-        if id(tensor) in names and len(tensor.shape) and not value.is_graph_output():
+        if id(tensor) in names and not value.is_graph_output():
             found.setdefault(id(tensor), []).append(value)
     taken = used_names(model.graph) - {str(v.name) for several in found.values() for v in several}
     for key, several in found.items():

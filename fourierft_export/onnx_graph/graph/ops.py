@@ -19,13 +19,9 @@ FLOAT32 = 1  # onnx.TensorProto.FLOAT
 
 
 class Ops:
-    """Adds nodes and constants to a graph.
+    """Adds nodes and constants to a graph; `finish` sorts it, as they may feed older nodes.
 
-    New nodes are appended; `finish` then sorts the graph, so that they may feed older nodes.
-
-    Args:
-        graph: changed in place.
-        ahead: the new nodes depend on constants only; `finish` puts them at the start.
+    New nodes that depend on constants only can be put `ahead` of all others instead.
     """
 
     def __init__(self, graph: ir.Graph, *, ahead: bool = False) -> None:

@@ -27,6 +27,8 @@ _LARGE = 1000  # bytes of a constant above which it cannot hold sizes of shapes
 # Bounds of symbolic inference, so that no graph makes it run or grow without end: characters of an
 # expression, sizes in a list, elements of a constant, nested subgraphs.
 _MAX_TEXT, _MAX_LENGTH, _MAX_ELEMENTS, _MAX_DEPTH = 400, 4096, 1 << 22, 4
+# Attributes of symbolic inference that are private to onnxruntime, and used here.
+_PRIVATE = ("_infer_impl", "_preprocess", "_try_get_value", "dispatcher_", "prefix_", "run_")
 
 
 def fill_shapes(model: ir.Model) -> None:
@@ -64,44 +66,42 @@ def _infer_with_onnx(model: ir.Model, names: set[str | None]) -> dict[str | None
                 value.shape = ir.Shape(
                     [s if isinstance(s, int) or s.value in names else None for s in value.shape]
                 )
-    data_prop = not _may_list_many(model)
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
+    # Not `data_prop`: onnx sets no limit to lists of sizes that grow.
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     return {value.name: value for node in model.graph for value in node.outputs}
-
-
-def _may_list_many(model: ir.Model) -> bool:
-    """Whether concatenated lists of sizes may grow too long for onnx, which sets no limit."""
-    if any(n.op_type == "Concat" for f in model.functions.values() for n in f.all_nodes()):
-        return True
-    lengths: dict[ir.Value | None, int] = {
-        value: value.const_value.size
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None and len(value.const_value.shape) == 1
-    }
-    for node in model.graph.all_nodes():
-        inputs = [lengths.get(value, 1) for value in node.inputs] or [1]
-        length = sum(inputs) if node.op_type == "Concat" else max(inputs)
-        if length > _MAX_LENGTH and node.op_type == "Concat":
-            return True
-        lengths |= dict.fromkeys(node.outputs, length)
-    return False
 
 
 @cache
 def _load_symbolic_inference() -> Any:
-    """Import symbolic_shape_infer.py by its path, since `onnxruntime.tools` imports torch."""
-    runtime = importlib.util.find_spec("onnxruntime")
-    if runtime is None or runtime.origin is None:
-        raise ImportError("onnxruntime is not installed")
-    path = Path(runtime.origin).parent / "tools" / "symbolic_shape_infer.py"
-    spec = importlib.util.spec_from_file_location("_onnxruntime_symbolic_shape_infer", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Import symbolic_shape_infer.py by its path, since `onnxruntime.tools` imports torch.
 
-    class BoundedInference(module.SymbolicShapeInference):  # type: ignore[misc, name-defined]
+    Returns None where it is not there, or not of the form that can be bounded.
+    """
+    runtime = importlib.util.find_spec("onnxruntime")
+    path = Path(runtime.origin if runtime and runtime.origin else "").parent
+    path = path / "tools" / "symbolic_shape_infer.py"
+    spec = importlib.util.spec_from_file_location("_onnxruntime_symbolic_shape_infer", path)
+    if not path.exists() or spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        base = module.SymbolicShapeInference
+        plain = base(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+    except ImportError:  # sympy
+        return None
+    except Exception as error:  # noqa: BLE001 - code of another version may raise anything
+        log.warning("shapes: onnxruntime's symbolic inference is not used: %s", error)
+        return None
+    missing = [name for name in _PRIVATE if not hasattr(plain, name)]
+    if missing:
+        log.warning(
+            "shapes: onnxruntime's symbolic inference is not used, as this version of it has no %s",
+            ", ".join(missing),
+        )
+        return None
+
+    class BoundedInference(base):  # type: ignore[misc, valid-type]
         """Stops where a graph makes sizes, lists of sizes or nested subgraphs grow without end."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -142,13 +142,10 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
     """
     import onnx_ir as ir
 
-    try:
-        symbolic_shape_infer = _load_symbolic_inference()
-    except (ImportError, OSError):
-        return False, {}
-    graph = model.graph
+    symbolic_shape_infer, graph = _load_symbolic_inference(), model.graph
     # sympy may evaluate names as expressions: it gets harmless ones only.
-    if not all(node.op_type.isidentifier() for node in graph.all_nodes()):
+    harmless = all(node.op_type.isidentifier() for node in graph.all_nodes())
+    if symbolic_shape_infer is None or not harmless:
         return False, {}
     for name, value in tuple(graph.initializers.items()):
         tensor = value.const_value

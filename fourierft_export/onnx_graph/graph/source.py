@@ -32,13 +32,9 @@ _REPLACED = "\0replaced."  # no file can have this name
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An open ONNX model, with methods that change its constants in place.
+    """An open ONNX model; its external tensors name their (checked) file by its absolute path.
 
-    Attributes:
-        path: the file.
-        model: its graph; external tensors name their (checked) file by its absolute path.
-        files: the files that hold external data.
-        replaced: location of an external tensor that is not on disk yet -> makes its content.
+    `replaced` makes the content of external tensors that are not on disk yet, by their location.
     """
 
     path: Path
@@ -52,11 +48,7 @@ class Source:
         return self.model.opset_imports.get("", self.model.opset_imports.get("ai.onnx", 1))
 
     def read(self, tensor: ir.TensorProtocol) -> Array:
-        """A tensor's values; only this one is read.
-
-        Raises:
-            BadInputError: its data ends early.
-        """
+        """A tensor's values; only this one is read."""
         import onnx_ir as ir
 
         if not isinstance(tensor, ir.ExternalTensor):
@@ -77,40 +69,28 @@ class Source:
 
     def read_constant(self, value: ir.Value) -> Array:
         """The content of a constant; see `read`."""
-        tensor = constant_of(value)
-        if tensor is None:
-            raise ValueError(f"{value.name} is no constant")
-        return self.read(tensor)
+        return self.read(_tensor_of(value))
 
     def isolate_constant(self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> ir.Value:
-        """Return an initializer of the main graph with this constant that only `uses` consume.
-
-        That is the constant itself, where it is one already, and else a copy.
-        """
-        graph, tensor = self.model.graph, constant_of(value)
+        """An initializer of the main graph that only `uses` consume: the constant or a copy."""
+        graph, tensor = self.model.graph, _tensor_of(value)
         alone = len(uses) == len(value.uses()) and not value.is_graph_output()
         if alone and value.graph is graph and value.is_initializer():
             return value
-        if tensor is None:
-            raise ValueError(f"{value.name} is no constant")
         copy = register_constant(self.model, free_name(str(value.name), used_names(graph)), tensor)
         for node, index in uses:
             node.replace_input_with(index, copy)
         return copy
 
     def replace_constant(self, value: ir.Value, make: Callable[[], Array]) -> None:
-        """Give a constant other content of the same shape and dtype.
-
-        Args:
-            value: an initializer (also a subgraph's) or the output of a Constant node.
-            make: returns the content; for external data, called when the graph is written.
-        """
+        """Give a constant other content of its shape and dtype; external data at writing."""
         import onnx_ir as ir
 
-        tensor, producer = constant_of(value), value.producer()
-        if tensor is None:
-            raise ValueError(f"{value.name} is no constant")
-        new = self._tensor_like(tensor, str(value.name), constant_shape(value), make)
+        tensor, producer, name = _tensor_of(value), value.producer(), str(value.name)
+        if isinstance(tensor, ir.ExternalTensor):
+            new: ir.TensorProtocol = self.external_tensor(name, tensor, constant_shape(value), make)
+        else:
+            new = ir.tensor(np.ascontiguousarray(make()), name=name)
         if producer is None:
             value.const_value = new
         else:
@@ -128,15 +108,6 @@ class Source:
         size = -(-math.prod(shape) * like.dtype.bitwidth // 8)
         return ir.ExternalTensor(location, 0, size, like.dtype, shape=ir.Shape(shape), name=name)
 
-    def _tensor_like(
-        self, like: ir.TensorProtocol, name: str, shape: Sequence[int], make: Callable[[], Array]
-    ) -> ir.TensorProtocol:
-        import onnx_ir as ir
-
-        if isinstance(like, ir.ExternalTensor):
-            return self.external_tensor(name, like, shape, make)
-        return ir.tensor(np.ascontiguousarray(make()), name=name)
-
 
 def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Source:
     """Open an ONNX file; no weight is read that is not in the file itself.
@@ -144,10 +115,6 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     Args:
         path: an .onnx file.
         allow_links: follow links of external data that end inside the model's folder.
-
-    Raises:
-        FileAccessError: missing or unreadable, or its external data is.
-        BadInputError: not an ONNX model, or external data that must not be read.
     """
     import onnx_ir as ir
 
@@ -186,12 +153,7 @@ def _has_no_data(tensor: onnx.TensorProto) -> bool:
 
 
 def read_proto(path: str | os.PathLike[str]) -> onnx.ModelProto:
-    """The message in an ONNX file, without its external data.
-
-    Raises:
-        FileAccessError: missing or unreadable.
-        BadInputError: not an ONNX model.
-    """
+    """The message in an ONNX file, without its external data."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -232,6 +194,13 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     if node is None or node.op_type != "Constant" or "value" not in node.attributes:
         return None
     return node.attributes["value"].as_tensor()
+
+
+def _tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    tensor = constant_of(value)
+    if tensor is None:
+        raise ValueError(f"{value.name} is no constant")
+    return tensor
 
 
 def constant_shape(value: ir.Value) -> tuple[int, ...]:

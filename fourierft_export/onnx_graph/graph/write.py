@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # A protobuf message ends at 2 GiB; the graph itself needs some room.
 _MAX_EMBEDDED = 2**31 - 2**26
-DATA_SUFFIX = ".data"
 # Bytes. Two tensors are made and written at a time, larger ones one by one: 2 GiB of weights of
 # 64 MiB, half of them merged, take 360 MiB of memory (one thread: 231 MiB, 1.2 times the time).
 _IN_FLIGHT = 128 << 20
@@ -32,7 +31,7 @@ _PAGE, _SMALL = 4096, 64
 
 def data_path(path: Path) -> Path:
     """The file with the external data of the model `path`."""
-    return path.with_name(path.name + DATA_SUFFIX)
+    return path.with_name(f"{path.name}.data")
 
 
 def write_model(
@@ -45,11 +44,8 @@ def write_model(
 ) -> tuple[Path, ...]:
     """Write a graph, checked by onnx.checker; it is absent or complete at any moment.
 
-    External data of a `Source` stays external: onnx-ir's writer makes it piece by piece, or copies
-    it from file to file.
-
     Args:
-        graph: constants of a `Source` may have been replaced.
+        graph: external data of a `Source` stays external, and is made or copied piece by piece.
         path: the file to make; external data goes to `path` + ".data".
         external_data: True puts the other weights there, too, False never does; by default they
             go there when the model would pass protobuf's 2 GiB.
@@ -58,11 +54,6 @@ def write_model(
 
     Returns:
         The files written: the model, and its data if it has any.
-
-    Raises:
-        UsageError: the output exists, without `force`, or the graph is too large.
-        BadInputError: the input's data ends early, or the model is not valid ONNX.
-        FileAccessError: the output cannot be written.
     """
     import onnx_ir as ir
 
@@ -134,11 +125,10 @@ def _write_data(
     keys = []
     for tensor in external:
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        keys.append(
-            (entries["location"], int(entries.get("offset", 0)), count_tensor_bytes(tensor))
-        )
-        if keys[-1] not in parts:
-            parts[keys[-1]] = _part(source, tensor, *keys[-1])
+        key = entries["location"], int(entries.get("offset", 0)), count_tensor_bytes(tensor)
+        keys.append(key)
+        if key not in parts:
+            parts[key] = _part(source, tensor, *key)
     total, done = sum(length for _, _, length in parts), 0
 
     def report(tensor: ir.TensorProtocol, _: object) -> None:
@@ -228,18 +218,15 @@ def _publish(staged: Path, out: Path) -> tuple[Path, ...]:
     An old model is deleted first and the new one moved last: a model never meets other data.
     """
     staged_data, data = data_path(staged), data_path(out)
-    for file in (staged, staged_data):
-        if file.exists():
-            set_umask_mode(file)
-            sync(file)
-    files: tuple[Path, ...] = (out,)
-    replaces = os.path.lexists(out)
-    if staged_data.exists():
+    has_data, replaces = staged_data.exists(), os.path.lexists(out)
+    for file in (staged, staged_data) if has_data else (staged,):
+        set_umask_mode(file)
+        sync(file)
+    if has_data:
         out.unlink(missing_ok=True)
         os.replace(staged_data, data)
-        files = (out, data)
     os.replace(staged, out)
-    if replaces and len(files) == 1:
+    if replaces and not has_data:
         data.unlink(missing_ok=True)
     sync(out.parent)
-    return files
+    return (out, data) if has_data else (out,)

@@ -20,25 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """The constant that a dense tensor replaces.
-
-    Attributes:
-        value: the constant.
-        uses: its consumers that get the new content.
-        transposed: the graph holds the transpose.
-    """
+    """The constant that a dense tensor replaces, and its consumers that get the new content."""
 
     value: ir.Value
     uses: tuple[tuple[ir.Node, int], ...]
-    transposed: bool = False
+    transposed: bool = False  # the graph holds the transpose
 
 
 def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) -> dict[str, Place]:
-    """Find the constants that the adapters' dense tensors replace.
-
-    Raises:
-        BaseMismatchError: listing the tensors that the graph lacks, or has in other shapes.
-    """
+    """Find the constants that the adapters' dense tensors replace, or list what does not fit."""
     places = {key: _find(finder, bridge.to_base(key), s) for key, s in _shapes(bundles).items()}
     offenders = [f"{key}: {why}" for key, why in places.items() if isinstance(why, str)]
     if offenders:
@@ -52,15 +42,10 @@ def find_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) ->
     return {key: place for key, place in places.items() if not isinstance(place, str)}
 
 
-def missing_saved(
-    finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]
-) -> dict[str, tuple[int, ...]]:
-    """The adapters' dense tensors that the graph lacks: name -> shape."""
-    return {
-        key: shape
-        for key, shape in _shapes(bundles).items()
-        if isinstance(_find(finder, bridge.to_base(key), shape), str)
-    }
+def missing_saved(finder: Finder, bridge: Bridge, bundles: Mapping[str, Bundle]) -> set[str]:
+    """The adapters' dense tensors that the graph lacks."""
+    shapes = _shapes(bundles).items()
+    return {k for k, shape in shapes if isinstance(_find(finder, bridge.to_base(k), shape), str)}
 
 
 def _shapes(bundles: Mapping[str, Bundle]) -> dict[str, tuple[int, ...]]:
