@@ -13,20 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import UsageError
-from .modules import (
-    active_adapters,
-    adapted_modules,
-    adapter_names,
-    adapter_versions,
-    adapters_of,
-    base_modules,
-    check_known,
-    check_not_fused,
-    check_not_routed,
-    fourier_layers,
-    is_fused,
-    original,
-)
+from . import modules
 from .saved_modules import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,11 +36,11 @@ def activate(model: Model, names: str | Sequence[str]) -> Model:
             one module (a head, a bias); the model is fused, or a `route` block is open.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
-    check_known(model, wanted)
+    modules.check_known(model, wanted)
     if len(set(wanted)) != len(wanted):
         raise UsageError("activate", expected="every adapter once", found=", ".join(wanted))
-    check_not_fused(model, "activate")
-    check_not_routed(model, "activate")
+    modules.check_not_fused(model, "activate")
+    modules.check_not_routed(model, "activate")
     _check_versions(model, wanted)
     _set_active(model, wanted)
     update_learning(model)
@@ -76,11 +63,11 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         UsageError: a `route` block is open.
     """
-    check_not_routed(model, "disabled")
-    active, before = active_adapters(model), adapter_names(model)
+    modules.check_not_routed(model, "disabled")
+    active, before = modules.active_adapters(model), modules.adapter_names(model)
     fused = {
         layer: layer.exchange_weight(layer.kept_weight, fuse=False)
-        for layer in fourier_layers(model).values()
+        for layer in modules.fourier_layers(model).values()
         if layer.kept_weight is not None
     }
     try:
@@ -88,7 +75,7 @@ def disabled(model: Model) -> Iterator[Model]:
         update_learning(model)
         yield model
     finally:
-        left = adapter_names(model)
+        left = modules.adapter_names(model)
         _set_active(model, [name for name in active if name in left])
         if set(before) <= set(left):
             for layer, weight in fused.items():
@@ -132,8 +119,8 @@ def update_learning(model: nn.Module) -> None:
 
     Inactive ones must not require gradients: DistributedDataParallel waits for all that do.
     """
-    learning = set() if is_fused(model) else set(active_adapters(model))
-    for name in adapter_names(model):
+    learning = set() if modules.is_fused(model) else set(modules.active_adapters(model))
+    for name in modules.adapter_names(model):
         for parameter, trainable in _parameters(model, name):
             parameter.requires_grad_(trainable and name in learning)
 
@@ -147,30 +134,32 @@ def let_learn(model: nn.Module, names: Iterable[str]) -> None:
 
 def _parameters(model: nn.Module, name: str) -> Iterator[tuple[nn.Parameter, bool]]:
     """(parameter, whether it is trainable) for all of adapter `name`."""
-    for adapter in adapters_of(model, name).values():
+    for adapter in modules.adapters_of(model, name).values():
         yield adapter.spectrum, adapter.trainable
-    for version in adapter_versions(model, name).values():
+    for version in modules.adapter_versions(model, name).values():
         yield from ((parameter, version.trainable) for parameter in version.own_parameters())
 
 
 def _set_active(model: nn.Module, names: Sequence[str]) -> None:
-    for layer in fourier_layers(model).values():
+    for layer in modules.fourier_layers(model).values():
         layer.active = tuple(name for name in names if name in layer.adapters)
-    for module in adapted_modules(model).values():
+    for module in modules.adapted_modules(model).values():
         versions = versions_of(module)
         module._fourierft_active = next((name for name in names if name in versions), None)
 
 
 def _check_versions(model: nn.Module, wanted: Sequence[str]) -> None:
     """Values replace each other and cannot add up, so only one active adapter may have its own."""
-    versions = {name: adapter_versions(model, name) for name in wanted}
+    versions = {name: modules.adapter_versions(model, name) for name in wanted}
     clashes = []
     for a, b in combinations(wanted, 2):
         both = [path for path in versions[a] if path in versions[b]]
         clashes += [f"{path}: {a} and {b} both have their own" for path in both]
         for one, other in ((a, b), (b, a)):
             whole = [f"{path}." for path, version in versions[one].items() if version.is_whole]
-            changed = (p for p in adapters_of(model, other) if f"{p}.".startswith(tuple(whole)))
+            changed = (
+                p for p in modules.adapters_of(model, other) if f"{p}.".startswith(tuple(whole))
+            )
             inside = (p for p in versions[other] if p.startswith(tuple(whole)))
             clashes += [f"{p}: {one} replaces it, {other} changes it" for p in (*inside, *changed)]
     if clashes:
@@ -188,10 +177,10 @@ def freeze(model: nn.Module) -> None:
 
     `unfreeze` undoes both.
     """
-    holder = original(model)
+    holder = modules.original(model)
     frozen: list[str] = list(getattr(holder, _FROZEN, ()))
-    for path, module in base_modules(model):
-        for leaf, parameter in original(module)._parameters.items():
+    for path, module in modules.base_modules(model):
+        for leaf, parameter in modules.original(module)._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 frozen.append(f"{path}.{leaf}" if path else leaf)
@@ -201,19 +190,19 @@ def freeze(model: nn.Module) -> None:
 
 def unfreeze(model: nn.Module) -> None:
     """Undo `freeze`, once no adapter is left."""
-    frozen = set(original(model).__dict__.pop(_FROZEN, ()))
-    for name, parameter in original(model).named_parameters(remove_duplicate=False):
+    frozen = set(modules.original(model).__dict__.pop(_FROZEN, ()))
+    for name, parameter in modules.original(model).named_parameters(remove_duplicate=False):
         if name in frozen:
             parameter.requires_grad_(True)
-    for _, base in base_modules(model):
+    for _, base in modules.base_modules(model):
         if getattr(base.__dict__.get(_SAVE), "func", None) is _refuse_to_save:
             del base.__dict__[_SAVE]
 
 
 def refuse_saving(model: nn.Module) -> None:
     """Make `save_pretrained` of the model, and of models within it, raise; `unfreeze` undoes it."""
-    for _, module in base_modules(model):
-        base = original(module)
+    for _, module in modules.base_modules(model):
+        base = modules.original(module)
         if callable(getattr(type(base), _SAVE, None)) and _SAVE not in base.__dict__:
             base.__dict__[_SAVE] = partial(_refuse_to_save, base)
 
@@ -227,7 +216,7 @@ def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     raise UsageError(
         f"{type(model).__name__}.{_SAVE}",
         expected="a model without adapters: from_pretrained would not find these weights again",
-        found=f"adapters {', '.join(adapter_names(model)) or 'on a part of the model'}",
+        found=f"adapters {', '.join(modules.adapter_names(model)) or 'on a part of the model'}",
         remedy="save the adapter with fourierft_export.capture(model, NAME).save(FILE), or merge "
         "it first with fourierft_export.unload(model, merge=True)",
     )

@@ -18,26 +18,10 @@ from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 from ..errors import BaseMismatchError
 from ..spectral.entries import entries_sha256
 from ..types import Array
+from . import modules
 from .active import activate, freeze, unfreeze, update_learning
 from .linear import float_weight, is_conv1d, to_array
 from .match_bundle import check_has_values, match_bundle
-from .modules import (
-    active_adapters,
-    adapter_names,
-    adapters_of,
-    add_saved,
-    base_model_name,
-    base_modules,
-    check_known,
-    check_new_name,
-    check_not_fused,
-    check_not_routed,
-    ensure_fourier,
-    fourier_layers,
-    original,
-    remove_adapter,
-    saved_tensors,
-)
 
 Model = TypeVar("Model", bound=nn.Module)
 log = logging.getLogger(__name__)
@@ -86,20 +70,20 @@ def attach(
         >>> ff.adapter_names(model)
         ('again',)
     """
-    check_new_name(model, name)
+    modules.check_new_name(model, name)
     loaded = open_bundle(bundle)
     match = match_bundle(model, loaded, allow_base_mismatch)
     freeze(model)
     origin = _origin(loaded)
-    modules = dict(base_modules(model))
+    bases = dict(modules.base_modules(model))
     for path, layer, spectrum, entries in match.layers():
         if trainable:
             spectrum = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-        ensure_fourier(model, path, modules[path]).add_adapter(
+        modules.ensure_fourier(model, path, bases[path]).add_adapter(
             name, spectrum, origin, entries, layer.entry_rule, trainable=trainable
         )
     for path, tensors in match.saved.items():
-        add_saved(model, path, name, tensors, trainable)
+        modules.add_saved(model, path, name, tensors, trainable)
     return activate(model, name)
 
 
@@ -130,12 +114,12 @@ def replace(
         BaseMismatchError: other layers, numbers of coefficients or saved tensors than the adapter
             has: all of them listed. The model is unchanged then.
     """
-    check_known(model, [name])
-    check_not_fused(model, "replace")
-    check_not_routed(model, "replace")
+    modules.check_known(model, [name])
+    modules.check_not_fused(model, "replace")
+    modules.check_not_routed(model, "replace")
     loaded = open_bundle(bundle)
     match = match_bundle(model, loaded, allow_base_mismatch)
-    adapters, tensors = adapters_of(model, name), saved_tensors(model, name)
+    adapters, tensors = modules.adapters_of(model, name), modules.saved_tensors(model, name)
     values = {f"{p}.{leaf}": t for p, held in match.saved.items() for leaf, t in held.items()}
     here = {path: [adapter.n_frequency] for path, adapter in adapters.items()}
     here |= {key: list(tensor.shape) for key, tensor in tensors.items()}
@@ -181,23 +165,23 @@ def detach(model: Model, name: str | None = None) -> Model:
             `route` block is open.
     """
     if name is not None:
-        check_known(model, [name])
-    check_not_routed(model, "detach")
-    there = adapter_names(model)
+        modules.check_known(model, [name])
+    modules.check_not_routed(model, "detach")
+    there = modules.adapter_names(model)
     gone = there if name is None else (name,)
     if set(gone) != set(there):
-        check_not_fused(model, "detach")
-    for layer in fourier_layers(model).values():
+        modules.check_not_fused(model, "detach")
+    for layer in modules.fourier_layers(model).values():
         if layer.kept_weight is not None:
             layer.exchange_weight(layer.kept_weight, fuse=False)
-    was_active = active_adapters(model)
+    was_active = modules.active_adapters(model)
     for one in gone:
-        remove_adapter(model, one)
+        modules.remove_adapter(model, one)
     update_learning(model)
-    left = adapter_names(model)
+    left = modules.adapter_names(model)
     if not left:
         unfreeze(model)
-    elif was_active and not active_adapters(model):
+    elif was_active and not modules.active_adapters(model):
         log.warning("no adapter is active now; %s can be activated", ", ".join(left))
     return model
 
@@ -228,13 +212,13 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
         >>> bundle.is_bound, bundle.spectra["0"].shape
         (True, (5,))
     """
-    check_known(model, [name])
+    modules.check_known(model, [name])
     specs: list[LayerSpec] = []
     spectra: dict[str, Array] = {}
     explicit: dict[str, Array] = {}
-    layers, adapters = fourier_layers(model), adapters_of(model, name)
+    layers, adapters = modules.fourier_layers(model), modules.adapters_of(model, name)
     for path, adapter in adapters.items():
-        base = original(layers[path])
+        base = modules.original(layers[path])
         for module in (base, adapter):
             check_has_values(path, module)
         spectra[path] = to_array(adapter.spectrum)
@@ -254,9 +238,9 @@ def capture(model: nn.Module, name: str = "default") -> Bundle:
             )
         )
     origin = next(iter(adapters.values())).origin
-    base_name = origin.base_model or base_model_name(model)
+    base_name = origin.base_model or modules.base_model_name(model)
     spec = dataclasses.replace(origin, layers=tuple(specs), base_model=base_name)
-    saved = {key: to_array(tensor) for key, tensor in saved_tensors(model, name).items()}
+    saved = {key: to_array(tensor) for key, tensor in modules.saved_tensors(model, name).items()}
     return Bundle.build(spec, spectra, saved, explicit, where=f"adapter {name!r}")
 
 
@@ -290,8 +274,8 @@ def combine(
             several adapters bring a head or bias and `heads` does not say what to do; the model
             is fused, or a `route` block is open.
     """
-    check_new_name(model, name)
-    check_known(model, weights)
+    modules.check_new_name(model, name)
+    modules.check_known(model, weights)
     parts = {part: capture(model, part) for part in weights}
     bundle = combine_bundles(parts, list(weights.values()), heads=heads)
     return attach(model, bundle, name, trainable=trainable)

@@ -14,22 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..spectral import torch_ops
+from . import modules
 from .active import activate, update_learning
 from .attach import detach
 from .layer import FourierLinear
 from .linear import check_mergeable, stored_weight
-from .modules import (
-    active_adapters,
-    adapted_modules,
-    base_modules,
-    check_known,
-    check_not_fused,
-    check_not_routed,
-    exchange_everywhere,
-    fourier_layers,
-    is_fused,
-    original,
-)
 from .saved_modules import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,9 +74,9 @@ def restore(model: Model) -> Model:
     Raises:
         UsageError: the model is not fused.
     """
-    if not is_fused(model):
+    if not modules.is_fused(model):
         raise UsageError("restore", expected="a model that is fused", found="one that is not")
-    for layer in fourier_layers(model).values():
+    for layer in modules.fourier_layers(model).values():
         if layer.kept_weight is not None:
             layer.exchange_weight(layer.kept_weight, fuse=False)
     update_learning(model)
@@ -112,33 +101,33 @@ def unload(model: Model, merge: bool = False) -> Model:
         UsageError: with `merge`: no adapter is active, or layers cannot be merged (not finite,
             quantised, shared), all of them listed; the model is unchanged then.
     """
-    check_not_routed(model, "unload")
+    modules.check_not_routed(model, "unload")
     if not merge:
         return detach(model)
-    if is_fused(model):
-        layers = {path: m for path, m in fourier_layers(model).items() if m.is_fused}
+    if modules.is_fused(model):
+        layers = {path: m for path, m in modules.fourier_layers(model).items() if m.is_fused}
         weights = {path: stored_weight(layer.linear) for path, layer in layers.items()}
     else:
         _, weights = _merge(model, None, "unload", in_place=True)
     versions = {
         path: versions_of(module)[module._fourierft_active]
-        for path, module in adapted_modules(model).items()
+        for path, module in modules.adapted_modules(model).items()
         if module._fourierft_active is not None
     }
     detach(model)
-    modules = dict(base_modules(model))
+    bases = dict(modules.base_modules(model))
     for path, weight in weights.items():
-        parameters = modules[path]._parameters
+        parameters = bases[path]._parameters
         learns = parameters["weight"].requires_grad  # type: ignore[union-attr]
         parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=learns)
     for path, version in versions.items():
-        learning = {n for n, p in modules[path].named_parameters() if p.requires_grad}
+        learning = {n for n, p in bases[path].named_parameters() if p.requires_grad}
         for name, tensor in version.own_tensors().items():
             tensor.requires_grad_(name in learning)
         if version.is_whole:
-            exchange_everywhere(model, modules[path], version.module)
+            modules.exchange_everywhere(model, bases[path], version.module)
         else:
-            modules[path]._parameters.update(version.own_tensors())  # type: ignore[arg-type]
+            bases[path]._parameters.update(version.own_tensors())  # type: ignore[arg-type]
     return model
 
 
@@ -152,32 +141,31 @@ def _merge(
     weights that are not tied and cannot overflow are changed themselves, after all checks; the
     others are returned by path. If anything is refused, the model is unchanged.
     """
-    check_not_fused(model, where)
-    before = active_adapters(model)
+    modules.check_not_fused(model, where)
+    before = modules.active_adapters(model)
     wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
-    check_known(model, wanted)
+    modules.check_known(model, wanted)
     if not wanted:
         raise UsageError(where, expected="an adapter", found="none that is active")
     layers = {
         path: layer
-        for path, layer in fourier_layers(model).items()
+        for path, layer in modules.fourier_layers(model).items()
         if not set(wanted).isdisjoint(layer.adapters)
     }
     _check_layers(model, where, layers)
     activate(model, wanted)
     in_base = {}
     if in_place:
-        modules = [original(module) for _, module in base_modules(model)]
-        uses = Counter(id(p) for module in modules for p in module._parameters.values())
+        bases = [modules.original(module) for _, module in modules.base_modules(model)]
+        uses = Counter(id(p) for module in bases for p in module._parameters.values())
         in_base = {
             path: layer
             for path, layer in layers.items()
-            if uses[id(original(layer)._parameters["weight"])] == 1 and _cannot_overflow(layer)
+            if uses[id(modules.original(layer)._parameters["weight"])] == 1
+            and _cannot_overflow(layer)
         }
-    merged: dict[str, Tensor] = {}
     apart = {path: layer for path, layer in layers.items() if path not in in_base}
-    for group in _same_entries(apart):
-        merged.update(zip(group, _merge_group(group), strict=True))
+    merged = _merge_together(apart)
     merged |= {p: m.effective_weight().contiguous() for p, m in apart.items() if p not in merged}
     broken = [
         f"{path}.weight: not finite as {weight.dtype}"
@@ -193,16 +181,17 @@ def _merge(
             remedy="use a wider dtype for the base, or check the adapter",
             offenders=broken,
         )
-    for group in _same_entries(in_base):
-        _merge_group(group, in_place=True)
+    _merge_together(in_base, in_place=True)
     return layers, merged
 
 
 def _check_layers(model: nn.Module, where: str, layers: dict[str, FourierLinear]) -> None:
     """Refuse layers whose weight cannot be exchanged, or that occur at other places, too."""
-    plain = {path: original(layer) for path, layer in layers.items()}
+    plain = {path: modules.original(layer) for path, layer in layers.items()}
     check_mergeable(where, plain, parameters=True)
-    places = Counter(id(m) for one in original(model).modules() for m in one._modules.values())
+    places = Counter(
+        id(m) for one in modules.original(model).modules() for m in one._modules.values()
+    )
     shared = [path for path, linear in plain.items() if places[id(linear)] > 1]
     if shared:
         raise UsageError(
@@ -214,9 +203,9 @@ def _check_layers(model: nn.Module, where: str, layers: dict[str, FourierLinear]
         )
 
 
-def _same_entries(layers: dict[str, FourierLinear]) -> list[dict[str, FourierLinear]]:
-    """The layers under exactly one active adapter, those together that share all but weights."""
-    groups: dict[object, dict[str, FourierLinear]] = {}
+def _merge_together(layers: dict[str, FourierLinear], in_place: bool = False) -> dict[str, Tensor]:
+    """Path -> W + delta_W of the layers under one adapter; those that share entries at once."""
+    groups: dict[object, list[str]] = {}
     for path, layer in layers.items():
         if len(layer.active) == 1:
             adapter, weight = layer.adapter(layer.active[0]), stored_weight(layer.linear)
@@ -224,22 +213,21 @@ def _same_entries(layers: dict[str, FourierLinear]) -> list[dict[str, FourierLin
                 *(layer.shape, layer.transposed, weight.dtype, weight.device),
                 *(adapter.spectrum.dtype, adapter.origin.scaling, adapter.host_entries.tobytes()),
             )
-            groups.setdefault(key, {})[path] = layer
-    return list(groups.values())
-
-
-def _merge_group(group: dict[str, FourierLinear], in_place: bool = False) -> list[Tensor]:
-    """W + delta_W of layers that `_same_entries` put together."""
-    layers = list(group.values())
-    adapters = [layer.adapter(layer.active[0]) for layer in layers]
-    return torch_ops.merge_delta_weights(
-        [stored_weight(layer.linear).detach() for layer in layers],
-        [adapter.spectrum.detach() for adapter in adapters],
-        adapters[0].entries,
-        adapters[0].origin.scaling,
-        transposed=layers[0].transposed,
-        in_place=in_place,
-    )
+            groups.setdefault(key, []).append(path)
+    merged: dict[str, Tensor] = {}
+    for paths in groups.values():
+        group = [layers[path] for path in paths]
+        adapters = [layer.adapter(layer.active[0]) for layer in group]
+        sums = torch_ops.merge_delta_weights(
+            [stored_weight(layer.linear).detach() for layer in group],
+            [adapter.spectrum.detach() for adapter in adapters],
+            adapters[0].entries,
+            adapters[0].origin.scaling,
+            transposed=group[0].transposed,
+            in_place=in_place,
+        )
+        merged.update(zip(paths, sums, strict=True))
+    return merged
 
 
 def _cannot_overflow(layer: FourierLinear) -> bool:

@@ -9,18 +9,11 @@ from torch import Tensor, nn
 
 from ..bundle.spec import AdapterSpec
 from ..errors import UsageError
+from . import modules
 from .active import activate, freeze
 from .config import ConfigSource, FourierFTConfig, load_config
 from .linear import describe, float_weight, is_linear, is_plain, layer_device
 from .match_bundle import check_not_offloaded
-from .modules import (
-    add_saved,
-    base_model_name,
-    base_modules,
-    check_new_name,
-    ensure_fourier,
-    original,
-)
 from .saved_modules import check_can_be_saved, is_container, own_state, state_tensors
 from .targets import Selection, select
 
@@ -54,23 +47,25 @@ def inject(model: Model, config: ConfigSource, name: str = "default") -> Model:
         >>> type(model[0]).__name__, ff.trainable_parameters(model).count
         ('FourierLinear', 5)
     """
-    check_new_name(model, name)
+    modules.check_new_name(model, name)
     config = load_config(config)
     selection = select(model, config)
     versions = _own_tensors(model, config, selection)
-    modules = dict(base_modules(model))
+    bases = dict(modules.base_modules(model))
     for path in (*selection.targets, *versions):
-        check_not_offloaded(path, original(modules[path]))
+        check_not_offloaded(path, modules.original(bases[path]))
     freeze(model)
-    base_name = base_model_name(model)
+    base_name = modules.base_model_name(model)
     origin = AdapterSpec(
         config.random_loc_seed, config.scaling, (), config.task_type, base_name, peft_config={}
     )
     for path, n_frequency in selection.targets.items():
-        spectrum = _initial_spectrum(n_frequency, original(modules[path]), config.init_weights)
-        ensure_fourier(model, path, modules[path]).add_adapter(name, spectrum, origin)
+        spectrum = _initial_spectrum(
+            n_frequency, modules.original(bases[path]), config.init_weights
+        )
+        modules.ensure_fourier(model, path, bases[path]).add_adapter(name, spectrum, origin)
     for path, tensors in versions.items():
-        add_saved(model, path, name, tensors, trainable=True)
+        modules.add_saved(model, path, name, tensors, trainable=True)
     return activate(model, name)
 
 
@@ -89,15 +84,15 @@ def _own_tensors(
     model: nn.Module, config: FourierFTConfig, selection: Selection
 ) -> dict[str, dict[str, Tensor]]:
     """Path -> tensors of which the adapter needs its own: whole saved modules, biases."""
-    modules = {path: original(module) for path, module in base_modules(model)}
+    bases = {path: modules.original(module) for path, module in modules.base_modules(model)}
     versions: dict[str, dict[str, Tensor]] = {}
     inside: set[str] = set()
     for root in selection.saved:
-        inside |= {path for path in modules if f"{path}.".startswith(f"{root}.")}
-        for path in _callable_roots(root, modules):
-            check_can_be_saved(path, modules[path])
-            versions[path] = state_tensors(modules[path])
-    linear = {p: m for p, m in modules.items() if p in inside and is_linear(m)}
+        inside |= {path for path in bases if f"{path}.".startswith(f"{root}.")}
+        for path in _callable_roots(root, bases):
+            check_can_be_saved(path, bases[path])
+            versions[path] = state_tensors(bases[path])
+    linear = {p: m for p, m in bases.items() if p in inside and is_linear(m)}
     # A layer has no parameters or some that are no plain floats; a head may have sizes of its own.
     quantised = [
         f"{path}: {describe(module)}"
@@ -112,20 +107,20 @@ def _own_tensors(
             remedy="leave these modules out of the quantisation",
             offenders=quantised,
         )
-    biased = {"all": tuple(modules), "fourier_only": tuple(selection.targets)}.get(config.bias, ())
+    biased = {"all": tuple(bases), "fourier_only": tuple(selection.targets)}.get(config.bias, ())
     for path in biased:
-        if path not in inside and isinstance(modules[path]._parameters.get("bias"), Tensor):
-            check_can_be_saved(path, modules[path])
-            versions[path] = {"bias": own_state(modules[path])["bias"]}
+        if path not in inside and isinstance(bases[path]._parameters.get("bias"), Tensor):
+            check_can_be_saved(path, bases[path])
+            versions[path] = {"bias": own_state(bases[path])["bias"]}
     return versions
 
 
-def _callable_roots(path: str, modules: dict[str, nn.Module]) -> list[str]:
+def _callable_roots(path: str, bases: dict[str, nn.Module]) -> list[str]:
     """The modules to save for `path`: itself, or those that a mere container holds."""
-    module = modules[path]
+    module = bases[path]
     if not state_tensors(module):
         return []
     if not is_container(module):
         return [path]
     inner = [f"{path}.{name}" for name in module._modules]
-    return [root for one in inner if one in modules for root in _callable_roots(one, modules)]
+    return [root for one in inner if one in bases for root in _callable_roots(one, bases)]

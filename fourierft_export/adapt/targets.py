@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -49,12 +49,11 @@ USUAL_TARGETS: Mapping[str, str | tuple[str, ...]] = {
 } | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What `select` found.
+class Selection(NamedTuple):
+    """The layers to adapt and the modules to save.
 
     Attributes:
-        targets: path of each layer to adapt -> its n_frequency, in the model's order.
+        targets: path of each layer -> its n_frequency, in the model's order.
         saved: paths of the modules to train and save whole; none lies within another.
     """
 

@@ -76,7 +76,7 @@ def add_delta_weight(
     target = np.empty(weight.shape, weight.dtype if out_dtype is None else out_dtype)
     changes = list(terms)
     if changes:
-        each_block(weight.shape, changes, _adder([weight], [target]), transposed, threads)
+        each_block(weight.shape, changes, adder([weight], [target]), transposed, threads)
     else:
         target[...] = weight
     return target
@@ -105,6 +105,25 @@ def check_term(spectrum: AnyFloat, entries: Entries, shape: tuple[int, ...]) -> 
     return rows, columns
 
 
+def adder(sources: Sequence[AnyFloat] | None, targets: Sequence[AnyFloat]) -> Put:
+    """A `put` that fills L arrays with their source (which may be the target) plus delta_W.
+
+    Without `sources` the targets, of any float dtype, become delta_W alone.
+    """
+
+    def put(layer: int, where: slice, values: Float32) -> None:
+        target = targets[layer][where]
+        if sources is None:
+            target[...] = values
+        elif target.dtype == sources[layer].dtype in (np.float32, np.float64):
+            np.add(sources[layer][where], values, out=target)
+        else:
+            values += sources[layer][where].astype(np.float32)
+            target[...] = values
+
+    return put
+
+
 def each_block(
     stored: tuple[int, ...],
     terms: Sequence[Term],
@@ -129,59 +148,31 @@ def each_block(
     entries = np.concatenate([term.entries for term in terms])
     if transposed:  # delta_W transposed is delta_W with u and v exchanged
         entries = entries[:, ::-1]
-    shape = (stored[0], stored[1])
-    path = choose_delta_path(shape, len(entries))
-    _rebuild_blocks(shape, spectrum[None], entries, 1.0, threads, put, path)
+    # Not by the number of threads: the values must not depend on it.
+    path = choose_delta_path((stored[0], stored[1]), len(entries))
+    rebuild((stored[0], stored[1]), spectrum[None], entries, 1.0, put, threads, path)
 
 
 def rebuild(
-    sources: Sequence[AnyFloat] | None,
-    targets: Sequence[AnyFloat],
-    spectra: AnyFloat,
-    entries: Entries,
-    scaling: float,
-    threads: int | None,
-) -> None:
-    """Fill each target with its source plus the delta_W of its spectrum.
-
-    Args:
-        sources: L arrays of one shape, of any float dtype; None for delta_W alone.
-        targets: L arrays of that shape; those of `sources` themselves to add in place.
-        spectra: (L, n), any float dtype.
-        entries: int64 (n, 2), pairs (u, v) with u along the targets' first dimension.
-        scaling: multiplies every delta_W.
-        threads: at most this many; by default `threads.default_threads()`.
-    """
-    shape = (targets[0].shape[0], targets[0].shape[1])
-    _rebuild_blocks(shape, spectra, entries, scaling, threads, _adder(sources, targets))
-
-
-def _adder(sources: Sequence[AnyFloat] | None, targets: Sequence[AnyFloat]) -> Put:
-    """A function that writes rows of delta_W, plus those of its source if any, to its target."""
-
-    def put(layer: int, where: slice, values: Float32) -> None:
-        target = targets[layer][where]
-        if sources is None:
-            target[...] = values
-        elif target.dtype == sources[layer].dtype in (np.float32, np.float64):
-            np.add(sources[layer][where], values, out=target)
-        else:
-            values += sources[layer][where].astype(np.float32)
-            target[...] = values
-
-    return put
-
-
-def _rebuild_blocks(
     shape: tuple[int, int],
     spectra: AnyFloat,
     entries: Entries,
     scaling: float,
-    threads: int | None,
     put: Put,
+    threads: int | None = None,
     path: str | None = None,
 ) -> None:
-    """Call `put` with (layer, rows, float32 values) until every delta_W is complete."""
+    """Call `put` with (layer, rows, float32 values) until every delta_W is complete.
+
+    Args:
+        shape: of each delta_W.
+        spectra: (L, n), any float dtype.
+        entries: int64 (n, 2), pairs (u, v) with u along the first dimension.
+        scaling: multiplies every delta_W.
+        put: called from several threads; the values are overwritten afterwards.
+        threads: at most this many; by default `threads.default_threads()`.
+        path: one of `cost.DELTA_PATHS`; by default the cheapest.
+    """
     rows, columns = shape
     shared = half_spectrum(entries, shape)
     amplitudes = shared.amplitudes(spectra, float(scaling))

@@ -46,14 +46,11 @@ def delta_weight(
     spectrum = spectrum.detach().to(wide)
     if on_host(spectrum, entries) and wide == torch.float32:
         target = np.empty((rows, columns), np.float32)
-        numpy_delta.rebuild(
-            None if weight is None else [host_array(weight, read_only=True)],
-            [target],
-            host_array(spectrum, read_only=True)[None],
-            entries.numpy(),
-            scaling,
-            torch.get_num_threads(),
-        )
+        source = None if weight is None else [host_array(weight, read_only=True)]
+        put = numpy_delta.adder(source, [target])
+        values = host_array(spectrum, read_only=True)[None]
+        threads = torch.get_num_threads()
+        numpy_delta.rebuild(target.shape, values, entries.numpy(), scaling, put, threads)
         return torch.from_numpy(target)
     delta = delta_by_fft(spectrum, entries, (rows, columns), scaling)
     return delta if weight is None else delta.add_(weight)

@@ -105,11 +105,14 @@ def merge_delta_weights(
     if kernels.on_host(*weights, *spectra) and all(w.dtype != torch.float64 for w in weights):
         with np.errstate(over="ignore", invalid="ignore"):  # as torch does
             numpy_delta.rebuild(
-                [kernels.host_array(weight, read_only=True) for weight in weights],
-                [kernels.host_array(target) for target in targets],
+                (weights[0].shape[0], weights[0].shape[1]),
                 torch.stack([spectrum.float() for spectrum in spectra]).numpy(),
                 entries.numpy()[:, ::-1] if transposed else entries.numpy(),
                 float(scaling),
+                numpy_delta.adder(
+                    [kernels.host_array(weight, read_only=True) for weight in weights],
+                    [kernels.host_array(target) for target in targets],
+                ),
                 torch.get_num_threads(),
             )
         return targets

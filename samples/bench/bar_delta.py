@@ -14,7 +14,7 @@ from harness import THREADS, Row, check_close, faster, in_turn, within
 from peers import SCALING, SEED, linear, peft_layer
 
 from fourierft_export.spectral import cost, torch_ops
-from fourierft_export.spectral.delta import rebuild
+from fourierft_export.spectral.delta import adder, rebuild
 from fourierft_export.spectral.entries import spectral_entries
 
 PEER = "PEFT get_delta_weight"
@@ -83,7 +83,7 @@ def many_small(size: int, bar: float, n: int = 1000, count: int = 24) -> Row:
 
     def ours() -> list[np.ndarray]:
         deltas = [np.empty((size, size), np.float32) for _ in spectra]
-        rebuild(None, deltas, spectra, entries, SCALING, None)
+        rebuild((size, size), spectra, entries, SCALING, adder(None, deltas))
         return deltas
 
     def peer() -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ def forced_paths(shape: tuple[int, int], n: int) -> Row:
     def by_path(path: str | None) -> np.ndarray:
         with cost.force(delta=path):
             delta = np.empty(shape, np.float32)
-            rebuild(None, [delta], spectrum[None], entries, 1.0, None)
+            rebuild(shape, spectrum[None], entries, 1.0, adder(None, [delta]))
             return delta
 
     reference = by_path(None)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fourierft_export import (
     FourierFTConfig,
     FourierLinear,
-    attach,
     capture,
     export_onnx,
     inject,
@@ -111,22 +110,6 @@ def test_output_is_the_bases_plus_the_change(
         bias = layer.bias
         assert bias is not None
         torch.testing.assert_close(found.double(), whole + bias.double(), rtol=3e-6, atol=3e-6)
-
-
-def test_autocast_and_low_precision() -> None:
-    model = adapted("own")
-    layer = fourier_layers(model)["first"]
-    x = torch.randn(6, 12)
-    exact = x.double() @ (float_values(layer.base_layer) + exact_delta(layer)).T
-    exact += layer.base_layer.bias.double()
-    bound = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x)
-        assert found.dtype == layer.base_layer(x).dtype
-    assert (found.double() - exact).abs().max() <= bound
-    half = layer(x.bfloat16())
-    assert half.dtype == torch.bfloat16
-    assert (half.double() - exact).abs().max() <= bound
 
 
 def test_a_scripted_layer_is_a_base() -> None:
@@ -229,18 +212,6 @@ def test_a_quantised_head_cannot_be_saved_whole() -> None:
         )
     assert caught.value.offenders == ("own: Ternary",)
     assert isinstance(model.body, nn.Linear)
-
-
-def test_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(Ternary(nn.Linear(12, 20)))
-    with pytest.raises(UsageError, match="meta"):
-        attach(model, capture(inject(nn.Sequential(Ternary(nn.Linear(12, 20))), ZERO)))
-    inject(model, ZERO)
-    assert fourier_layers(model)["0"].adapter("default").spectrum.is_meta
-
-
-ZERO = FourierFTConfig(n_frequency=5, target_modules=["0"])
 
 
 @pytest.mark.parametrize("mode", ["merged", "unmerged", "swappable"])

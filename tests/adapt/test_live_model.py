@@ -326,6 +326,10 @@ def test_refusals_change_nothing(tmp_path: Path) -> None:
         ff.attach(model, 3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="rank"):
         ff.inject(model, {"rank": 8})
+    fields: list[dict[str, Any]] = [{"target_modules": ["nope"]}, {"n_frequency": 10**6}]
+    for given in (*fields, {"modules_to_save": ["nope"]}, {"target_modules": ["head"]}):
+        with pytest.raises(UsageError):
+            ff.inject(model, config(**given))
     assert state_of(model) == before
 
 

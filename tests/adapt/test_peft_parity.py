@@ -248,22 +248,6 @@ def test_deleting_the_active_and_the_idle_one(pair: Pair, tokens: Tensor, gone: 
     pair.activate(left, gone).check(tokens)
 
 
-def test_a_name_is_just_a_name(make_model: MakeModel, tokens: Tensor) -> None:
-    """Names that are also names of modules, of attributes or parts of other names."""
-    base = make_model("llama")
-    outputs, bundles = [], []
-    for name in ("default", "weight", "base_layer", "q_proj", "adapters", "self_attn", "1"):
-        model, twin = copy.deepcopy(base), copy.deepcopy(base)
-        torch.manual_seed(1)
-        inject(model, FourierFTConfig(**COMMON, **LLAMA), name)
-        inject(twin, FourierFTConfig(**COMMON, **LLAMA), name)
-        twin.load_state_dict(model.state_dict())
-        outputs.append(output(twin, tokens))
-        bundles.append(capture(model, name).to_bytes())
-    assert all(torch.equal(o, outputs[0]) for o in outputs)
-    assert all(b == bundles[0] for b in bundles)
-
-
 # Precision
 
 

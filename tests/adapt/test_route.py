@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fourierft_export import FourierLinear, activate, attach, route
+from fourierft_export import FourierLinear, activate, route
 from fourierft_export.adapt.modules import active_adapters
 from fourierft_export.bundle.spec import AdapterSpec
 from fourierft_export.spectral import cost
@@ -108,39 +107,6 @@ def test_a_layer_in_every_dtype(
             wanted = layer(x[i : i + 1])[0]
         error = (found[i].double() - wanted.double()).norm() / wanted.double().norm()
         assert error <= {torch.bfloat16: 4e-3}.get(dtype, 1e-6), name
-
-
-@torch.no_grad()
-def test_minilm_with_sentences(
-    minilm_dir: Path,
-    peft_minilm_adapter: Callable[..., Path],
-    tokenize: Callable[..., dict[str, Tensor]],
-    sst2_sentences: list[str],
-) -> None:
-    """Adapters that PEFT saved, with their heads; alone means the same padding, too."""
-    from transformers import AutoModelForSequenceClassification
-
-    from fourierft_export import from_peft
-
-    model = AutoModelForSequenceClassification.from_pretrained(minilm_dir, num_labels=2).eval()
-    for i, fields in enumerate(({}, {}, {"random_loc_seed": 11, "n_frequency": 300})):
-        directory = peft_minilm_adapter(torch_seed=i, **fields)
-        attach(model, from_peft(directory, minilm_dir), f"tenant{i}")
-    names = ["tenant0", "tenant1", "tenant2", None, "tenant1", "tenant0"]
-    inputs = tokenize(sst2_sentences[: len(names)])
-
-    def run() -> tuple[Tensor, Tensor]:
-        output = model(**inputs, output_hidden_states=True)
-        return output.hidden_states[-1], output.logits
-
-    with route(model, names):
-        found = run()
-    for i, name in enumerate(names):
-        activate(model, [] if name is None else name)
-        hidden, answer = run()
-        assert (found[0][i] - hidden[i]).norm() <= 1e-6 * hidden[i].norm()
-        # Logits are small differences of the head's terms, which are of the order of 0.1.
-        torch.testing.assert_close(found[1][i], answer[i], rtol=0, atol=1e-7)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fourierft_export.errors import UsageError
 from fourierft_export.spectral import cost, torch_kernels
-from fourierft_export.spectral.delta import Term, add_delta_weight, rebuild, reference_delta
+from fourierft_export.spectral.delta import Term, add_delta_weight, adder, rebuild, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 97, 130, 131])
@@ -40,7 +40,7 @@ def fast_delta(form: str, spectrum: np.ndarray, entries: np.ndarray, shape: tupl
 
 def delta_weights(spectra, entries, shape, scaling: float, threads: int | None = None):
     deltas = [np.empty(shape, np.float32) for _ in spectra]
-    rebuild(None, deltas, spectra, entries, scaling, threads)
+    rebuild(shape, spectra, entries, scaling, adder(None, deltas), threads)
     return deltas
 
 
@@ -156,7 +156,7 @@ def test_layers_together_equal_layers_alone(threads: int, path: str, count: int)
         alone = [delta_weight(c, entries, shape, 2.0, threads=1) for c in spectra]
         together = delta_weights(spectra, entries, shape, 2.0, threads=threads)
         merged = [weight.copy() for weight in weights]
-        rebuild(merged, merged, spectra, entries, 2.0, threads)
+        rebuild(shape, spectra, entries, 2.0, adder(merged, merged), threads)
     for i in range(count):
         assert np.array_equal(together[i], alone[i])
         assert np.array_equal(merged[i], weights[i] + alone[i])
@@ -170,7 +170,7 @@ def test_in_place_merge_needs_little_memory() -> None:
     weight = np.zeros(shape, np.float32)
     tracemalloc.start()
     try:
-        rebuild([weight], [weight], spectrum[None], entries, 1.0, 2)
+        rebuild(shape, spectrum[None], entries, 1.0, adder([weight], [weight]), 2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

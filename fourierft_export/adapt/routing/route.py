@@ -9,16 +9,9 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
+from .. import modules
 from ..active import let_learn
 from ..layer import FourierLinear
-from ..modules import (
-    adapted_modules,
-    base_modules,
-    check_known,
-    check_not_fused,
-    fourier_layers,
-    original,
-)
 from ..saved_modules import versions_of
 from .context import ONE_BY_ONE, Names, OpenBlocks, RowAdapters, open_block
 
@@ -83,19 +76,19 @@ def route(
         raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
     rows = tuple(names)
     used = [name for name in dict.fromkeys(rows) if name is not None]
-    check_known(model, used)
-    check_not_fused(model, "route")
+    modules.check_known(model, used)
+    modules.check_not_fused(model, "route")
     plans: dict[nn.Module, tuple[OpenBlocks, RowAdapters]] = {}
     layers: list[str] = []  # paths of layers that change
     saved: list[str] = []  # of saved modules
     split: list[str] = []  # of those that are run once for each adapter
-    for path, layer in fourier_layers(model).items():
+    for path, layer in modules.fourier_layers(model).items():
         known = _known(rows, layer.adapters.keys())
         if any(known):
             layers.append(path)
         plan = RowAdapters(path or "(the model)", known, _groups(layer, known), num_beams)
         plans[layer] = layer.blocks, plan
-    for path, module in adapted_modules(model).items():
+    for path, module in modules.adapted_modules(model).items():
         known = _known(rows, versions_of(module))
         if any(known):
             (split if len(set(known)) > 1 else saved).append(path)
@@ -141,7 +134,11 @@ def _check_places(
             remedy=ONE_BY_ONE,
             offenders=nested,
         )
-    second = [path for path, module in base_modules(model) if _has_batch_second(original(module))]
+    second = [
+        path
+        for path, module in modules.base_modules(model)
+        if _has_batch_second(modules.original(module))
+    ]
     wrong = [
         p for p in dict.fromkeys((*inner, *saved)) if any(p.startswith(f"{s}.") for s in second)
     ]
