@@ -54,10 +54,10 @@ def describe(path: str) -> dict[str, Any]:
             and any(os.path.isfile(os.path.join(e.path, CONFIG_FILE)) for e in os.scandir(path))
         )
         return describe_adapter(path) if holds_adapter else describe_base(path)
-    if path.endswith(".onnx"):
-        from ..onnx_graph.describe import describe_onnx
+    if path.endswith((".onnx", ".onnx_adapter")):
+        from ..onnx_graph.describe import describe_adapter_file, describe_onnx
 
-        return describe_onnx(path)
+        return (describe_onnx if path.endswith(".onnx") else describe_adapter_file)(path)
     if path.endswith(".json"):
         return describe_adapter_config(path)
     if is_pool(path):
@@ -179,6 +179,14 @@ def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
     ]
 
 
+def _onnx_adapter(facts: Mapping[str, Any]) -> list[str | Table]:
+    values = [(v["name"], v["dtype"], " x ".join(map(str, v["shape"]))) for v in facts["inputs"]]
+    return [
+        f"{facts['path']}: adapter for ONNX Runtime, {size_text(facts['bytes'])}, of the inputs",
+        _table(("name", "dtype", "shape"), values),
+    ]
+
+
 _RENDERERS = {
     "bundle": _bundle,
     "pool": _pool,
@@ -186,4 +194,5 @@ _RENDERERS = {
     "adapter-config": _adapter,
     "checkpoint": _checkpoint,
     "onnx": _onnx,
+    "onnx-adapter": _onnx_adapter,
 }

@@ -1,4 +1,4 @@
-"""Describes an ONNX file for the verb `inspect`."""
+"""Describes ONNX files, and adapter files for them, for the verb `inspect`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,21 @@ def describe_onnx(path: str | os.PathLike[str]) -> dict[str, Any]:
         "inputs_with_default": [_value(v) for v in graph.input if v.name in constants],
         "outputs": [_value(v) for v in graph.output],
         "adapter": _adapter(model),
+    }
+
+
+def describe_adapter_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe what an `.onnx_adapter` file feeds a graph, as JSON values."""
+    from .runtime.adapter_file import read_adapter
+
+    return {
+        "kind": "onnx-adapter",
+        "path": os.fspath(path),
+        "inputs": [
+            {"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}
+            for name, array in sorted(read_adapter(path).items())
+        ],
+        "bytes": os.stat(path).st_size,
     }
 
 

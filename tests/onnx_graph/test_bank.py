@@ -267,3 +267,38 @@ def test_position_ids_leave_the_batch_where_it_is(tmp_path: Path, write_onnx: An
     slice_, add = model.graph[1].outputs[0], model.graph[2].outputs[0]
     assert is_batch_first(add, "batch")
     assert not leads_with_batch(slice_, "batch")
+
+
+def test_rows_of_a_table_in_the_order_of_ids(
+    tmp_path: Path, write_onnx: Any, make_bundle: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As optimum writes GPT-2: ids reshaped by sizes of their own; and where sympy is missing."""
+    from fourierft_export.onnx_graph.graph import shapes
+
+    monkeypatch.setattr(shapes, "_infer_with_onnxruntime", lambda model: (False, {}))
+    rng = np.random.default_rng(0)
+    constants = {"table": rng.standard_normal((9, 8)).astype(np.float32), "flat": [-1, 8]}
+    constants |= {"minus": [-1], "lin.weight": rng.standard_normal((8, 5)).astype(np.float32)}
+    nodes = [
+        ("Cast", ["x"], ["ids"], {"to": onnx.TensorProto.INT64}),
+        ("Shape", ["ids"], ["tokens"], {"start": 1}),
+        ("Concat", ["minus", "tokens"], ["sizes"], {"axis": 0}),
+        ("Reshape", ["ids", "sizes"], ["view"]),
+        ("Gather", ["table", "view"], ["embedded"]),
+        ("Reshape", ["embedded", "flat"], ["rows"]),
+        ("MatMul", ["rows", "lin.weight"], ["y"], {"name": "/lin/MatMul"}),
+    ]
+    plain, bank = tmp_path / "plain.onnx", tmp_path / "bank.onnx"
+    write_onnx(plain, nodes, constants, {"x": ["batch", "tokens"]}, {"y": None})
+    weight = np.ascontiguousarray(constants["lin.weight"].T)
+    bundles = {name: make_bundle(["lin"], {"lin": weight}, seed=i) for i, name in enumerate("ab")}
+    ff.apply_onnx(plain, bundles, bank, mode="bank")
+    x = rng.integers(0, 9, (3, 4)).astype(np.float32)
+    got = run(bank, {"x": x, "adapter_id": np.array([2, 0, 1])})["y"].reshape(3, 4, 5)
+    for row, name in enumerate(("b", None, "a")):
+        path = plain
+        if name:
+            path = tmp_path / f"{name}.onnx"
+            ff.apply_onnx(plain, bundles[name], path)
+        want = run(path, {"x": x})["y"].reshape(3, 4, 5)[row]
+        np.testing.assert_allclose(got[row], want, rtol=0, atol=1e-5)

@@ -240,18 +240,34 @@ def test_nothing_tells_the_base_of_an_unbound_bundle(
     assert "'unbound': no check was possible" in message
 
 
-def test_paired_graphs_and_expanders_are_told_apart_without_saved_tensors(tmp_path: Path) -> None:
-    """An adapter file for the graph itself would be empty, and swapping then do nothing."""
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(2, 8)
-    ff.inject(model, ff.FourierFTConfig(n_frequency=9, target_modules=["0"]))
-    path, bundle = tmp_path / "paired.onnx", ff.capture(model)
-    ff.export_onnx(model, (x,), path, mode="paired")
-    with pytest.raises(UsageError, match="takes only the weights") as caught:
-        parameters_for(path, bundle)
-    assert "paired.expand.onnx" in str(caught.value)
-    names = {"fourierft.spectrum.0", "fourierft.entries.0", "fourierft.scaling.0"}
-    assert parameters_for(tmp_path / "paired.expand.onnx", bundle).keys() == names
-    assert parameters_for(path, bundle, both_graphs=True).keys() == names
+def test_adapter_files_of_a_paired_graph_hold_its_weights(
+    small_tenants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through ONNX Runtime's adapter API, as og.Adapters uses it; the expander has its own file."""
+    path, bundle = small_tenants.file("paired"), small_tenants.bundles["two"]
+    expander = path.with_suffix(".expand.onnx")
+    spectral = {
+        f"fourierft.{kind}.{i}" for kind in ("spectrum", "entries", "scaling") for i in "01"
+    }
+    assert parameters_for(expander, bundle).keys() == spectral
+    assert parameters_for(path, bundle, both_graphs=True).keys() == spectral | {*bundle.saved}
+    out = tmp_path / "two.onnx_adapter"
+    to = ["--to", "onnx-adapter", "--onnx", str(path), "-o", str(out)]
+    assert run_command(["pack", str(small_tenants.bundle_file("two")), *to]) == 0
+    assert {*read_adapter(out)} == {"a.weight", "b.weight", "c.weight", *bundle.saved}
+    capsys.readouterr()
+    assert run_command(["inspect", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["inspect"]
+    assert facts["inputs"][1] == {"name": "a.weight", "dtype": "float32", "shape": [12, 20]}
+    assert run_command(["inspect", str(out)]) == 0
+    assert "c.weight" in capsys.readouterr().out
+    adapter, options, run_options = ort.LoraAdapter(), ort.SessionOptions(), ort.RunOptions()
+    adapter.Load(str(out))
+    run_options.add_active_adapter(adapter)
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, small_tenants.inputs, run_options)
+    small_tenants.check(got, "two")
 
 
 @pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])

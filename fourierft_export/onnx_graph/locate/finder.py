@@ -232,7 +232,9 @@ class Finder:
             if one.uses
             and (may_hold(one.shape, want) if one.quantised else size in ([], sorted(one.shape)))
         ]
-        why += f"; candidates: {describe_sites(fit)}" if fit else ", nor any of its size"
+        why += (
+            f"; candidates: {describe_sites(fit)}" if fit else ", nor any float weight of its size"
+        )
         return why + "".join(f"; or in {kind}" for kind in list_unsupported(self.source))
 
 

@@ -27,12 +27,15 @@ _RESHAPING = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 # Row by row, from the first input.
 _UNARY = re.compile(
     "Abs|Cast|Clip|Cos|DequantizeLinear|Dropout|DynamicQuantizeLinear|Elu|Erf|Exp|FastGelu|Gelu|"
-    "HardSigmoid|HardSwish|Identity|LayerNormalization|LeakyRelu|Log|MatMulNBits|Mish|Neg|"
+    "HardSigmoid|HardSwish|Identity|LayerNormalization|LeakyRelu|Log|MatMulNBits|Mish|Neg|Not|"
     "QuantizeLinear|QuickGelu|Reciprocal|Relu|Selu|Sigmoid|SimplifiedLayerNormalization|"
     "SkipLayerNormalization|Softplus|Softsign|Sqrt|Tanh"
 )
 # Row by row, from several inputs.
-_SEVERAL = re.compile("Add|BiasGelu|Div|Max|Mean|Min|Mul|Pow|PRelu|Sub|Sum|Where")
+_SEVERAL = re.compile(
+    "Add|And|BiasGelu|Div|Equal|Greater(OrEqual)?|Less(OrEqual)?|Max|Mean|Min|Mul|Or|Pow|PRelu|Sub|"
+    "Sum|Where"
+)
 
 
 def batch_of(model: ir.Model) -> int | str:
@@ -126,6 +129,9 @@ def _keeps_rows(node: ir.Node, value: ir.Value, batch: int | str) -> bool:
         # A factor of higher rank would add dimensions in front.
         a, b = (None if one is None else _rank(one) for one in node.inputs)
         return b == 2 or (a is not None and b is not None and b <= a)
+    if kind == "Expand":
+        ranks = [_rank(one) for one in (value, node.inputs[0]) if one is not None]
+        return ranks[0] is not None and ranks[0] == ranks[-1]
     if kind == "Transpose":
         order = _attribute(node, "perm", None)
         return order is not None and int(order[0]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from ...bundle.file import Bundle
 from ...errors import BadInputError, UsageError
+from ...spectral.delta import Term
 from ...types import Array
+from ..adapters import adapted_weight
 from ..feeds import feed_bundle
 from ..graph.source import Source, open_onnx
 from ..interface import BASE_PREFIX, KEY, Interface
@@ -158,6 +160,27 @@ def _integer(value: object) -> int | None:
     return value
 
 
+def expand_weights(
+    interface: Interface, weights: Sequence[WeightInput], feeds: Mapping[str, Array]
+) -> dict[str, Array]:
+    """What a graph of mode paired is fed for an adapter: its weights, and its saved tensors."""
+    arrays = {saved.name: feeds[saved.name] for saved in interface.saved}
+    groups = interface.layers
+    for weight in weights:
+        terms = {}
+        for layer in weight.parts:
+            group = groups[layer]
+            row = group.layers.index(layer)
+            spectrum, scaling = feeds[group.spectrum][row], float(feeds[group.scaling][row])
+            terms[layer] = [Term(spectrum, feeds[group.entries], scaling)] if scaling else []
+        arrays[weight.name] = weight.base
+        if any(terms.values()):
+            arrays[weight.name] = adapted_weight(
+                weight.base, weight.parts, terms, transposed=weight.transposed
+            )
+    return arrays
+
+
 def parameters_for(
     path: str | os.PathLike[str],
     bundle: Bundle,
@@ -169,15 +192,15 @@ def parameters_for(
     """The inputs (name -> array) that an adapter feeds a graph.
 
     Args:
-        path: a swappable graph, a paired graph (which takes saved heads and biases) or the expander
-            of a paired one.
+        path: a swappable graph, a paired graph (which takes the adapted weights, saved heads and
+            biases) or the expander of a paired one.
         bundle: the adapter.
-        both_graphs: for a paired graph, also return what its expander takes.
+        both_graphs: for a paired graph, return what its expander takes in place of the weights.
         allow_base_mismatch: accept an adapter that was trained on other weights.
         allow_links: also accept external data behind links that end inside the model's folder.
 
     Raises:
-        UsageError: the graph takes no adapter, several at once, or no input of this one.
+        UsageError: the graph takes no adapter, or several at once.
         BaseMismatchError: the adapter does not fit the graph.
     """
     graph = open_exported(path, allow_links=allow_links)
@@ -202,12 +225,7 @@ def parameters_for(
     )
     if both_graphs and not takes_spectra:
         return feeds
-    wanted = {name: array for name, array in feeds.items() if name in taken}
-    if not wanted:
-        raise UsageError(
-            path,
-            expected="a graph with inputs for the adapter",
-            found="one of mode paired, which takes only the weights that its expander computes",
-            remedy=f"name the expander, {expander_path(path).name}",
-        )
-    return wanted
+    if graph.mode == PAIRED and not expands:
+        expander = open_exported(expander_path(path), allow_links=allow_links)
+        return expand_weights(graph.interface, expander.weight_inputs(), feeds)
+    return {name: array for name, array in feeds.items() if name in taken}

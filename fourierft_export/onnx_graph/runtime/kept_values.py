@@ -6,11 +6,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...spectral.delta import Term
 from ...types import Array
-from ..adapters import adapted_weight
 from ..interface import Interface
-from .exported import WeightInput
+from .exported import WeightInput, expand_weights
 from .ort_session import to_value
 
 
@@ -50,29 +48,14 @@ class KeptValues:
     def values(self, name: str | None, feeds: Mapping[str, Array]) -> dict[str, Any]:
         """The inputs of the graph for an adapter (None: the base), made of its `feeds` at first."""
         if name not in self._kept:
-            arrays = feeds if self._weights is None else self._adapted(name, feeds)
+            arrays = feeds
+            if self._weights is not None:
+                arrays = expand_weights(self._interface, self._weights, feeds)
             self._sizes[name] = sum(array.nbytes for array in arrays.values())
             self._kept[name] = {n: to_value(array, *self._device) for n, array in arrays.items()}
             self._make_room(name)
         self._kept.move_to_end(name)
         return self._kept[name]
-
-    def _adapted(self, name: str | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        arrays = {saved.name: feeds[saved.name] for saved in self._interface.saved}
-        groups = self._interface.layers
-        for weight in self._weights or ():
-            terms = {}
-            for layer in weight.parts:
-                group = groups[layer]
-                row = group.layers.index(layer)
-                scaling = float(feeds[group.scaling][row])
-                terms[layer] = [Term(feeds[group.spectrum][row], feeds[group.entries], scaling)]
-            arrays[weight.name] = (
-                weight.base
-                if name is None
-                else adapted_weight(weight.base, weight.parts, terms, transposed=weight.transposed)
-            )
-        return arrays
 
     def _make_room(self, newest: str | None) -> None:
         sizes = self.sizes
