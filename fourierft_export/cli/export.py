@@ -30,6 +30,12 @@ from .console import Outcome, graph_lines, verb
     "and outputs present.N.key and .value.",
 )
 @options.setting_option(
+    "--genai",
+    is_flag=True,
+    help="For text-generation: add the cache, and write what onnxruntime-genai needs to run the "
+    "output's folder: genai_config.json and the tokenizer.",
+)
+@options.setting_option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",

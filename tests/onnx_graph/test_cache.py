@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,34 @@ def test_models_without_such_a_cache(minilm_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"key-value cache.*text-generation"):
         export_pretrained(minilm_dir, bundle, tmp_path / "model.onnx", cache=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_that_onnxruntime_genai_runs(
+    stories260k: Path, adapted: tuple[Any, ff.Bundle], run_verb: Any, tmp_path: Path
+) -> None:
+    """Its config names the graph's own inputs, outputs and sizes (tried with genai 0.18)."""
+    base = Path(shutil.copytree(stories260k, tmp_path / "base"))
+    (base / "tokenizer.json").write_text("{}")
+    bundle, folder = adapted[1].save(tmp_path / "a.fourierft.safetensors"), tmp_path / "out"
+    folder.mkdir()
+    words = ("export", "--base", base, "--bundle", bundle, "--mode", "merged", "--genai", "-o")
+    assert run_verb(*words, folder / "model.onnx").code == 0
+    assert {file.name for file in folder.iterdir()} == {
+        "model.onnx", "genai_config.json", "tokenizer.json",
+    }  # fmt: skip
+    model = json.loads((folder / "genai_config.json").read_text())["model"]
+    decoder, graph = model["decoder"], onnx.load(folder / "model.onnx").graph
+    layers = range(decoder["num_hidden_layers"])
+    names = [
+        name % i if "%d" in name else name
+        for name in (*decoder["inputs"].values(), *decoder["outputs"].values())
+        for i in (layers if "%d" in name else [0])
+    ]
+    assert set(names) == {value.name for value in (*graph.input, *graph.output)}
+    past = next(value for value in graph.input if "past" in value.name).type.tensor_type.shape
+    assert past.dim[1].dim_value == decoder["num_key_value_heads"]
+    assert past.dim[3].dim_value == decoder["head_size"]
+    assert model["vocab_size"] == graph.output[0].type.tensor_type.shape.dim[2].dim_value
+    assert (model["bos_token_id"], model["eos_token_id"]) == (1, 2)
+    # What lies there is not replaced unasked, not even a tokenizer.
+    assert run_verb(*words, folder / "other.onnx").code == 2

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ...bundle.fit import (
     fit_by_names,
     layers_of_base,
 )
-from ...bundle.peft import CONFIG_FILE
+from ...bundle.peft import CONFIG_FILE as ADAPTER_CONFIG
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...models.base import Base, open_base
@@ -34,6 +35,7 @@ from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
 from ..modes.write import check_adapter_count, check_mode
 from ..report import ExportReport
 from .export import export_adapters
+from .genai import list_genai_files, write_genai_files
 from .model_parts import CachedModel, EncoderView
 from .versions import check_versions
 
@@ -52,6 +54,7 @@ def export_pretrained(
     weights: Sequence[float] | None = None,
     task: str | None = None,
     cache: bool = False,
+    genai: bool = False,
     dtype: str | None = "float32",
     opset: int | None = None,
     ir_version: int | None = None,
@@ -80,6 +83,8 @@ def export_pretrained(
             base's architecture.
         cache: of a causal model (see `CachedModel`): inputs past_key_values.N.key and .value and
             position_ids, outputs present.N.key and .value.
+        genai: with the cache, and with what onnxruntime-genai needs in the folder of `path`:
+            genai_config.json and the base's tokenizer.
         dtype: name of the torch dtype to export in, weights and computation; None keeps the
             checkpoint's. delta_W is float32 and the sum is rounded once.
         opset, ir_version, inline, external_data, defaults, force, progress: as in `export_onnx`.
@@ -97,7 +102,9 @@ def export_pretrained(
     check_mode(mode, defaults)
     check_adapter_count(mode, named)
     opened = open_base(base)
-    check_output(path, force=force, inputs=(opened.directory,))
+    cache = cache or genai
+    for out in (path, *(list_genai_files(Path(path), opened.directory) if genai else [])):
+        check_output(out, force=force, inputs=(opened.directory,))
     check_versions(opset, ir_version, functions=mode != MERGED and not inline)
     if progress:
         progress("checking the base", 0, 1)
@@ -108,7 +115,7 @@ def export_pretrained(
     ]
     check_fits(opened.directory, fits, allow_base_mismatch=allow_base_mismatch)
     notes = [note for fit in fits for note in fit.notes]
-    if (opened.directory / CONFIG_FILE).is_file():
+    if (opened.directory / ADAPTER_CONFIG).is_file():
         notes.append(f"{opened.directory} holds an adapter as well: it is not loaded")
     given = {n: replace(b, spec=f.spec) for (n, b), f in zip(named.items(), fits, strict=True)}
     task = choose_task(task, opened.config, _task_type(named)).name
@@ -161,6 +168,9 @@ def export_pretrained(
         opset=opset,
         **options,
     )
+    if genai:
+        write_genai_files(Path(path), cached, opened.directory)
+        notes.append(f"onnxruntime-genai runs the folder {Path(path).parent}")
     return replace(report, notes=(*notes, *report.notes))
 
 
