@@ -155,7 +155,40 @@ def check_many_tenants(folder: Path, printed: str) -> None:
             np.testing.assert_allclose(np.array(shown, float), want, atol=1e-4)
 
 
+def check_plain_loop(folder: Path, printed: str) -> None:
+    found = {line[:22].strip(): float(line[22:]) for line in printed.splitlines()}
+    assert found["base, upright"] == found["detached, upright"] > 0.9
+    assert found["base, inverted"] < 0.3 < 0.8 < found["adapter, inverted"]
+    assert found["reloaded, inverted"] == found["adapter, inverted"]
+    assert abs(found["fused, inverted"] - found["adapter, inverted"]) < 0.01
+    bundle = ff.Bundle.load(folder / "inverted.fourierft.safetensors")
+    assert [layer.shape for layer in bundle.layers] == [(128, 64), (128, 128), (10, 128)]
+    assert found["bytes of the bundle"] < 4000
+
+
+def check_digits_task(folder: Path, printed: str) -> None:
+    before, after = map(float, re.findall(r"([\d.]+)%", printed))
+    assert before < 30 < 60 < after
+    assert len(ff.Bundle.load(folder / "rotated.fourierft.safetensors").layers) == 25
+
+
+def check_own_trainer(folder: Path, printed: str) -> None:
+    found = {
+        line[:24].strip(): float(line[24:]) for line in printed.splitlines() if ":" not in line
+    }
+    assert found["accuracy of the bundle"] == found["accuracy of the best"]
+    assert found["accuracy of the best"] > found["accuracy before"] + 0.1
+    bundle = ff.Bundle.load(folder / "adapter.fourierft.safetensors")
+    assert {layer.shape for layer in bundle.layers} == {(384, 384)} and len(bundle.layers) == 12
+    assert set(bundle.saved) == {"classifier.bias", "classifier.weight"}
+    assert found["bytes of the bundle"] < 4 * 12 * 1000 + 4 * 2 * 385 + 2000
+    assert found["bytes of a checkpoint"] < 3e6  # most of it is the tokenizer
+
+
 GUIDES = {
+    "training/plain_loop.py": check_plain_loop,
+    "training/digits_task.py": check_digits_task,
+    "training/own_trainer.py": check_own_trainer,
     "own_model/train.py": check_own_model,
     "large_checkpoint/merge.py": check_large_checkpoint,
     "foreign_onnx/adapt.py": check_foreign_onnx,
@@ -180,7 +213,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield {p: (folder, pool.submit(run_program, p, folder)) for p, folder in folders.items()}
 
 
-@pytest.mark.timeout(900)  # five programs that import torch: minutes on a busy machine
+@pytest.mark.timeout(900)  # programs that import torch: minutes on a busy machine
 @pytest.mark.parametrize("program", GUIDES)
 def test_guide(program: str, runs: Any) -> None:
     folder, future = runs[program]

@@ -11,12 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, FileAccessError, UsageError
-from fourierft_export.train.adapter import LiveAdapter
 
 CONFIG = ff.FourierFTConfig(
     n_frequency=25, scaling=30.0, target_modules=["0"], modules_to_save=["3"]
@@ -93,15 +92,6 @@ def test_a_state_is_the_adapter_and_goes_on_exactly(precision: str, tmp_path: Pa
     assert again.bundle().to_bytes() == run.bundle().to_bytes()
 
 
-def test_an_unwrapped_model_is_enough_for_a_bundle(tmp_path: Path) -> None:
-    run = Run()
-    run.steps()
-    path = run.bundle().save(tmp_path / "a.fourierft.safetensors")
-    served = ff.attach(network(), ff.Bundle.load(path)).eval()
-    x = torch.rand(5, 16)
-    assert torch.equal(served(x), run.model.eval()(x))
-
-
 def test_models_without_the_adapter_are_saved_as_ever(tmp_path: Path) -> None:
     run = Run()
     registered = ff.save_bundles(run.accelerator)
@@ -168,20 +158,3 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
         other.accelerator.load_state(str(tmp_path / "state"))
     assert "base: other weights" in caught.value.summary or caught.value.offenders
     assert other.bundle().to_bytes() == before
-
-
-def test_a_bundles_numbers_reach_head_and_spectra() -> None:
-    def changed(seed: int) -> nn.Module:
-        model = ff.inject(network(), CONFIG)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(torch.randn(parameter.shape))
-        return model.eval()
-
-    source, target = changed(1), changed(2)
-    x: Tensor = torch.rand(3, 16)
-    assert not torch.equal(source(x), target(x))
-    LiveAdapter.of(target).load(ff.capture(source))
-    assert torch.equal(source(x), target(x))

@@ -58,15 +58,6 @@ def test_every_format_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
     assert not [name for name in os.listdir(tmp_path) if name != path.name]
 
 
-def test_the_data_files_are_read_as_a_plain_split_reads_them(data_dir: Path) -> None:
-    for path in sorted((data_dir / "text").rglob("*.tsv")):
-        lines = path.read_text("utf-8").split("\n")[1:-1]
-        found = load_rows(str(path))
-        columns = [found.column(name) for name in found.columns]
-        assert ["\t".join(row) for row in zip(*columns, strict=True)] == lines
-        assert found.places[-1] == f"line {len(lines) + 1}"
-
-
 def test_places_with_blank_lines_and_cells_of_several_lines(tmp_path: Path) -> None:
     found = load_rows(write(tmp_path, "a.csv", 'text,label\n"one\ntwo",1\n\nthree,0\n'))
     assert found.column("text") == ["one\ntwo", "three"]
@@ -209,11 +200,3 @@ def test_classes_of_folders_are_compared_by_name(tmp_path: Path) -> None:
         ["a", "b", "c"],
         ["b", "c"],
     )
-
-
-def test_rows_with_a_cell_too_many_do_not_shift_the_columns(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_text("text,label\n" + "".join(f"good {i},neg,extra\n" for i in range(4)))
-    with pytest.raises(BadInputError) as caught:
-        load_rows(str(file))
-    assert len(caught.value.offenders) == 4

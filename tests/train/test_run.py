@@ -29,9 +29,7 @@ from fourierft_export.errors import (
     FourierFTError,
     UsageError,
 )
-from fourierft_export.train import run
 from fourierft_export.train.batches import EpochBatches, epoch_batches
-from fourierft_export.train.trainer import cast_frozen_linears
 from tests.train.toy import small_task as make_task
 from tests.train.toy import tag_loss
 
@@ -335,22 +333,6 @@ def test_mixed_precision(tmp_path: Path) -> None:
         train(make_task(), tmp_path / "c", settings(dtype="float16"))
 
 
-def test_casting_once_is_what_autocast_does_each_time() -> None:
-    x = torch.randn(3, 4, 12)
-    config = ff.FourierFTConfig(n_frequency=9, target_modules=["down"], modules_to_save=["head"])
-    model = ff.inject(make_task().model, config)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = model(x)["logits"]
-        assert cast_frozen_linears(model, torch.bfloat16) == 3
-        assert torch.equal(model(x)["logits"], expected)
-    assert model.head.weight.dtype == torch.float32  # the adapter's version of it, which learns
-    shared = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
-    shared[2].weight = shared[0].weight
-    ff.inject(shared, ff.FourierFTConfig(n_frequency=3, target_modules=["1"]))
-    assert cast_frozen_linears(shared, torch.bfloat16) == 1
-    assert shared[0].weight.dtype == torch.float32
-
-
 def test_gradient_checkpointing(tiny_model: Callable[[str], Any], tmp_path: Path) -> None:
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (8, 16))]
     run = ff.TrainSettings(batch_size=2, steps=3, device="cpu")
@@ -480,21 +462,6 @@ def test_a_killed_run_goes_on(at: int, whole: dict[str, Any], tmp_path: Path) ->
     train(make_task(dropout=0.3), tmp_path / "a", RUN, resume=True)
     assert everything(tmp_path, "a") == whole
     assert not list(tmp_path.glob("**/*partial*"))
-
-
-def test_checkpoints_come_with_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An epoch may last for hours; a checkpoint is written meanwhile."""
-    seen: list[str] = []
-
-    def loss(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled():
-            seen.extend(p.name for p in (tmp_path / "a.train").glob("checkpoint-*"))
-        return tag_loss(*args, **kwargs)
-
-    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
-    task = replace(make_task(), compute_loss_func=loss)
-    train(task, tmp_path / "a", replace(RUN, epochs=1))
-    assert seen == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
 
 
 def test_a_run_that_changed_is_refused(tmp_path: Path) -> None:

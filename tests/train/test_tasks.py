@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn import metrics
-from torch.nn import functional as F
 from transformers import EvalPrediction
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
@@ -249,21 +247,6 @@ def test_entities_as_conll_counts_them() -> None:
     assert set(scores.ScoreTags(("A", "B"))(
         EvalPrediction(predictions=(seen[:1] % 2, seen[:1]), label_ids=true[:1] % 2)
     )) == {"loss", "accuracy"}  # fmt: skip
-
-
-def test_scores_are_scikit_learns() -> None:
-    generator = np.random.default_rng(0)
-    logits = generator.normal(size=(50, 3)).astype(np.float32)
-    labels = generator.integers(0, 3, 50)
-    found = scores.score_classes(EvalPrediction(predictions=logits, label_ids=labels))
-    loss = float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)))
-    assert found["loss"] == pytest.approx(loss, rel=1e-6)
-    assert found["matthews"] == metrics.matthews_corrcoef(labels, logits.argmax(1))
-    truth = logits[:, 0] + generator.normal(size=50).astype(np.float32)
-    found = scores.score_numbers(EvalPrediction(predictions=logits[:, :1], label_ids=truth))
-    assert found["pearson"] == pytest.approx(
-        float(np.corrcoef(logits[:, 0], truth)[0, 1]), rel=1e-5
-    )
 
 
 def test_text_to_continue(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -222,25 +221,6 @@ def test_the_best_checkpoint_comes_back_and_the_others_go(tmp_path: Path) -> Non
     assert run.evaluate()["eval_loss"] == evaluated[best - 1]
 
 
-def test_accumulated_parts_make_the_same_step(tmp_path: Path) -> None:
-    curves = []
-    for parts in (1, 2):
-        model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        ff.inject(model, dataclasses.replace(CONFIG, init_weights=True))
-        # Else the Trainer takes this head to divide by the whole batch, which it does not
-        # (transformers issue 47688), and losses double with or without an adapter.
-        model.accepts_loss_kwargs = False
-        run = trainer(
-            model,
-            tmp_path / str(parts),
-            per_device_train_batch_size=8 // parts,
-            gradient_accumulation_steps=parts,
-        )
-        run.train()
-        curves.append(losses(run))
-    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
-
-
 def vit() -> Any:
     torch.manual_seed(0)
     config = tf.ViTConfig(**SHAPE, image_size=16, patch_size=8, num_channels=1, num_labels=3)
@@ -279,34 +259,6 @@ def test_checkpointed_activations_change_no_loss(
     for name, spectrum in curves[0][1].spectra.items():
         assert np.abs(spectrum - start.spectra[name]).max() > 1e-3, "every layer has learnt"
         np.testing.assert_allclose(curves[1][1].spectra[name], spectrum, rtol=1e-4, atol=1e-6)
-
-
-def test_bfloat16_keeps_float32_spectra(whole: Any, tmp_path: Path) -> None:
-    run = trainer(injected(), tmp_path, bf16=True)
-    seen = set()
-    layer = next(iter(fourier_layers(run.model).values()))
-    layer.register_forward_hook(lambda module, args, result: seen.add(result.dtype))
-    run.train()
-    assert seen == {torch.bfloat16}
-    assert losses(run) != losses(whole)
-    np.testing.assert_allclose(losses(run), losses(whole), rtol=2e-2)
-    bundle = ff.Bundle.load(tmp_path / "checkpoint-8" / BUNDLE)
-    assert {spectrum.dtype for spectrum in bundle.spectra.values()} == {np.dtype(np.float32)}
-
-
-def test_learning_rates_of_spectra_and_head_are_their_own(tmp_path: Path) -> None:
-    model = injected()
-    groups = ff.parameter_groups(model, learning_rate=0.03, head_learning_rate=0.002)
-    run = trainer(
-        model, tmp_path, optimizers=(torch.optim.AdamW(groups), None), warmup_steps=4, steps=4
-    )
-    run.train()
-    assert [(g["name"], g["initial_lr"]) for g in run.optimizer.param_groups] == [
-        ("spectrum", 0.03),
-        ("head", 0.002),
-        ("vector", 0.002),
-    ]
-    assert [len(g["params"]) for g in run.optimizer.param_groups] == [4, 1, 1]
 
 
 # --- refusals
@@ -401,21 +353,6 @@ def test_the_trainer_saves_checkpoints_without_our_callback(tmp_path: Path) -> N
     assert ff.capture(again.model).to_bytes() == ff.capture(run.model).to_bytes()
 
 
-def test_loading_half_a_state_still_fails() -> None:
-    from fourierft_export.train.callback import divert
-
-    model = injected()
-    divert(model, "default")
-    state = model.state_dict()
-    spectra = {k: v for k, v in state.items() if "default" in k}
-    model.load_state_dict(spectra)  # the adapter alone is whole
-    lost = dict(list(state.items())[1:])
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict(lost)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict(dict(list(spectra.items())[1:]))
-
-
 class Plain(nn.Module):
     """A model that is not transformers'."""
 
@@ -450,10 +387,3 @@ def test_a_plain_model_resumes_from_kilobytes_too(tmp_path: Path) -> None:
     folder = tmp_path / "whole" / "checkpoint-8"
     assert (folder / "model.safetensors").stat().st_size < 500 < 4 * 200 * 8
     assert ff.Bundle.load(folder / BUNDLE).to_bytes() == ff.capture(whole.model).to_bytes()
-
-
-def test_the_state_file_says_what_the_run_stands_on(whole: Any) -> None:
-    text = (Path(whole.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text("utf-8")
-    kept = json.loads(text)["stateful_callbacks"]["BundleCallback"]
-    assert kept["args"] == {"name": "default"}
-    assert kept["attributes"]["identity"]["layers"] == 4

