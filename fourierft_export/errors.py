@@ -18,6 +18,7 @@ from functools import partial
 from os import PathLike
 
 MAX_OFFENDERS_SHOWN = 20
+MAX_PART_LENGTH = 300
 
 
 def printable(text: object) -> str:
@@ -28,6 +29,12 @@ def printable(text: object) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
     )
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end of a text that is too long for one line."""
+    half = MAX_PART_LENGTH // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"
 
 
 class FourierFTError(Exception):
@@ -68,10 +75,13 @@ class FourierFTError(Exception):
     @property
     def summary(self) -> str:
         """The error as one line."""
-        parts = [f"expected {self.expected}"] if self.expected else []
-        parts += [f"found {self.found}"] if self.found else []
-        line = ": ".join(p for p in (self.where, ", ".join(parts)) if p)
-        return f"{line}; {self.remedy}" if self.remedy else line
+        where, expected, found, remedy = map(
+            _shortened, (self.where, self.expected, self.found, self.remedy)
+        )
+        parts = [f"expected {expected}"] if expected else []
+        parts += [f"found {found}"] if found else []
+        line = ": ".join(p for p in (where, ", ".join(parts)) if p)
+        return f"{line}; {remedy}" if remedy else line
 
     def to_dict(self) -> dict[str, object]:
         """The error as the `error` object of `--json` output."""

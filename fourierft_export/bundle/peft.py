@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from ..files import strict_json
 from ..files.checkpoint import Checkpoint
+from ..files.links import check_path
 from ..files.staging import staged_directory
 from ..models.base import Base
 from ..types import Array
@@ -112,6 +113,7 @@ def from_peft(
         FileAccessError, BadInputError, UsageError: the directory is not a FourierFT adapter.
         BaseMismatchError: the base lacks layers, or they do not fit.
     """
+    check_path(directory)
     bundle = read_adapter(find_adapter(directory, adapter))
     if base is not None:
         return bundle.bind(base, entry_rule)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import click
 
+from ..errors import UsageError
 from .sections import F, section
 
-# Paths are not checked by click: its exit code for a missing one is 2, ours is 6.
-PATH = click.Path(path_type=str)
+
+class _PossiblePath(click.Path):
+    """A path that a file can have; click does not look for it: its exit code is 2, ours is 6."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from ..files.links import check_path
+
+        check_path(value)
+        return super().convert(value, param, ctx)
+
+
+class _FilePath(_PossiblePath):
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value.endswith("/"):
+            raise UsageError(value, expected="the path of a file", found="a path that ends in /")
+        return super().convert(value, param, ctx)
+
+
+PATH = _PossiblePath(path_type=str)
 
 input_option = section("Input")
 input_path = partial(input_option, type=PATH)
@@ -92,6 +111,7 @@ force_option = output_section("--force", is_flag=True, help="Replace an output t
 
 def output_option(metavar: str, text: str) -> Callable[[F], F]:
     """Returns the options -o / --output, with this help text, and --force."""
-    settings = {"required": True, "type": PATH, "metavar": metavar, "help": text}
+    kind = PATH if metavar == "DIR" else _FilePath(path_type=str)
+    settings = {"required": True, "type": kind, "metavar": metavar, "help": text}
     output = output_section("-o", "--output", **settings)
     return lambda function: output(force_option(function))

@@ -1,4 +1,4 @@
-"""Which symbolic links are followed when files of a downloaded folder are read.
+"""Which paths are possible, and which symbolic links of a downloaded folder are followed.
 
 A link in a downloaded folder can point anywhere on the machine, and a verb that copies what it
 reads would copy that. Models in the Hugging Face cache are nothing but links, so those that stay
@@ -7,11 +7,28 @@ inside their own cache repository are followed without asking.
 
 from __future__ import annotations
 
+import errno
 import os
 from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..errors import BadInputError
+from ..errors import BadInputError, UsageError
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError if no file can have this path: it is empty, too long, or has a NUL in it."""
+    text = os.fspath(path)
+    found = "" if text else "an empty path"
+    try:
+        os.lstat(text)
+    except ValueError:
+        found = "a NUL in the path"
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            found = f"a path of {len(text)} characters, too long for the system"
+    if found:
+        shown = text if len(text) < 80 else f"{text[:80]}..."
+        raise UsageError(shown or "path", expected="the path of a file or folder", found=found)
 
 
 def is_plain_path(path: str) -> bool:

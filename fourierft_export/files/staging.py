@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
 from .external import find_external_files
+from .links import check_path
 from .write import name_os_errors, set_umask_mode, sync
 
 if sys.platform == "win32":
@@ -44,7 +45,7 @@ def check_output(
     """
     path = Path(out)
     for named in (f"{os.fspath(out)}{_PARTIAL}{'x' * 16}" if os.fspath(out) else out, *inputs):
-        _refuse_impossible(os.fspath(named))
+        check_path(named)
     real, there = Path(os.path.realpath(path)), os.path.lexists(path)
     for source in inputs:
         if not os.path.lexists(source):  # POOL#NAME reads POOL
@@ -79,21 +80,6 @@ def check_output(
             path.parent, expected="a folder to write to", found="none", remedy="make it first"
         )
     return path
-
-
-def _refuse_impossible(path: str) -> None:
-    """Raise if no file can have this path: it is empty, too long, or has a NUL in it."""
-    found = "" if path else "an empty path"
-    try:
-        os.lstat(path)
-    except ValueError:
-        found = "a NUL in the path"
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            found = f"a path of {len(path)} characters, too long for the system"
-    if found:
-        shown = path if len(path) < 80 else f"{path[:80]}..."
-        raise UsageError(shown or "path", expected="the path of a file or folder", found=found)
 
 
 def _real_paths(source: str | os.PathLike[str]) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import BadInputError, FileAccessError, ValidationError
 from ..files import strict_json
 from ..files.container import read_file
-from ..files.links import is_plain_path
+from ..files.links import check_path, is_plain_path
 from ..types import Progress, byte_counter
 from .base_files import MANIFEST, hash_file, sort_files
 from .plan import MergePlan, list_changed_tensors
@@ -141,6 +141,7 @@ def verify_merged(
         BadInputError: `directory` is a file; the manifest is damaged, or names files outside of the
             folder.
     """
+    check_path(directory)
     folder = Path(directory)
     if folder.is_file():
         remedy = "merge writes a manifest.json only into folders"

@@ -17,6 +17,7 @@ from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
+from ..files.links import check_path
 from ..types import Array
 from .name_mapping import Bridge, find_bridge, input_embedding_of, renamed_modules
 from .task import read_config
@@ -228,6 +229,7 @@ def is_embedding(tensor: str) -> bool:
 
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
     """Opens a model directory or a single safetensors file; no tensor is read yet."""
+    check_path(path)
     directory = Path(path)
     config = read_config(directory) if directory.is_dir() else {}
     return Base(Checkpoint.open(directory, allow_links=allow_links), directory, config)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..bundle.peft import BundleSource
 from ..errors import FourierFTError, UsageError
+from ..files.links import check_path
 from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
 from .causes import find_causes
@@ -100,6 +101,9 @@ def validate(
     limits = resolve_tolerances(tolerances)
     files = [onnx] if isinstance(onnx, (str, os.PathLike)) else list(onnx)
     functions = dict(sides or {})
+    for given in (base, bundle, peft, merged, inputs, *files):
+        if isinstance(given, (str, os.PathLike)):
+            check_path(given)
     artifacts = Artifacts.open(base=base, bundle=bundle, peft=peft, merged=merged, task=task)
     _check_sides(artifacts, files, functions)
     adapter = artifacts.bundle

@@ -101,22 +101,3 @@ def test_the_base_that_an_adapters_config_names_is_an_input(
     assert run([*words, str(tmp_path / "base" / "model.safetensors")]) == 2
     assert contents(tmp_path) == before
     assert run([*words, str(tmp_path / "bundle")]) == 0
-
-
-@pytest.mark.parametrize("path", ["", "y" * 245, "y" * 5000, "d/" * 3000 + "x"])
-def test_paths_that_no_file_can_have(
-    path: str, stories260k: Path, stories_adapter: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    base, adapter = str(stories260k), str(stories_adapter)
-    for words in (
-        ["merge", "--base", base, "--bundle", adapter, "-o", path],
-        ["pack", adapter, "-o", path],
-        ["export", "--base", base, "--bundle", adapter, "--mode", "merged", "-o", path],
-        ["merge", "--base", path, "--bundle", adapter, "-o", "out"],
-    ):
-        assert run(words) in (2, 6), words
-        (line,) = capsys.readouterr().err.splitlines()
-        assert len(line) <= 500
-    assert not [*tmp_path.iterdir()]
