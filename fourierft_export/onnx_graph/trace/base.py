@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,21 +36,6 @@ if TYPE_CHECKING:
 _WITH_GRAPHS = ("If", "Loop", "Scan")  # these may take more than their inputs
 
 
-@dataclass(frozen=True, eq=False)
-class TracedBase:
-    """The graph of a base.
-
-    Attributes:
-        source: the graph.
-        sites: layer -> its sites; several where the graph holds its weight in both layouts.
-        saved: saved tensor -> its places.
-    """
-
-    source: Source
-    sites: dict[str, list[Site]]
-    saved: dict[str, list[Place]]
-
-
 def trace_base(
     model: nn.Module,
     example_inputs: Inputs,
@@ -60,8 +44,8 @@ def trace_base(
     *,
     absent: Container[str] = (),
     **options: Any,
-) -> TracedBase:
-    """Trace a model, and find some of its tensors in the graph.
+) -> tuple[Source, dict[str, list[Site]], dict[str, list[Place]]]:
+    """Trace a model; return its graph, the layers' sites and the saved tensors' places.
 
     Args:
         model: without adapters; it is as it was afterwards.
@@ -69,10 +53,6 @@ def trace_base(
         layers: module paths of linear layers with float weights.
         saved: names of the float tensors to find besides.
         absent: those of them that are zeros in the graph.
-
-    Raises:
-        UsageError: as in `trace`.
-        BadInputError: tensors that are not in the graph, as constants of their own.
     """
     modules = {path: model.get_submodule(path) for path in layers}
     of_layer = {f"{path}.weight": path for path in modules}
@@ -112,7 +92,7 @@ def trace_base(
         name: [Place(value, tuple(value.uses()), turned) for value, turned in found[name]]
         for name in saved
     }
-    return TracedBase(Source(Path("exported graph"), graph), sites, places)
+    return Source(Path("exported graph"), graph), sites, places
 
 
 def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned: bool) -> Site:
@@ -175,15 +155,7 @@ def _names_computed_with(model: ir.Model, marks: Mapping[str, Array]) -> set[str
 def find_marks(
     model: ir.Model, marks: Mapping[str, Array]
 ) -> dict[str, list[tuple[ir.Value, bool]]]:
-    """The initializers that hold these marks.
-
-    Args:
-        model: a graph traced with the marks.
-        marks: name -> random numbers.
-
-    Returns:
-        Name -> (initializer, whether it holds the transpose) each.
-    """
+    """Name -> the initializers that hold its mark, each with whether it is the transpose."""
     # The first element stays in its place under transposition.
     sizes = {mark.size for mark in marks.values()}
     held: dict[bytes, list[tuple[ir.Value, Array]]] = {}
@@ -196,25 +168,16 @@ def find_marks(
         name: [
             (value, transposed)
             for value, array in held.get(mark.reshape(-1)[:1].tobytes(), [])
-            if array.dtype == mark.dtype and (transposed := _transposed(array, mark)) is not None
+            for transposed in ((False, True) if mark.ndim == 2 else (False,))
+            if array.dtype == mark.dtype and np.array_equal(array, mark.T if transposed else mark)
         ]
         for name, mark in marks.items()
     }
 
 
-def _transposed(array: Array, mark: Array) -> bool | None:
-    """Whether `array` is the transpose of `mark`; None if it is neither that nor `mark`."""
-    if np.array_equal(array, mark):
-        return False
-    return True if mark.ndim == 2 and np.array_equal(array, mark.T) else None
-
-
 @contextmanager
 def replaced_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block, these stand in place of the model's parameters and buffers.
-
-    Each under its own name only: what shares a parameter with it keeps the old one.
-    """
+    """Within the block, these stand in place of the model's tensors, each under one name only."""
     before = []
     try:
         for name, tensor in tensors.items():

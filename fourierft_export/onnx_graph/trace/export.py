@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ from ..modes.plan import Plan
 from ..modes.write import check_adapter_count, check_mode, write_adapters
 from ..report import ExportReport, report_on
 from .base import replaced_tensors, tensor_of, trace_base
-from .trace import Inputs
-from .versions import check_versions, set_ir_version
+from .trace import Inputs, check_versions, set_ir_version
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -109,62 +109,55 @@ def export_onnx(
     check_versions(opset, ir_version, functions=mode != MERGED and not inline)
     check_output(path, force=force)
     adapters = {name: capture(model, name) for name in names}
+    output = Output(path, mode, defaults, absent, inline, ir_version, external_data, force)
+    tracing = {"input_names": input_names, "output_names": output_names, "opset": opset}
+    tracing["dynamic_shapes"] = dynamic_shapes
     with without_adapters(model):
         return export_adapters(
-            model,
-            example_inputs,
-            path,
-            mode,
-            adapters,
-            sources=bundles or {},
-            defaults=defaults,
-            absent=absent,
-            inline=inline,
-            ir_version=ir_version,
-            external_data=external_data,
-            force=force,
-            progress=progress,
-            input_names=input_names,
-            output_names=output_names,
-            dynamic_shapes=dynamic_shapes,
-            opset=opset,
+            model, example_inputs, adapters, bundles or {}, output, progress, **tracing
         )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to write and where: arguments of `export_onnx` of the same names."""
+
+    path: str | os.PathLike[str]
+    mode: str
+    defaults: str
+    absent: Container[str]
+    inline: bool
+    ir_version: int | None
+    external_data: bool | None
+    force: bool
 
 
 def export_adapters(
     model: nn.Module,
     example_inputs: Inputs,
-    path: str | os.PathLike[str],
-    mode: str,
     adapters: Mapping[str, Bundle],
-    *,
     sources: Mapping[str, Bundle],
-    defaults: str,
-    absent: Container[str],
-    inline: bool,
-    ir_version: int | None,
-    external_data: bool | None,
-    force: bool,
+    output: Output,
     progress: Progress | None,
     **tracing: Any,
 ) -> ExportReport:
     """Export a model without adapters, and put adapters into the graph.
 
     Args:
-        model: as it was afterwards.
+        model, example_inputs, progress: as in `export_onnx`.
         adapters: adapter name -> bundle, bound, with the model's names.
         sources: adapter name -> the bundle as it was given.
+        output: what to write.
         tracing: options of `trace`.
-
-    The other arguments, and what is raised, are as in `export_onnx`.
     """
+    path, mode, absent = output.path, output.mode, output.absent
     report = progress or (lambda _what, _done, _total: None)
     report("trace", 0, 3)
     adapted = {name for one in adapters.values() for name in one.spectra}
     layers = tuple(path for path, _ in model.named_modules() if path in adapted)
     _check_layers(model, layers)
     if mode == PAIRED:
-        check_output(expander_path(path), force=force)
+        check_output(expander_path(path), force=output.force)
     values, saved = {}, []
     if mode in RUNTIME_MODES:
         names = sorted({name for one in adapters.values() for name in one.saved})
@@ -173,18 +166,21 @@ def export_adapters(
         for name, array in saved_values(adapters).items():
             values[name] = to_tensor(array).to(tensor_of(model, name))
     with replaced_tensors(model, values):
-        traced = trace_base(model, example_inputs, layers, saved, absent=absent, **tracing)
+        source, sites, places = trace_base(
+            model, example_inputs, layers, saved, absent=absent, **tracing
+        )
     report("write adapters", 1, 3)
-    plan = Plan(traced.source, adapters, traced.sites, traced.saved, sources, defaults, absent)
+    plan = Plan(source, adapters, sites, places, sources, output.defaults, absent)
     written = write_adapters(plan, mode)
     report("save", 2, 3)
-    graph = traced.source.model
+    graph = source.model
     for one in (graph, written.expander):
         if one is not None:
-            if inline:
+            if output.inline:
                 inline_functions(one)
-            set_ir_version(one, ir_version)
-    files = write_pair(graph, written.expander, path, external_data=external_data, force=force)
+            set_ir_version(one, output.ir_version)
+    external, force = output.external_data, output.force
+    files = write_pair(graph, written.expander, path, external_data=external, force=force)
     report("save", 3, 3)
     dtypes = {array.dtype.name for one in adapters.values() for array in one.spectra.values()}
     notes: tuple[str, ...] = ()
@@ -194,11 +190,7 @@ def export_adapters(
 
 
 def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
-    """Refuse a model without adapted layers, or with weights that a graph cannot change.
-
-    Raises:
-        UsageError: all such layers listed.
-    """
+    """Refuse a model without adapted layers, or with weights that a graph cannot change."""
     where = f"export of {type(model).__name__}"
     if not layers:
         raise UsageError(

@@ -26,12 +26,7 @@ class CachedModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Wrap `model`, which is not changed.
-
-        Raises:
-            UsageError: the model keeps something else than one growing pair of keys and values per
-                layer.
-        """
+        """Wrap `model`, which must keep one growing pair of keys and values per layer."""
         super().__init__()
         self.config: Any = getattr(model, "config", None)
         # Hidden from torch: as a module it would be a second path to the same weights.
@@ -149,14 +144,7 @@ class EncoderView(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Wrap the encoder of `model`, which is not changed.
-
-        Args:
-            model: a transformers model with `get_encoder`.
-
-        Raises:
-            UsageError: it has no encoder.
-        """
+        """Wrap the encoder of a transformers model, which is not changed."""
         super().__init__()
         get_encoder = getattr(model, "get_encoder", None)
         encoder = get_encoder() if callable(get_encoder) else None

@@ -34,10 +34,10 @@ from ..adapters import Bundles, named_bundles, weighted
 from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
 from ..modes.write import check_adapter_count, check_mode
 from ..report import ExportReport
-from .export import export_adapters
+from .export import Output, export_adapters
 from .genai import list_genai_files, write_genai_files
 from .model_parts import CachedModel, EncoderView
-from .versions import check_versions
+from .trace import check_versions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,22 +151,9 @@ def export_pretrained(
         inputs = example_inputs(model)
         options["dynamic_shapes"] = dynamic_axes(inputs)
         options["output_names"] = output_names(model, task)
+    output = Output(path, mode, defaults, absent, inline, ir_version, external_data, force)
     report = export_adapters(
-        traced,
-        inputs,
-        path,
-        mode,
-        adapters,
-        sources=named,
-        defaults=defaults,
-        absent=absent,
-        inline=inline,
-        ir_version=ir_version,
-        external_data=external_data,
-        force=force,
-        progress=progress,
-        opset=opset,
-        **options,
+        traced, inputs, adapters, named, output, progress, opset=opset, **options
     )
     if genai:
         write_genai_files(Path(path), cached, opened.directory)
@@ -175,12 +162,9 @@ def export_pretrained(
 
 
 def _on_model(model: nn.Module, bundle: Bundle, there: Container[str]) -> Bundle:
-    """A bundle with the layer and tensor names of a loaded model, of these modules alone.
+    """A bundle with the names of a loaded model, of these modules alone; all misfits are listed.
 
     Tensors of the task model around a bare base, such as its head, are left out.
-
-    Raises:
-        BaseMismatchError: layers or tensors that the model lacks or has in other shapes.
     """
     modules = dict(model.named_modules())
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

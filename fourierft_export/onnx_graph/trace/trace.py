@@ -1,4 +1,4 @@
-"""torch.onnx.export, without its noise: a torch module with example inputs to an ONNX graph."""
+"""torch.onnx.export, without its noise, and the versions that it can write."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
+from ..modes.functions import IR_VERSION as FUNCTIONS_IR_VERSION
 
 Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -27,6 +28,9 @@ _PLAIN_OUTPUT = {
 # From opset 23 on torch writes fused operators. Its RotaryEmbedding leaves out the broadcast over
 # the batch, which ONNX wants and ONNX Runtime checks: so newer graphs are those of 22, converted.
 _TRACED_OPSET = 22
+# torch.onnx writes no older opset, and the adapters' functions need it; onnxscript's converter
+# writes no newer one.
+_MIN_OPSET, _MAX_OPSET = 18, 25
 _NOISY = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -43,22 +47,14 @@ def trace(
     """The graph of `model` in evaluation mode.
 
     Args:
-        model: any module that torch.export can follow.
-        example_inputs: one tensor, positional arguments, or keyword arguments by name.
-        input_names: names of the graph's inputs; by default the arguments' own.
-        output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
-            else "output", or "output_0", "output_1", ... Some of those keys: only these outputs.
-        dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
-            fixed to the example's by default.
-        opset: of the standard operators, 18 to 25; torch's default if not given.
+        model, example_inputs, input_names, dynamic_shapes, opset: as in `export_onnx`.
+        output_names: some of the keys of a dictionary or ModelOutput leave out the other outputs.
         optimise: optimises the exporter's graph in place.
-
-    Raises:
-        UsageError: torch cannot export the model in this opset, or a size that was to be dynamic
-            became fixed.
     """
-    args, kwargs = _arguments(example_inputs)
-    with evaluating(model), _plain_outputs(model), torch.no_grad():
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    several = () if kwargs else example_inputs
+    args = (several,) if isinstance(several, torch.Tensor) else tuple(several)
+    with _evaluating(model), _plain_outputs(model), torch.no_grad():
         every = _output_names(model(*args, **kwargs), output_names)
         with _quiet():
             try:
@@ -86,17 +82,18 @@ def trace(
     if program is None:
         raise UsageError(f"export of {type(model).__name__}", found="no graph from torch.onnx")
     graph = program.model
-    _check_names(graph, every)
+    found = [str(value.name) for value in graph.graph.outputs]
+    if found != every:
+        raise UsageError(
+            "model outputs",
+            expected=f"{len(every)} outputs: {', '.join(every)}",
+            found=f"{len(found)}: {', '.join(found)}",
+            remedy="give one name per output (output_names=...)",
+        )
     if opset is not None:
         _raise_opset(graph, opset)
     _keep_outputs(graph, output_names or every)
     return graph
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return ((inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)), {}
 
 
 def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
@@ -144,24 +141,13 @@ def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:
         RemoveUnusedNodesPass()(graph)
 
 
-def _check_names(graph: ir.Model, names: Sequence[str]) -> None:
-    found = [str(value.name) for value in graph.graph.outputs]
-    if found != list(names):
-        raise UsageError(
-            "model outputs",
-            expected=f"{len(names)} outputs: {', '.join(names)}",
-            found=f"{len(found)}: {', '.join(found)}",
-            remedy="give one name per output (output_names=...)",
-        )
-
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """`model` in evaluation mode within the block; each module's own mode is put back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -200,3 +186,39 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def check_versions(opset: int | None, ir_version: int | None, *, functions: bool) -> None:
+    """Refuse an opset that cannot be written, or a format version that cannot hold the model.
+
+    Args:
+        opset: of the standard operators; None for the exporter's choice.
+        ir_version: of the file format; None for the least that the opset allows.
+        functions: the model has model-local functions.
+    """
+    from onnx import IR_VERSION
+
+    if opset is not None and not _MIN_OPSET <= opset <= _MAX_OPSET:
+        raise UsageError("opset", expected=f"{_MIN_OPSET} to {_MAX_OPSET}", found=str(opset))
+    lowest = max(_ir_version_of(opset or _MIN_OPSET), FUNCTIONS_IR_VERSION if functions else 0)
+    if ir_version is not None and not lowest <= ir_version <= IR_VERSION:
+        raise UsageError(
+            "ir_version",
+            expected=f"{lowest} to {IR_VERSION}",
+            found=str(ir_version),
+            remedy="choose an older opset for an older IR version" if ir_version < lowest else "",
+        )
+
+
+def set_ir_version(model: ir.Model, version: int | None) -> None:
+    """Make `version` the model's format version, by default the least its opset allows."""
+    opset = model.opset_imports[""]
+    check_versions(opset, version, functions=bool(model.functions))
+    model.ir_version = version or max(model.ir_version, _ir_version_of(opset))
+
+
+def _ir_version_of(opset: int) -> int:
+    """The format version that came with an opset."""
+    from onnx.helper import find_min_ir_version_for, make_opsetid
+
+    return find_min_ir_version_for([make_opsetid("", opset)])
