@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,20 @@ def test_defaults(
 
 
 @pytest.mark.parametrize("mode", ["unmerged", "paired"])
-def test_inline(mode: str, plain: Path, bundle: Any, tmp_path: Path, run: Any) -> None:
+def test_inline(mode: str, make_bundle: Any, tmp_path: Path, write_onnx: Any, run: Any) -> None:
     """Standard operators only, and quantisers can read the result."""
     from onnxruntime.quantization import quantize_dynamic
 
+    plain, layers, x = tmp_path / "plain.onnx", ["a", "b"], X[:, 0]
+    weights = {name: RNG.standard_normal((8, 8)).astype(np.float32) for name in layers}
+    nodes = [("MatMul", ["x", "a.weight"], ["t"]), ("MatMul", ["t", "b.weight"], ["y"])]
+    constants = {f"{name}.weight": weight.T for name, weight in weights.items()}
+    write_onnx(plain, nodes, constants, {"x": ["batch", 8]}, {"y": ["batch", 8]})
     outputs = []
     for inline in (False, True):
         out = tmp_path / f"{inline}.onnx"
-        ff.apply_onnx(plain, bundle, out, mode=mode, inline=inline)
-        outputs.append(run(out, {"x": X})["y"])
+        ff.apply_onnx(plain, make_bundle(layers, weights), out, mode=mode, inline=inline)
+        outputs.append(run(out, {"x": x})["y"])
         expander = out.with_suffix(".expand.onnx")
         for path in (out, expander) if mode == "paired" else (out,):
             model = onnx.load(path)
@@ -129,7 +135,7 @@ def test_inline(mode: str, plain: Path, bundle: Any, tmp_path: Path, run: Any) -
     np.testing.assert_array_equal(*outputs)
     if mode == "unmerged":
         quantize_dynamic(out, tmp_path / "quantised.onnx")
-        got = run(tmp_path / "quantised.onnx", {"x": X})["y"]
+        got = run(tmp_path / "quantised.onnx", {"x": x})["y"]
         assert np.abs(got - outputs[0]).max() < 0.05 * np.abs(outputs[0]).max()
 
 
@@ -194,9 +200,9 @@ def test_no_expander_is_left_alone(
 
 @pytest.mark.parametrize("mode", RUNTIME_MODES)
 def test_a_file_that_onnx_runtime_saved(
-    mode: str, plain: Path, make_bundle: Any, tmp_path: Path
+    mode: str, plain: Path, make_bundle: Any, exact_delta: Any, tmp_path: Path
 ) -> None:
-    """It drops what no node uses, such as the base's head: an error, not the adapter's head."""
+    """It drops what no node uses, such as the base's head: never is the adapter's taken for it."""
     bundle = make_bundle(["up"], W, {"head.weight": W["head"] + 1})
     out, saved = tmp_path / "out.onnx", tmp_path / "saved.onnx"
     ff.apply_onnx(plain, {"a": bundle}, out, mode=mode)
@@ -204,13 +210,20 @@ def test_a_file_that_onnx_runtime_saved(
     options.optimized_model_filepath, options.log_severity_level = str(saved), 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     ort.InferenceSession(out, options, providers=["CPUExecutionProvider"])
-    held = {t.name for t in onnx.load(saved).graph.initializer}
     if mode == "paired":
         out.with_suffix(".expand.onnx").rename(saved.with_suffix(".expand.onnx"))
-    if "fourierft.base.head.weight" in held:
-        session = ff.AdapterSession(saved)
-        np.testing.assert_allclose(session.run({"x": X})["y"], exact(None, None), atol=1e-5)
-    else:
+    session = ff.AdapterSession(saved)
+    session.load("a", bundle)
+    for name, head in (("a", W["head"] + 1), (None, W["head"])):
+        want = exact(bundle if name else None, exact_delta, head)
+        np.testing.assert_allclose(session.run({"x": X}, name)["y"], want, rtol=0, atol=1e-4)
+    model = onnx.load(saved)
+    (entry,) = (one for one in model.metadata_props if one.key == "fourierft_export")
+    content = json.loads(entry.value)
+    content["base"] = {}  # as for a large head
+    entry.value = json.dumps(content)
+    onnx.save(model, saved)
+    if mode != "bank":  # whose nodes use it
         with pytest.raises(BadInputError, match="saved tensors") as caught:
             ff.AdapterSession(saved)
         assert caught.value.offenders == ("head.weight",)
@@ -268,3 +281,29 @@ def test_float16_without_inferred_types(
     nodes_out = {node.output[0]: node for node in onnx.load(out).graph.node}
     rounded = nodes_out[nodes_out["y"].input[1]]
     assert (rounded.op_type, rounded.attribute[0].i) == ("Cast", TensorProto.FLOAT16)
+
+
+@pytest.mark.parametrize("mode", RUNTIME_MODES)
+def test_quantised_after_applying(
+    mode: str, plain: Path, make_bundle: Any, exact_delta: Any, tmp_path: Path
+) -> None:
+    """With the nodes excluded that the metadata lists, only the base is quantised."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    bundle = make_bundle(["up"], W, {"head.weight": W["head"] + 1}, scaling=30.0)
+    out, quantised = tmp_path / "out.onnx", tmp_path / "quantised.onnx"
+    ff.apply_onnx(plain, {"a": bundle}, out, mode=mode)
+    metadata = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    nodes = json.loads(metadata["fourierft_export"])["nodes"]
+    quantize_dynamic(out, quantised, nodes_to_exclude=nodes)
+    if mode == "paired":
+        out.with_suffix(".expand.onnx").rename(quantised.with_suffix(".expand.onnx"))
+    else:
+        kinds = [node.op_type for node in onnx.load(quantised).graph.node]
+        assert kinds.count("MatMulInteger") == 1
+    session = ff.AdapterSession(quantised)
+    session.load("a", bundle)
+    for name, head in (("a", W["head"] + 1), (None, W["head"])):
+        got = session.run({"x": X}, name)["y"]
+        want = exact(bundle if name else None, exact_delta, head)
+        assert np.abs(got - want).max() < 0.05 * np.abs(want).max()

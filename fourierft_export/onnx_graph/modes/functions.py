@@ -80,6 +80,7 @@ FourierTable <axis, length> (entries) => (cosines, sines, mirrored) {
 
 # spectrum [n] any float, scaling [] float32, tables of the rows and of the columns -> delta
 # [rows, columns] float32. Mirrored parts run from the last mirrored position back to position 1.
+# No two calls share a Gemm's second factor: ONNX Runtime's quantiser would make equal names of it.
 _DELTA_TEXT = """
 <domain: "fourierft_export", opset_import: ["": OPSET]>
 FourierDelta
@@ -87,10 +88,10 @@ FourierDelta
  column_cosines, column_sines, mirrored_column) => (delta) {
     coefficients = Cast <to = 1> (spectrum)
     scaled = Mul (coefficients, scaling)
-    weighted_cosines = Mul (row_cosines, scaled)
-    weighted_sines = Mul (row_sines, scaled)
-    cosine_part = Gemm <transB = 1> (weighted_cosines, column_cosines)
-    sine_part = Gemm <transB = 1> (weighted_sines, column_sines)
+    weighted_cosines = Mul (column_cosines, scaled)
+    weighted_sines = Mul (column_sines, scaled)
+    cosine_part = Gemm <transB = 1> (row_cosines, weighted_cosines)
+    sine_part = Gemm <transB = 1> (row_sines, weighted_sines)
     straight = Sub (cosine_part, sine_part)
     crossed = Add (cosine_part, sine_part)
     zero = Constant <value_ints: ints = [0]> ()

@@ -19,7 +19,7 @@ from ...bundle.file import Bundle
 from ...files.container import decode_header_length, parse_header
 from ...types import Array
 from ..interface import KEY
-from ..mode_names import DEFAULTS, MERGED, UNMERGED
+from ..mode_names import BANK, DEFAULTS, MERGED, UNMERGED
 from .plan import Plan, Written
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ SCHEMA = 1
 SPECTRUM = "fourierft.spectrum."
 # Tensors that the graph does not hold go into the metadata, up to this size in all.
 MAX_INLINE_BYTES = 1 << 24
+MAX_BASE_BYTES = 1 << 18  # of a saved tensor of the base
 
 
 def write_metadata(plan: Plan, mode: str, written: Written) -> None:
@@ -47,8 +48,16 @@ def write_metadata(plan: Plan, mode: str, written: Written) -> None:
             for layer, held in written.weights.items()
         },
     }
+    if written.nodes:
+        content["nodes"] = written.nodes
     if written.interface is not None:
         content["inputs"] = {**written.interface.to_dict(), "rows": list(adapters)}
+        # Tools that optimise a graph drop the constants `fourierft.base.NAME`, which no node uses.
+        content["base"] = {
+            name: base64.b64encode(array.tobytes()).decode("ascii")
+            for name, array in written.base.items()
+            if array.nbytes <= MAX_BASE_BYTES and mode != BANK
+        }
     given = {**plan.adapters, **plan.sources}
     for model in (plan.source.model, written.expander):
         if model is None:

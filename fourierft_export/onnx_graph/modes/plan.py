@@ -63,6 +63,7 @@ class Written:
         interface: the adapter inputs; None where there are none.
         base: the base's saved tensors, where they are inputs.
         expander: of mode paired.
+        nodes: the nodes that a quantiser must leave alone: the adapter's, and those it is fed to.
     """
 
     weights: dict[str, list[tuple[str, bool, int | None]]] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Written:
     interface: Interface | None = None
     base: Mapping[str, Array] = field(default_factory=dict)
     expander: ir.Model | None = None
+    nodes: Sequence[str] = ()
 
     def add_weight(self, site: Site, name: str, value: ir.Value, start: int | None = None) -> None:
         """Note the name of the constant or input with a layer's weight, and its adapted value."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import BaseMismatchError, UsageError
+from ..interface import PREFIX
 from ..locate.uses import describe_users
 from ..mode_names import (
     BANK,
@@ -46,7 +47,8 @@ def write_adapters(plan: Plan, mode: str) -> Written:
     if mode not in RUNTIME_MODES:
         plan = replace(plan, defaults=DEFAULTS[0])
     check_adapter_count(mode, plan.adapters, quantised=plan.has_quantised)
-    model, before = plan.source.model, set(plan.source.model.graph.inputs)
+    model = plan.source.model
+    inputs, nodes = set(model.graph.inputs), set(model.graph)
     unused = [site for site in plan.every_site if not site.quantised and not site.uses]
     _refuse(
         plan,
@@ -67,9 +69,15 @@ def write_adapters(plan: Plan, mode: str) -> Written:
         found=f"{len(dead)} on which they do not",
         remedy="leave these out of the adapter, or export the base with their outputs",
     )
+    inputs = set(model.graph.inputs) - inputs
+    if mode in RUNTIME_MODES or plan.has_quantised:
+        own = {*model.graph} - nodes | {node for value in inputs for node, _ in value.uses()}
+        for node in own:
+            node.name = node.name or f"{PREFIX}{node.outputs[0].name}"
+        written.nodes = sorted(str(node.name) for node in own)
     write_metadata(plan, mode, written)
     if plan.defaults == REQUIRED:
-        require_inputs(model.graph, set(model.graph.inputs) - before, written.base)
+        require_inputs(model.graph, inputs, written.base)
         if written.expander is not None:
             graph = written.expander.graph
             require_inputs(graph, set(graph.inputs), {})

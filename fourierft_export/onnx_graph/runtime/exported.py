@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ class Exported:
         weights: layer -> (name of its weight, whether that is (in, out), the layer's first output
             in it, or None), one or several each.
         replaced: the saved tensors whose default is an adapter's own, not the base's.
+        base: saved tensor -> the base's own as base64, for tools that drop unused constants.
     """
 
     source: Source
@@ -60,11 +62,17 @@ class Exported:
     adapters: tuple[str, ...]
     weights: Mapping[str, tuple[tuple[str, bool, int | None], ...]]
     replaced: frozenset[str] = frozenset()
+    base: Mapping[str, str] = field(default_factory=dict)
 
     def base_saved(self) -> dict[str, Array]:
         """The base's saved tensors, which the file keeps in addition to the adapter's."""
         saved = () if self.interface is None else self.interface.saved
         found = {one.name: self._constant(BASE_PREFIX + one.name) for one in saved}
+        with _reading_metadata(self.source.path):
+            for one in saved:
+                if found[one.name] is None and one.name in self.base:
+                    data = base64.b64decode(self.base[one.name], validate=True)
+                    found[one.name] = np.frombuffer(data, one.dtype)
         if self.mode != BANK:
             for name in {n for n, array in found.items() if array is None} - self.replaced:
                 found[name] = self._constant(name)
@@ -137,6 +145,7 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
             tuple(map(str, inputs["rows"] if inputs else adapters)),
             weights,
             frozenset(str(name) for one in adapters.values() for name in one["saved"]),
+            dict(content.get("base", {})),
         )
 
 
