@@ -1,0 +1,127 @@
+"""Hub ids in place of paths: USER/REPO[@REVISION][:SUBFOLDER] on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import FileAccessError
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+_NOT_OF_MODELS = ("adapter_*", "consolidated*")  # adapters beside it, and the weights once more
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "*.fourierft.safetensors",
+    "*.fourierft.pool",
+)
+_BUNDLES = ADAPTER_FILES[2:]
+_NAME = r"[A-Za-z0-9_][\w.-]*"
+_ID = re.compile(
+    rf"(?P<repo>{_NAME}/{_NAME})(@(?P<revision>[\w./-]+))?(:(?P<inside>[^\\:@]+))?", re.ASCII
+)
+
+
+class HubId(NamedTuple):
+    """A repository, its revision (None: the main branch), and a folder or file in it ("")."""
+
+    repo: str
+    revision: str | None
+    inside: str
+
+
+def parse_hub_id(source: object) -> HubId | None:
+    """The Hub id that a text is; None for paths, and for texts whose first folder is here."""
+    if not isinstance(source, str) or os.path.lexists(source):
+        return None
+    found = _ID.fullmatch(source)
+    if found is None or os.path.lexists(source.split("/")[0]):
+        return None
+    inside = (found["inside"] or "").strip("/")
+    if ".." in inside.split("/"):
+        return None
+    return HubId(found["repo"], found["revision"], inside)
+
+
+def local_model(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder of a model; one of the Hub is fetched into its cache: weights, JSON, tokenizer."""
+    hub_id = parse_hub_id(source)
+    if hub_id is None:
+        return source
+    return _fetch(hub_id, MODEL_FILES, _NOT_OF_MODELS)
+
+
+def local_adapter(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder of a PEFT adapter, or the file of a bundle or pool; likewise fetched."""
+    hub_id = parse_hub_id(source)
+    if hub_id is None:
+        return source
+    path = _fetch(hub_id, ADAPTER_FILES)
+    if path.is_file() or (path / ADAPTER_FILES[0]).exists():
+        return path
+    bundles = sorted(file for pattern in _BUNDLES for file in path.glob(pattern))
+    if len(bundles) == 1:
+        return bundles[0]
+    raise FileAccessError(
+        str(source),
+        expected="a repository with a PEFT adapter or a bundle",
+        found=f"{len(bundles)} bundles" if bundles else "neither",
+        remedy=f"name a file or a folder in it: {hub_id.repo}:NAME",
+        offenders=[file.name for file in bundles],
+    )
+
+
+def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+    """Fetches files of one folder of a repository into the Hub's cache; what is there stays.
+
+    huggingface_hub decides where the cache is, whether the network may be used (HF_HUB_OFFLINE),
+    and with which token.
+    """
+    repo, revision, inside = hub_id
+    name = repo + (f"@{revision}" if revision else "") + (f":{inside}" if inside else "")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.utils import tqdm
+    except ImportError:
+        raise FileAccessError(
+            name,
+            expected="a path",
+            found="nothing there",
+            remedy="for a Hub id, run: pip install 'fourierft-export[hf]'",
+        ) from None
+
+    class Quiet(tqdm):  # type: ignore[misc]
+        """A progress bar that shows on a terminal only."""
+
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            super().__init__(*arguments, **{**settings, "disable": not sys.stderr.isatty()})
+
+    root = f"{inside}/" if inside else ""
+    is_file = inside.endswith((".safetensors", ".pool"))
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=[inside] if is_file else [root + pattern for pattern in files],
+            ignore_patterns=[f"{root}*/*", *(root + pattern for pattern in ignored)],
+            tqdm_class=Quiet,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileAccessError(
+            name,
+            expected="a path, or the id of a repository on the Hugging Face Hub",
+            found=f"no such path, and not on the Hub: {reason}",
+            remedy="check the name, the network (HF_HUB_OFFLINE uses the cache) and the token "
+            "(hf auth login)",
+        ) from error
+    path = Path(folder, inside)
+    if not path.exists():
+        remedy = "check the name in the repository"
+        raise FileAccessError(name, expected=f"{inside} there", found="none", remedy=remedy)
+    return path
