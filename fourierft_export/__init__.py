@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fourierft_export.bundle.lora import to_lora
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.bundle.pool import Pool
+    from fourierft_export.bundle.push import push
     from fourierft_export.merge.manifest import verify_merged
     from fourierft_export.merge.merge import merge_checkpoint
     from fourierft_export.onnx_graph.apply import apply_onnx
@@ -67,6 +68,7 @@ __all__ = [
     "inject",
     "merge_checkpoint",
     "parameter_groups",
+    "push",
     "recover_bundle",
     "recover_onnx",
     "replace",
@@ -107,6 +109,7 @@ _HOMES = {
     "inject": "adapt.inject",
     "merge_checkpoint": "merge.merge",
     "parameter_groups": "train.parameter_groups",
+    "push": "bundle.push",
     "recover_bundle": "recover.from_checkpoint",
     "recover_onnx": "recover.from_onnx",
     "replace": "adapt.attach",

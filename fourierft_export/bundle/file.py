@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import BadInputError
 from ..files.container import read_file, read_header
+from ..files.hub import local_adapter
 from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
@@ -203,12 +204,13 @@ class Bundle:
         """Reads a bundle file.
 
         Args:
-            path: of the file; `from_peft` reads PEFT directories.
+            path: of the file, or a Hub id; `from_peft` reads PEFT directories.
 
         Raises:
             FileAccessError: missing or unreadable.
             BadInputError: not a bundle, or a damaged one.
         """
+        path = local_adapter(path)
         where = os.fspath(path)
         header = read_header(path)  # checked before the payload, which may be large, is read
         check_kind(header, where)

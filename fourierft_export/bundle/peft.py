@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from ..files import strict_json
 from ..files.checkpoint import Checkpoint
+from ..files.hub import local_adapter
 from ..files.links import check_path
 from ..files.staging import staged_directory
 from ..models.base import Base
@@ -34,7 +35,7 @@ SPECTRUM = ".fourierft_spectrum"
 BASE_LAYER = ".base_layer"
 
 BundleSource = Bundle | str | os.PathLike[str]
-"""A bundle, or the path of a bundle file, of a PEFT adapter directory, or POOL#NAME."""
+"""A bundle, or the path or Hub id of a bundle file or a PEFT adapter directory, or POOL#NAME."""
 
 
 def open_bundle(source: BundleSource, *, bind: bool = False) -> Bundle:
@@ -52,6 +53,7 @@ def open_bundle(source: BundleSource, *, bind: bool = False) -> Bundle:
             expected="a bundle, or the path of a bundle file or of a PEFT adapter directory",
             found=type(source).__name__,
         )
+    source = local_adapter(source)
     if not os.path.isdir(source):
         return open_from_pool(source) or Bundle.load(source)
     return from_peft(source) if bind else read_adapter(find_adapter(source))
@@ -64,7 +66,7 @@ def list_bundles(sources: BundleSource | Iterable[BundleSource]) -> list[BundleS
 
 def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) -> Path:
     """Finds the folder with adapter_config.json: `directory` or its subfolder `adapter`."""
-    root = Path(directory)
+    root = Path(local_adapter(directory))
     if not root.exists():
         raise FileAccessError(root, expected="a PEFT adapter directory", found="nothing there")
     if not root.is_dir():

@@ -32,7 +32,7 @@ def model_card(bundle: Bundle, repo: str, metrics: Mapping[str, float] | None = 
     """
     facts = describe_bundle(bundle)
     base = bundle.spec.base_model
-    names = parse_hub_id(base) is not None
+    names = base is not None and parse_hub_id(base) is not None
     head = ["tags:", "- fourierft", "- fourierft-export"]
     head += [f"base_model: {json.dumps(base)}"] if names else []
     pipeline = _PIPELINES.get(bundle.spec.task_type or "")

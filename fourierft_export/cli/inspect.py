@@ -44,8 +44,10 @@ def describe(path: str) -> dict[str, Any]:
     from ..bundle.pool import is_pool
     from ..errors import FileAccessError
     from ..files.container import read_header
+    from ..files.hub import local_adapter
     from ..models.base import describe_base
 
+    path = os.fspath(local_adapter(path))
     if not os.path.lexists(path):
         raise FileAccessError(path, expected="a file or directory", found="no such path")
     if os.path.isdir(path):

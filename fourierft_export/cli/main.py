@@ -25,6 +25,7 @@ from .export import export
 from .inspect import inspect
 from .merge import merge
 from .pack import pack
+from .push import push
 from .recover import recover
 from .train import train
 from .unpack import unpack
@@ -69,7 +70,8 @@ def verbs() -> None:
 
 
 for _verb in (
-    demo, train, pack, unpack, inspect, merge, verify, recover, export, apply, validate, completion
+    demo, train, pack, unpack, inspect, merge, verify, recover, export, apply, validate, push,
+    completion
 ):  # fmt: skip
     verbs.add_command(_verb)
 

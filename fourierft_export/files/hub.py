@@ -34,22 +34,25 @@ class HubId(NamedTuple):
     inside: str
 
 
-def parse_hub_id(source: object) -> HubId | None:
-    """The Hub id that a text is; None for paths, and for texts whose first folder is here."""
-    if not isinstance(source, str) or os.path.lexists(source):
-        return None
-    found = _ID.fullmatch(source)
-    if found is None or os.path.lexists(source.split("/")[0]):
-        return None
-    inside = (found["inside"] or "").strip("/")
-    if ".." in inside.split("/"):
+def parse_hub_id(text: str) -> HubId | None:
+    """The Hub id that a text is; None for other texts."""
+    found = _ID.fullmatch(text)
+    inside = (found["inside"] or "").strip("/") if found else ""
+    if found is None or ".." in inside.split("/"):
         return None
     return HubId(found["repo"], found["revision"], inside)
 
 
+def _absent_hub_id(source: str | os.PathLike[str]) -> HubId | None:
+    """The Hub id that a text is; None for paths, and for texts whose first folder is here."""
+    if not isinstance(source, str) or os.path.lexists(source.split("/")[0] or "/"):
+        return None
+    return parse_hub_id(source)
+
+
 def local_model(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder of a model; one of the Hub is fetched into its cache: weights, JSON, tokenizer."""
-    hub_id = parse_hub_id(source)
+    hub_id = _absent_hub_id(source)
     if hub_id is None:
         return source
     return _fetch(hub_id, MODEL_FILES, _NOT_OF_MODELS)
@@ -57,7 +60,7 @@ def local_model(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 def local_adapter(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder of a PEFT adapter, or the file of a bundle or pool; likewise fetched."""
-    hub_id = parse_hub_id(source)
+    hub_id = _absent_hub_id(source)
     if hub_id is None:
         return source
     path = _fetch(hub_id, ADAPTER_FILES)
@@ -86,7 +89,7 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        from huggingface_hub.utils import tqdm
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise FileAccessError(
             name,
@@ -95,12 +98,8 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
             remedy="for a Hub id, run: pip install 'fourierft-export[hf]'",
         ) from None
 
-    class Quiet(tqdm):  # type: ignore[misc]
-        """A progress bar that shows on a terminal only."""
-
-        def __init__(self, *arguments: object, **settings: object) -> None:
-            super().__init__(*arguments, **{**settings, "disable": not sys.stderr.isatty()})
-
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     root = f"{inside}/" if inside else ""
     is_file = inside.endswith((".safetensors", ".pool"))
     try:
@@ -109,7 +108,6 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
             revision=revision,
             allow_patterns=[inside] if is_file else [root + pattern for pattern in files],
             ignore_patterns=[f"{root}*/*", *(root + pattern for pattern in ignored)],
-            tqdm_class=Quiet,
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -122,6 +120,9 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
         ) from error
     path = Path(folder, inside)
     if not path.exists():
-        remedy = "check the name in the repository"
-        raise FileAccessError(name, expected=f"{inside} there", found="none", remedy=remedy)
+        wanted = inside or f"one of {', '.join(files)}"
+        remedy = "check the repository on the Hub; USER/REPO:FOLDER names a folder in it"
+        raise FileAccessError(
+            name, expected=f"{wanted} in the repository", found="none", remedy=remedy
+        )
     return path

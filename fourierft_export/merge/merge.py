@@ -13,6 +13,7 @@ from ..bundle.file import Bundle
 from ..bundle.fit import check_fits
 from ..bundle.peft import BundleSource, list_bundles, open_bundle
 from ..errors import UsageError
+from ..files.hub import local_model
 from ..files.staging import check_output
 from ..files.write import check_space
 from ..models.base import open_base
@@ -102,6 +103,7 @@ def merge_checkpoint(
     paths = [source for source in given if isinstance(source, (str, os.PathLike))]
     target = check_output(out, force=force, inputs=(base, *paths))
     # The workers of a cluster may have another working directory.
+    base = local_model(base)
     opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)
     is_folder = opened.directory.is_dir()
     called = [

@@ -17,6 +17,7 @@ from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
+from ..files.hub import local_model
 from ..files.links import check_path
 from ..types import Array
 from .name_mapping import Bridge, find_bridge, input_embedding_of, renamed_modules
@@ -230,7 +231,7 @@ def is_embedding(tensor: str) -> bool:
 def open_base(path: str | os.PathLike[str], *, allow_links: bool = False) -> Base:
     """Opens a model directory or a single safetensors file; no tensor is read yet."""
     check_path(path)
-    directory = Path(path)
+    directory = Path(local_model(path))
     config = read_config(directory) if directory.is_dir() else {}
     return Base(Checkpoint.open(directory, allow_links=allow_links), directory, config)
 

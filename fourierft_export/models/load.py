@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInputError, BaseMismatchError, missing_extra
+from ..files.hub import local_model
 from .task import auto_class_for, get_task, read_config
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def from_pretrained(
         import transformers
     except ImportError as error:
         raise missing_extra(str(error.name), "torch,hf", "loading the base model") from None
+    directory = local_model(directory)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     options["ignore_mismatched_sizes"] = True  # transformers would not say which
     # An adapter in the model's folder is no part of the base: transformers finds none in there.

@@ -12,6 +12,7 @@ from ..bundle.file import Bundle
 from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, BundleSource, find_adapter, open_bundle
 from ..bundle.peft_config import read_peft_config
 from ..errors import BadInputError, FileAccessError, FourierFTError, missing_extra
+from ..files.hub import local_model
 from ..models.task import Task, choose_task, get_task, head_labels, read_config
 from .inputs import has_tokenizer
 
@@ -53,8 +54,8 @@ class Artifacts:
         for package, extra in [*needed, ("peft", "peft")] if peft else needed:
             if find_spec(package) is None:
                 raise missing_extra(package, extra, "validate")
-        base_dir = None if base is None else _model_directory(Path(base))
-        merged_dir = None if merged is None else _model_directory(Path(merged))
+        base_dir = None if base is None else _model_directory(Path(local_model(base)))
+        merged_dir = None if merged is None else _model_directory(Path(local_model(merged)))
         peft_dir = None if peft is None else find_adapter(peft)
         opened = None if bundle is None else open_bundle(bundle)
         task_type = opened.spec.task_type if opened else None
