@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @verb(
     examples=(
         "pack adapter --base base -o a.fourierft.safetensors",
-        "pack adapter-a adapter-b --base base --pool -o tenants.fourierft.pool",
         "pack a.fourierft.safetensors --to onnx-adapter --onnx swappable.onnx -o a.onnx_adapter",
+        "pack adapter b.fourierft.safetensors --base base --pool -o tenants.fourierft.pool",
     )
 )
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=False, type=options.PATH)

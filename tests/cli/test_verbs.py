@@ -205,7 +205,7 @@ def test_the_examples_work(
         verbose=False,
     )
     done = set()
-    order = "pack:0 unpack merge verify export pack:1 recover apply validate inspect"
+    order = "pack:0 unpack merge verify export pack:1 pack:2 recover apply validate inspect"
     for name in order.split():
         verb, _, which = name.partition(":")
         command: Any = verbs.commands[verb]
@@ -213,7 +213,12 @@ def test_the_examples_work(
             text(*example.split())
             done.add(example)
     left = {e for command in verbs.commands.values() for e in getattr(command, "examples", ())}
-    assert {example.split()[0] for example in left - done} <= {"demo", "train", "completion"}
+    assert {example.split()[0] for example in left - done} <= {
+        "demo",
+        "train",
+        "completion",
+        "push",
+    }
     assert Path("a.onnx_adapter").stat().st_size > 0
     back = ff.Bundle.load("from_onnx.fourierft.safetensors")
     assert back.spectra.keys() == ff.Bundle.load("a.fourierft.safetensors").spectra.keys()
