@@ -25,7 +25,10 @@ from .console import Outcome, failure_of, verb
 @options.input_path("--merged", metavar="DIR", help="A merged checkpoint.")
 @options.input_path("--onnx", multiple=True, metavar="FILE", help="ONNX file; may be repeated.")
 @options.input_path(
-    "--inputs", metavar="FILE.npz", help="Arrays to run on, by input name.  [default: sentences]"
+    "--inputs",
+    metavar="PATH",
+    help="What to run on: texts (.txt, .tsv, .jsonl), a folder of images, or arrays by input name "
+    "(.npz).  [default: sentences]",
 )
 @options.task_option
 @options.setting_option(

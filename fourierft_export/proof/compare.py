@@ -8,6 +8,7 @@ the noise: the root mean square that rounding alone explains in an output.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ def compare_outputs(
     noise: Mapping[str, float] | None = None,
     assumed_noise: float = ASSUMED_NOISE,
     names: Collection[str] | None = None,
+    tokens: Array | None = None,
 ) -> tuple[OutputComparison, ...]:
     """Compares two sides that must agree; an output that one of them lacks is a failure.
 
@@ -71,10 +73,11 @@ def compare_outputs(
         noise: output name -> root mean square of what rounding alone changes.
         assumed_noise: the same for other outputs, as a fraction of their root mean square.
         names: the outputs to compare; default all of the reference's.
+        tokens: (batch, positions), -1 on padding: what a causal model's logits should predict.
     """
 
     def judge(name: str, rows: Rows, floor: float) -> OutputComparison:
-        found = measure(rows, tie=2 * NOISE_MARGIN * floor)
+        found = measure(name, rows, tie=2 * NOISE_MARGIN * floor, tokens=tokens)
         allowed_abs = tolerance.scale * found.scale
         change = (effect or {}).get(name)
         allowed_rms = None if change is None else tolerance.effect * change + NOISE_MARGIN * floor
@@ -110,6 +113,7 @@ def compare_change(
     noise: Mapping[str, float] | None = None,
     assumed_noise: float = ASSUMED_NOISE,
     names: Collection[str] | None = None,
+    tokens: Array | None = None,
 ) -> tuple[OutputComparison, ...]:
     """Compares two sides of which the adapter must have changed one. Arguments as above.
 
@@ -118,7 +122,7 @@ def compare_change(
     """
 
     def judge(name: str, rows: Rows, floor: float) -> OutputComparison:
-        found, needed = measure(rows, tie=0.0), NOISE_MARGIN * floor
+        found, needed = measure(name, rows, tokens=tokens), NOISE_MARGIN * floor
         reason = (
             f"the adapter changes nothing in {name}: root mean square {found.rms:.3g}, where "
             f"rounding alone explains {needed:.3g}"
@@ -190,7 +194,7 @@ def align(name: str, left: Outputs, right: Outputs, mask: Array | None) -> Rows 
     return Rows(rows[0], rows[1], indices)
 
 
-def measure(rows: Rows, *, tie: float) -> Difference:
+def measure(name: str, rows: Rows, *, tie: float = 0.0, tokens: Array | None = None) -> Difference:
     """Computes the figures; a right argmax that is behind by at most `tie` counts as the same."""
     left, right, indices = rows
     gap = np.abs(left - right)
@@ -201,6 +205,11 @@ def measure(rows: Rows, *, tie: float) -> Difference:
     lengths = float(np.linalg.norm(left)) * float(np.linalg.norm(right))
     both_zero = not left.any() and not right.any()
     behind = left.max(axis=1) - left[np.arange(len(left)), right.argmax(axis=1)]
+    same = float((behind <= tie).mean()) if left.shape[1] > 1 else None
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    angles = np.einsum("ij,ij->i", left, right)[norms > 0] / norms[norms > 0]
+    logits = name in ARGMAX_OUTPUTS and left.shape[1] > 1
+    kl, perplexity = _compare_softmax(rows, tokens) if logits else (None, None)
     return Difference(
         count=gap.size,
         scale=scale,
@@ -209,11 +218,49 @@ def measure(rows: Rows, *, tie: float) -> Difference:
         mean_abs=float(gap.mean()),
         rms=_rms(left - right),
         cosine=float(np.vdot(left, right)) / lengths if lengths else float(both_zero),
-        argmax=float((behind <= tie).mean()) if left.shape[1] > 1 else None,
+        argmax=same,
         index=(*indices[row].tolist(), int(column)),
         left=float(left[row, column]),
         right=float(right[row, column]),
+        agreement=None if same is None else wilson_interval(same, len(left)),
+        row_cosine=float(angles.mean()) if len(angles) else float(both_zero),
+        kl=kl,
+        perplexity=perplexity,
     )
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Returns the 95 % confidence interval of a share of `count` trials, after Wilson (1927)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _compare_softmax(rows: Rows, tokens: Array | None) -> tuple[float, tuple[float, float] | None]:
+    """Computes the mean KL divergence, and both perplexities if `tokens` are predicted."""
+    divergence, losses, predicted = 0.0, np.zeros(2), 0
+    for start in range(0, len(rows.left), 256):
+        part = slice(start, start + 256)
+        left, right = (_log_softmax(side[part]) for side in rows[:2])
+        divergence += float((np.exp(left) * (left - right)).sum())
+        where = rows.indices[part]
+        if tokens is None or where.shape[1] != 2 or where[:, 1].max() >= tokens.shape[1]:
+            continue
+        following = np.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)[
+            where[:, 0], where[:, 1] + 1
+        ]
+        real = np.flatnonzero(following >= 0)
+        losses -= [side[real, following[real]].sum() for side in (left, right)]
+        predicted += len(real)
+    both = np.exp(losses / max(predicted, 1))
+    return divergence / len(rows.left), (float(both[0]), float(both[1])) if predicted else None
+
+
+def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
 
 
 def _rms(values: npt.NDArray[np.float64]) -> float:

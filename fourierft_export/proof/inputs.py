@@ -1,8 +1,9 @@
-"""Makes the inputs that every side is run on: the user's own, or sentences of the package."""
+"""Makes the inputs that every side runs on: the user's own, or sentences of the package."""
 
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import IO
 
 import numpy as np
 
-from ..errors import BadInputError, UsageError
-from ..files.container import open_regular
+from ..errors import BadInputError, UsageError, missing_extra
+from ..files import strict_json
+from ..files.container import open_regular, read_file
 from ..types import Array
 from .report import first_line
 
@@ -25,6 +27,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json
 MAX_TOKENS = 48
 ID_SEED = 20240503
 MAX_BYTES = 2**33
+TEXT_FILES = frozenset({".txt", ".tsv", ".jsonl"})
+IMAGE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+LABEL_COLUMNS = frozenset({"label", "labels", "id", "idx", "index"})
+MAX_TEXTS, MAX_TEXT_BYTES, MAX_IMAGES, MAX_GIVEN_TOKENS = 10_000, 2**26, 1_000, 512
 AS_NPZ = "give inputs as an .npz file (--inputs)"
 
 
@@ -47,8 +53,33 @@ class Inputs:
         return mask.astype(bool) if mask is not None and mask.ndim == 2 else None
 
 
-def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs:
-    """Takes inputs from an .npz file or a mapping."""
+def given_inputs(
+    source: str | os.PathLike[str] | Mapping[str, Array],
+    model_dir: Path | None = None,
+    positions: int | None = None,
+    token_types: bool = False,
+) -> Inputs:
+    """Takes inputs from a mapping, a file (.npz, .txt, .tsv, .jsonl) or a folder of images.
+
+    Args:
+        source: arrays by name; a file of them or of texts; or a folder with image files.
+        model_dir: has the tokenizer or image processor for texts and images.
+        positions: the most tokens the model takes.
+        token_types: a graph wants token_type_ids, even if the tokenizer makes none (all zero).
+    """
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if path.is_dir():
+            images = _read_images(path, model_dir)
+            return Inputs({"pixel_values": images}, f"{path}: {len(images)} images")
+        if path.suffix in TEXT_FILES:
+            texts = _read_texts(path)
+            if model_dir is None:
+                expected = "a tokenizer for texts in the base's folder, or --tokenizer DIR"
+                raise UsageError(path, expected=expected, found="none", remedy=AS_NPZ)
+            longest = min(positions or MAX_GIVEN_TOKENS, MAX_GIVEN_TOKENS)
+            arrays = _pad(*_tokenised(model_dir, texts, longest), token_types=token_types)
+            return Inputs(arrays, f"{path}: {len(texts)} texts")
     if isinstance(source, Mapping):
         where, arrays = "inputs", {name: np.asarray(value) for name, value in source.items()}
     else:
@@ -62,6 +93,58 @@ def given_inputs(source: str | os.PathLike[str] | Mapping[str, Array]) -> Inputs
             remedy="name each array as the model's input, with the batch as its first axis",
         )
     return Inputs(arrays, f"{where}: {next(iter(rows.values()))} rows")
+
+
+def _read_texts(path: Path) -> list[tuple[str, ...]]:
+    """Reads texts or pairs of texts: lines, columns under a heading, or JSON objects."""
+    lines = read_file(path, MAX_TEXT_BYTES).decode("utf-8", "replace").splitlines()[: MAX_TEXTS + 1]
+    rows: list[tuple[str, ...]] = [(line,) for line in lines if line.strip()]
+    if path.suffix == ".tsv" and rows:
+        names, *cells = ([cell.strip() for cell in row[0].split("\t")] for row in rows)
+        kept = [i for i, name in enumerate(names) if name.lower() not in LABEL_COLUMNS][:2]
+        rows = [tuple(row[i] if i < len(row) else "" for i in kept) for row in cells]
+    if path.suffix == ".jsonl":
+        records = [strict_json.loads(row[0].encode(), os.fspath(path)) for row in rows]
+        fields = [list(r.values()) if isinstance(r, dict) else [r] for r in records]
+        rows = [tuple(v for v in values if isinstance(v, str))[:2] for values in fields]
+    if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
+        expected = (
+            "lines of text; .tsv: a heading, then rows; .jsonl: objects with one or two texts"
+        )
+        raise BadInputError(path, expected=expected, found="none, or rows of unequal length")
+    return rows[:MAX_TEXTS]
+
+
+def _read_images(folder: Path, model_dir: Path | None) -> Array:
+    """Reads the image files of a folder through the model's own image processor."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+        from transformers import AutoImageProcessor
+    except ImportError as error:
+        raise missing_extra("pillow", "hf", "images as inputs") from error
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_FILES)
+    if not files:
+        expected = f"image files ({', '.join(sorted(IMAGE_FILES))})"
+        raise BadInputError(folder, expected=expected, found="none of them in it")
+    images = []
+    for path in files[:MAX_IMAGES]:
+        try:
+            with warnings.catch_warnings(), open(open_regular(path), "rb") as file:
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                images.append(Image.open(file).convert("RGB"))
+        except (UnidentifiedImageError, OSError, Warning, Image.DecompressionBombError) as error:
+            raise BadInputError(path, expected="an image", found=first_line(error)) from error
+    try:
+        if model_dir is None:
+            raise OSError("there is no model directory")
+        processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        expected = "a preprocessor_config.json that transformers can load"
+        found = first_line(error)
+        where = model_dir or folder
+        raise BadInputError(where, expected=expected, found=found, remedy=AS_NPZ) from error
+    pixels: Array = np.asarray(processor(images, return_tensors="np")["pixel_values"])
+    return pixels
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
@@ -126,11 +209,11 @@ def default_inputs(
         raise UsageError("samples", expected="at least 1", found=str(count))
     longest = min(n for n in (MAX_TOKENS, length, positions) if n is not None)
     if tokenizer_dir is not None:
-        texts = [SENTENCES[i % len(SENTENCES)] for i in range(count)]
-        rows, pad, extra = _tokenised(tokenizer_dir, texts, longest)
+        texts = [(SENTENCES[i % len(SENTENCES)],) for i in range(count)]
+        columns, pad = _tokenised(tokenizer_dir, texts, longest)
         description = f"{count} sentences, with the tokenizer in {tokenizer_dir}"
     elif vocab_size is not None and vocab_size >= 1:
-        rows, pad, extra = _pseudo_random(vocab_size, count, longest), 0, False
+        columns, pad = {"input_ids": _pseudo_random(vocab_size, count, longest)}, 0
         description = f"{count} rows of fixed pseudo-random token ids (there is no tokenizer)"
     else:
         raise UsageError(
@@ -139,15 +222,28 @@ def default_inputs(
             found="none of them",
             remedy=AS_NPZ,
         )
-    ids = np.full((count, length or max(map(len, rows))), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    arrays: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
-    if extra or token_types:
-        arrays["token_type_ids"] = np.zeros_like(ids)
-    return Inputs(arrays, description)
+    return Inputs(_pad(columns, pad, length, token_types=token_types), description)
+
+
+def _pad(
+    columns: Mapping[str, list[list[int]]],
+    pad: int,
+    length: int | None = None,
+    *,
+    token_types: bool,
+) -> dict[str, Array]:
+    """Makes arrays of rows of unequal length, with a mask; `pad` fills input_ids, 0 the others."""
+    lengths = [len(row) for row in columns["input_ids"]]
+    shape = len(lengths), length or max(lengths)
+    mask = np.arange(shape[1]) < np.array(lengths)[:, None]
+    arrays: dict[str, Array] = {}
+    for name, rows in columns.items():
+        arrays[name] = np.full(shape, pad if name == "input_ids" else 0, dtype=np.int64)
+        arrays[name][mask] = np.concatenate([*map(np.array, rows)])
+    arrays["attention_mask"] = mask.astype(np.int64)
+    if token_types:
+        arrays.setdefault("token_type_ids", np.zeros(shape, np.int64))
+    return arrays
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -156,9 +252,9 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def _tokenised(
-    directory: Path, texts: Sequence[str], longest: int
-) -> tuple[list[list[int]], int, bool]:
-    """Returns token ids per row, the padding id, and whether the tokenizer makes token types."""
+    directory: Path, texts: Sequence[tuple[str, ...]], longest: int
+) -> tuple[dict[str, list[list[int]]], int]:
+    """Returns token ids, and token types if the tokenizer makes them, per row; the padding id."""
     from transformers import AutoTokenizer
 
     try:
@@ -172,10 +268,12 @@ def _tokenised(
             found=first_line(error),
             remedy=AS_NPZ,
         ) from error
-    encoded = tokenizer(list(texts), truncation=True, max_length=longest)
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    rows = [list(row) or [pad] for row in encoded["input_ids"]]
-    return rows, int(pad), "token_type_ids" in encoded
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(*columns, truncation=True, max_length=longest)
+    names = ("input_ids", "token_type_ids")
+    found = {n: [[*row] or [pad] for row in encoded[n]] for n in names if n in encoded}
+    return found, int(pad)
 
 
 def _pseudo_random(vocab_size: int, count: int, longest: int) -> list[list[int]]:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 DECODER_TOKENS = 8
-MOST_LAYERS, MOST_LABELS = 2_000, 1_000_000
-"""More in a config.json than these (and than there are tensors) would keep transformers busy."""
 
 
 def load_model(
@@ -42,9 +40,8 @@ def load_model(
     import transformers
 
     # transformers follows any path that an index names, so the strict reader checks it first.
-    checkpoint, config = Checkpoint.open(directory), read_config(directory)
-    _check_counts(directory, config, max(MOST_LAYERS, len(checkpoint.tensors)))
-    auto = getattr(transformers, auto_class_for(config, task))
+    Checkpoint.open(directory)
+    auto = getattr(transformers, auto_class_for(read_config(directory), task))
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     # An adapter in the model's folder is no part of the base: transformers finds none in there.
     options["adapter_kwargs"] = {"subfolder": os.devnull}
@@ -67,19 +64,6 @@ def load_model(
             raise BadInputError(directory, expected=expected, found=first_line(error)) from error
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     return model.eval(), tuple(sorted({*info["missing_keys"], *mismatched}))
-
-
-def _check_counts(directory: Path, config: Mapping[str, Any], most_layers: int) -> None:
-    """Refuses a config whose numbers of layers or labels no model has, before they are made."""
-    for name, value in config.items():
-        if isinstance(value, dict) and name not in ("id2label", "label2id"):
-            _check_counts(directory, value, most_layers)
-        limit = MOST_LABELS if name in ("num_labels", "_num_labels") else most_layers
-        counts = "layer" in name or limit == MOST_LABELS or name in ("depth", "num_blocks")
-        if counts and isinstance(value, int) and value > limit:
-            raise BadInputError(
-                directory / "config.json", expected=f"{name} of at most {limit}", found=str(value)
-            )
 
 
 def load_peft_model(base: torch.nn.Module, directory: Path) -> tuple[torch.nn.Module, list[str]]:

@@ -79,6 +79,7 @@ def compare_pairs(
     mask: Array | None,
     tolerances: Mapping[str, Tolerance],
     noise: Noise,
+    tokens: Array | None = None,
 ) -> tuple[Comparison, ...]:
     """Compares all pairs that prove something: first those that must agree, then the others.
 
@@ -90,6 +91,7 @@ def compare_pairs(
         mask: (batch, positions), true where a token is real.
         tolerances: for every precision.
         noise: what was measured.
+        tokens: (batch, positions), -1 on padding: what a causal model's logits should predict.
     """
 
     def conditions(left: Run, right: Run) -> tuple[str, dict[str, Any]]:
@@ -100,6 +102,7 @@ def compare_pairs(
             names = [primary, *(name for name in left.outputs if name in right.outputs)]
         return coarse, {
             "mask": mask,
+            "tokens": tokens,
             "noise": noise.between(left, right),
             "assumed_noise": ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
             "names": list(dict.fromkeys(names)),

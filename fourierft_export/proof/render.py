@@ -37,7 +37,12 @@ FIGURES = {
     "allowed": "the largest differences that pass",
     "cosine": "cosine of the angle between the outputs",
     "argmax": "the share of rows with the same largest entry, that is, the same prediction",
+    "agreement": "where that share lies with 95 % confidence",
+    "row_cosine": "the mean cosine of the angle between rows, such as embeddings",
+    "KL": "divergence of the right softmax from the left one, in nats",
+    "perplexity": "of the left side and the right one",
 }
+WIDE_FIGURES = tuple(FIGURES)[:7]
 NARROW_FIGURES = ("max_abs", "mean_abs", "cosine", "argmax")
 
 
@@ -76,7 +81,7 @@ class _Text:
 
         del console
         wide, report = options.max_width >= WIDE, self.report
-        figures = tuple(FIGURES) if wide else NARROW_FIGURES
+        figures = WIDE_FIGURES if wide else NARROW_FIGURES
         lines = _verdict(report)
         if not report.ok:
             failed = f"FAILED: {len(report.failing)} of {len(report.comparisons)} pairs."
@@ -213,7 +218,13 @@ def _figures(output: OutputComparison) -> dict[str, str]:
         return dict.fromkeys(FIGURES, "-")
     both = [f"{name} {n:.1e}" for name, n in zip(("abs", "rms"), bounds, strict=True) if n]
     numbers = {name: f"{getattr(found, name):.2e}" for name in list(FIGURES)[:4]}
+    low, high = found.agreement or (0, 0)
+    left, right = found.perplexity or (0, 0)
     return numbers | {
+        "agreement": f"{low:.1%} to {high:.1%}" if found.agreement else "-",
+        "row_cosine": f"{found.row_cosine:.6f}",
+        "KL": "-" if found.kl is None else f"{found.kl:.1e}",
+        "perplexity": f"{left:.5g}, {right:.5g}" if found.perplexity else "-",
         "allowed": f"rms > {bounds[1]:.1e}" if bounds[0] is None else ", ".join(both),
         "cosine": f"{found.cosine:.6f}",
         "argmax": "-" if found.argmax is None else f"{found.argmax:.1%}",

@@ -62,6 +62,12 @@ class Difference:
             near-ties count as the same.
         index: where `max_abs` is.
         left, right: the two values there.
+        agreement: the interval in which `argmax` lies with 95 % confidence (Wilson's), if these
+            rows are a fair sample; None without an argmax.
+        row_cosine: mean cosine of the angle between the two sides' rows.
+        kl: mean Kullback-Leibler divergence of the right side's softmax from the left's, in nats;
+            None for outputs other than logits.
+        perplexity: of both sides, on the tokens that a causal model was given; else None.
     """
 
     count: int
@@ -75,6 +81,10 @@ class Difference:
     index: tuple[int, ...]
     left: float
     right: float
+    agreement: tuple[float, float] | None
+    row_cosine: float
+    kl: float | None
+    perplexity: tuple[float, float] | None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.peft import BundleSource
-from ..errors import FourierFTError, UsageError
+from ..errors import BadInputError, FourierFTError, UsageError
 from ..files.links import check_path
 from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
 from .causes import find_causes
-from .compare import Outputs
+from .compare import Outputs, compare_outputs
 from .graphs import Graph
 from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokenizer
 from .model_sides import ModelSides
@@ -63,7 +63,8 @@ def validate(
         onnx: ONNX files of the adapted model.
         sides: other sides by name, as functions from inputs to outputs (name -> array). One named
             "base" is what the adapter must change; all others must agree.
-        inputs: an .npz file or a mapping, input name -> array with the batch as first axis.
+        inputs: a mapping or an .npz file, input name -> array with the batch as first axis; a
+            file of texts (.txt, .tsv, .jsonl; two columns make pairs); a folder of images.
             Default: sentences shipped with the package, as the model's tokenizer reads them.
         task: one of `models.task.TASKS`; default as the adapter or the config says.
         tolerances: precision ("float32", ...) -> a `Tolerance`, or a number for its `scale`.
@@ -146,13 +147,21 @@ def validate(
     for name, graph in named.items():
         side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
         run_side(side, lambda graph=graph: graph.run(ready.arrays, batch_size=rows))  # type: ignore[misc]
+        if rows is not None:
+            try:
+                models.problems += _check_alone(graph, ready, adapted[-1], limits[graph.precision])
+            except BadInputError as error:
+                models.notes.append(f"{name} does not run on its shortest row alone: {error.found}")
+    ids, mask = ready.arrays.get("input_ids"), ready.mask
+    causal = artifacts.task is not None and artifacts.task.name == "text-generation"
     comparisons = compare_pairs(
         references,
         adapted,
         primary=usual[0] if usual and not related else None,
-        mask=ready.mask,
+        mask=mask,
         tolerances=limits,
         noise=models.noise,
+        tokens=np.where(mask, ids, -1) if causal and ids is not None and mask is not None else None,
     )
     step("comparing")
     if any("logits" in run.outputs for run in adapted) and "last_hidden_state" in usual:
@@ -213,30 +222,54 @@ def _ready_inputs(
     samples: int,
 ) -> Inputs:
     """Takes the given inputs, or makes some that all sides can run on."""
-    if given is not None:
-        return given_inputs(given)
     if tokenizer is not None and not has_tokenizer(Path(tokenizer)):
         raise UsageError(tokenizer, expected="a directory with a tokenizer", found="none in it")
+    tokenizer_dir = artifacts.tokenizer if tokenizer is None else Path(tokenizer)
+    positions = artifacts.config_number("max_position_embeddings", "n_positions")
+    token_types = any("token_type_ids" in graph.inputs for graph in graphs)
+    if given is not None:
+        model_dir = tokenizer_dir or artifacts.base or artifacts.merged
+        return given_inputs(given, model_dir, positions, token_types)
     task = artifacts.task.name if artifacts.task else None
     if task == "image-classification":
         raise UsageError(
             "validate",
             expected="images to run the models on",
             found="no inputs",
-            remedy="give pixel_values (images, channels, height, width) as an .npz file (--inputs)",
+            remedy="give a folder of images, or pixel_values as an .npz file (--inputs)",
         )
     vocabulary = artifacts.config_number("vocab_size")
     tokens = {"text-generation": MAX_TOKENS, "seq2seq-encoder": DECODER_TOKENS}.get(task or "")
     if tokens and vocabulary:
         samples = min(samples, max(4, LOGITS_PER_SIDE // (tokens * vocabulary)))
     return default_inputs(
-        tokenizer_dir=artifacts.tokenizer if tokenizer is None else Path(tokenizer),
+        tokenizer_dir=tokenizer_dir,
         vocab_size=vocabulary,
         count=samples,
         length=next((g.fixed_length for g in graphs if g.fixed_length), None),
-        positions=artifacts.config_number("max_position_embeddings", "n_positions"),
-        token_types=any("token_type_ids" in graph.inputs for graph in graphs),
+        positions=positions,
+        token_types=token_types,
     )
+
+
+def _check_alone(graph: Graph, inputs: Inputs, run: Run, limit: Tolerance) -> list[str]:
+    """Runs the shortest row alone, without padding: other sizes of all dynamic axes."""
+    mask = inputs.mask
+    if mask is None or graph.fixed_batch or graph.fixed_length or not mask[:, 0].all():
+        return []
+    row, tokens = int(mask.sum(axis=1).argmin()), int(mask.sum(axis=1).min())
+
+    few = {name: array[row : row + 1] for name, array in inputs.arrays.items()}
+    wide = {name for name, array in few.items() if array.shape == (1, mask.shape[1])}
+    alone = graph.run({n: a[:, :tokens] if n in wide else a for n, a in few.items()})
+    together = {
+        name: run.outputs[name][row : row + 1][tuple(map(slice, array.shape))]
+        for name, array in alone.items()
+        if name in run.outputs and run.outputs[name].shape[:1] == mask.shape[:1] and array.ndim
+    }
+    found = compare_outputs(together, alone, tolerance=limit) if together else ()
+    what = f"{run.side.name}: row {row} alone differs from itself in the batch"
+    return [f"{what}: {one.reason}" for one in found if not one.ok]
 
 
 def _graph_names(files: Sequence[PathLike]) -> Iterator[str]:

@@ -41,6 +41,30 @@ def test_every_number_is_what_its_definition_says() -> None:
     assert (found.left, found.right) == (8.0, 6.0)
 
 
+def test_statistics_are_what_their_definitions_say() -> None:
+    from scipy.special import log_softmax
+    from scipy.stats import binomtest
+
+    draw = np.random.default_rng(0)
+    left = draw.normal(size=(3, 4, 7))
+    right = left + 0.5 * draw.normal(size=left.shape)
+    tokens = draw.integers(0, 7, size=(3, 4))
+    tokens[1, 2:] = -1
+    found = one(left, right, tokens=tokens).difference
+    assert found is not None and found.argmax is not None
+    same = round(found.argmax * 12)
+    assert same == (left.argmax(-1) == right.argmax(-1)).sum()
+    expected = binomtest(same, 12).proportion_ci(0.95, "wilson")
+    assert found.agreement == pytest.approx((expected.low, expected.high), rel=1e-6)
+    a, b = log_softmax(left, -1), log_softmax(right, -1)
+    assert found.kl == pytest.approx((np.exp(a) * (a - b)).sum(-1).mean())
+    places = [(i, t) for i in range(3) for t in range(3) if tokens[i, t + 1] >= 0]
+    losses = [-np.mean([side[i, t, tokens[i, t + 1]] for i, t in places]) for side in (a, b)]
+    assert found.perplexity == pytest.approx(np.exp(losses))
+    norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    assert found.row_cosine == pytest.approx(((left * right).sum(-1) / norms).mean())
+
+
 def test_max_rel_leaves_out_values_next_to_zero() -> None:
     found = one([1000.0, 0.1], [1000.0, 0.2]).difference
     assert found is not None and found.max_rel == 0.0

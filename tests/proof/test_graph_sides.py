@@ -134,6 +134,31 @@ def test_a_graph_with_an_output_for_the_whole_batch(tmp_path: Path) -> None:
         ff.validate(sides={"numpy": expected}, onnx=tmp_path / "sum.onnx", inputs=floats)
 
 
+def test_a_graph_that_mixes_rows_is_found_by_running_one_alone(tmp_path: Path) -> None:
+    """Dynamic quantisation and a wrong reduction do that; in one batch all sides agree."""
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", "t"]) for n in ("x", "y")]
+    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["n", "t"])
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=1),
+        helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "m"], ["z"]),
+        helper.make_node("Div", ["z", "most"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [io[0], mask], io[1:])
+    opset = helper.make_opsetid("", 18)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "m.onnx")
+    inputs = {"x": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    inputs["attention_mask"] = np.array([[1, 1, 0, 0], [1] * 4, [1] * 4])
+
+    def expected(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"y": given["x"] * given["attention_mask"] / np.float32(11)}
+
+    report = ff.validate(sides={"numpy": expected}, onnx=tmp_path / "m.onnx", inputs=inputs)
+    assert not report.failing
+    (problem,) = report.problems
+    assert problem.startswith("onnx:m.onnx: row 0 alone differs from itself in the batch")
+
+
 def test_a_lack_of_memory_is_no_bad_input(tmp_path: Path) -> None:
     node = helper.make_node("ConstantOfShape", ["n"], ["y"])
     size = helper.make_tensor_value_info("n", TensorProto.INT64, [1])

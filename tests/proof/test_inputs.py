@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -92,3 +93,56 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
         given_inputs(tmp_path)
     with pytest.raises(FileAccessError):
         given_inputs(tmp_path / "absent.npz")
+
+
+def test_texts_of_ones_own(minilm_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    lines = ["A short one.", "Another text, which is longer than the first.", "The third."]
+    pairs = list(zip(lines, reversed(lines), strict=True))
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "b.tsv").write_text("\n".join(["a\tlabel\tb", *(f"{x}\t1\t{y}" for x, y in pairs)]))
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": x, "label": 0}) for x in lines))
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"a": x, "b": y}) for x, y in pairs))
+    tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
+    for name, columns in (
+        ("a.txt", [lines]), ("c.jsonl", [lines]),
+        ("b.tsv", [lines, lines[::-1]]), ("d.jsonl", [lines, lines[::-1]]),
+    ):  # fmt: skip
+        inputs = given_inputs(tmp_path / name, minilm_dir)
+        assert inputs.description.endswith("3 texts")
+        expected = tokenizer(*columns, padding=True, return_tensors="np")
+        for key, array in expected.items():
+            np.testing.assert_array_equal(inputs.arrays[key], array)
+    with pytest.raises(UsageError, match="--tokenizer"):
+        given_inputs(tmp_path / "a.txt")
+    for name, text in (
+        ("empty.txt", ""), ("uneven.jsonl", '{"a": "x"}\n{"a": "x", "b": "y"}'), ("no.jsonl", "{"),
+        ("numbers.jsonl", "1\n2"), ("only.tsv", "a\tb"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BadInputError):
+            given_inputs(tmp_path / name, minilm_dir)
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (9, 7, 3), np.uint8)) for _ in range(3)]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    inputs = given_inputs(tmp_path / "images", tmp_path / "model")
+    assert inputs.arrays["pixel_values"].shape == (3, 3, 8, 8)
+    expected = processor(pictures, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(inputs.arrays["pixel_values"], expected, atol=1e-6)
+    with pytest.raises(BadInputError, match=r"preprocessor_config\.json"):
+        given_inputs(tmp_path / "images", tmp_path)
+    (tmp_path / "images" / "0.png").write_bytes(b"torn")
+    with pytest.raises(BadInputError, match="expected an image"):
+        given_inputs(tmp_path / "images", tmp_path / "model")
