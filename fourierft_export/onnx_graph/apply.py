@@ -33,7 +33,6 @@ from .modes.write import check_mode, write_adapters
 from .report import ExportReport, report_on
 
 _SIDE_OPSET = 16  # of a graph with side branches
-_CONVERT = "convert it with --opset 18 (opset=18), which calls onnx.version_converter"
 
 
 def apply_onnx(
@@ -272,15 +271,19 @@ def _check_mapping(bundles: Mapping[str, Bundle], mapping: Mapping[str, str]) ->
         )
 
 
-def _check_source(source: Source, mode: str) -> None:
-    needed = {UNMERGED: 13, SWAPPABLE: _SIDE_OPSET, BANK: _SIDE_OPSET}.get(mode, 0)
+def _check_opset(source: Source, needed: int, what: str) -> None:
     if source.opset < needed:
         raise UsageError(
             source.path,
-            expected=f"opset {needed} or newer for mode {mode}",
+            expected=f"opset {needed} or newer for {what}",
             found=f"opset {source.opset}",
-            remedy=_CONVERT,
+            remedy="convert it with --opset 18 (opset=18), which calls onnx.version_converter",
         )
+
+
+def _check_source(source: Source, mode: str) -> None:
+    needed = {UNMERGED: 13, SWAPPABLE: _SIDE_OPSET, BANK: _SIDE_OPSET}.get(mode, 0)
+    _check_opset(source, needed, f"mode {mode}")
     text = source.model.metadata_props.get(KEY)
     if text is not None and '"mode":"merged"' not in text:
         raise UsageError(
@@ -301,13 +304,7 @@ def _check_quantised(source: Source, mode: str, quantised: Mapping[str, Sequence
             remedy="use --mode unmerged, swappable or bank, which add a float branch next to them",
             offenders=[f"{layer}: {each[0].describe()}" for layer, each in quantised.items()],
         )
-    if source.opset < _SIDE_OPSET:
-        raise UsageError(
-            source.path,
-            expected=f"opset {_SIDE_OPSET} or newer for an adapter on quantised weights",
-            found=f"opset {source.opset}",
-            remedy=_CONVERT,
-        )
+    _check_opset(source, _SIDE_OPSET, "an adapter on quantised weights")
 
 
 def _fits(

@@ -41,37 +41,6 @@ def test_mixed_rows_equal_each_row_alone(small_tenants: Any, run: Any, evaluator
         small_tenants.check(got[row], NAMES[number], rows=row)
 
 
-def test_minilm_rows_equal_peft(minilm_tenants: Any, run: Any) -> None:
-    path = minilm_tenants.file("bank")
-    ids = np.arange(12) % 3
-    got = run(path, {**minilm_tenants.inputs, "adapter_id": ids})["logits"]
-    for row, number in enumerate(ids):
-        if number:
-            minilm_tenants.check(got[row], NAMES[number], rows=row)
-        else:  # the bare encoder has no head
-            np.testing.assert_array_equal(got[row], 0)
-
-
-def test_a_new_table_needs_no_new_graph(small_tenants: Any, run: Any) -> None:
-    """Three rows where the file has two, the new one with the largest n."""
-    from fourierft_export.onnx_graph.feeds import feed_bundle, table
-    from fourierft_export.onnx_graph.runtime.exported import open_exported
-
-    path = small_tenants.file("bank")
-    graph = open_exported(path)
-    assert graph.interface is not None
-    assert graph.adapters == ("one", "two")
-    base = graph.base_saved()
-    order = ["two", "one", "two"]
-    feeds = [feed_bundle(graph.interface, small_tenants.bundles[name], base) for name in order]
-    tables = table(graph.interface.groups, feeds)
-    assert tables["fourierft.spectrum.0"].shape == (3, 2, 40)
-    ids = np.array([3, 2, 1, 0, 3])
-    got = run(path, {**small_tenants.inputs, **tables, "adapter_id": ids})["output"]
-    for row, number in enumerate(ids):
-        small_tenants.check(got[row], [None, *order][number], rows=row)
-
-
 def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
     class Positions(nn.Module):
         """A layer that works on something without a batch."""

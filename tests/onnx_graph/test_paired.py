@@ -35,11 +35,6 @@ def reference(path: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_minilm_equals_peft(minilm_tenants: Any, name: str, run: Any) -> None:
-    minilm_tenants.check(swapped(minilm_tenants, name, run), name)
-
-
-@pytest.mark.parametrize("name", ["one", "two"])
 def test_in_two_runtimes(small_tenants: Any, name: str, run: Any) -> None:
     for evaluate in (run, reference):
         small_tenants.check(swapped(small_tenants, name, evaluate), name)

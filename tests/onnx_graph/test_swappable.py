@@ -115,13 +115,6 @@ def test_inputs_that_must_be_fed(small_tenants: Any, mode: str, tmp_path: Path) 
         small_tenants.check(session.run(small_tenants.inputs, name)["output"], name)
 
 
-def test_minilm_adapters_equal_peft(minilm_tenants: Any, run: Any) -> None:
-    path = minilm_tenants.file("swappable")
-    for name, bundle in minilm_tenants.bundles.items():
-        feeds = parameters_for(path, bundle)
-        minilm_tenants.check(run(path, {**minilm_tenants.inputs, **feeds})["logits"], name)
-
-
 def test_onnx_adapter_files_through_onnx_runtimes_own_api(
     minilm_tenants: Any, tmp_path: Path
 ) -> None:
