@@ -189,12 +189,11 @@ def freeze(model: nn.Module) -> None:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Undo `freeze`, once no adapter is left."""
-    frozen = set(modules.original(model).__dict__.pop(_FROZEN, ()))
-    for name, parameter in modules.original(model).named_parameters(remove_duplicate=False):
-        if name in frozen:
-            parameter.requires_grad_(True)
+    """Undo `freeze` of the model and of models within it, once no adapter is left."""
     for _, base in modules.base_modules(model):
+        frozen = set(base.__dict__.pop(_FROZEN, ()))
+        for name, parameter in base.named_parameters(remove_duplicate=False) if frozen else ():
+            parameter.requires_grad_(parameter.requires_grad or name in frozen)
         if getattr(base.__dict__.get(_SAVE), "func", None) is _refuse_to_save:
             del base.__dict__[_SAVE]
 

@@ -219,21 +219,23 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     Layers whose weight torch computes (parametrizations such as weight_norm) are plain ones there.
     """
     check_not_routed(model, "export")
-    layers = fourier_layers(model)
-    wrappers: dict[str, nn.Module] = {**adapted_modules(model), **layers}
-    plain = {path: unwrap(module) for path, module in wrappers.items()}
-    plain |= {path: without_parametrizations(path, plain[path]) for path in layers}
+    adapted, layers = list(adapted_modules(model).values()), fourier_layers(model)
+    plain = {path: without_parametrizations(path, unwrap(m)) for path, m in layers.items()}
     fused: dict[FourierLinear, nn.Parameter] = {}
     try:
         for layer in layers.values():
             if layer.kept_weight is not None:
                 fused[layer] = layer.exchange_weight(layer.kept_weight, fuse=False)
-        for path, module in plain.items():
-            put(model, path, module)
+        for module in adapted:
+            exchange_everywhere(model, module, unwrap(module))
+        for path, linear in plain.items():
+            put(model, path, linear)
         yield
     finally:
-        for path, module in wrappers.items():
-            put(model, path, module)
+        for path, layer in layers.items():
+            put(model, path, layer)
+        for module in adapted:
+            exchange_everywhere(model, unwrap(module), module)
         for layer, weight in fused.items():
             layer.exchange_weight(weight, fuse=True)
 

@@ -115,6 +115,23 @@ class AdaptedModule(nn.Module):
         link_versions(self)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the module and of all its versions; what torch keeps stays here."""
+        if name.startswith("_") or hasattr(AdaptedModule, name) or name == "training":
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Module | nn.Parameter):
+            raise UsageError(
+                f"attribute {name!r} of a module that adapters save",
+                found=f"a new {type(value).__name__}",
+                remedy="change the values in place, or exchange it before the adapter is put on",
+            )
+        else:
+            for module in (
+                unwrap(self),
+                *(v.module for v in versions_of(self).values()),
+            ):
+                setattr(module, name, value)
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if "original" not in modules or "versions" not in modules:

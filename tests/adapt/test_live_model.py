@@ -280,14 +280,21 @@ def test_a_saved_module_keeps_the_names_that_the_wrapper_uses() -> None:
     assert (model.head.active, model.head.version, model.head.original) == (False, 3, "mine")
 
 
-def test_a_saved_module_at_two_places_stays_one() -> None:
-    class Twice(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.again(super().forward(x))
+class Twice(Net):
+    """Uses its head at two places."""
 
-    torch.manual_seed(0)
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.again = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(super().forward(x))
+
+
+def test_a_saved_module_at_two_places_stays_one() -> None:
     model = Twice()
-    head = model.again = model.head
+    head = model.head
     ff.inject(model, config(modules_to_save=["head"]))
     move(model)
     wanted = model(X)
@@ -297,6 +304,43 @@ def test_a_saved_module_at_two_places_stays_one() -> None:
         assert isinstance(plain.head, Head)
     torch.testing.assert_close(plain(X), wanted)
     assert ff.detach(model).head is head is model.again
+
+
+def test_a_saved_module_at_two_places_is_exported(tmp_path: Path) -> None:
+    """Its base, too: a file without an adapter fed answers as the base does."""
+    model = Twice().eval()
+    base = model(X).detach()
+    ff.inject(model, config(modules_to_save=["head"]))
+    move(model, 0.5)
+    ff.export_onnx(model, (X,), tmp_path / "m.onnx", mode="swappable")
+    session = ff.AdapterSession(tmp_path / "m.onnx")
+    session.load("mine", ff.capture(model))
+    for adapter, wanted in ((None, base), ("mine", model(X).detach())):
+        (found,) = session.run({"x": X.numpy()}, adapter=adapter).values()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert model.again is model.head
+
+
+def test_attributes_set_on_a_saved_module_reach_all_its_versions() -> None:
+    """PEFT's wrapper keeps them for itself, where the module never sees them."""
+    model = net("a", "b", modules_to_save=["head"])
+    model.head.version = 7
+    for names in ("a", "b", []):
+        assert ff.activate(model, names).head.version == 7
+    model.head.new = "one"
+    assert ff.detach(model).head.new == "one"
+    ff.inject(model, config(modules_to_save=["head"]))
+    with pytest.raises(UsageError, match="in place"):
+        model.head.inner = nn.Linear(8, 8)
+    model.eval()
+    assert not model.head.inner.training
+
+
+def test_detaching_from_the_whole_frees_a_part(tmp_path: Path) -> None:
+    """The adapter was put on a part of the model, which froze that part."""
+    model = nn.Sequential(net("a"), nn.Linear(8, 8))
+    ff.detach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # What is refused leaves the model as it was

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ def run(model: Any, rows: int) -> Tensor:
     [
         ("aab", 1, "for each row"),
         ([], 1, "for each row"),
+        (np.array([], str), 1, "for each row"),
         (["a", "c"], 1, "'c': expected one of a, b"),
         (NAMES, 0, "num_beams"),
     ],

@@ -66,7 +66,8 @@ def route(
         >>> torch.allclose(rows[0], model(x)[0], atol=1e-5), torch.equal(rows[0], rows[1])
         (True, False)
     """
-    if isinstance(names, str) or not names:
+    rows = () if isinstance(names, str) else tuple(names)
+    if not rows:
         raise UsageError(
             "route",
             expected="an adapter's name, or None, for each row of the batch",
@@ -74,7 +75,6 @@ def route(
         )
     if num_beams < 1:
         raise UsageError("route", expected="num_beams of 1 or more", found=str(num_beams))
-    rows = tuple(names)
     used = [name for name in dict.fromkeys(rows) if name is not None]
     modules.check_known(model, used)
     modules.check_not_fused(model, "route")
