@@ -35,6 +35,7 @@ INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_INDEX_BYTES = 256 << 20
+MAX_SHARDS = 10_000
 BLOCK = 2 << 20
 
 
@@ -224,6 +225,9 @@ def _read_index(index: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
             shards.setdefault(file, []).append(tensor)
         else:
             bad.add(repr(file))
+    if len(shards) > MAX_SHARDS:
+        most = f"an index of at most {MAX_SHARDS:,} shards"
+        raise BadInputError(index, expected=most, found=f"{len(shards):,}")
     bad.update(repr(file) for file in shards if not is_plain_path(file))
     if bad:
         raise BadInputError(

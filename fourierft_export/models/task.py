@@ -82,7 +82,7 @@ _HEAD_WEIGHTS = (
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the config.json of a model directory; {} if there is none."""
     path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     config = strict_json.loads(read_file(path, MAX_CONFIG_BYTES), os.fspath(path))
     if not isinstance(config, dict):

@@ -1,7 +1,9 @@
-"""Paths that no file can have: one short line and exit code 2 or 6, wherever a path is given."""
+"""Paths that no file can have, FIFOs and devices: one short line, wherever a path is given."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import fourierft_export as ff
 from fourierft_export.cli.main import run
 from fourierft_export.errors import FourierFTError
+from tests.kill import files_in, make_inputs
 
 BAD = {"empty": "", "NUL": "a\0b", "name": "y" * 245, "long": "y" * 5000, "deep": "d/" * 3000 + "x"}
 # Each {} is given every bad path in turn; the other paths do not exist.
@@ -122,3 +125,97 @@ def test_the_functions_refuse_them(
         assert caught.value.exit_code in (2, 6)
         assert len(str(caught.value)) <= 500
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    (folder / "rows.csv").write_text("text,label\na,0\n")
+    (folder / "images" / "a").mkdir(parents=True)
+    (folder / "strange").mkdir()
+    os.mkfifo(folder / "strange" / "fifo")
+    os.mkfifo(folder / "images" / "a" / "1.png")
+    for name in ("config.json", "model.safetensors.index.json"):
+        os.mkfifo(folder / "strange" / name)
+    return folder
+
+
+# Each {} is given a FIFO, and a device; the other paths are good.
+SPECIAL = """
+pack {} -o out
+pack adapter --base {} -o out
+unpack {} -o out
+inspect {}
+merge --base {} --bundle bundle -o out
+merge --base base --bundle {} -o out
+verify {}
+recover --base {} --merged merged --like bundle -o out
+recover --base base --merged {} --like bundle -o out
+recover --base base --merged merged --like {} -o out
+recover --onnx {} -o out
+export --base {} --bundle bundle --mode merged -o out
+export --base base --bundle {} --mode merged -o out
+apply --onnx {} --bundle graph.bundle --mode merged -o out
+apply --onnx graph.onnx --bundle {} --mode merged -o out
+apply --onnx graph.onnx --bundle graph.bundle --base {} --mode merged -o out
+validate --base {} --bundle bundle
+validate --base base --bundle {}
+validate --base base --peft {}
+validate --base base --bundle bundle --merged {}
+validate --base base --bundle bundle --onnx {}
+validate --base base --bundle bundle --merged merged --inputs {}
+train --model {} --task text-generation --data rows.jsonl -o out
+train --model base --task text-generation --data {} -o out
+train --model base --task text-classification --data {} -o out
+train --config {} -o out
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", SPECIAL)
+def test_fifos_and_devices_are_not_waited_for(
+    line: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    for path in ("strange/fifo", "/dev/zero", "strange"):
+        assert run(line.format(path).split()) in (2, 3, 6), path
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not Path("out").exists()
+
+
+def test_images_that_are_fifos(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    words = "train --model base --task image-classification --data images -o out"
+    assert run(words.split()) in (2, 3)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+CONFIGS = [{"num_hidden_layers": 10**7}, {"num_labels": 10**9}, {"text_config": {"n_layer": 10**7}}]
+
+
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_a_config_of_absurd_size(
+    fields: dict[str, object], stories260k: Path, stories_adapter: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = json.loads((stories260k / "config.json").read_text()) | fields
+    for name, data in files_in(stories260k).items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for verb in ("pack {1} --base {0} -o {2}", "merge --base {0} --bundle {1} -o {2}",
+                 "export --base {0} --bundle {1} --mode merged -o {2}",
+                 "validate --base {0} --peft {1}"):  # fmt: skip
+        words = verb.format(tmp_path, stories_adapter, f"{tmp_path}-out").split()
+        assert run(words) == 3, verb
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "of at most" in line
+
+
+def test_an_index_of_very_many_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {f"l{i}": f"model-{i:06}.safetensors" for i in range(20_000)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert run(["inspect", str(tmp_path)]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "at most 10,000 shards, found 20,000" in line
