@@ -99,7 +99,7 @@ class Pool(Mapping[str, Bundle]):
             check = "SELECT application_id, user_version FROM pragma_application_id, "
             found = self._database.execute(check + "pragma_user_version").fetchone()
             tables = self._database.execute(
-                "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_autoindex_%'"
+                "SELECT name, sql FROM sqlite_master WHERE type != 'index' OR sql IS NOT NULL"
             )
             known = found == (APPLICATION_ID, VERSION) and dict(tables) == _TABLES
         if not known:

@@ -50,9 +50,18 @@ def _absent_hub_id(source: str | os.PathLike[str]) -> HubId | None:
     return parse_hub_id(source)
 
 
-def local_model(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The folder of a model; one of the Hub is fetched into its cache: weights, JSON, tokenizer."""
+def local_model(
+    source: str | os.PathLike[str], *, old_names: bool = False
+) -> str | os.PathLike[str]:
+    """The folder of a model; one of the Hub is fetched into its cache: weights, JSON, tokenizer.
+
+    Args:
+        source: a path or a Hub id.
+        old_names: also take a name without a user for an id, as `gpt2`.
+    """
     hub_id = _absent_hub_id(source)
+    if old_names and isinstance(source, str) and not os.path.lexists(source):
+        hub_id = hub_id or (HubId(source, None, "") if re.fullmatch(_NAME, source) else None)
     if hub_id is None:
         return source
     return _fetch(hub_id, MODEL_FILES, _NOT_OF_MODELS)

@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from ...adapt.config import ALL_LINEAR
 from ...adapt.targets import USUAL_TARGETS
 from ...errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
+from ...files.hub import local_model
 from ...models.examples import input_names
 from ...models.load import from_pretrained, load_model, quiet_transformers
 from ...models.task import get_task, likely_task, read_config
-from .rows import HUB_ID
 from .scores import IGNORED
 
 Row = dict[str, Any]
@@ -28,28 +28,18 @@ _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "longformer")
 _UNLIMITED = 10**9  # transformers writes 1e30 for "no limit known"
 _AT_ONCE = 1024
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 def find_model(name: str) -> str:
     """The directory of a model: `name` itself, or where the Hub's cache holds that id."""
-    if os.path.isdir(name):
-        return name
-    found = "a file" if os.path.exists(name) else "nothing there"
-    if found == "nothing there" and HUB_ID.fullmatch(name) and ":" not in name:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        try:
-            return snapshot_download(name, allow_patterns=_FILES)
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            found = f"nothing there, and not on the Hub: {reason}"
+    path = os.fspath(local_model(name, old_names=True))
+    if os.path.isdir(path):
+        return path
     raise FileAccessError(
         name,
         expected="a model's directory, or its id on the Hub",
-        found=found,
-        remedy="check the path; for a Hub id check the network (HF_HUB_OFFLINE uses the cache)",
+        found="a file" if os.path.exists(path) else "nothing there",
+        remedy="check the path",
     )
 
 
