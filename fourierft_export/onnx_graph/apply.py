@@ -227,6 +227,7 @@ def _convert(source: Source, opset: int) -> Source:
         )
     if opset == source.opset:
         return source
+    inline_functions(source.model)  # the converter would drop them
     proto = ir.serde.serialize_model(source.model)
     try:
         proto = onnx.version_converter.convert_version(proto, opset)

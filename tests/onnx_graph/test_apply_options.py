@@ -51,14 +51,20 @@ def bundle(make_bundle: Any) -> Any:
 
 
 def aged(path: Path, opset: int) -> Path:
-    """The file as one of an older opset, with one of ONNX Runtime's operators."""
+    """As of an older opset, with one of ONNX Runtime's operators and a function."""
     model = onnx.load(path)
     model.opset_import[0].version = opset
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     model.graph.node[1].CopyFrom(
         helper.make_node("QuickGelu", ["t"], ["h"], domain="com.microsoft")
     )
-    model.ir_version = 7
+    body = [helper.make_node("Identity", ["v"], ["w"])]
+    opsets = [helper.make_opsetid("", opset)]
+    model.functions.append(helper.make_function("some.where", "Same", ["v"], ["w"], body, opsets))
+    model.opset_import.append(helper.make_opsetid("some.where", 1))
+    model.graph.node[2].input[0] = "same"
+    model.graph.node.insert(2, helper.make_node("Same", ["h"], ["same"], domain="some.where"))
+    model.ir_version = 8
     old = path.with_name("old.onnx")
     onnx.save_model(model, old, save_as_external_data=True, location="old.bin", size_threshold=0)
     return old
@@ -307,3 +313,17 @@ def test_quantised_after_applying(
         got = session.run({"x": X}, name)["y"]
         want = exact(bundle if name else None, exact_delta, head)
         assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_messages(plain: Path, make_bundle: Any, stories260k: Path, tmp_path: Path) -> None:
+    """What was given is not asked for; a graph without opset_import is one."""
+    bundle = make_bundle(["model.layers.0.self_attn.q_proj"])
+    for base, asked in ((stories260k, False), (None, True)):
+        with pytest.raises(BaseMismatchError, match="LAYER=INITIALIZER") as caught:
+            ff.apply_onnx(plain, bundle, tmp_path / "out.onnx", base=base)
+        assert ("--base" in caught.value.remedy) == asked
+    model = onnx.load(plain)
+    del model.opset_import[:]
+    onnx.save(model, plain)
+    with pytest.raises(BadInputError, match="without opset_import"):
+        ff.apply_onnx(plain, bundle, tmp_path / "out.onnx")
