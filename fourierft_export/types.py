@@ -5,7 +5,8 @@ They are text, so that importing this module costs no import of numpy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from html import escape
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -33,3 +34,11 @@ def byte_counter(what: str, total: int, progress: Progress | None) -> Callable[[
             progress(what, min(done, total), total)
 
     return count
+
+
+def html_table(title: str, facts: Mapping[str, object], rows: Iterable[Iterable[object]]) -> str:
+    """Makes what notebooks show of a result: a title, facts in one line, and a table."""
+    line = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items())
+    cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<b>{escape(title)}</b><br>{escape(line)}<table>{body}</table>"

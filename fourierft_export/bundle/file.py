@@ -17,7 +17,7 @@ from ..files.hub import local_adapter
 from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
-from ..types import Array
+from ..types import Array, html_table
 from .fit import check_fits, fit_adapter, layers_of_base
 from .format import HASH_KEY, check_kind, decode, encode, split_file
 from .layer_templates import natural_key
@@ -97,6 +97,12 @@ class Bundle:
             _frozen(dict(sorted(saved.items()))),
             _frozen({m.name: explicit[m.name] for m in layers if m.entry_rule == EXPLICIT_RULE}),
         )
+
+    def _repr_html_(self) -> str:
+        spec = self.spec
+        facts = {"seed": spec.seed, "scaling": spec.scaling, "base": spec.base_model}
+        rows = ((layer.name, layer.shape, layer.n_frequency) for layer in spec.layers)
+        return html_table("FourierFT bundle", facts, [("layer", "shape", "n"), *rows])
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -19,11 +19,31 @@ if TYPE_CHECKING:
     examples=("inspect a.fourierft.safetensors", "inspect adapter", "inspect unmerged.onnx --json")
 )
 @click.argument("path", type=options.PATH)
-def inspect(path: str) -> Outcome:
+@options.output_section(
+    "--plot",
+    type=options.PATH,
+    metavar="FILE.png",
+    help="Draw a bundle or PEFT adapter: coefficients, norms by layer, entries, delta_W.",
+)
+@options.force_option
+def inspect(path: str, plot: str | None, force: bool) -> Outcome:
     """Describe a bundle, PEFT adapter, checkpoint or ONNX file."""
+    from ..files.staging import check_output, staged_file
+
+    if plot:
+        check_output(plot, force=force, inputs=(path,))
     facts = describe(path)
     notes = facts.pop("notes", ())
-    return Outcome({"inspect": facts}, _RENDERERS[facts["kind"]](facts), notes)
+    shown = [*_RENDERERS[facts["kind"]](facts)]
+    if plot:
+        from ..bundle.peft import open_bundle
+        from ..proof.plots import draw_bundle
+
+        picture = draw_bundle(open_bundle(path))
+        with staged_file(plot, force=force) as partial:
+            partial.write_bytes(picture)
+        shown.append(f"picture: {plot}")
+    return Outcome({"inspect": facts}, shown, notes)
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -84,7 +104,7 @@ def _pool(facts: Mapping[str, Any]) -> list[str | Table]:
     return [
         f"{facts['path']}: pool of {facts['adapters']} FourierFT adapters, "
         f"{size_text(facts['bytes'])}, base {facts['base_model'] or 'unnamed'}",
-        _table(("adapter", "sha256"), [(name, digest[:16]) for name, digest in facts["first"]]),
+        make_table(("adapter", "sha256"), [(name, digest[:16]) for name, digest in facts["first"]]),
         *_layers(facts),
     ]
 
@@ -124,11 +144,11 @@ def _layers(facts: Mapping[str, Any]) -> list[str | Table]:
         for tensor in facts.get("saved", ())
     ]
     titles = "layers", "count", "shape", "n_frequency", "dtype", "entry rule"
-    shown: list[str | Table] = [_table(titles, groups)] if groups else []
-    return [*shown, *([_table(("saved tensor", "shape", "dtype"), saved)] if saved else [])]
+    shown: list[str | Table] = [make_table(titles, groups)] if groups else []
+    return [*shown, *([make_table(("saved tensor", "shape", "dtype"), saved)] if saved else [])]
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[object]], fold: int = 0) -> Table:
+def make_table(titles: Sequence[str], rows: Sequence[Sequence[object]], fold: int = 0) -> Table:
     """Makes a table; cells of column `fold` may take several lines."""
     from rich.markup import escape
     from rich.table import Column, Table
@@ -177,7 +197,7 @@ def _onnx(facts: Mapping[str, Any]) -> list[str | Table]:
         f"{facts['path']}: ONNX, opset {facts['opset']}, {facts['nodes']} nodes, "
         f"{size_text(facts['bytes'])}",
         *lines,
-        _table(("", "name", "dtype", "shape"), values, fold=1),
+        make_table(("", "name", "dtype", "shape"), values, fold=1),
     ]
 
 
@@ -185,7 +205,7 @@ def _onnx_adapter(facts: Mapping[str, Any]) -> list[str | Table]:
     values = [(v["name"], v["dtype"], " x ".join(map(str, v["shape"]))) for v in facts["inputs"]]
     return [
         f"{facts['path']}: adapter for ONNX Runtime, {size_text(facts['bytes'])}, of the inputs",
-        _table(("name", "dtype", "shape"), values),
+        make_table(("name", "dtype", "shape"), values),
     ]
 
 

@@ -20,6 +20,7 @@ from .apply import apply
 from .completion import COMPLETE_VARIABLE, completion
 from .console import emit_error
 from .demo import demo
+from .diff import diff
 from .error_of_many_processes import report_once
 from .export import export
 from .inspect import inspect
@@ -70,7 +71,7 @@ def verbs() -> None:
 
 
 for _verb in (
-    demo, train, pack, unpack, inspect, merge, verify, recover, export, apply, validate, push,
+    demo, train, pack, unpack, inspect, diff, merge, verify, recover, export, apply, validate, push,
     completion
 ):  # fmt: skip
     verbs.add_command(_verb)

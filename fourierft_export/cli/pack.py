@@ -65,7 +65,7 @@ def pack(
     append: bool,
     remove: tuple[str, ...],
 ) -> Outcome:
-    """Pack a PEFT adapter into one small, checked file, or many into a pool.
+    """Pack one PEFT adapter or many into one small, checked file.
 
     SOURCE is PEFT's directory. With --base the bundle is bound to its base: it then holds layer
     shapes and hashes of weights, and other bases are refused.

@@ -48,7 +48,7 @@ def unpack(
     force: bool,
     progress: Progress,
 ) -> Outcome:
-    """Write a bundle as a directory that PEFT loads, bit for bit or as LoRA."""
+    """Write a bundle as a directory that PEFT loads, or as LoRA."""
     from ..bundle.lora import to_lora
     from ..bundle.peft import open_bundle, to_peft
     from ..errors import UsageError

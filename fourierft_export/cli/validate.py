@@ -17,8 +17,10 @@ from .console import Outcome, failure_of, verb
         "validate --base base --bundle a.fourierft.safetensors --peft adapter --merged merged",
         "validate --base base --bundle a.fourierft.safetensors --onnx unmerged.onnx "
         "--report report.html",
+        "validate merged",
     )
 )
+@click.argument("folder", type=options.PATH, required=False)
 @options.base_option
 @options.input_path("--bundle", metavar="BUNDLE", help="The adapter as a bundle.")
 @options.input_path("--peft", metavar="DIR", help="The adapter as PEFT saved it.")
@@ -53,34 +55,84 @@ from .console import Outcome, failure_of, verb
 @options.output_section(
     "--report", type=options.PATH, metavar="FILE.html", help="Write the report as a web page."
 )
+@options.output_section(
+    "--junit", type=options.PATH, metavar="FILE.xml", help="Write the report as JUnit XML, for CI."
+)
 @options.force_option
 @options.allow_mismatch_option
 def validate(
     progress: Progress,
+    folder: str | None,
     tolerances: tuple[str, ...],
     report: str | None,
+    junit: str | None,
     force: bool,
     **settings: Any,
 ) -> Outcome:
     """Check that artifacts of one adapter agree.
 
     Every artifact is run on the same inputs. All adapted ones must agree with each other and must
-    differ from the base; if not, the exit code is 5.
+    differ from the base; if not, the exit code is 5. FOLDER is one that merge wrote: its manifest
+    says which base and bundle belong to it, which are looked for in and beside it, with ONNX files
+    of the same bundle.
     """
+    from ..bundle.peft import open_bundle
     from ..files.staging import check_output, staged_file
     from ..proof.render import render_html, render_text
     from ..proof.validate import validate as run
 
-    if report:
-        paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs")]
-        inputs = tuple(path for path in (*paths, *settings["onnx"]) if path)
-        check_output(report, force=force, inputs=inputs)
+    if folder is not None:
+        settings |= {name: v for name, v in find_artifacts(folder).items() if not settings[name]}
+    paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs")]
+    inputs = tuple(path for path in (*paths, *settings["onnx"]) if path)
+    for output in filter(None, (report, junit)):
+        check_output(output, force=force, inputs=inputs)
     found = run(tolerances=_tolerances(tolerances), progress=progress, **settings)
-    if report:
-        with staged_file(report, force=force) as partial:
-            partial.write_text(render_html(found), encoding="utf-8")
-    shown = [render_text(found), *([f"report: {Path(report)}"] if report else [])]
+    lines = []
+    for output in filter(None, (report, junit)):
+        bundle = open_bundle(settings["bundle"]) if settings["bundle"] else None
+        text = found.to_junit() if output == junit else render_html(found, bundle)
+        with staged_file(output, force=force) as partial:
+            partial.write_text(text, encoding="utf-8")
+        lines.append(f"report: {Path(output)}")
+    shown = [render_text(found), *lines]
     return Outcome({"validate": found.to_dict()}, shown, found.notes, failure_of(found))
+
+
+def find_artifacts(folder: str) -> dict[str, Any]:
+    """Finds what belongs to a merged folder by its manifest, in it and in the folder around it."""
+    from ..bundle.file import SUFFIX, Bundle
+    from ..errors import FourierFTError, UsageError
+    from ..files import strict_json
+    from ..files.container import read_file
+    from ..onnx_graph.describe import describe_onnx
+
+    path = Path(folder) / "manifest.json"
+    manifest = strict_json.loads(read_file(path), str(path))
+    try:
+        hashes = [bundle["sha256"] for bundle in manifest["bundles"]]
+        name = Path(manifest["base"]["name"]).name
+    except (KeyError, TypeError):
+        hashes, name = [], ""
+    places = [Path(folder), Path(folder).absolute().parent]
+    base = places[1] / name
+    if len(hashes) != 1 or not (base / "config.json").is_file():
+        found = f"{len(hashes)} bundles, and no model at {base}"
+        expected = "a folder that merge wrote of one bundle, with its base next to it"
+        raise UsageError(folder, expected=expected, found=found, remedy="name them with options")
+    files = [file for place in places for file in sorted(place.iterdir()) if file.is_file()]
+    found_bundle, graphs = None, []
+    for file in files:
+        try:
+            if file.name.endswith(SUFFIX) and Bundle.load(file).sha256 == hashes[0]:
+                found_bundle = str(file)
+            if file.suffix == ".onnx":
+                adapter = describe_onnx(file)["adapter"] or {}
+                held = {one["bundle_sha256"] for one in adapter.get("adapters", ())}
+                graphs += [str(file)] if held == set(hashes) else []
+        except FourierFTError:
+            continue  # a file of another kind, which is none of this validation's business
+    return {"base": str(base), "bundle": found_bundle, "merged": folder, "onnx": tuple(graphs)}
 
 
 def _tolerances(words: tuple[str, ...]) -> dict[str, float]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..types import html_table
+
 LOW_SURVIVAL = 0.5
 
 
@@ -64,6 +66,12 @@ class MergeReport:
         """Return the report as JSON values."""
         fields = asdict(self)
         return fields | {"out": str(self.out), "base": str(self.base), "shards": {**self.shards}}
+
+    def _repr_html_(self) -> str:
+        facts = {"out": self.out, "base": self.base, "dtype": self.dtype, "bytes": self.nbytes}
+        rows = ((layer.name, layer.shape, layer.survival) for layer in self.layers)
+        heading = ("layer", "shape", "share of weights that changed")
+        return html_table("Merge", facts, [heading, *rows])
 
 
 def find_least_survival(layers: Sequence[LayerReport]) -> LayerReport | None:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..types import html_table
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -47,6 +49,14 @@ class ExportReport:
         """The report as plain lists and dictionaries, for JSON."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
+
+    def _repr_html_(self) -> str:
+        names = ("path", "mode", "opset", "nodes", "bytes")
+        facts = {name: getattr(self, name) for name in names}
+        facts |= {"layers": len(self.layers), "adapters": ", ".join(self.adapters)}
+        inputs = (("input", name, shape) for name, shape in self.inputs.items())
+        outputs = (("output", name, shape) for name, shape in self.outputs.items())
+        return html_table("ONNX file", facts, [*inputs, *outputs])
 
 
 def report_on(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bundle.file import Bundle
 from ..errors import missing_extra, printable
-from .report import OutputComparison, Report, Side
+from .plots import draw_bundle
+from .report import SIGNS, OutputComparison, Report, Side
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -137,12 +141,16 @@ def _pairs_table(report: Report, figures: tuple[str, ...]) -> Table:
     return table
 
 
-def render_html(report: Report) -> str:
-    """Renders the report as one HTML page that needs nothing else: no scripts, no links."""
+def render_html(report: Report, bundle: Bundle | None = None) -> str:
+    """Renders the report as one HTML page that needs nothing else: no scripts, no links.
+
+    With the bundle the page shows its layers: pictures of spectrum, entries and delta_W.
+    """
     try:
         import jinja2
     except ImportError as error:
         raise missing_extra("jinja2", "report", "a report as HTML") from error
+    drawn = find_spec("matplotlib") is not None
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -158,6 +166,8 @@ def render_html(report: Report) -> str:
         describe=describe_side,
         shapes=_shapes,
         versions=_versions(),
+        picture=b64encode(draw_bundle(bundle)).decode() if bundle and drawn else None,
+        sha256=None if bundle is None else bundle.sha256,
     )
     return page
 
@@ -192,7 +202,7 @@ def _rows(report: Report) -> Iterator[dict[str, str]]:
             yield {
                 "left": printable(pair.left),
                 "right": printable(pair.right),
-                "sign": "=" if pair.expect == "equal" else "≠",
+                "sign": SIGNS[pair.expect],
                 "output": printable(output.output),
                 # An output that need not change in a pair where another one does is no failure.
                 "verdict": "ok" if output.ok else "unchanged" if pair.ok else "FAILED",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
@@ -9,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..errors import ValidationError
-from ..types import Array
+from ..errors import ValidationError, printable
+from ..types import Array, html_table
 
 REPORT_SCHEMA = 1
+SIGNS = {"equal": "=", "different": "≠"}
+"""How a pair's expectation is written."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,11 @@ class Comparison:
         """Equal: every output agrees. Different: at least one output differs."""
         return (any if self.expect == "different" else all)(output.ok for output in self.outputs)
 
+    @property
+    def reason(self) -> str:
+        """Why the pair fails; empty if it does not."""
+        return "" if self.ok else next(output.reason for output in self.outputs if not output.ok)
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -226,6 +234,37 @@ class Report:
         if not self.causes:
             del data["causes"]
         return {"schema": self.schema, "ok": self.ok, "suspects": list(self.suspects), **data}
+
+    def to_json(self) -> str:
+        """Returns the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_junit(self) -> str:
+        """Returns the report as JUnit XML, which CI systems show: a test for each pair."""
+        from xml.etree import ElementTree
+
+        suite = ElementTree.Element("testsuite", name="fourierft-export validate")
+        pairs = [(f"{p.left} {SIGNS[p.expect]} {p.right}", p) for p in self.comparisons]
+        results = [(name, pair.ok, pair.reason) for name, pair in pairs]
+        results += [(f"problem {i}", False, text) for i, text in enumerate(self.problems, 1)]
+        for name, ok, reason in results:
+            case = ElementTree.SubElement(suite, "testcase", classname="validate", name=name)
+            if not ok:
+                text = "; ".join([reason, *map(str, self.causes)])
+                ElementTree.SubElement(case, "failure", message=printable(reason)).text = text
+        suite.set("tests", str(len(results)))
+        suite.set("failures", str(sum(not ok for _, ok, _ in results)))
+        return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+    def _repr_html_(self) -> str:
+        pairs = [
+            (pair.left, SIGNS[pair.expect], pair.right, "ok" if pair.ok else pair.reason)
+            for pair in self.comparisons
+        ]
+        found = (*self.problems, *map(str, self.causes))
+        title = "Validation: the artifacts agree" if self.ok else "Validation: they do not agree"
+        facts = {"task": self.task, "inputs": self.inputs, "found": ", ".join(found) or "nothing"}
+        return html_table(title, facts, pairs)
 
     def raise_for_failure(self) -> None:
         """Raises if the artifacts do not agree.

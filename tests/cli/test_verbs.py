@@ -205,7 +205,7 @@ def test_the_examples_work(
         verbose=False,
     )
     done = set()
-    order = "pack:0 unpack merge verify export pack:1 pack:2 recover apply validate inspect"
+    order = "pack:0 unpack merge verify export diff pack:1 pack:2 recover apply validate inspect"
     for name in order.split():
         verb, _, which = name.partition(":")
         command: Any = verbs.commands[verb]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from io import StringIO
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -133,6 +134,19 @@ def test_names_from_files_reach_neither_terminal_nor_page_unescaped() -> None:
     assert "\x1b" not in text and "[red]" in text
     page = render_html(report)
     assert "<script" not in page and "\x1b" not in page
+
+
+def test_junit_and_notebooks() -> None:
+    report = report_of(torch=2.0, other=2.1)
+    suite = ElementTree.fromstring(report.to_junit())
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
+    (failure,) = suite.iter("failure")
+    assert "y[0, 0] is -2 against -2.1" in (failure.get("message") or "")
+    assert json.loads(report.to_json()) == report.to_dict()
+    table = report._repr_html_()
+    assert "<td>torch</td><td>=</td><td>other</td>" in table and "do not agree" in table
+    evil = report_of(**{"<script>": 2.0, "other": 2.0})
+    assert "<script" not in evil._repr_html_() and ElementTree.fromstring(evil.to_junit())
 
 
 def test_the_page_stands_alone() -> None:

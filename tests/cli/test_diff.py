@@ -1,0 +1,104 @@
+"""diff, inspect --plot, and validate of a folder by its manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import fourierft_export as ff
+
+Verb = Callable[..., Any]
+
+
+@pytest.fixture
+def pair(stories_bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A bundle, and the same with a larger scaling, one spectrum changed and a layer less."""
+    bundle = ff.Bundle.load(stories_bundle)
+    spectra = {name: array.copy() for name, array in bundle.spectra.items()}
+    del spectra[bundle.layers[-1].name]
+    spectra[bundle.layers[0].name][3] += 1
+    spec = replace(bundle.spec, scaling=bundle.spec.scaling * 2, layers=bundle.layers[:-1])
+    return stories_bundle, ff.Bundle.build(spec, spectra).save(tmp_path / "other")
+
+
+def test_norms_are_those_of_delta_w(pair: tuple[Path, Path], run_verb: Verb) -> None:
+    from fourierft_export.spectral.delta import reference_delta
+
+    found = run_verb("diff", *pair).json["diff"]
+    bundles = [ff.Bundle.load(path) for path in pair]
+    assert found["only_left"] == [bundles[0].layers[-1].name] and found["only_right"] == []
+    assert found["scaling"] == [300.0, 600.0] and len(found["layers"]) == 9
+    for layer in found["layers"]:
+        a, b = (
+            reference_delta(
+                bundle.spectra[layer["name"]], bundle.entries(layer["name"]),
+                next(x.shape for x in bundle.layers if x.name == layer["name"]),
+                float(bundle.spec.scaling),
+            )
+            for bundle in bundles
+        )  # fmt: skip
+        assert layer["same_entries"]
+        assert layer["norms"] == pytest.approx([np.linalg.norm(a), np.linalg.norm(b)], rel=1e-9)
+        assert layer["distance"] == pytest.approx(np.linalg.norm(a - b), rel=1e-9)
+        cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+        assert layer["cosine"] == pytest.approx(cosine, rel=1e-9)
+
+
+def test_other_kinds_of_files(
+    stories_adapter: Path,
+    stories260k: Path,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    run_verb: Verb,
+) -> None:
+    found = run_verb("diff", stories_adapter, pair[0]).json["diff"]
+    assert found["layers"][0]["distance"] is None
+    found = run_verb("diff", stories_adapter, pair[0], "--base", stories260k).json["diff"]
+    assert all(layer["distance"] == 0 for layer in found["layers"])
+    ff.merge_checkpoint(stories260k, pair[0], tmp_path / "merged")
+    found = run_verb("diff", stories260k, tmp_path / "merged").json["diff"]
+    norms = run_verb("diff", *pair).json["diff"]["layers"]
+    for layer in norms:
+        change = found["tensors"].pop(f"{layer['name']}.weight")
+        assert change == pytest.approx(layer["norms"][0], rel=1e-5)
+    assert len(found["tensors"]) == 1
+    assert run_verb("diff", stories260k, pair[0]).code == 2
+    assert run_verb("diff", pair[0], tmp_path / "absent").code == 6
+
+
+def test_a_picture(
+    pair: tuple[Path, Path], stories_adapter: Path, tmp_path: Path, run_verb: Verb
+) -> None:
+    for source in (pair[0], stories_adapter):
+        out = tmp_path / f"{source.stem}.png"
+        assert run_verb("inspect", source, "--plot", out).code == 0
+        assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 5_000
+        assert run_verb("inspect", source, "--plot", out).code == 2
+
+
+def test_validate_finds_what_belongs_to_a_merged_folder(
+    stories260k: Path, pair: tuple[Path, Path], tmp_path: Path, run_verb: Verb
+) -> None:
+    shutil.copytree(stories260k, tmp_path / "base")
+    bundle = tmp_path / "b.fourierft.safetensors"
+    shutil.copy(pair[0], bundle)
+    shutil.copy(pair[1], tmp_path / "a.fourierft.safetensors")  # another one
+    ff.merge_checkpoint(tmp_path / "base", bundle, tmp_path / "merged")
+    page, xml = tmp_path / "report.html", tmp_path / "report.xml"
+    words = ["validate", tmp_path / "merged", "--samples", 8, "--report", page, "--junit", xml]
+    report = run_verb(*words).json["validate"]
+    assert [side["name"] for side in report["sides"]] == ["base", "torch", "merged"]
+    assert report["sides"][1]["source"].endswith(f" + {bundle}")
+    assert "data:image/png;base64," in page.read_text("utf-8")
+    suite = ElementTree.fromstring(xml.read_text("utf-8"))
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "0")
+    assert run_verb("validate", tmp_path / "base").code == 6
+    shutil.rmtree(tmp_path / "base")
+    assert run_verb("validate", tmp_path / "merged").code == 2
