@@ -31,19 +31,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The whole demo; files are named relative to `directory`.
+    """The whole demo: the base's figures, and what `ship` says of each adapter.
 
-    Attributes:
-        directory: where the files are.
-        seed: of everything random.
-        images: number of images by use, "train" and "test".
-        accuracy: of the base on the upright test images.
-        parameters: numbers in the base.
-        base: name of its checkpoint folder.
-        base_bytes: size of its weights: what every fully fine-tuned copy would cost.
-        adapters: what `ship` says of each.
-        picture: file name, or None where matplotlib is not installed.
-        seconds: by phase, and "total".
+    Files are named relative to `directory`; `picture` is None without matplotlib; `seconds` are by
+    phase and "total".
     """
 
     directory: Path
@@ -129,7 +120,7 @@ def run_demo(
                 folder, training, name, epochs=adapter_epochs, seed=seed, progress=report
             )
             report("merging, exporting, proving", number, len(digits.CHANGES))
-            adapter, views[name] = ship(folder, bundle, name, test.changed(digits.CHANGES[name]))
+            adapter, views[name] = ship(folder, bundle, name, test.changed(name))
             adapters.append(adapter)
             seconds[name] = round(time.monotonic() - started - sum(seconds.values()), 2)
         report("merging, exporting, proving", len(adapters), len(adapters))
@@ -166,7 +157,7 @@ def learn_adapter(
 
     base = _load(folder / BASE)
     base.config._name_or_path = BASE  # a bundle names its base: not by a path of this machine
-    collator = digits.collator(digits.CHANGES[name], seed)
+    collator = digits.collator(seed, digits.CHANGES[name])
     task = TrainingTask(base, data.rows(), data_collator=collator)
     # Found by experiment. The scaling is PEFT's default; at the paper's for vision transformers,
     # 300, the learning rate would be half of it (0.2 to 0.3 there).

@@ -19,35 +19,24 @@ def render(result: DemoResult) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    adapters = result.adapters
-    copies = len(adapters) * result.base_bytes
-    bundles = sum(adapter["bundle_bytes"] for adapter in adapters)
-    accuracy = [
-        [
-            f"{a['name']} images",
-            f"{a['accuracy_before']:.1%}",
-            f"[bold green]{a['accuracy_after']:.1%}[/]",
-            " / ".join(sorted({f"{value:.1%}" for value in a["accuracy_onnx"].values()})),
-            _bytes(a["bundle_bytes"]),
-            _bytes(result.base_bytes),
-            f"{a['bundle_bytes'] / result.base_bytes:.1%}",
-        ]
-        for a in adapters
-    ]
-    agreement = [
-        [f"{a['merged']}/" if one == "merged" else one, f"{d:.1e}", f"{a['logits_scale']:.1f}"]
-        for a in adapters
-        for one, d in a["max_abs"].items()
-    ]
-    files = [[f"{result.base}/", _bytes(result.base_bytes), "the base checkpoint"]]
+    adapters, base_bytes = result.adapters, result.base_bytes
+    copies, bundles = len(adapters) * base_bytes, sum(a["bundle_bytes"] for a in adapters)
+    accuracy, files = [], [[f"{result.base}/", _bytes(base_bytes), "the base checkpoint", ""]]
     for a in adapters:
-        files.append([a["bundle"], _bytes(a["bundle_bytes"]), "the adapter, packed"])
-        files.append([f"{a['merged']}/", _bytes(result.base_bytes), "base + adapter"])
-        for file, size in a["onnx_bytes"].items():
-            files.append([file, _bytes(size), "base + adapter, for ONNX Runtime"])
-    files += [[result.picture, "", "a picture of it all"]] if result.picture else []
-    heads = ("adapter for", "before", "after", "ONNX Runtime", "adapter", "model", "share")
-    compared = ("compared with PyTorch + bundle", "max abs difference", "of logits up to")
+        onnx = sorted({f"{value:.1%}" for value in a["accuracy_onnx"].values()})
+        after, share = f"{a['accuracy_after']:.1%}", f"{a['bundle_bytes'] / base_bytes:.1%}"
+        before = f"{a['accuracy_before']:.1%}"
+        accuracy.append([f"{a['name']} images", before, after, " / ".join(onnx), share])
+        files.append([a["bundle"], _bytes(a["bundle_bytes"]), "the adapter, packed", ""])
+        sizes = {"merged": base_bytes, **a["onnx_bytes"]}
+        for file, size in sizes.items():
+            name = f"{a['merged']}/" if file == "merged" else file
+            difference = f"{a['max_abs'][file]:.1e} of {a['logits_scale']:.1f}"
+            files.append([name, _bytes(size), "base + adapter", difference])
+    files += [[result.picture, "", "a picture of it all", ""]] if result.picture else []
+    files.append(["report.json", "", "these numbers", ""])
+    where = f"{result.directory} ({result.seconds['total']:.0f} s)"
+    heads = ("accuracy on", "before", "after", "ONNX Runtime", "adapter's share of the model")
     return Group(
         f"A vision transformer of {result.parameters:,} parameters, trained on "
         f"{result.images['train']:,} upright digits, reads {result.accuracy:.1%} of "
@@ -55,25 +44,18 @@ def render(result: DemoResult) -> RenderableType:
         _table(heads, accuracy),
         f"\n{len(adapters)} adapters: {_bytes(bundles)}; {len(adapters)} fine-tuned copies of the "
         f"model: {_bytes(copies)}, {copies / bundles:.0f} times as much\n",
-        _table(compared, agreement),
-        "",
-        Text(
-            f"{result.directory} ({result.seconds['total']:.0f} s)",
-            style="bold",
-            no_wrap=True,
-            overflow="fold",
-        ),
-        _table(("", "", ""), [*files, ["report.json", "", "these numbers"]]),
+        Text(where, style="bold", no_wrap=True, overflow="fold"),
+        _table(("file", "size", "what it is", "logits differ from PyTorch by"), files),
     )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, show_header=any(heads))
+    table = Table(box=None, pad_edge=False)
     for place, head in enumerate(heads):
-        middle = place and not (place == 2 and not any(heads))
-        table.add_column(head, justify="right" if middle else "left", overflow="fold")
+        left = place == 0 or head == "what it is"
+        table.add_column(head, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

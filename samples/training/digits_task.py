@@ -43,8 +43,8 @@ def rotated() -> dict[str, Any]:
     base = digits.pretrain(train, epochs=15, seed=0, progress=lambda *_: None)
     return {
         "model": Reader(base),
-        "train_dataset": train.changed(digits.rotated).rows(),
-        "eval_dataset": test.changed(digits.rotated).rows(),
+        "train_dataset": train.changed("rotated").rows(),
+        "eval_dataset": test.changed("rotated").rows(),
         "compute_metrics": accuracy,
         "metric_for_best_model": "accuracy",
     }
