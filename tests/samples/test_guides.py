@@ -185,6 +185,21 @@ def check_own_trainer(folder: Path, printed: str) -> None:
     assert found["bytes of a checkpoint"] < 3e6  # most of it is the tokenizer
 
 
+def check_runtimes(folder: Path, printed: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    model, ids = adapted(base, folder / "a.fourierft.safetensors"), np.arange(12).reshape(2, 6)
+    got = run(folder / "unmerged.onnx", {"input_ids": ids, "attention_mask": ids**0})
+    np.testing.assert_allclose(got, model(torch.from_numpy(ids)).logits, atol=1e-4)
+    errors = re.findall(r"^onnxruntime  .*torch (\S+)$", printed, re.MULTILINE)
+    assert len(errors) == 5
+    assert max(map(float, errors)) < 1e-4
+    assert {"model.onnx", "genai_config.json"} <= {
+        f.name for f in (folder / "genai-bank").iterdir()
+    }
+
+
 GUIDES = {
     "training/plain_loop.py": check_plain_loop,
     "training/digits_task.py": check_digits_task,
@@ -194,6 +209,7 @@ GUIDES = {
     "foreign_onnx/adapt.py": check_foreign_onnx,
     "peft_to_onnx/convert.py": check_peft_to_onnx,
     "many_tenants/serve.py": check_many_tenants,
+    "runtimes/run.py": check_runtimes,
 }
 
 
