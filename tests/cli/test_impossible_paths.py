@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fourierft_export as ff
@@ -219,3 +220,23 @@ def test_an_index_of_very_many_shards(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["inspect", str(tmp_path)]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "at most 10,000 shards, found 20,000" in line
+
+
+def test_bombs(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """128 MB of zeros in an npz file of 130 KB, 20 million rows in a parquet file of 230 KB."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(inputs)
+    np.savez_compressed("bomb.npz", input_ids=np.zeros((2**21, 8), np.int64))
+    text = pa.DictionaryArray.from_arrays(np.zeros(20_000_000, np.int8), ["a"])
+    pq.write_table(pa.table({"text": text, "label": text}), "bomb.parquet")
+    for words, says in (
+        ("validate --base base --bundle bundle --merged merged --inputs bomb.npz", "above"),
+        ("train --model base --task text-classification --data bomb.parquet -o out", "at most"),
+    ):
+        assert run(words.split()) == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
