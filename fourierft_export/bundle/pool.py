@@ -171,6 +171,11 @@ class Pool(Mapping[str, Bundle]):
             )
         return _decode(template, strict_json.loads(own, where), payload, where)
 
+    def __contains__(self, name: object) -> bool:
+        with self._lock, self._reading():
+            query = "SELECT 1 FROM adapter WHERE name = ?"
+            return self._database.execute(query, (str(name),)).fetchone() is not None
+
     def __iter__(self) -> Iterator[str]:
         with self._lock, self._reading():
             rows = self._database.execute("SELECT name FROM adapter ORDER BY name").fetchall()

@@ -278,6 +278,9 @@ def test_onnx_takes_a_pool(tmp_path: Path) -> None:
     ff.export_onnx(model, x, tmp_path / "swap.onnx", mode="swappable")
     session = ff.AdapterSession(tmp_path / "swap.onnx")
     session.load_pool(path)
+    assert session.adapters == ()  # each is read when a run names it
+    with pytest.raises(UsageError):
+        session.run({"input": x.numpy()}, "t3")
     for name, want in wanted.items():
         found = session.run({"input": x.numpy()}, name)["output"]
         np.testing.assert_allclose(found, want, atol=1e-5)

@@ -91,6 +91,7 @@ class AdapterSession:
         self._lock = threading.RLock()
         self._baked_in = graph.adapters
         self._adapters: dict[str, dict[str, Array]] = {}
+        self._pool: tuple[Pool, bool] | None = None
         self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
         weights = None
         if self.mode == PAIRED:
@@ -173,6 +174,8 @@ class AdapterSession:
     ) -> None:
         """Make all adapters of a pool available under their names.
 
+        Each is read, and checked as in `load`, when a run first names it; in a bank all at once.
+
         Args:
             pool: an open pool, or its file.
             allow_base_mismatch: accept a base other than the one they were trained on.
@@ -181,6 +184,9 @@ class AdapterSession:
             UsageError, BaseMismatchError, BadInputError: as in `load`.
         """
         opened = pool if isinstance(pool, Pool) else Pool(pool)
+        if self._interface is not None and self.mode != BANK:
+            self._pool = opened, allow_base_mismatch
+            return
         for name, bundle in opened.items():
             self.load(name, bundle, allow_base_mismatch=allow_base_mismatch)
 
@@ -282,6 +288,9 @@ class AdapterSession:
         with self._lock:
             if name is None:
                 return self._kept.values(None, self._base)
+            if self._pool is not None and name not in self._adapters and name in self._pool[0]:
+                pool, allow_base_mismatch = self._pool
+                self.load(name, pool[name], allow_base_mismatch=allow_base_mismatch)
             check_known([name], self._adapters, self.adapters)
             return self._kept.values(name, self._adapters[name])
 
