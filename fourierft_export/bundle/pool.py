@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -44,21 +44,13 @@ _EntryKind = tuple[object, ...]
 
 @dataclass(frozen=True)
 class _Template:
-    """What many adapters share: everything but seed, scaling, hashes of entries and numbers.
+    """What many adapters share: everything but seed, scaling, hashes of entries and numbers."""
 
-    Attributes:
-        bundle: the shared bundle, with zeros for numbers.
-        parts: (tensor, dtype, shape, offset) of what an adapter's payload holds, in order.
-        rows: tensor of spectra -> its layers.
-        kinds: the layers' shapes, n and entry rules, each once: an adapter has a hash for each.
-        size: of a payload in bytes.
-    """
-
-    bundle: Bundle
-    parts: tuple[tuple[str, np.dtype[np.generic], tuple[int, ...], int], ...]
-    rows: Mapping[str, tuple[str, ...]]
-    kinds: tuple[_EntryKind, ...]
-    size: int
+    bundle: Bundle  # with zeros for numbers
+    parts: tuple[tuple[str, np.dtype[np.generic], tuple[int, ...], int], ...]  # of payloads
+    rows: Mapping[str, tuple[str, ...]]  # tensor of spectra -> its layers
+    kinds: tuple[_EntryKind, ...]  # an adapter has one hash of entries for each
+    size: int  # of a payload in bytes
 
 
 class Pool(Mapping[str, Bundle]):
@@ -226,12 +218,7 @@ class Pool(Mapping[str, Bundle]):
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _template(self, number: int) -> _Template:

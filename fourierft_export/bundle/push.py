@@ -23,13 +23,7 @@ BUNDLE_NAME = f"adapter{SUFFIX}"
 
 
 def model_card(bundle: Bundle, repo: str, metrics: Mapping[str, float] | None = None) -> str:
-    """Writes the README.md of a bundle's repository.
-
-    Args:
-        bundle: the adapter.
-        repo: the repository's id, for the example.
-        metrics: name -> value, as training measured them.
-    """
+    """Writes the README.md of a bundle's repository, with metrics as training measured them."""
     facts = describe_bundle(bundle)
     base = bundle.spec.base_model
     names = base is not None and parse_hub_id(base) is not None

@@ -46,12 +46,7 @@ def example_inputs(
 ) -> dict[str, torch.Tensor]:
     """Makes deterministic inputs; a quarter of the last row is padding, so that the mask matters.
 
-    Args:
-        model: a transformers model.
-        batch, length: sizes of the two axes; 2 or more, or torch traces them as constants.
-
-    Returns:
-        By name: int64 (batch, length); for images pixel_values (batch, channels, height, width).
+    `batch` and `length` are 2 or more, or torch traces them as constants.
     """
     import torch
 

@@ -71,15 +71,9 @@ def find_bridge(names: Iterable[str], roots: Iterable[str], has: Callable[[str],
 def renamed_modules(
     directory: Path, config: Mapping[str, Any], tensors: Collection[str]
 ) -> dict[str, str]:
-    """Finds the module paths of a loaded model that differ from those in its checkpoint.
+    """Maps module paths of a loaded Hugging Face model to those in its checkpoint that differ.
 
-    Args:
-        directory, config: of a Hugging Face model.
-        tensors: its tensor names.
-
-    Returns:
-        Path of the module in the loaded model -> path in the checkpoint, without tensors that
-        transformers merges or splits; empty if it is not installed or does not know the model.
+    Tensors that transformers merges or splits are left out, and models that it does not know.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -292,19 +292,6 @@ def test_paths_that_hold_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
     check_pack_refuses(empty, BadInputError, "with adapter_config.json, found no such", capsys)
 
 
-def test_an_adapter_in_a_download_cache_is_links(adapter_dir: MakeAdapter, tmp_path: Path) -> None:
-    """snapshots/REVISION/FILE -> ../../blobs/HASH, as the Hugging Face cache has it."""
-    source = adapter_dir()
-    repository = tmp_path / "models--someone--adapter"
-    snapshot = repository / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (repository / "blobs").mkdir()
-    for file in source.iterdir():
-        file.rename(repository / "blobs" / file.name)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
-    assert len(from_peft(snapshot).layers) == 4
-
-
 def test_adapters_in_subfolders(
     adapter_dir: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
