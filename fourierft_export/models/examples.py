@@ -1,4 +1,4 @@
-"""Example inputs to trace a transformers model with, and the usual names of inputs and outputs."""
+"""Example inputs to trace a transformers model with, and the usual names of inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .task import get_task
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +24,6 @@ def input_names(model: torch.nn.Module) -> list[str]:
     types = getattr(getattr(model, "config", None), "type_vocab_size", 0) or 0
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if types > 1 else [])
     return [name for name in names if name in accepted]
-
-
-def output_names(model: torch.nn.Module, task: str) -> list[str]:
-    """Names of a model's outputs for `task`; pooler_output only if the encoder has a pooler."""
-    names = list(get_task(task).outputs)
-    if "pooler_output" in names and getattr(model, "pooler", None) is None:
-        names.remove("pooler_output")
-    return names
 
 
 def dynamic_axes(inputs: Iterable[str]) -> dict[str, dict[int, str]]:
@@ -54,7 +45,13 @@ def example_inputs(
     names = input_names(model)
     if names == [IMAGES]:
         return {IMAGES: _images(config, batch).to(next(model.parameters()).dtype)}
-    vocabulary = int(config.get_text_config().vocab_size)
+    if "input_ids" not in names:
+        where = f"example inputs for {type(model).__name__}"
+        wanted = str(getattr(model, "main_input_name", "others"))
+        remedy = "call export_onnx with inputs of your own"
+        raise UsageError(where, expected="a model of text or images", found=wanted, remedy=remedy)
+    # CANINE has no vocabulary: it takes any character's number.
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", None) or 128)
     ids = torch.arange(batch * length).reshape(batch, length) * 7919 % max(vocabulary - 1, 1) + 1
     end = getattr(config, "eos_token_id", None)
     # Every row ends in the end-of-text token: BART's classifiers look for it.

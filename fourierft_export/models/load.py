@@ -34,6 +34,11 @@ def load_model(
         directory, task, num_labels=num_labels, dtype=dtype
     )
     missing, mismatched = (sorted({*one} - {*provided}) for one in (missing, mismatched))
+    pooler = [name for name in missing if name.startswith("pooler.")]
+    if pooler and get_task(task).auto_class == "AutoModel":
+        # Encoders such as roberta-base are published without: they give no pooler_output.
+        missing = [name for name in missing if name not in pooler]
+        model.register_module("pooler", None)
     if missing or mismatched:
         raise BaseMismatchError(
             directory,

@@ -125,9 +125,11 @@ def likely_task(config: Mapping[str, Any], task_type: str | None) -> Task | None
         task_type: PEFT's task_type of the adapter. It counts first: only it says that a bare
             encoder has become a classifier.
     """
+    architecture = architecture_of(config) or ""
+    if architecture.endswith("ForMultipleChoice"):  # PEFT calls it a classification of sequences
+        return None
     if task_type in _BY_PEFT_TYPE:
         return _BY_PEFT_TYPE[task_type]
-    architecture = architecture_of(config) or ""
     if architecture.endswith(_CAUSAL_ENDINGS):
         return _BY_NAME["text-generation"]
     if architecture.endswith("EncoderModel"):

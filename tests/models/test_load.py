@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import logging as tf_logging
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
-from fourierft_export.models.examples import example_inputs, input_names, output_names
+from fourierft_export.models.examples import example_inputs, input_names
 from fourierft_export.models.load import load_model, quiet_transformers
 
 FEATURES, CLASSES, CAUSAL = "feature-extraction", "text-classification", "text-generation"
@@ -30,7 +30,6 @@ def test_a_causal_model_loads_and_runs(stories260k: Path) -> None:
     assert inputs["attention_mask"].sum().item() == 3 * 8 - 2
     assert inputs["input_ids"].max() < 512
     assert model(**inputs).logits.shape == (3, 8, 512)
-    assert output_names(model, CAUSAL) == ["logits"]
     again = example_inputs(model, batch=3, length=8)
     assert all(torch.equal(inputs[name], again[name]) for name in inputs)
 
@@ -58,11 +57,9 @@ def test_a_head_that_nobody_provides_is_an_error(minilm_dir: Path) -> None:
 
 def test_an_encoder_gives_features(minilm_dir: Path) -> None:
     model = load_model(minilm_dir, FEATURES)
-    assert output_names(model, FEATURES) == ["last_hidden_state", "pooler_output"]
     found = model(**example_inputs(model, batch=2, length=12))
     assert found.last_hidden_state.shape == (2, 12, 384)
     model.pooler = None
-    assert output_names(model, FEATURES) == ["last_hidden_state"]
 
 
 def test_inputs_that_do_not_count_are_left_out(tiny_model: Callable[[str], Any]) -> None:

@@ -26,7 +26,7 @@ from ...bundle.peft import CONFIG_FILE as ADAPTER_CONFIG
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...models.base import Base, open_base
-from ...models.examples import dynamic_axes, example_inputs, output_names
+from ...models.examples import dynamic_axes, example_inputs
 from ...models.load import load_model
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
@@ -37,7 +37,7 @@ from ..report import ExportReport
 from .export import Output, export_adapters
 from .genai import list_genai_files, write_genai_files
 from .model_parts import CachedModel, EncoderView
-from .trace import check_versions
+from .trace import check_versions, list_outputs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,7 +150,7 @@ def export_pretrained(
     else:
         inputs = example_inputs(model)
         options["dynamic_shapes"] = dynamic_axes(inputs)
-        options["output_names"] = output_names(model, task)
+        options["output_names"] = list_outputs(traced, inputs, get_task(task).outputs)
     output = Output(path, mode, defaults, absent, inline, ir_version, external_data, force)
     report = export_adapters(
         traced, inputs, adapters, named, output, progress, opset=opset, **options

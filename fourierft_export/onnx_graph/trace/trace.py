@@ -18,12 +18,13 @@ from ..modes.functions import IR_VERSION as FUNCTIONS_IR_VERSION
 
 Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
-# Settings of transformers' models that add outputs or change their type.
-_PLAIN_OUTPUT = {
+# Settings of transformers' models: no more outputs, by name; and experts by operators of ONNX.
+_SETTINGS = {
     "use_cache": False,
     "output_attentions": False,
     "output_hidden_states": False,
     "return_dict": True,
+    "_experts_implementation": "batched_mm",
 }
 # From opset 23 on torch writes fused operators. Its RotaryEmbedding leaves out the broadcast over
 # the batch, which ONNX wants and ONNX Runtime checks: so newer graphs are those of 22, converted.
@@ -51,11 +52,9 @@ def trace(
         output_names: some of the keys of a dictionary or ModelOutput leave out the other outputs.
         optimise: optimises the exporter's graph in place.
     """
-    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    several = () if kwargs else example_inputs
-    args = (several,) if isinstance(several, torch.Tensor) else tuple(several)
-    with _evaluating(model), _plain_outputs(model), torch.no_grad():
-        every = _output_names(model(*args, **kwargs), output_names)
+    args, kwargs = _arguments(example_inputs)
+    with _evaluating(model), _settings(model), torch.no_grad():
+        every = _output_names(_run(model, args, kwargs), output_names)
         with _quiet():
             try:
                 program = torch.onnx.export(
@@ -94,6 +93,34 @@ def trace(
         _raise_opset(graph, opset)
     _keep_outputs(graph, output_names or every)
     return graph
+
+
+def list_outputs(model: nn.Module, example_inputs: Inputs, names: Sequence[str]) -> list[str]:
+    """Those of these outputs that a model gives by name."""
+    with _evaluating(model), _settings(model), torch.no_grad():
+        given = _run(model, *_arguments(example_inputs))
+    return [name for name in names if given.get(name) is not None]
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return ((inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)), {}
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's outputs; what its code raises becomes an error of the example inputs."""
+    try:
+        return model(*args, **kwargs)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"export of {type(model).__name__}",
+            expected=f"a model that runs on the example inputs {', '.join(kwargs) or 'given'}",
+            found=_first_line(error),
+            remedy="correct the model's config.json, or call export_onnx with inputs of your own",
+        ) from error
 
 
 def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
@@ -159,13 +186,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """A transformers model without cache, attentions and hidden states among its outputs."""
+def _settings(model: nn.Module) -> Iterator[None]:
+    """A transformers model as it can be exported."""
     config = getattr(model, "config", None)
-    before = {name: getattr(config, name) for name in _PLAIN_OUTPUT if hasattr(config, name)}
+    before = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
     try:
         for name in before:
-            setattr(config, name, _PLAIN_OUTPUT[name])
+            setattr(config, name, _SETTINGS[name])
         yield
     finally:
         for name, value in before.items():
