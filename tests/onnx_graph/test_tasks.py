@@ -263,7 +263,7 @@ def test_merged_checkpoints_and_graphs_are_validated(made: Made, tmp_path: Path)
     compared = {name for pair in report.comparisons for name in (pair.left, pair.right)}
     assert {"torch", "peft", "merged", *(f"onnx:{mode}.onnx" for mode in made.exports)} <= compared
     if images:
-        with pytest.raises(UsageError, match="pixel_values|--inputs"):
+        with pytest.raises(UsageError, match=r"pixel_values|--inputs"):
             validate(base=made.base, bundle=made.bundle, onnx=files)
 
 
