@@ -242,8 +242,11 @@ class Bundle:
 
 
 def _frozen(arrays: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Read-only copies."""
-    copies = {name: np.array(array, copy=True, order="C") for name, array in arrays.items()}
+    """Read-only copies in the machine's byte order, which torch needs."""
+    copies = {
+        name: np.array(array, array.dtype.newbyteorder("="), copy=True, order="C")
+        for name, array in arrays.items()
+    }
     for copy in copies.values():
         copy.setflags(write=False)
     return MappingProxyType(copies)

@@ -164,7 +164,7 @@ def _layer_offenders(
         entries = explicit.get(name)
         if entries is None or entries.shape != (n, 2) or entries.dtype.kind not in "iu":
             yield f"layer {name}: explicit entries of shape [{n}, 2] expected"
-        elif (entries < 0).any() or (entries >= np.array(layer.shape)).any():
+        elif (entries < 0).any() or (entries >= np.minimum(layer.shape, 2**32)).any():  # as U32
             yield f"layer {name}: entries outside {list(layer.shape)}"
         elif len(np.unique(entries, axis=0)) != n:
             yield f"layer {name}: an entry appears twice"

@@ -132,6 +132,7 @@ def test_the_same_content_gives_the_same_bytes() -> None:
         {name: a.astype(np.int32) for name, a in bundle.explicit_entries.items()},
     )
     assert other.to_bytes() == bundle.to_bytes()
+    assert all(array.dtype.isnative for array in other.saved.values())  # torch takes no others
     assert Bundle.from_bytes(bundle.to_bytes()).to_bytes() == bundle.to_bytes()
 
 
@@ -205,6 +206,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "spectrum of text": ({"spectra": {"a": np.array(["x", "y"])}}, "no float"),
     "shape just too large": (one(replace(BOUND, shape=(2**33 + 1, 1))), "outside 1 to 2\\^33"),
     "explicit entry outside": (one(EXPLICIT_ONE, entries=[[0, 0], [0, 2]]), "outside"),
+    "explicit entry above 2^32": (
+        one(replace(EXPLICIT_ONE, shape=(2**33, 1)), entries=[[2**32, 0], [0, 0]]),
+        "outside",
+    ),
     "explicit entry twice": (one(EXPLICIT_ONE, entries=[[1, 0], [1, 0]]), "twice"),
     "explicit entries of floats": (one(EXPLICIT_ONE, entries=np.ones((2, 2))), "explicit entries"),
     "the header's own name": ({"saved": {"__metadata__": PAIR}}, "reserved"),
