@@ -205,6 +205,14 @@ def stack(shape: list[int], data: bytes, dtype: str = "F32", i: int = 0) -> tupl
 
 
 EIGHT = stack([2, 4], floats([1.0] * 8))
+
+
+def more(name: str, shape: list[int], data: bytes, dtype: str = "F32") -> dict[str, Any]:
+    """The usual spectra and one more tensor."""
+    return {"tensors": [EIGHT, (name, dtype, shape, data)]}
+
+
+PRINTS = more("fourierft.fingerprint.0", [2, 32], bytes(64), "U8")
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     # the metadata as text
     "text not canonical": ({"text": '{"version": 1}'}, "canonical JSON"),
@@ -220,29 +228,22 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "version true": ({"version": True}, "field version: expected int, found bool"),
     "unknown key": ({"later": 1}, "no unknown fields, found later"),
     "seed true": ({"seed": True}, "field seed: expected int, found bool"),
-    "seed 1.5": ({"seed": 1.5}, "field seed: expected int, found float"),
     "seed of 80 bits": ({"seed": 2**80}, "64 bits"),
     "scaling true": ({"scaling": True}, "field scaling: expected int or float"),
     "scaling 1e39": ({"scaling": 1e39}, "float32 number"),
     "scaling of 390 digits": ({"scaling": 10**389}, "float32 number"),
-    "base_model a list": ({"base_model": []}, "field base_model: expected str"),
     "groups an object": ({"groups": {}}, "field groups: expected list"),
     "no groups": ({"groups": []}, "no layers"),
     "a group is a number": ({"groups": [5]}, "group 0: expected a JSON object"),
     "peft a list": ({"peft": []}, "field peft: expected dict"),
     "peft with other keys": ({"peft": {"put": {}}}, "no unknown fields, found put"),
-    "peft set a list": ({"peft": {"set": [["a", 1]]}}, "field set: expected dict"),
     "peft absent a number": ({"peft": {"absent": 5}}, "field absent: expected list"),
     # layers
     "layers text": (group(layers="a"), "field layers: expected list"),
     "layers of numbers": (group(layers=[1]), "templates as text"),
-    "no layers": (group(layers=[]), "2 layers, one for each spectrum, found 0"),
     "a layer name twice": (group(layers=["a", "a"]), "a layer name twice"),
     "a million layers": (group(layers=["a.{0-999999}"]), "well-formed layer templates"),
-    "100,000 layers": (
-        group(layers=["a.{0-99999}"]),
-        "at most 2 are allowed",
-    ),
+    "100,000 layers": (group(layers=["a.{0-99999}"]), "at most 2 are allowed"),
     "a layer in two groups": (
         {"groups": [GROUP, GROUP], "tensors": [EIGHT, stack([2, 4], floats([1.0] * 8), i=1)]},
         "layer block.0.lin: its name appears twice",
@@ -257,11 +258,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     # row 4: sizes
     "1e9 x 1e9": (group(shape=[10**9, 10**9]), "outside 1 to 2\\^33"),
     "shape 0": (group(shape=[0, 4]), "outside 1 to 2\\^33"),
-    "shape of one size": (group(shape=[16]), "two whole numbers"),
-    "shape 4.0": (group(shape=[4.0, 4]), "two whole numbers"),
     "shape true": (group(shape=[True, 4]), "two whole numbers"),
     "n 0": (group(n_frequency=0), "of shape .L, 0., found shape"),
-    "n negative": (group(n_frequency=-4), "of shape .L, -4., found"),
     "n 1e9": (group(n_frequency=10**9), ".L, 1000000000., found shape \\[2, 4\\]"),
     "n above M*N": (group(shape=[1, 3]), "above the 3 elements"),
     "n and the spectrum differ": (group(n_frequency=3), "found shape \\[2, 4\\]"),
@@ -269,38 +267,22 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "shape alone": (group(entry_rule=None, entries_sha256=None), "given together"),
     "hash missing": (group(entries_sha256=None), "together"),
     "unknown rule": (group(entry_rule="large"), "unknown entry rule 'large'"),
-    "hash a number": (group(entries_sha256=5), "field entries_sha256: expected str"),
     "fan_in_fan_out 1": (group(fan_in_fan_out=1), "field fan_in_fan_out: expected bool"),
     "unknown key of a group": (group(rank=8), "no unknown fields, found rank"),
     "fingerprints promised": (group(base_dtype="F32"), "fourierft.fingerprint.0"),
-    "fingerprints of an unknown dtype": (
-        {
-            **group(base_dtype="F31"),
-            "tensors": [EIGHT, ("fourierft.fingerprint.0", "U8", [2, 32], bytes(64))],
-        },
-        "known dtype",
-    ),
-    "fingerprints without base_dtype": (
-        {"tensors": [EIGHT, ("fourierft.fingerprint.0", "U8", [2, 32], bytes(64))]},
-        "reserved",
-    ),
+    "fingerprints of an unknown dtype": ({**group(base_dtype="F31"), **PRINTS}, "known dtype"),
+    "fingerprints without base_dtype": (PRINTS, "reserved"),
     # explicit entries
     "entries promised": (group(entry_rule="explicit"), "fourierft.entries.0"),
     "entries of floats": (
-        {
-            **group(entry_rule="explicit"),
-            "tensors": [EIGHT, ("fourierft.entries.0", "F32", [4, 2], floats([0.5] * 8))],
-        },
+        {**group(entry_rule="explicit"), **more("fourierft.entries.0", [4, 2], bytes(32))},
         "entries of dtype U32",
     ),
     # tensors
     "no spectrum": ({"tensors": [("x", "F32", [1], bytes(4))]}, "found none"),
     "spectrum of integers": ({"tensors": [stack([2, 4], bytes(32), "I32")]}, "which is no float"),
-    "tensor of half bytes": (
-        {"tensors": [EIGHT, ("x", "F4", [4], bytes(2))]},
-        "whole bytes per element",
-    ),
-    "a reserved name": ({"tensors": [EIGHT, ("fourierft.x", "F32", [1], bytes(4))]}, "reserved"),
+    "tensor of half bytes": (more("x", [4], bytes(2), "F4"), "whole bytes per element"),
+    "a reserved name": (more("fourierft.x", [1], bytes(4)), "reserved"),
     # row 5
     "NaN in float32": (
         {"tensors": [stack([2, 4], floats([1.0] * 7 + [float("nan")]))]},

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fourierft_export import Bundle, from_peft
-from fourierft_export.bundle.spec import AdapterSpec, Fingerprint, LayerSpec
+from fourierft_export.bundle.spec import Fingerprint, LayerSpec
 from fourierft_export.spectral.entries import entries_sha256, spectral_entries
 
 ROBERTA = [
@@ -74,11 +74,3 @@ def test_sizes(
     size = len(replace(bundle, spec=replace(bundle.spec, layers=bound)).to_bytes())
     assert size <= raw + 40 * len(names) + overhead
     assert size <= limit + 32 * len(names)
-
-
-def test_explicit_entries_cost_what_they_are() -> None:
-    entries = spectral_entries(1, (64, 64), 500, "small")
-    layer = LayerSpec("a", 500, (64, 64), False, "explicit", entries_sha256(entries))
-    spectra = {"a": np.ones(500, np.float32)}
-    bundle = Bundle.build(AdapterSpec(1, 1.0, (layer,)), spectra, {}, {"a": entries})
-    assert len(bundle.to_bytes()) < 500 * 4 + 500 * 8 + 600
