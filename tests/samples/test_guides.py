@@ -200,6 +200,13 @@ def check_runtimes(folder: Path, printed: str) -> None:
     }
 
 
+def check_signing(folder: Path, printed: str) -> None:
+    for name in ("a.fourierft.safetensors", "merged"):
+        assert f"{name}: signed True, verified True" in printed
+        assert f"{name}: verified with one bit changed False" in printed
+    assert "verify merged: True" in printed
+
+
 GUIDES = {
     "training/plain_loop.py": check_plain_loop,
     "training/digits_task.py": check_digits_task,
@@ -210,6 +217,7 @@ GUIDES = {
     "peft_to_onnx/convert.py": check_peft_to_onnx,
     "many_tenants/serve.py": check_many_tenants,
     "runtimes/run.py": check_runtimes,
+    "signing/sign.py": check_signing,
 }
 
 
