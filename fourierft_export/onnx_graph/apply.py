@@ -23,6 +23,7 @@ from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_pair
 from .interface import KEY
 from .locate.finder import Finder, Found
+from .locate.parts import join_parts
 from .locate.saved import find_saved, missing_saved
 from .locate.site import Site, Wanted, compare_site
 from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
@@ -76,7 +77,8 @@ def apply_onnx(
         base: the checkpoint that the graph was made from: binds unbound bundles, and finds
             weights by content.
         mapping: layer -> initializer, or `initializer[start:stop]` (outputs) in a packed weight,
-            for layers that are not found otherwise; of a quantised weight, its integers.
+            or `first+second` where the graph has the layer in parts; for layers that are not found
+            otherwise. Of a quantised weight, its integers.
         partial: leave out layers and saved tensors that the graph does not have, as where encoder
             and decoder are two files; a note lists them.
         opset: convert the graph to this opset first, with onnx.version_converter.
@@ -135,6 +137,10 @@ def apply_onnx(
     beside = mode in (SWAPPABLE, BANK)
     expanded = expand_functions(source, products=beside)
     finder = Finder(source)
+    joined = join_parts(finder, wanted, mapping)
+    if joined:
+        finder = Finder(source)
+        mapping = {layer: text for layer, text in mapping.items() if layer not in joined}
     found = finder.find(wanted, mapping)
     sites = found.sites
     absent: list[str] = []
@@ -154,6 +160,8 @@ def apply_onnx(
         else "give the model of the base that the adapter belongs to",
     )
     notes = [note for fit in fits for note in fit.notes]
+    if joined:
+        notes.append(f"parts of layers that the graph has apart are joined: {', '.join(joined)}")
     if expanded:
         notes.append(f"functions that hold weights are expanded: {', '.join(expanded)}")
     if absent:

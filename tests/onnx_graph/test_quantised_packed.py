@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import fourierft_export as ff
-from fourierft_export.errors import BaseMismatchError
+from fourierft_export.errors import BaseMismatchError, UsageError
 
 Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 Files = dict[str, Path]
@@ -259,3 +259,70 @@ def test_quantised_products_that_take_no_adapter(
     with pytest.raises(BaseMismatchError) as caught:
         ff.apply_onnx(path, bundle, tmp_path / "out.onnx", mode="swappable", mapping=mapping)
     assert any("of the main graph" in one for one in caught.value.offenders)
+
+
+WHOLE = f"{ATTN}.qkv_proj"
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory, write_onnx: Any, tools: Any) -> Files:
+    """The same layer as three products, as onnxruntime-genai writes Phi-3."""
+    names = {name: name.replace("self_attn", "attn") + ".MatMul" for name in PARTS}
+    nodes = [
+        ("MatMul", ["x", f"{to}.weight"], [name], {"name": f"/{to.replace('.', '/')}"})
+        for name, to in names.items()
+    ]
+    nodes.append(("Concat", [*PARTS], ["y"], {"axis": -1}))
+    folder = tmp_path_factory.mktemp("apart")
+    constants = {f"{to}.weight": PARTS[name].T for name, to in names.items()}
+    sizes = {"x": ["batch", 4, 32]}, {"y": ["batch", 4, 80]}
+    plain = write_onnx(folder / "float.onnx", nodes, constants, *sizes)
+    outside = {"save_as_external_data": True, "location": "w", "size_threshold": 0}
+    return {
+        "float": plain,
+        "external": write_onnx(folder / "e.onnx", nodes, constants, *sizes, **outside),
+    } | {form: tools.quantise(plain, form) for form in ("4 bit", "4 bit asymmetric")}
+
+
+@pytest.mark.parametrize("by_map", [False, True])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        *(("float", mode) for mode in ("merged", "unmerged", "swappable", "paired", "bank")),
+        *(("external", mode) for mode in ("merged", "swappable")),
+        *((form, mode) for form in ("4 bit", "4 bit asymmetric") for mode in ("unmerged", "bank")),
+    ],
+)
+def test_a_layer_that_the_graph_has_in_parts(
+    form: str,
+    mode: str,
+    by_map: bool,
+    apart: Files,
+    make_bundle: Any,
+    added: Any,
+    tools: Any,
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    path, out, mapping = apart[form], tmp_path / "out.onnx", {}
+    bundle = make_bundle([WHOLE], {WHOLE: PACKED}, n=40, scaling=40.0)
+    if by_map and form != "external":
+        products = [n.input[1] for n in onnx.load(path).graph.node if "MatMul" in n.op_type]
+        held = {t.name: i for i, t in enumerate(onnx.load(path).graph.initializer)}
+        path = tools.without_names(path, tmp_path / "in.onnx")
+        mapping = {WHOLE: "+".join(f"c{held[name]}" for name in products)}
+    report = ff.apply_onnx(path, bundle, out, mode=mode, mapping=mapping)
+    assert f"parts of layers that the graph has apart are joined: {WHOLE}" in report.notes
+    session, base = ff.AdapterSession(out), run(apart[form], {"x": X})["y"]
+    adapter: Any = None
+    if mode not in ("merged", "unmerged"):
+        session.load("mine", bundle)
+        adapter = ["mine"] * 3 if mode == "bank" else "mine"
+    got = session.run({"x": X}, adapter=adapter)["y"]
+    check(form, got, base, added(bundle, ranges={WHOLE: (0, 80)}))
+
+
+def test_parts_that_are_none(apart: Files, make_bundle: Any, tmp_path: Path) -> None:
+    bundle = make_bundle([WHOLE], {WHOLE: PACKED})
+    with pytest.raises(UsageError, match="nothing, which is not the weight of one product"):
+        ff.apply_onnx(apart["float"], bundle, tmp_path / "o.onnx", mapping={WHOLE: "nothing+b"})

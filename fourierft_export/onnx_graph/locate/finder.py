@@ -72,7 +72,8 @@ class Finder:
         # At last a weight with exactly the layer's name, which ends in no word for a weight.
         self._named = {one.name: [(one, one.uses)] for one in self._candidates if one.uses}
         self._paths = {path for lookup in self._lookups for path in lookup}
-        self._paths |= {part for path in tuple(self._paths) for part in packed_modules(path)}
+        for path in tuple(self._paths):
+            self._paths |= {*packed_modules(path), (packed_in(path) or (path, 0))[0]}
 
     def _note(self, number: int, path: str, one: Site, uses: tuple[Use, ...]) -> None:
         self._lookups[number].setdefault(same_path(path), []).append((one, uses))
@@ -160,6 +161,18 @@ class Finder:
         one, two = (self.source.read_constant(site.value) for site in (first, other))
         return np.array_equal(one, two)
 
+    def has(self, path: str) -> bool:
+        """Whether a constant is found at this path."""
+        return bool(self._hits(path))
+
+    def parts_at(self, path: str) -> list[Site]:
+        """The constants at a path, as sites of no layer."""
+        return list(dict.fromkeys(one for one, _ in self._hits(path)))
+
+    def constants_named(self, name: str) -> list[Site]:
+        """The constants of this name that may hold layers, as sites of no layer."""
+        return [one for one in self._candidates if one.name == name]
+
     def _hits(self, path: str) -> list[Hit]:
         return [hit for lookup in self._lookups for hit in lookup.get(path, [])]
 
@@ -167,7 +180,7 @@ class Finder:
         """The sites in the constant that the caller named, or why it has none."""
         name, part = parse_mapped(text)
         sites = []
-        for one in (one for one in self._candidates if one.name == name):
+        for one in self.constants_named(name):
             site = make_site(self.source, want, one, one.uses, part=part)
             if isinstance(site, str):
                 return site
