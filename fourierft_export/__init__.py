@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fourierft_export.train.callback import BundleCallback, save_bundles
     from fourierft_export.train.parameter_groups import parameter_groups
     from fourierft_export.train.settings import TrainSettings
+    from fourierft_export.train.suggest import suggest
     from fourierft_export.train.task import TrainingTask
     from fourierft_export.train.train import train_adapter
 
@@ -75,6 +76,7 @@ __all__ = [
     "restore",
     "route",
     "save_bundles",
+    "suggest",
     "to_lora",
     "to_peft",
     "train_adapter",
@@ -116,6 +118,7 @@ _HOMES = {
     "restore": "adapt.fuse",
     "route": "adapt.routing.route",
     "save_bundles": "train.callback",
+    "suggest": "train.suggest",
     "to_lora": "bundle.lora",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",

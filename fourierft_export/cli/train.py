@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +70,19 @@ def _with_settings(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
 @section("Scores and outputs")(
     "--resume", is_flag=True, help="Continue a run that was stopped.  [default: begin a new run]"
 )
+@section("Scores and outputs")(
+    "--print-settings",
+    is_flag=True,
+    help="Print the values that the rules choose, as lines of a settings file, and train nothing.  "
+    "[default: train]",
+)
 @force_option
 @allow_mismatch_option
 def train(
     progress: Progress,
     config: str | None,
     resume: bool,
+    print_settings: bool,
     force: bool,
     allow_base_mismatch: bool,
     **given: Any,
@@ -86,6 +95,8 @@ def train(
     train ..., or accelerate launch.
     """
     run, settings = _read(config, given)
+    if print_settings:
+        return _chosen(run, settings)
     if run.output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from ..bundle.peft import open_bundle
@@ -116,6 +127,23 @@ def train(
     notes = data.pop("notes")
     return Outcome(
         {"train": data}, _lines(report, run.model, "at the start" if bundle else "untrained"), notes
+    )
+
+
+def _chosen(run: DataSettings, settings: TrainSettings) -> Outcome:
+    """The values that the rules choose, in PEFT's terms."""
+    from ..train.data.tasks import prepare
+    from ..train.run import count_steps
+    from ..train.suggest import choose_values
+    from ..train.train import resolved, with_rows_to_score
+
+    settings = resolved(settings)
+    task, _ = with_rows_to_score(prepare(run, settings), settings)
+    steps = count_steps(len(task.train_dataset), settings)
+    values = choose_values(task, replace(settings, steps=steps, epochs=None))
+    values |= {"head_learning_rate": settings.head_learning_rate, "steps": steps}
+    return Outcome(
+        {"settings": values}, [f"{name} = {json.dumps(v)}" for name, v in values.items()]
     )
 
 

@@ -95,6 +95,14 @@ class LiveAdapter:
 
 def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
     """Put an adapter on the task's model by the settings and the rules of `defaults`."""
+    inject(task.model, choose_config(task, settings)[0], NAME)
+    return LiveAdapter.of(task.model)
+
+
+def choose_config(
+    task: TrainingTask, settings: TrainSettings
+) -> tuple[FourierFTConfig, dict[str, LayerSize]]:
+    """The adapter of the settings and the rules of `defaults`, and the layers that it adapts."""
     model = task.model
     targets = settings.target_modules or task.target_modules
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -116,11 +124,18 @@ def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
     modules = {path: original(module) for path, module in base_modules(model)}
     shapes = {path: layer_shape(modules[path]) for path in select(model, config(1, 1, {})).targets}
     n_frequency = settings.n_frequency or defaults.n_frequency(list(shapes.values()))
-    chosen = select(model, config(n_frequency, 1, settings.n_frequency_pattern)).targets
+    pattern = settings.n_frequency_pattern
+    if settings.budget is not None:
+        if settings.budget < len(shapes):
+            expected = f"at least 1 for each of {len(shapes)} layers"
+            raise UsageError("budget", expected=expected, found=str(settings.budget))
+        counts = defaults.spend(settings.budget, shapes)
+        n_frequency = max(counts.values())
+        pattern = {path: n for path, n in counts.items() if n < n_frequency}
+    chosen = select(model, config(n_frequency, 1, pattern)).targets
     sizes = {path: LayerSize(shapes[path], n) for path, n in chosen.items()}
     scaling = defaults.scaling(sizes) if settings.scaling is None else settings.scaling
-    inject(model, config(n_frequency, scaling, settings.n_frequency_pattern), NAME)
-    return LiveAdapter.of(model)
+    return config(n_frequency, scaling, pattern), sizes
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -49,6 +49,19 @@ def n_frequency(shapes: list[tuple[int, int]]) -> int:
     return max(1, min(N_FREQUENCY, *(rows * columns // FILL for rows, columns in shapes)))
 
 
+def spend(budget: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Spread `budget` coefficients over layers: alike, but small ones get what they hold."""
+    found: dict[str, int] = {}
+    left = budget
+    for path in sorted(shapes, key=lambda path: math.prod(shapes[path])):
+        most = max(1, math.prod(shapes[path]) // FILL)
+        found[path] = min(most, left // (len(shapes) - len(found)))
+        if found[path] < most:  # from here on all layers have room for the same number
+            return found | dict.fromkeys(set(shapes) - set(found), found[path])
+        left -= found[path]
+    return found
+
+
 def scaling(sizes: Mapping[str, LayerSize]) -> float:
     """The scaling at which the median layer has the gain `GAIN`, to four digits."""
     value = GAIN / median(size.unit_gain for size in sizes.values())

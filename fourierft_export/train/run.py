@@ -293,14 +293,23 @@ def plan(task: TrainingTask, settings: TrainSettings, arguments: TrainingArgumen
         rank=arguments.process_index,
         world=arguments.world_size,
     )
-    steps = settings.steps or max(1, round((settings.epochs or 1) * batches.steps))
-    arguments.max_steps = steps
+    arguments.max_steps = steps = _steps(batches, settings)
     arguments.logging_steps = max(1, steps // CURVE_POINTS)
     arguments.save_steps = arguments.eval_steps = settings.eval_every or batches.steps
     arguments.eval_on_start = task.eval_dataset is not None
     arguments.eval_strategy = "steps" if arguments.eval_on_start else "no"
     arguments.per_device_eval_batch_size = max(1, batches.batch_size // settings.accumulate)
     return batches
+
+
+def count_steps(rows: int, settings: TrainSettings) -> int:
+    """The steps of a run in one process, on so many rows."""
+    batch_size, parts = settings.batch_size or 1, settings.accumulate
+    return _steps(EpochBatches(rows, batch_size, seed=0, parts=parts), settings)
+
+
+def _steps(batches: EpochBatches, settings: TrainSettings) -> int:
+    return settings.steps or max(1, round((settings.epochs or 1) * batches.steps))
 
 
 def scores(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -27,7 +27,7 @@ else:
 
 MAX_TOML_BYTES = 1 << 20
 OF_ADAPTER = (
-    *("n_frequency", "n_frequency_pattern", "scaling", "entry_seed", "target_modules"),
+    *("budget", "n_frequency", "n_frequency_pattern", "scaling", "entry_seed", "target_modules"),
     *("exclude_modules", "layers_to_transform", "modules_to_save", "bias", "init_weights"),
 )
 
@@ -144,6 +144,7 @@ class TrainSettings(_Checked):
         UsageError: values out of range; all of them are listed.
     """
 
+    budget: Count | None = None
     n_frequency: Count | None = None
     n_frequency_pattern: Counts = field(default_factory=dict)
     scaling: NotZero | None = None
@@ -187,6 +188,8 @@ class TrainSettings(_Checked):
         wrong = super().problems()
         if self.epochs is not None and self.steps is not None:
             wrong.append("epochs, steps: expected one of them, found both")
+        if self.budget is not None and (self.n_frequency or self.n_frequency_pattern):
+            wrong.append("budget, n_frequency: expected one of them, found both")
         if not wrong and self.accumulate > (self.batch_size or math.inf):
             expected = f"at most the batch size {self.batch_size}"
             wrong.append(f"accumulate: expected {expected}, found {self.accumulate}")

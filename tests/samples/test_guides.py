@@ -207,7 +207,15 @@ def check_signing(folder: Path, printed: str) -> None:
     assert "verify merged: True" in printed
 
 
+def check_peft_settings(folder: Path, printed: str) -> None:
+    plain, suggested, ours = map(float, re.findall(r"accuracy with .*: ([\d.]+)", printed))
+    assert plain + 0.1 < suggested and abs(suggested - ours) < 0.06
+    spec = ff.Bundle.load(folder / "adapter.fourierft.safetensors").spec
+    assert f"'scaling': {spec.scaling}" in printed
+
+
 GUIDES = {
+    "training/peft_settings.py": check_peft_settings,
     "training/plain_loop.py": check_plain_loop,
     "training/digits_task.py": check_digits_task,
     "training/own_trainer.py": check_own_trainer,

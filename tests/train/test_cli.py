@@ -199,9 +199,21 @@ def test_a_bundle_is_trained_further(
     assert ff.Bundle.load(tmp_path / "d").spec.scaling == 300
 
 
+def test_settings_are_printed_as_a_file_and_nothing_is_trained(
+    stories: list[str], run_verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    ran = run_verb(*stories, "--budget", "500", "--epochs", "2", "--print-settings")
+    found = ran.json["settings"]
+    assert (ran.code, found["n_frequency"], found["steps"]) == (0, 50, 2)
+    shown = "".join(f"{name} = {json.dumps(value)}\n" for name, value in found.items())
+    (tmp_path / "run.toml").write_text(shown, "utf-8")
+    again = run_verb(*stories, "--config", tmp_path / "run.toml", "--print-settings")
+    assert again.json["settings"] == found
+
+
 def test_every_option_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     """So that a settings file can hold all of them, but those that say how to begin."""
-    own = {"config", "resume", "force", "allow_base_mismatch", "as_json", "debug"}
+    own = {"config", "resume", "print_settings", "force", "allow_base_mismatch", "as_json", "debug"}
     options = {option.name for option in train.params} - own
     settings = kinds(TrainSettings) | kinds(DataSettings)
     assert options <= set(settings)

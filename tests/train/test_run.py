@@ -202,6 +202,28 @@ def test_rows_are_held_out_where_none_are_given(tmp_path: Path) -> None:
         train(replace(make_task(), train_dataset=[]), tmp_path / "c")
 
 
+@pytest.mark.parametrize(("budget", "counts"), [(41, [20, 20]), (130, [60, 70])])
+def test_a_budget_of_coefficients(budget: int, counts: list[int], tmp_path: Path) -> None:
+    run = ff.TrainSettings(budget=budget, steps=2, batch_size=8, device="cpu")
+    report = train(make_task(), tmp_path / "a", run)
+    assert [x.n_frequency for x in ff.Bundle.load(tmp_path / "a").layers] == counts
+    assert report.parameters["spectra"] == sum(counts)
+    with pytest.raises(UsageError, match="at least 1 for each of 2 layers, found 1"):
+        train(make_task(), tmp_path / "b", replace(run, budget=1))
+
+
+def test_suggestions_are_what_a_run_uses(tmp_path: Path) -> None:
+    run = ff.TrainSettings(steps=3, batch_size=8, layer_rates="same", device="cpu")
+    report = train(make_task(), tmp_path / "a", run)
+    found = ff.suggest(make_task().model, steps=3, target_modules=["down", "up"])
+    assert found == {
+        "n_frequency": report.adapter["n_frequency"],
+        "scaling": report.adapter["scaling"],
+        "init_weights": True,
+        "learning_rate": pytest.approx(report.rates["spectra"], rel=1e-3),
+    }
+
+
 def test_defaults_need_nothing_but_rows(tmp_path: Path) -> None:
     report = ff.train_adapter(make_task(), tmp_path / "a")
     assert report.settings["epochs"] and report.settings["batch_size"]

@@ -47,6 +47,7 @@ def test_all_that_is_wrong_is_listed() -> None:
         ff.TrainSettings(**wrong)
     assert {line.partition(":")[0] for line in caught.value.offenders} == set(wrong)
     for one, message in (
+        ({"budget": 9, "n_frequency": 1}, "budget, n_frequency: expected one of them"),
         ({"epochs": 1, "steps": 1}, "epochs, steps: expected one of them, found both"),
         ({"batch_size": 2, "accumulate": 3}, "accumulate: expected at most the batch size 2"),
         ({"warmup": -0.1}, "warmup: expected a number from 0 to 1, found -0.1"),
@@ -118,6 +119,25 @@ def test_the_default_scaling_gives_the_median_layer_its_gain() -> None:
     assert defaults.n_frequency([(384, 384), (64, 40)]) == 640
     assert defaults.n_frequency([(384, 384)]) == 1000
     assert defaults.n_frequency([(1, 1)]) == 1
+
+
+def test_a_budget_is_spent_alike_but_for_small_layers() -> None:
+    shapes = {"b": (100, 100), "a": (10, 10), "c": (100, 100)}
+    assert defaults.spend(30, shapes) == {"a": 10, "b": 10, "c": 10}
+    assert defaults.spend(100, shapes) == {"a": 25, "b": 37, "c": 37}
+    assert defaults.spend(10**6, shapes) == {"a": 25, "b": 2500, "c": 2500}
+
+
+def test_suggestions_for_shapes() -> None:
+    found = ff.suggest([(384, 384)] * 12, steps=190)
+    assert found.pop("learning_rate") == pytest.approx(0.15, rel=1e-3)
+    assert found == {"n_frequency": 1000, "scaling": 134.6, "init_weights": True}
+    few = ff.suggest([(384, 384)], 250)
+    # Half the gain of n = 1000, made up by twice the scaling.
+    assert few["scaling"] == pytest.approx(2 * 134.6, rel=1e-3)
+    assert few["learning_rate"] == pytest.approx(0.15, rel=1e-3)
+    with pytest.raises(UsageError, match="n_frequency: expected a whole number of at least 1"):
+        ff.suggest([(384, 384)], 0)
 
 
 def test_layers_of_all_shapes_move_alike() -> None:
