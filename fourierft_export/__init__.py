@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.routing.route import route
     from fourierft_export.bundle.file import Bundle
     from fourierft_export.bundle.lora import to_lora
+    from fourierft_export.bundle.paper import from_paper
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.bundle.pool import Pool
     from fourierft_export.bundle.push import push
@@ -64,6 +65,7 @@ __all__ = [
     "errors",
     "export_onnx",
     "export_pretrained",
+    "from_paper",
     "from_peft",
     "fuse",
     "inject",
@@ -106,6 +108,7 @@ _HOMES = {
     "disabled": "adapt.active",
     "export_onnx": "onnx_graph.trace.export",
     "export_pretrained": "onnx_graph.trace.pretrained",
+    "from_paper": "bundle.paper",
     "from_peft": "bundle.peft",
     "fuse": "adapt.fuse",
     "inject": "adapt.inject",

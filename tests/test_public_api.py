@@ -18,8 +18,8 @@ import fourierft_export as ff
 PUBLIC = """
 AdapterSession Bundle BundleCallback FourierFTConfig FourierLinear Pool TrainSettings TrainingTask
 activate active_adapters adapter_names apply_onnx attach capture combine detach disabled errors
-export_onnx export_pretrained from_peft fuse inject merge_checkpoint parameter_groups push
-recover_bundle recover_onnx replace restore route save_bundles suggest to_lora to_peft
+export_onnx export_pretrained from_paper from_peft fuse inject merge_checkpoint parameter_groups
+push recover_bundle recover_onnx replace restore route save_bundles suggest to_lora to_peft
 train_adapter trainable_parameters unload validate verify_merged
 """.split()  # noqa: SIM905
 CALLABLES = [name for name in PUBLIC if name != "errors"]

@@ -20,6 +20,11 @@ _NULL_FIELDS = (
     "auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save",
     "revision", "target_modules",
 )  # fmt: skip
+_OTHER_FIELDS = (
+    "base_model_name_or_path", "r", "lora_alpha", "n_frequency", "scaling", "random_loc_seed",
+    "wavelet_family", "use_idwt",
+)  # fmt: skip
+"""Fields of other PEFT adapters that an error quotes, to say what the folder holds."""
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -32,11 +37,16 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     config = strict_json.loads(read_file(path), os.fspath(path))
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != PEFT_TYPE:
+        # WaveFT draws its entries as FourierFT does, but they are coefficients of wavelets.
+        held = [
+            f"{k} {config[k]}" for k in _OTHER_FIELDS if isinstance(config, dict) and k in config
+        ]
         raise BadInputError(
             path,
             expected="a PEFT adapter of type FOURIERFT",
-            found=f"type {kind}",
-            remedy="this toolkit handles FourierFT adapters only",
+            found=f"type {kind}" + (f" ({', '.join(held)[:200]})" if held else ""),
+            remedy="its change of the weights is no sparse Fourier spectrum: merge it with PEFT "
+            "(merge_and_unload) and use the merged model as a base",
         )
     seed, scaling = config.get("random_loc_seed", 777), config.get("scaling", 150.0)
     offenders = list(number_offenders(seed, scaling))

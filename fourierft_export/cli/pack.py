@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,6 +28,18 @@ if TYPE_CHECKING:
     "--adapter", metavar="NAME", help="Subfolder of the adapter, if SOURCE holds several."
 )
 @options.entry_rule_option
+@options.input_option(
+    "--paper-scaling",
+    metavar="S",
+    type=float,
+    help="SOURCE is a state dict (safetensors) of the paper's own code, trained with --scale S.",
+)
+@options.input_option(
+    "--paper-seed",
+    metavar="N",
+    type=int,
+    help="The --entry_seed of that training.  [default: 2024]",
+)
 @options.input_path(
     "--onnx",
     metavar="FILE.onnx",
@@ -57,6 +69,8 @@ def pack(
     base: str | None,
     adapter: str | None,
     entry_rule: str | None,
+    paper_scaling: float | None,
+    paper_seed: int | None,
     target: str,
     onnx: str | None,
     allow_links: bool,
@@ -71,7 +85,8 @@ def pack(
     shapes and hashes of weights, and other bases are refused.
     """
     from ..bundle.describe import describe_bundle
-    from ..bundle.peft import find_adapter, from_peft, left_out, open_bundle
+    from ..bundle.paper import from_paper
+    from ..bundle.peft import DEFAULT_ADAPTER, find_adapter, from_peft, left_out, open_bundle
     from ..errors import UsageError
     from ..files.staging import check_output
 
@@ -96,7 +111,22 @@ def pack(
     if onnx is None and allow_links:
         found, expected = "no --onnx", "--onnx FILE.onnx, whose links it concerns"
         raise UsageError("--allow-links", expected=expected, found=found)
-    if onnx is not None and os.path.isfile(source):
+    if paper_seed is not None and paper_scaling is None:
+        found, expected = "no --paper-scaling", "--paper-scaling S together with --paper-seed"
+        raise UsageError("--paper-seed", expected=expected, found=found)
+    if paper_scaling is not None:
+        if base is None or entry_rule is not None:
+            found = "no --base" if base is None else "--entry-rule"
+            expected = "--base DIR, and no --entry-rule"
+            raise UsageError("--paper-scaling", expected=expected, found=found)
+        bundle = from_paper(
+            source,
+            base,
+            scaling=paper_scaling,
+            seed=2024 if paper_seed is None else paper_seed,
+            adapter=adapter or DEFAULT_ADAPTER,
+        )
+    elif onnx is not None and os.path.isfile(source):
         if adapter is not None or (entry_rule is not None and base is None):
             name = "--entry-rule" if adapter is None else "--adapter"
             needs = "--base DIR with it" if adapter is None else "a folder of adapters as SOURCE"
@@ -111,6 +141,9 @@ def pack(
         check_output(output, force=force, inputs=(str(bundle.spec.base_model),))
     bundle.save(output, force=force)
     facts = describe_bundle(bundle, output)
+    if paper_scaling is not None:
+        note = "the paper's code transposes the change: stored as entries of its own"
+        return _packed(facts, source, os.stat(source).st_size, [note])
     folder = find_adapter(source, adapter)
     before = sum(e.stat().st_size for e in os.scandir(folder) if e.name.startswith("adapter_"))
     notes = []
@@ -124,11 +157,16 @@ def pack(
             "the bundle is unbound: it holds no layer shapes and cannot refuse a wrong base; pack "
             "it with --base to bind it"
         )
+    return _packed(facts, str(folder), before, notes)
+
+
+def _packed(facts: dict[str, Any], source: str, before: int, notes: list[str]) -> Outcome:
+    """What `pack` reports of a bundle that it wrote from files of `before` bytes."""
     return Outcome(
-        {"bundle": facts, "source": {"path": str(folder), "bytes": before}},
+        {"bundle": facts, "source": {"path": source, "bytes": before}},
         [
-            f"{output}: {facts['layers']} layers, {facts['coefficients']:,} coefficients, "
-            f"{size_text(facts['bytes'])} (PEFT's files: {size_text(before)})"
+            f"{facts['path']}: {facts['layers']} layers, {facts['coefficients']:,} coefficients, "
+            f"{size_text(facts['bytes'])} (the source's files: {size_text(before)})"
         ],
         notes,
     )
