@@ -23,8 +23,9 @@ from typing import Any
 DATA = Path(__file__).resolve().parent / "data"
 WARM = ["bundle.peft", "cli.pack", "cli.unpack", "merge.merge", "recover.from_checkpoint"]
 WARM = [f"fourierft_export.{name}" for name in (*WARM, "onnx_graph.apply")] + ["onnx", "onnx_ir"]
-TORCH = ["fourierft_export.onnx_graph.trace.pretrained", "fourierft_export.train.train"]
-TORCH += ["transformers", "torch.onnx"]
+TORCH = ["fourierft_export.onnx_graph.trace.pretrained", "fourierft_export.train.run"]
+TORCH += ["transformers.trainer", "transformers.models.llama.modeling_llama", "torch.onnx"]
+TORCH += ["datasets", "sklearn.metrics", "matplotlib.pyplot", "onnxscript", "torch._dynamo"]
 
 
 class Forks:
@@ -153,6 +154,31 @@ def survive(forks: Forks, words: list[str], out: Path, rounds: int, seed: int) -
     return seen
 
 
+def survive_training(forks: Forks, words: list[str], out: Path, rounds: int) -> dict[str, int]:
+    """Kill training, whose output is the best bundle so far, and resume it where it was."""
+    import fourierft_export as ff
+
+    words, moments = [*words, "-o", str(out)], random.Random(0)
+    empty(out.parent)
+    started = time.perf_counter()
+    assert forks.run(words) == 0
+    took, whole = time.perf_counter() - started, out.read_bytes()
+    seen = {"killed": 0, "bundle": 0, "absent": 0, "resumed": 0, "begun anew": 0}
+    while seen["killed"] < rounds:
+        empty(out.parent)
+        if forks.run(words, kill_after=moments.uniform(0.1, 1) * took) == 0:
+            continue
+        seen["killed"] += 1
+        seen["bundle" if out.exists() else "absent"] += 1
+        if out.exists():
+            ff.Bundle.load(out)
+        resumed = forks.run([*words, "--resume"]) == 0
+        assert resumed or forks.run([*words, "--force"]) == 0
+        seen["resumed" if resumed else "begun anew"] += 1
+        assert out.read_bytes() == whole
+    return seen
+
+
 def make_inputs(folder: Path) -> None:
     """Write a sharded base, an adapter, a graph with external data and rows of text."""
     import numpy as np
@@ -222,6 +248,8 @@ def kill_verb(forks: Forks, verb: str, folder: Path, rounds: int) -> dict[str, i
     """Kill one of `VERBS` so many times; `folder` is that of `make_inputs`."""
     words = VERBS[verb].replace("@", f"{folder}/").split()
     out = folder / f"{verb}-outputs" / OUTPUTS.get(verb, "out")
+    if verb == "train":
+        return survive_training(forks, words, out, rounds)
     return survive(forks, words, out, rounds, seed=len(verb))
 
 
