@@ -34,6 +34,13 @@ ROWS = {
         "--report {}",
         [BASE, ADAPTER, "merged/model.safetensors", "model.onnx", "x.npz", "merged/new"],
     ],
+    "validate --junit": [
+        "validate --base base --peft adapter --merged merged --junit {}",
+        [BASE, ADAPTER, "merged/new"],
+    ],
+    "inspect --plot": ["inspect adapter --plot {}", [ADAPTER, "adapter/new"]],
+    "pack --pool": ["pack --pool adapter --base base -o {}", [BASE, ADAPTER, "base/new"]],
+    "unpack --to lora": ["unpack adapter --base base --to lora -o {}", ["base", "base/new"]],
     "train": [
         "train --model base --data rows.csv -o {}", [BASE, "base/new", "rows.csv"],
     ],
