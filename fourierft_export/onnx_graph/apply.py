@@ -122,7 +122,8 @@ def apply_onnx(
     if mode == PAIRED:
         check_output(expander_path(onnx_out), force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)
-    refuse_inputs(onnx_out, (*inputs, *source.files))
+    for path in (onnx_out, expander_path(onnx_out)) if mode == PAIRED else (onnx_out,):
+        refuse_inputs(path, (*inputs, *source.files))
     if opset is not None:
         source = _convert(source, opset)
     _check_source(source, mode)

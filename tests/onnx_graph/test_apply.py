@@ -327,19 +327,27 @@ def test_a_weight_that_no_product_takes_as_it_is(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("out", ["weights", "out.onnx", "in.onnx"])
+@pytest.mark.parametrize(
+    ("out", "location", "mode"),
+    [
+        ("weights", "weights", "merged"),
+        ("out.onnx", "out.onnx.data", "merged"),
+        ("in.onnx", "weights", "merged"),
+        ("out.onnx", "out.expand.onnx", "paired"),
+        ("out.onnx", "out.expand.onnx.data", "paired"),
+    ],
+)
 def test_the_inputs_data_is_not_replaced(
-    exports: dict[str, Path], make_bundle: Any, tmp_path: Path, out: str
+    exports: dict[str, Path], make_bundle: Any, tmp_path: Path, out: str, location: str, mode: str
 ) -> None:
-    """Neither by the output nor by the data beside it, even by force."""
-    location = "out.onnx.data" if out == "out.onnx" else "weights"
+    """Neither by the outputs nor by the data beside them, even by force."""
     onnx.save_model(
         onnx.load(exports["torchscript"]), tmp_path / "in.onnx", save_as_external_data=True,
         location=location, size_threshold=0,
     )  # fmt: skip
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(UsageError, match="apart from the inputs"):
-        apply_onnx(tmp_path / "in.onnx", make_bundle(LAYERS), tmp_path / out, force=True)
+        apply_onnx(tmp_path / "in.onnx", make_bundle(LAYERS), tmp_path / out, mode=mode, force=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 

@@ -105,7 +105,9 @@ def write_pair(
         return write_model(graph, path, external_data=external_data, force=force, progress=progress)
     out = check_output(expander_path(path), force=force)
     with open_work_folder(out) as folder:
-        staged, *_ = write_model(expander, folder / out.name, external_data=external_data)
+        staged, *data = write_model(expander, folder / out.name, external_data=external_data)
+        if data:
+            check_output(data_path(out), force=force)
         files = write_pair(
             graph, None, path, external_data=external_data, force=force, progress=progress
         )
