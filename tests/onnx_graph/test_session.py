@@ -267,6 +267,7 @@ DAMAGE: dict[str, Any] = {
     "a weight that is not there": lambda d: d["weights"]["a"][0].update(initializer="zz"),
     "an unknown dtype": lambda d: d["inputs"]["groups"][0].update(dtype="strange"),
     "an absurd shape": lambda d: d["inputs"]["saved"][0].update(shape=[1 << 40, 1 << 40]),
+    "an unknown mode": lambda d: d.update(mode="melted"),
     "no rows": lambda d: d["inputs"].pop("rows"),
 }
 

@@ -19,7 +19,7 @@ from ..adapters import adapted_weight
 from ..feeds import feed_bundle
 from ..graph.source import Source, open_onnx
 from ..interface import BASE_PREFIX, KEY, Interface
-from ..mode_names import BANK, PAIRED, expander_path
+from ..mode_names import BANK, MODES, PAIRED, RUNTIME_MODES, expander_path
 
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -80,9 +80,9 @@ class Exported:
         with _reading_metadata(self.source.path):
             return {one.name: arrays[one.name].reshape(one.shape) for one in saved}
 
-    def weight_inputs(self) -> list[WeightInput]:
-        """The weights that an expander computes, with their base values."""
-        groups = self.interface.layers if self.interface else {}
+    def weight_inputs(self, interface: Interface) -> list[WeightInput]:
+        """The weights that an expander computes for a graph of this interface."""
+        groups = interface.layers
         sites = [(layer, *site) for layer, several in self.weights.items() for site in several]
         held = {name: self._constant(f"{name}.base") for _, name, _, _ in sites}
         bases = self._present(held, "the base weights of every adapted layer")
@@ -130,7 +130,9 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
     text = source.model.metadata_props.get(KEY)
     with _reading_metadata(path, "none" if text is None else ""):
         content = json.loads(text or "")
-        inputs, adapters = content.get("inputs"), content["adapters"]
+        mode, inputs, adapters = content["mode"], content.get("inputs"), content["adapters"]
+        if mode not in MODES or (mode in RUNTIME_MODES and not inputs):
+            raise ValueError(f"mode {mode!r}")
         weights = {
             layer: tuple(
                 (str(site["initializer"]), bool(site["transposed"]), _integer(site.get("start")))
@@ -140,7 +142,7 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
         }
         return Exported(
             source,
-            content["mode"],
+            mode,
             Interface.from_dict(inputs) if inputs else None,
             tuple(map(str, inputs["rows"] if inputs else adapters)),
             weights,
@@ -236,5 +238,5 @@ def parameters_for(
         return feeds
     if graph.mode == PAIRED and not expands:
         expander = open_exported(expander_path(path), allow_links=allow_links)
-        return expand_weights(graph.interface, expander.weight_inputs(), feeds)
+        return expand_weights(graph.interface, expander.weight_inputs(graph.interface), feeds)
     return {name: array for name, array in feeds.items() if name in taken}

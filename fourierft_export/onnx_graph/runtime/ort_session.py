@@ -75,13 +75,14 @@ def run_session(
     """
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+    failures = (ValueError, *_runtime_errors())  # ValueError: an input that is not fed
     try:
         return list(session.run_with_ort_values(list(outputs), dict(feeds), options))
     except state.InvalidArgument as error:
         raise UsageError(
             "inputs", expected="what the model takes", found=_first_line(error)
         ) from error
-    except _runtime_errors() as error:
+    except failures as error:
         raise BadInputError(
             path,
             expected="a model that runs on these inputs",

@@ -93,11 +93,10 @@ class AdapterSession:
         self._adapters: dict[str, dict[str, Array]] = {}
         self._pool: tuple[Pool, bool] | None = None
         self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
-        weights = None
+        weights, interface = None, self._interface or Interface(())
         if self.mode == PAIRED:
             expander = open_exported(expander_path(onnx_path), allow_links=allow_links)
-            weights = expander.weight_inputs()
-        interface = self._interface or Interface(())
+            weights = expander.weight_inputs(interface)
         self._base = base_feeds(interface.groups) | graph.base_saved()
         self._kept = KeptValues(interface, weights, self._device, memory_limit)
         reserved = {ADAPTER_ID, *self._base, *(weight.name for weight in weights or ())}
