@@ -31,7 +31,7 @@ def draw_bundle(bundle: Bundle) -> bytes:
         layers = bundle.layers[:MOST_LAYERS]
         names = [layer.name[-40:] for layer in layers]
         axes[1].barh(range(len(names)), [delta_norm(bundle, layer) for layer in layers])
-        axes[1].set_yticks(range(len(names)), names, fontsize=5)
+        axes[1].set_yticks(range(len(names)), names, fontsize=7 if len(names) <= 24 else 5)
         axes[1].invert_yaxis()
         axes[1].set(title="Norm of delta_W by layer")
         layer = bundle.layers[0]

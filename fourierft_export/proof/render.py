@@ -207,6 +207,7 @@ def _rows(report: Report) -> Iterator[dict[str, str]]:
                 # An output that need not change in a pair where another one does is no failure.
                 "verdict": "ok" if output.ok else "unchanged" if pair.ok else "FAILED",
                 "reason": "" if pair.ok else printable(output.reason),
+                "budget": output.budget,
                 **_figures(output),
                 "dot": _place(output, output.difference.rms if output.difference else None),
                 "bar": _place(output, output.allowed_rms),

@@ -114,6 +114,22 @@ class OutputComparison:
     allowed_rms: float | None = None
     resolution: float | None = None
 
+    @property
+    def budget(self) -> str:
+        """What was measured against what is allowed, and where the allowance comes from."""
+        found, allowed = self.difference, self.allowed_rms
+        if found is None or allowed is None:
+            return ""
+        times = f"{found.rms / allowed:.2g} times" if allowed else "measured against"
+        if self.allowed_abs is None:
+            return f"The difference is {times} what rounding explains at most ({allowed:.1e})."
+        share = f", together {self.resolution:.2%} of it" if self.resolution else ""
+        return (
+            f"The root mean square difference {found.rms:.1e} is {times} what is allowed, "
+            f"{allowed:.1e}: a small share of what the adapter changes, and rounding as it was "
+            f"measured{share}."
+        )
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -157,3 +157,4 @@ def test_the_page_stands_alone() -> None:
         assert word not in page
     assert "FAILED: torch against other, output y" in page
     assert "y[0, 0] is -2 against -2.1" in page
+    assert "what rounding explains at most" in page and "prefers-color-scheme: dark" in page
