@@ -22,22 +22,14 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The models and adapters to validate; None for those that were not given.
+    """The models and adapters to validate; None for those that were not given."""
 
-    Attributes:
-        base, merged: Hugging Face directories.
-        bundle: the adapter.
-        source: the base and the bundle, for the report.
-        peft: PEFT adapter directory.
-        task: what the models are for; None without a model directory and a name.
-    """
-
-    base: Path | None
+    base: Path | None  # Hugging Face directory
     bundle: Bundle | None
-    source: str
-    peft: Path | None
-    merged: Path | None
-    task: Task | None
+    source: str  # the base and the bundle, for the report
+    peft: Path | None  # PEFT adapter directory
+    merged: Path | None  # Hugging Face directory
+    task: Task | None  # what the models are for; None without a model directory and a name
 
     @classmethod
     def open(

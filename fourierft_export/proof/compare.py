@@ -37,16 +37,11 @@ it on: 64 float32 rounding errors."""
 
 
 class Rows(NamedTuple):
-    """The values of one output that count, on both sides.
-
-    Attributes:
-        left, right: float64 (rows, last axis).
-        indices: (rows, leading axes), the place of each row in the output.
-    """
+    """The values of one output that count, on both sides, as (rows, last axis)."""
 
     left: npt.NDArray[np.float64]
     right: npt.NDArray[np.float64]
-    indices: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int64]  # (rows, leading axes): the place of each row in the output
 
 
 def compare_outputs(

@@ -36,15 +36,10 @@ AS_NPZ = "give inputs as an .npz file (--inputs)"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Named arrays, one row per example.
-
-    Attributes:
-        arrays: input name -> array; the first axis is the batch.
-        description: where they come from, for the report.
-    """
+    """Named arrays, one row per example: the first axis is the batch."""
 
     arrays: Mapping[str, Array]
-    description: str
+    description: str  # where they come from, for the report
 
     @property
     def mask(self) -> Array | None:

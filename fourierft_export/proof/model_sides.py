@@ -25,17 +25,7 @@ if TYPE_CHECKING:
 
 
 class ModelSides:
-    """The sides that are models.
-
-    Attributes:
-        references: runs without the weight changes; the last is the closest to the adapted ones.
-        adapted: runs that must agree, the most trustworthy first.
-        noise: the noise that was measured.
-        problems: findings that fail the validation by themselves.
-        notes: limits of the result, for the report.
-        roundings: precision -> how the weights of the model rebuilt for it are rounded.
-        random_outputs: outputs that depend on parameters in no file; they are not compared.
-    """
+    """The sides that are models."""
 
     def __init__(
         self, artifacts: Artifacts, inputs: Inputs, batch_size: int, started: Callable[[str], None]
@@ -45,13 +35,15 @@ class ModelSides:
         self.inputs = inputs
         self.batch_size = batch_size
         self.started = started
+        # Runs without the weight changes, the closest to the adapted ones last.
         self.references: list[Run] = []
-        self.adapted: list[Run] = []
+        self.adapted: list[Run] = []  # runs that must agree, the most trustworthy first
         self.noise = Noise()
-        self.problems: list[str] = []
-        self.notes: list[str] = []
+        self.problems: list[str] = []  # findings that fail the validation by themselves
+        self.notes: list[str] = []  # limits of the result, for the report
+        # Precision -> how the weights of the model rebuilt for it are rounded.
         self.roundings: dict[str, rebuild.Rounding] = {}
-        self.random_outputs: set[str] = set()
+        self.random_outputs: set[str] = set()  # of parameters in no file: not compared
 
     def run(self, precisions: Set[str]) -> None:
         """Runs every model side.

@@ -30,19 +30,12 @@ ASSUMED_NOISE_COARSE = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-
 
 @dataclass(frozen=True)
 class Run:
-    """A side together with its outputs.
-
-    Attributes:
-        side: what it is.
-        outputs: output name -> array.
-        computes: precision of its arithmetic; a bfloat16 checkpoint is computed in float32.
-        rebuilt: it was rebuilt here from base and bundle; two such sides are not compared.
-    """
+    """A side together with its outputs."""
 
     side: Side
     outputs: Outputs
-    computes: str = "float32"
-    rebuilt: bool = False
+    computes: str = "float32"  # precision of its arithmetic; bfloat16 checkpoints run in float32
+    rebuilt: bool = False  # here, from base and bundle; two such sides are not compared
 
     @property
     def precision(self) -> str:
@@ -52,15 +45,10 @@ class Run:
 
 @dataclass
 class Noise:
-    """The noise that was measured, as root mean squares.
+    """The noise that was measured: weight precision -> output name -> root mean square."""
 
-    Attributes:
-        arithmetic: weight precision -> output name -> noise of float32 arithmetic.
-        rounding: weight precision -> output name -> what rounding the weights changes.
-    """
-
-    arithmetic: dict[str, dict[str, float]] = field(default_factory=dict)
-    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
+    arithmetic: dict[str, dict[str, float]] = field(default_factory=dict)  # of float32 arithmetic
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)  # of rounding the weights
 
     def between(self, left: Run, right: Run) -> dict[str, float]:
         """Returns output name -> the noise between two sides, as far as it was measured."""

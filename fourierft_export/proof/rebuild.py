@@ -30,21 +30,13 @@ Rounding = Mapping[str, "torch.dtype"]
 
 @dataclass(frozen=True)
 class Target:
-    """A layer of the model that the adapter changes.
+    """A layer of the model that the adapter changes."""
 
-    Attributes:
-        spec: of the adapter.
-        path: of the module in this model.
-        module: whose `weight` is replaced.
-        weight: the base's, as loaded.
-        transposed: the weight is (in, out), as in transformers' Conv1D.
-    """
-
-    spec: LayerSpec
-    path: str
-    module: Any
-    weight: torch.Tensor
-    transposed: bool
+    spec: LayerSpec  # of the adapter
+    path: str  # of the module in this model
+    module: Any  # whose `weight` is replaced
+    weight: torch.Tensor  # the base's, as loaded
+    transposed: bool  # the weight is (in, out), as in transformers' Conv1D
 
     @property
     def shape(self) -> tuple[int, int]:

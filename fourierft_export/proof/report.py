@@ -20,26 +20,17 @@ SIGNS = {"equal": "=", "different": "≠"}
 
 @dataclass(frozen=True)
 class Side:
-    """One artifact, run on the inputs.
+    """One artifact, run on the inputs."""
 
-    Attributes:
-        name: "base", "plain" (the adapter's heads and biases without its deltas), "torch",
-            "torch:bfloat16", "peft", "merged", "onnx:<file>", or the caller's own name.
-        role: "base" (the adapter must change it) or "adapted" (must agree with other such sides).
-        source: where it came from; empty for a callable.
-        precision: of its weights: "float32", "float16", "bfloat16", "int8".
-        outputs: names of its outputs, with their shapes.
-        seconds: how long loading and running took.
-        notes: how it was made, if that is unusual.
-    """
-
+    # "base", "plain" (the adapter's heads and biases without its deltas), "torch",
+    # "torch:bfloat16", "peft", "merged", "onnx:<file>", or the caller's own name.
     name: str
-    role: str
-    source: str
-    precision: str
-    outputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
+    role: str  # "base" (the adapter must change it) or "adapted" (must agree with other such sides)
+    source: str  # where it came from; empty for a callable
+    precision: str  # of its weights: "float32", "float16", "bfloat16", "int8"
+    outputs: tuple[tuple[str, tuple[int, ...]], ...] = ()  # names and shapes
+    seconds: float = 0.0  # how long loading and running took
+    notes: tuple[str, ...] = ()  # how it was made, if that is unusual
 
     def measured(self, outputs: Mapping[str, Array], began: float, *notes: str) -> Side:
         """Adds notes, the outputs' shapes, and the seconds since `began` (time.monotonic)."""
@@ -50,68 +41,44 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two arrays of one output differ, over the positions that count.
+    """How two arrays of one output differ, over the positions that count (no padding)."""
 
-    Attributes:
-        count: number of values compared (padding left out).
-        scale: largest absolute value of the left side.
-        max_abs: largest absolute difference.
-        max_rel: largest difference relative to the left value, over values of at least a
-            thousandth of `scale` (near zero a ratio says nothing).
-        mean_abs: mean absolute difference.
-        rms: root mean square of the difference.
-        cosine: cosine of the angle between the two, as vectors.
-        argmax: fraction of rows (last axis) with the same argmax, or None for a scalar output;
-            near-ties count as the same.
-        index: where `max_abs` is.
-        left, right: the two values there.
-        agreement: the interval in which `argmax` lies with 95 % confidence (Wilson's), if these
-            rows are a fair sample; None without an argmax.
-        row_cosine: mean cosine of the angle between the two sides' rows.
-        kl: mean Kullback-Leibler divergence of the right side's softmax from the left's, in nats;
-            None for outputs other than logits.
-        perplexity: of both sides, on the tokens that a causal model was given; else None.
-    """
-
-    count: int
-    scale: float
-    max_abs: float
+    count: int  # number of values
+    scale: float  # largest absolute value of the left side
+    max_abs: float  # largest absolute difference
+    # Largest difference relative to the left value, over values of at least a thousandth of
+    # `scale`: near zero a ratio says nothing.
     max_rel: float
-    mean_abs: float
-    rms: float
-    cosine: float
+    mean_abs: float  # mean absolute difference
+    rms: float  # root mean square of the difference
+    cosine: float  # of the angle between the two, as vectors
+    # Share of rows (last axis) with the same argmax, near-ties included; None for a scalar output.
     argmax: float | None
-    index: tuple[int, ...]
-    left: float
+    index: tuple[int, ...]  # where `max_abs` is
+    left: float  # the two values there
     right: float
+    # Where `argmax` lies with 95 % confidence (Wilson's interval) if the rows are a fair sample.
     agreement: tuple[float, float] | None
-    row_cosine: float
+    row_cosine: float  # mean cosine of the angle between the two sides' rows
+    # Mean Kullback-Leibler divergence of the right softmax from the left, in nats; of logits only.
     kl: float | None
-    perplexity: tuple[float, float] | None
+    perplexity: tuple[float, float] | None  # of both sides, on the tokens of a causal model
 
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """One output of two sides, and the verdict.
+    """One output of two sides, and the verdict."""
 
-    Attributes:
-        output: its name.
-        ok: the verdict.
-        reason: why not, in one line; empty if ok.
-        difference: the numbers; None if the arrays could not be compared (missing, other shape).
-        allowed_abs: bound on `difference.max_abs`; None if it was not bounded.
-        allowed_rms: bound on `difference.rms` (a lower bound in a comparison that demands a
-            change); None if it was not bounded.
-        resolution: smallest error of the adapter, as a fraction of its effect, that this
-            comparison would have caught; None if the effect is not known.
-    """
-
-    output: str
-    ok: bool
-    reason: str
-    difference: Difference | None
-    allowed_abs: float | None = None
-    allowed_rms: float | None = None
+    output: str  # its name
+    ok: bool  # the verdict
+    reason: str  # why not, in one line; empty if ok
+    difference: Difference | None  # None if the arrays cannot be compared (missing, other shape)
+    allowed_abs: float | None = None  # bound on `difference.max_abs`, if there is one
+    allowed_rms: float | None = (
+        None  # bound on `difference.rms`: a lower one where they must differ
+    )
+    # Smallest error of the adapter, as a fraction of its effect, that would have been caught; None
+    # if the effect is not known.
     resolution: float | None = None
 
     @property
@@ -133,19 +100,12 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sides compared.
+    """Two sides compared."""
 
-    Attributes:
-        left, right: names of the sides.
-        expect: "equal" (two adapted sides) or "different" (a base and an adapted side).
-        precision: whose tolerance applied.
-        outputs: one entry per output.
-    """
-
-    left: str
+    left: str  # name of a side
     right: str
-    expect: str
-    precision: str
+    expect: str  # "equal" (two adapted sides) or "different" (a base and an adapted side)
+    precision: str  # whose tolerance applied
     outputs: tuple[OutputComparison, ...]
 
     @property
@@ -161,23 +121,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a side differs, as far as its layers show it.
+    """Why a side differs, as far as its layers show it."""
 
-    Attributes:
-        side: its name.
-        layer: path of the first module whose output differs.
-        kind: "scaling", "left out", "twice", "transposed", "entry rule", "seed", "precision",
-            "head", "tied" or "base".
-        text: the same in words.
-        difference: how far the layer's output is off, as a fraction of its root mean square; None
-            if the side has nothing like it.
-    """
-
-    side: str
-    layer: str
+    side: str  # its name
+    layer: str  # path of the first module whose output differs
+    # "scaling", "left out", "twice", "transposed", "entry rule", "seed", "precision", "head",
+    # "tied" or "base".
     kind: str
-    text: str
-    difference: float | None
+    text: str  # the same in words
+    difference: float | None  # of the layer's output, relative to it; None without anything like it
 
     def __str__(self) -> str:
         off = "" if self.difference is None else f" by {self.difference:.2g} of its size"
@@ -186,28 +138,17 @@ class Cause:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole validation.
+    """The whole validation."""
 
-    Attributes:
-        task: "feature-extraction", ..., or None for plain callables.
-        inputs: what the sides were run on, in words.
-        input_shapes: name and shape of every input.
-        sides: in the order they are compared, references first.
-        comparisons: every pair that was compared.
-        problems: findings that fail the validation without a comparison, one line each.
-        notes: what limits the result, one line each.
-        causes: the first layer that differs in each faulty side, and the likely cause.
-    """
-
-    task: str | None
-    inputs: str
-    input_shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    sides: tuple[Side, ...]
-    comparisons: tuple[Comparison, ...]
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    task: str | None  # "feature-extraction", ..., or None for plain callables
+    inputs: str  # what the sides were run on, in words
+    input_shapes: tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes
+    sides: tuple[Side, ...]  # in the order they are compared, references first
+    comparisons: tuple[Comparison, ...]  # every pair that was compared
+    problems: tuple[str, ...] = ()  # findings that fail the validation without a comparison
+    notes: tuple[str, ...] = ()  # what limits the result
     schema: int = REPORT_SCHEMA
-    causes: tuple[Cause, ...] = ()
+    causes: tuple[Cause, ...] = ()  # of each faulty side the first layer that differs, and why
 
     @property
     def ok(self) -> bool:
