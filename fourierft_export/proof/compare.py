@@ -8,6 +8,7 @@ the noise: the root mean square that rounding alone explains in an output.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import NamedTuple
 
@@ -44,35 +45,40 @@ class Rows(NamedTuple):
     indices: npt.NDArray[np.int64]  # (rows, leading axes): the place of each row in the output
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What both judges know of a pair of sides."""
+
+    # (batch, positions), true where a token is real. Outputs of shape (batch, positions, ...) are
+    # compared there only: what a model computes on padding does not matter.
+    mask: Array | None = None
+    noise: Mapping[str, float] = field(default_factory=dict)  # output -> what rounding changes
+    assumed_noise: float = ASSUMED_NOISE  # of other outputs, as a fraction of their size
+    names: Collection[str] | None = None  # the outputs to compare; default all of the left side
+    # (batch, positions), -1 on padding: what a causal model's logits should predict.
+    tokens: Array | None = None
+
+
 def compare_outputs(
     reference: Outputs,
     other: Outputs,
+    conditions: Conditions = Conditions(),
     *,
-    mask: Array | None = None,
     tolerance: Tolerance = DEFAULT_TOLERANCES["float32"],
     effect: Mapping[str, float] | None = None,
-    noise: Mapping[str, float] | None = None,
-    assumed_noise: float = ASSUMED_NOISE,
-    names: Collection[str] | None = None,
-    tokens: Array | None = None,
 ) -> tuple[OutputComparison, ...]:
     """Compares two sides that must agree; an output that one of them lacks is a failure.
 
     Args:
         reference, other: output name -> array of any shape and real dtype.
-        mask: (batch, positions), true where a token is real. Outputs of shape (batch, positions,
-            ...) are compared there only: what a model computes on padding does not matter.
+        conditions: mask and noise.
         tolerance: what is allowed.
         effect: output name -> root mean square of what the adapter changes; without it only the
             output's own scale bounds the difference.
-        noise: output name -> root mean square of what rounding alone changes.
-        assumed_noise: the same for other outputs, as a fraction of their root mean square.
-        names: the outputs to compare; default all of the reference's.
-        tokens: (batch, positions), -1 on padding: what a causal model's logits should predict.
     """
 
     def judge(name: str, rows: Rows, floor: float) -> OutputComparison:
-        found = measure(name, rows, tie=2 * NOISE_MARGIN * floor, tokens=tokens)
+        found = measure(name, rows, tie=2 * NOISE_MARGIN * floor, tokens=conditions.tokens)
         allowed_abs = tolerance.scale * found.scale
         change = (effect or {}).get(name)
         allowed_rms = None if change is None else tolerance.effect * change + NOISE_MARGIN * floor
@@ -96,28 +102,22 @@ def compare_outputs(
         verdict = not reason, reason, found
         return OutputComparison(name, *verdict, allowed_abs, allowed_rms, resolution)
 
-    wanted = list(reference) if names is None else names
-    return _judge_each(wanted, reference, other, mask, noise, assumed_noise, judge)
+    return _judge_each(reference, other, conditions, judge)
 
 
 def compare_change(
     base: Outputs,
     adapted: Outputs,
-    *,
-    mask: Array | None = None,
-    noise: Mapping[str, float] | None = None,
-    assumed_noise: float = ASSUMED_NOISE,
-    names: Collection[str] | None = None,
-    tokens: Array | None = None,
+    conditions: Conditions = Conditions(),
 ) -> tuple[OutputComparison, ...]:
-    """Compares two sides of which the adapter must have changed one. Arguments as above.
+    """Compares two sides of which the adapter must have changed one.
 
     An output has changed when the root mean square of its difference is above `NOISE_MARGIN` times
     the noise, or when its shape has: a head with more labels.
     """
 
     def judge(name: str, rows: Rows, floor: float) -> OutputComparison:
-        found, needed = measure(name, rows, tokens=tokens), NOISE_MARGIN * floor
+        found, needed = measure(name, rows, tokens=conditions.tokens), NOISE_MARGIN * floor
         reason = (
             f"the adapter changes nothing in {name}: root mean square {found.rms:.3g}, where "
             f"rounding alone explains {needed:.3g}"
@@ -125,31 +125,29 @@ def compare_change(
         changed = found.rms > needed
         return OutputComparison(name, changed, "" if changed else reason, found, None, needed)
 
-    wanted = [name for name in base if name in adapted] if names is None else names
-    return _judge_each(wanted, base, adapted, mask, noise, assumed_noise, judge, may_reshape=True)
+    if conditions.names is None:
+        conditions = replace(conditions, names=[name for name in base if name in adapted])
+    return _judge_each(base, adapted, conditions, judge, may_reshape=True)
 
 
 def _judge_each(
-    names: Collection[str],
     left: Outputs,
     right: Outputs,
-    mask: Array | None,
-    noise: Mapping[str, float] | None,
-    assumed_noise: float,
+    conditions: Conditions,
     judge: Callable[[str, Rows, float], OutputComparison],
     *,
     may_reshape: bool = False,
 ) -> tuple[OutputComparison, ...]:
     """Calls `judge` with the rows and the noise of each output that can be compared."""
     results = []
-    for name in names:
-        rows = align(name, left, right, mask)
+    for name in list(left) if conditions.names is None else conditions.names:
+        rows = align(name, left, right, conditions.mask)
         if isinstance(rows, str):
             both = name in left and name in right
             reshaped = may_reshape and both and left[name].shape != right[name].shape
             results.append(OutputComparison(name, reshaped, "" if reshaped else rows, None))
         else:
-            floor = (noise or {}).get(name, assumed_noise * _rms(rows.left))
+            floor = conditions.noise.get(name, conditions.assumed_noise * _rms(rows.left))
             results.append(judge(name, rows, floor))
     nothing = OutputComparison("(none)", False, "there is no output to compare", None)
     return tuple(results) or (nothing,)

@@ -17,10 +17,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import Any
 
 from ..types import Array
-from .compare import ASSUMED_NOISE, Outputs, compare_change, compare_outputs, rms_difference
+from .compare import (
+    ASSUMED_NOISE,
+    Conditions,
+    Outputs,
+    compare_change,
+    compare_outputs,
+    rms_difference,
+)
 from .report import Comparison, Side
 from .tolerances import Tolerance, coarser
 
@@ -82,19 +88,13 @@ def compare_pairs(
         tokens: (batch, positions), -1 on padding: what a causal model's logits should predict.
     """
 
-    def conditions(left: Run, right: Run) -> tuple[str, dict[str, Any]]:
-        """Returns the coarser precision and what both judges need to know of the pair."""
-        coarse = coarser(left.precision, right.precision)
+    def conditions(left: Run, right: Run, precision: str) -> Conditions:
         names = [*left.outputs, *right.outputs]
         if primary is not None:
             names = [primary, *(name for name in left.outputs if name in right.outputs)]
-        return coarse, {
-            "mask": mask,
-            "tokens": tokens,
-            "noise": noise.between(left, right),
-            "assumed_noise": ASSUMED_NOISE_COARSE.get(coarse, ASSUMED_NOISE),
-            "names": list(dict.fromkeys(names)),
-        }
+        assumed = ASSUMED_NOISE_COARSE.get(precision, ASSUMED_NOISE)
+        measured = noise.between(left, right)
+        return Conditions(mask, measured, assumed, list(dict.fromkeys(names)), tokens)
 
     effect: dict[str, float] | None = None
     if references and adapted:
@@ -106,14 +106,14 @@ def compare_pairs(
         own_precision = left.side.precision in ("float32", right.side.precision)
         if left.rebuilt and (right.rebuilt or not own_precision):
             continue
-        coarse, options = conditions(left, right)
+        coarse = coarser(left.precision, right.precision)
         precision = "float32" if _same_arithmetic(left, right) else coarse
         outputs = compare_outputs(
             left.outputs,
             right.outputs,
+            conditions(left, right, coarse),
             tolerance=tolerances[precision],
             effect=effect,
-            **options,
         )
         pair = (left.side.name, right.side.name)
         comparisons.append(Comparison(*pair, "equal", precision, outputs))
@@ -122,8 +122,8 @@ def compare_pairs(
         wanted = right.side.precision
         if left.side.precision != wanted and any(r.side.precision == wanted for r in references):
             continue
-        coarse, options = conditions(left, right)
-        outputs = compare_change(left.outputs, right.outputs, **options)
+        coarse = coarser(left.precision, right.precision)
+        outputs = compare_change(left.outputs, right.outputs, conditions(left, right, coarse))
         pair = (left.side.name, right.side.name)
         comparisons.append(Comparison(*pair, "different", coarse, outputs))
     return tuple(comparisons)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,16 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fourierft_export.proof.compare import compare_change, compare_outputs, rms_difference
+from fourierft_export.proof import compare
+from fourierft_export.proof.compare import Conditions, compare_change, rms_difference
+from fourierft_export.proof.report import OutputComparison
 from fourierft_export.proof.tolerances import Tolerance
 
 
-def one(left: object, right: object, **options: object):  # type: ignore[no-untyped-def]
-    (result,) = compare_outputs(
-        {"logits": np.array(left)},
-        {"logits": np.array(right)},
-        **options,  # type: ignore[arg-type]
-    )
+def compare_outputs(left: Any, right: Any, **options: Any) -> tuple[OutputComparison, ...]:
+    rest = {name: options.pop(name) for name in ("tolerance", "effect") if name in options}
+    return compare.compare_outputs(left, right, Conditions(**options), **rest)
+
+
+def one(left: object, right: object, **options: Any) -> OutputComparison:
+    (result,) = compare_outputs({"logits": np.array(left)}, {"logits": np.array(right)}, **options)
     return result
 
 
@@ -156,7 +161,7 @@ def test_a_change_has_to_be_above_the_noise() -> None:
     assert not tiny.ok
     (real,) = compare_change(base, {"y": base["y"] + 1e-3})
     assert real.ok
-    (noisy,) = compare_change(base, {"y": base["y"] + 1e-3}, noise={"y": 1e-3})
+    (noisy,) = compare_change(base, {"y": base["y"] + 1e-3}, Conditions(noise={"y": 1e-3}))
     assert not noisy.ok
     (shape,) = compare_change(base, {"y": np.ones(3)})
     assert shape.ok  # more labels than the base has: a change
