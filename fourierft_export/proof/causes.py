@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Values = npt.NDArray[np.float64]
 
-ROWS = 8
+ROWS = 4
 AGREES = 0.002
 """An explanation fits if what it leaves is below this share of the layer's effect."""
 NOISE = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
@@ -169,7 +169,8 @@ def _find_cause(
         nearest = min(alike, key=lambda v: _rms(v - call.output), default=None)
         if nearest is not None and _rms(nearest - call.output) <= limit:
             continue
-        found = None if nearest is None else _rms(nearest - call.output) / _rms(call.output)
+        size = _rms(call.output) or 1.0
+        found = None if nearest is None else _rms(nearest - call.output) / size
         known = call.input is None or any(
             v.shape == call.input.shape and _rms(v - call.input) <= noise * 4 * _rms(v)
             for v in values
@@ -269,7 +270,7 @@ def _faults(
 def _explain_head(expected: Values, found: Values | None) -> tuple[str, str]:
     """Names the fault of a head or of another module that the adapter saved."""
     if found is not None:
-        factor = float(np.vdot(found, expected)) / float(np.vdot(expected, expected))
+        factor = float(np.vdot(found, expected)) / (float(np.vdot(expected, expected)) or 1.0)
         if _rms(found - factor * expected) < 1e-4 * _rms(expected):
             return "head", f"the adapter's head times {factor:.4g}"
     return "head", "it is not the adapter's: its head is missing, or another one is there"

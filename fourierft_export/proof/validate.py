@@ -173,7 +173,7 @@ def validate(
     causes: tuple[Cause, ...] = ()
     try:
         causes = tuple(find_causes(artifacts, ready, named, comparisons, models.roundings))
-    except (FourierFTError, MemoryError, RuntimeError) as error:
+    except (FourierFTError, MemoryError, RuntimeError, ValueError, ArithmeticError) as error:
         models.notes.append(f"the cause was not searched for: {first_line(error)}")
     if not comparisons:
         models.problems.append("no two sides were left to compare")
