@@ -241,5 +241,15 @@ def test_encoder_and_decoder_in_two_files(run_verb: Any, tmp_path: Path) -> None
         assert ran.json["apply"]["layers"] == [part]
         session = onnxruntime.InferenceSession(tmp_path / f"{part}.merged.onnx")
         (value,) = session.run(None, {"x": value})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(value), peft(x), rtol=0, atol=1e-5)
+    expected = peft(x).detach()
+    torch.testing.assert_close(torch.tensor(value), expected, rtol=0, atol=1e-5)
+    # At run time, too, each half takes its part of the whole adapter.
+    value = x.numpy()
+    for part in ("encoder", "decoder"):
+        path = tmp_path / f"{part}.swap.onnx"
+        options = {"mode": "swappable", "partial": True}
+        ff.apply_onnx(tmp_path / f"{part}.onnx", tmp_path / "adapter", path, **options)
+        session = ff.AdapterSession(path)
+        session.load("whole", tmp_path / "adapter")
+        (value,) = session.run({"x": value}, adapter="whole").values()
+    torch.testing.assert_close(torch.tensor(value), expected, rtol=0, atol=1e-5)

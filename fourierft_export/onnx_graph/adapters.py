@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.file import Bundle
@@ -42,6 +42,19 @@ def weighted(bundles: Mapping[str, Bundle], weights: Sequence[float]) -> dict[st
         else replace(bundle, spec=replace(bundle.spec, scaling=bundle.spec.scaling * weight))
         for (name, bundle), weight in zip(bundles.items(), weights, strict=True)
     }
+
+
+def without(bundle: Bundle, names: Container[str]) -> Bundle:
+    """A bundle without these layers and saved tensors; all of it if no layer would be left."""
+    layers = tuple(layer for layer in bundle.spec.layers if layer.name not in names)
+    if not layers:
+        return bundle
+    return Bundle(
+        replace(bundle.spec, layers=layers, peft_config={}),
+        {layer.name: bundle.spectra[layer.name] for layer in layers},
+        {name: array for name, array in bundle.saved.items() if name not in names},
+        {n: array for n, array in bundle.explicit_entries.items() if n not in names},
+    )
 
 
 def layer_terms(bundles: Mapping[str, Bundle], layer: str) -> dict[str, Term]:

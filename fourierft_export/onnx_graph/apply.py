@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.combine import checked_weights
@@ -16,7 +16,7 @@ from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
 from ..models.base import Base, open_base
 from ..types import Progress
-from .adapters import Bundles, named_bundles, weighted
+from .adapters import Bundles, named_bundles, weighted, without
 from .graph.inline import expand_functions, inline_functions
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
@@ -148,8 +148,7 @@ def apply_onnx(
     if partial and sites:
         lost = {*found.missing, *missing_saved(finder, found.bridge, bound)}
         absent = sorted(lost)
-        named = {name: _without(bundle, lost) for name, bundle in named.items()}
-        bound = {name: _without(bundle, lost) for name, bundle in bound.items()}
+        bound = {name: without(bundle, lost) for name, bundle in bound.items()}
     fits = _fits(source, found, wanted, bound)
     check_fits(
         source.path,
@@ -207,21 +206,6 @@ def apply_onnx(
             inline_functions(model)
     files = write_pair(source, expander, onnx_out, force=force, progress=progress)
     return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
-
-
-def _without(bundle: Bundle, names: Container[str]) -> Bundle:
-    """A bundle without these layers and saved tensors; it keeps one layer at least."""
-    layers = tuple(layer for layer in bundle.spec.layers if layer.name not in names)
-    if not layers:
-        return bundle
-    spec = replace(bundle.spec, layers=layers, peft_config={})
-    saved = {name: array for name, array in bundle.saved.items() if name not in names}
-    return Bundle(
-        spec,
-        {layer.name: bundle.spectra[layer.name] for layer in layers},
-        saved,
-        {n: array for n, array in bundle.explicit_entries.items() if n not in names},
-    )
 
 
 def _convert(source: Source, opset: int) -> Source:

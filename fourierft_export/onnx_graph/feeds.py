@@ -16,6 +16,7 @@ from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..errors import BadInputError, BaseMismatchError
 from ..models.name_mapping import find_bridge
 from ..types import Array
+from .adapters import without
 from .interface import PREFIX, Group, Interface
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ def feed_bundle(
     groups = interface.layers
     roots = {name.split(".")[0] for name in groups}
     bridge = find_bridge([layer.name for layer in bundle.layers], roots, groups.__contains__)
+    if interface.partial:
+        places = {name: bridge.to_base(name) for name in bundle.spectra}
+        places |= {name: bridge.to_base(name) for name in bundle.saved}
+        known_names = {*groups, *(tensor.name for tensor in interface.saved)}
+        bundle = without(bundle, {name for name, at in places.items() if at not in known_names})
     layers: dict[str, FoundLayer | str] = {}
     for name in bundle.spectra:
         there = bridge.to_base(name)

@@ -84,11 +84,14 @@ class Interface:
         groups, saved: the inputs.
         fingerprints: layer -> that of the base weight in the graph; an adapter trained on another
             one is refused.
+        partial: the graph is a part of the adapted model, such as its encoder: what else an
+            adapter changes is left out.
     """
 
     groups: tuple[Group, ...]
     saved: tuple[Saved, ...] = ()
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+    partial: bool = False
 
     @property
     def layers(self) -> dict[str, Group]:
@@ -116,6 +119,7 @@ class Interface:
                 }
                 for layer, f in self.fingerprints.items()
             },
+            **({"partial": True} if self.partial else {}),
         }
 
     @classmethod
@@ -144,6 +148,7 @@ class Interface:
                 )
                 for layer, f in content["fingerprints"].items()
             },
+            content.get("partial") is True,
         )
 
 
