@@ -63,7 +63,10 @@ def adapter_inputs(plan: Plan) -> AdapterInputs:
             Saved(n, array.shape, array.dtype.name, n in plan.absent) for n, array in base.items()
         ),
         _fingerprints(plan),
-        any(len(plan.sources[n].layers) > len(one.layers) for n, one in plan.adapters.items()),
+        any(
+            len(plan.sources.get(name, one).layers) > len(one.layers)
+            for name, one in plan.adapters.items()
+        ),
     )
     feeds = [full_feeds(interface, bundle, base) for bundle in plan.adapters.values()]
     if plan.defaults != DEFAULTS[0]:
