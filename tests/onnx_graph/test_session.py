@@ -273,17 +273,18 @@ DAMAGE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_metadata_of_an_expander(damage: str, small_tenants: Any, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(small_tenants.file("paired").read_bytes())
-    expander = onnx.load(small_tenants.file("paired").with_suffix(".expand.onnx"))
-    (entry,) = (one for one in expander.metadata_props if one.key == "fourierft_export")
-    content = json.loads(entry.value)
-    DAMAGE[damage](content)
-    entry.value = json.dumps(content)
-    onnx.save(expander, path.with_suffix(".expand.onnx"))
-    with pytest.raises(BadInputError, match=r"model\.expand\.onnx"):
-        ff.AdapterSession(path)
+def test_damaged_metadata_of_a_paired_graph(
+    damage: str, small_tenants: Any, tmp_path: Path
+) -> None:
+    for suffix in (".onnx", ".expand.onnx"):
+        model = onnx.load(small_tenants.file("paired").with_suffix(suffix))
+        (entry,) = (one for one in model.metadata_props if one.key == "fourierft_export")
+        content = json.loads(entry.value)
+        DAMAGE[damage](content)
+        entry.value = json.dumps(content)
+        onnx.save(model, (tmp_path / "model").with_suffix(suffix))
+    with pytest.raises(BadInputError, match=r"model\.(expand\.)?onnx"):
+        ff.AdapterSession(tmp_path / "model.onnx")
 
 
 SCRIPT = """

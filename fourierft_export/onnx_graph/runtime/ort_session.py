@@ -75,7 +75,8 @@ def run_session(
     """
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    failures = (ValueError, *_runtime_errors())  # ValueError: an input that is not fed
+    # ValueError: an input that is not fed
+    failures: tuple[type[Exception], ...] = (ValueError, *_runtime_errors())
     try:
         return list(session.run_with_ort_values(list(outputs), dict(feeds), options))
     except state.InvalidArgument as error:
