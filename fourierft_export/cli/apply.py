@@ -28,7 +28,8 @@ from .console import Outcome, graph_lines, verb
     multiple=True,
     metavar="LAYER=INITIALIZER",
     help="The initializer that holds a layer's weight, where it is not found by itself; may be "
-    "repeated. INITIALIZER[START:STOP] names some outputs of a weight that holds several layers.",
+    "repeated. INITIALIZER[START:STOP] names some outputs of a weight that holds several layers, "
+    "FIRST+SECOND the parts that a layer has in the file.",
 )
 @options.setting_option(
     "--partial",

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError
-from fourierft_export.onnx_graph.locate.module_names import module_of_node
 
 MODES = ("merged", "unmerged")
 RNG = np.random.default_rng(0)
@@ -175,6 +174,12 @@ CASES = {
         {"v": A.T, "w": A.T},
         lambda w: {"y": X @ w["a"].T, "z": X @ w["a"].T},
         {"a": A},
+    ),
+    "a child named with its container": Case(
+        [node("MatMul", ["x", "w"], ["y"], "/1/1.0/1.0.0/fn/fn.1/query/MatMul")],
+        {"w": A.T},
+        lambda w: {"y": X @ w["1.0.0.fn.1.query"].T},
+        {"1.0.0.fn.1.query": A},
     ),
     "one layer, called again by TorchScript": Case(
         [
@@ -405,21 +410,6 @@ def test_layers_that_are_not_found_beyond_doubt(
         with pytest.raises(BaseMismatchError, match="--map") as caught:
             ff.apply_onnx(path, bundle, tmp_path / "out.onnx", mode=mode, mapping=mapping)
         assert all(one in caught.value.offenders[0] for one in why)
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("/encoder/layer.0/attention/self/query/MatMul", "encoder.layer.0.attention.self.query"),
-        ("/1/1.0/1.0.0/fn/fn.1/query/MatMul", "1.0.0.fn.1.query"),
-        ("/blocks.0/ff/ff.2/MatMul_1", "blocks.0.ff.2"),
-        ("/MatMul", None),
-        ("node_MatMul_3", None),
-        ("", None),
-    ],
-)
-def test_module_paths_in_node_names(name: str, path: str | None) -> None:
-    assert module_of_node(name) == path
 
 
 @pytest.mark.parametrize("opset", [9, 13, 16, 20])

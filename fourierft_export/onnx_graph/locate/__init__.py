@@ -1,4 +1,4 @@
 """Finds an adapter's layers, heads and biases in a graph, float or quantised.
 
-Start at `search.find_layers`. The graph is not changed, but for functions that must be expanded.
+Start at `finder.Finder`. The graph is not changed, but where `parts` joins products.
 """

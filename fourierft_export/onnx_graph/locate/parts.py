@@ -87,7 +87,6 @@ def _obstacle(source: Source, names: Sequence[str], parts: Sequence[Sequence[Sit
 def _join(source: Source, parts: Sequence[Site], path: str) -> None:
     """Make one product of the parts' products, and split what it gives."""
     import onnx_ir as ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     ops = Ops(source.model.graph)
     nodes = [part.uses[0].linear for part in parts]
@@ -110,8 +109,12 @@ def _join(source: Source, parts: Sequence[Site], path: str) -> None:
     pieces = ops.ops("Split", [y, lengths], f"{name}.parts", len(sizes), axis=-1)
     for before, after in zip(old, pieces, strict=True):
         replace_uses(tuple(before.uses()), before, after)
+    constants = {value for node in nodes for value in node.inputs[1:] if value is not None}
+    ops.graph.remove(nodes, safe=True)
+    for value in constants:
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
+            del ops.graph.initializers[str(value.name)]
     ops.finish()
-    RemoveUnusedNodesPass()(source.model)
 
 
 def _concatenated(
