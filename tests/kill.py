@@ -180,7 +180,7 @@ def survive_training(forks: Forks, words: list[str], out: Path, rounds: int) -> 
 
 
 def make_inputs(folder: Path) -> None:
-    """Write a sharded base, an adapter, a graph with external data and rows of text."""
+    """Write a sharded base, one of a single layer, adapters, a graph with external data, rows."""
     import numpy as np
     import onnx
     from safetensors.numpy import load_file, save_file
@@ -188,37 +188,42 @@ def make_inputs(folder: Path) -> None:
     import fourierft_export as ff
     from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 
-    base, weights = folder / "base", load_file(DATA / "stories260k" / "model.safetensors")
-    shutil.copytree(DATA / "stories260k", base)
-    (base / "model.safetensors").unlink()
-    names, index = sorted(weights), {}
-    for i in range(4):
-        shard = f"model-{i + 1:05}-of-00004.safetensors"
-        save_file({n: weights[n] for n in names[i::4]}, base / shard, {"format": "pt"})
-        index |= dict.fromkeys(names[i::4], shard)
-    text = json.dumps({"metadata": {}, "weight_map": index})
-    (base / "model.safetensors.index.json").write_text(text)
+    weights = load_file(DATA / "stories260k" / "model.safetensors")
+    config = json.loads((DATA / "stories260k" / "config.json").read_text())
+    drawn = np.random.default_rng(0)
 
-    random_ = np.random.default_rng(0)
+    def write_base(base: Path, layers: int, shards: int) -> None:
+        shutil.copytree(DATA / "stories260k", base)
+        (base / "model.safetensors").unlink()
+        (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        kept = [n for n in sorted(weights) if "layers." not in n or int(n.split(".")[2]) < layers]
+        index: dict[str, str] = {}
+        for i in range(shards):
+            shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+            save_file({n: weights[n] for n in kept[i::shards]}, base / shard, {"format": "pt"})
+            index |= dict.fromkeys(kept[i::shards], shard)
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (base / "model.safetensors.index.json").write_text(text)
 
     def bundle(layers: list[str]) -> ff.Bundle:
-        spectra = {name: random_.standard_normal(100, np.float32) for name in layers}
+        spectra = {name: drawn.standard_normal(100, np.float32) for name in layers}
         spec = AdapterSpec(777, 50.0, tuple(LayerSpec(name, 100) for name in layers))
         return ff.Bundle.build(spec, spectra)
 
-    layers = [
-        n.removesuffix(".weight") for n in names if n.endswith(("q_proj.weight", "v_proj.weight"))
-    ]
-    made = bundle(layers).bind(base)
-    ff.to_peft(made, folder / "adapter")
-    made.save(folder / "bundle")
-    ff.merge_checkpoint(base, made, folder / "merged")
+    for name, layers in (("base", 5), ("small", 1)):
+        write_base(folder / name, layers, shards=4)
+        modules = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(layers) for p in "qv"]
+        made = bundle(modules).bind(folder / name)
+        made.save(folder / ("bundle" if name == "base" else "small.bundle"))
+        if name == "base":
+            ff.to_peft(made, folder / "adapter")
+            ff.merge_checkpoint(folder / "base", made, folder / "merged")
 
-    layers = [f"l{i}" for i in range(8)]
-    bundle(layers[:4]).save(folder / "graph.bundle")
+    names = [f"l{i}" for i in range(8)]
+    bundle(names[:4]).save(folder / "graph.bundle")
     stored = [
-        onnx.numpy_helper.from_array(random_.standard_normal((384, 384), np.float32), f"{n}.weight")
-        for n in layers
+        onnx.numpy_helper.from_array(drawn.standard_normal((384, 384), np.float32), f"{n}.weight")
+        for n in names
     ]
     nodes = [
         onnx.helper.make_node("MatMul", [f"x{i}", f"l{i}.weight"], [f"x{i + 1}"]) for i in range(8)
@@ -238,8 +243,8 @@ VERBS = {
     "merge": "merge --base @base --bundle @bundle",
     "recover": "recover --base @base --merged @merged --like @bundle",
     "apply": "apply --onnx @graph.onnx --bundle @graph.bundle --mode merged",
-    "export": "export --base @base --bundle @bundle --mode merged",
-    "train": "train --model @base --task text-generation --data @rows.jsonl --steps 3 --device cpu",
+    "export": "export --base @small --bundle @small.bundle --mode merged",
+    "train": "train --model @small --task text-generation --data @rows.jsonl --steps 3",
 }
 OUTPUTS = {"export": "out.onnx", "apply": "out.onnx"}
 
