@@ -95,6 +95,8 @@ def train(
     train ..., or accelerate launch.
     """
     run, settings = _read(config, given)
+    if print_settings and run.bundle:
+        raise click.UsageError("--print-settings is for a new adapter: leave --bundle out.")
     if print_settings:
         return _chosen(run, settings)
     if run.output is None:
@@ -142,9 +144,15 @@ def _chosen(run: DataSettings, settings: TrainSettings) -> Outcome:
     steps = count_steps(len(task.train_dataset), settings)
     values = choose_values(task, replace(settings, steps=steps, epochs=None))
     values |= {"head_learning_rate": settings.head_learning_rate, "steps": steps}
-    return Outcome(
-        {"settings": values}, [f"{name} = {json.dumps(v)}" for name, v in values.items()]
-    )
+    return Outcome({"settings": values}, [f"{k} = {_toml(v)}" for k, v in values.items()])
+
+
+def _toml(value: Any) -> str:
+    """A number, a truth value or a table of numbers in TOML."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{json.dumps(k)} = {v}" for k, v in value.items())
+        return f"{{ {inner} }}"
+    return json.dumps(value)
 
 
 def _read(config: str | None, given: dict[str, Any]) -> tuple[DataSettings, TrainSettings]:

@@ -62,7 +62,9 @@ def choose_values(task: TrainingTask, settings: TrainSettings) -> dict[str, Any]
     from .adapter import choose_config
 
     config, sizes = choose_config(task, settings)
-    return _values(config.n_frequency, config.scaling, sizes, settings)
+    found = _values(config.n_frequency, config.scaling, sizes, settings)
+    pattern = dict(config.n_frequency_pattern or {})
+    return found | ({"n_frequency_pattern": pattern} if pattern else {})
 
 
 def _values(

@@ -200,7 +200,8 @@ def with_rows_to_score(
 ) -> tuple[TrainingTask, tuple[str, ...]]:
     """The task; of its training rows some are held out if it has none to score."""
     rows: Any = task.train_dataset
-    learnt, held, notes = hold_out(len(rows), settings, bool(task.eval_dataset))
+    whole = replace(settings, max_train_rows=None)  # which counts rows of files
+    learnt, held, notes = hold_out(len(rows), whole, bool(task.eval_dataset))
     subset: Any = torch.utils.data.Subset
     if len(learnt) < len(rows):
         lengths = task.lengths and [task.lengths[i] for i in learnt]

@@ -209,6 +209,26 @@ def test_settings_are_printed_as_a_file_and_nothing_is_trained(
     (tmp_path / "run.toml").write_text(shown, "utf-8")
     again = run_verb(*stories, "--config", tmp_path / "run.toml", "--print-settings")
     assert again.json["settings"] == found
+    # Three texts are more rows of four tokens: only the texts are counted by --max-train-rows.
+    few = ["--max-train-rows", "3", "--pack", "--max-length", "4", "--batch-size", "1"]
+    ran = run_verb(*stories, *few, "--epochs", "1", "--print-settings")
+    assert ran.json["settings"]["steps"] > 3
+    assert run_verb(*stories, "--print-settings", "--bundle", "a").code == 2
+
+
+def test_printed_settings_of_a_budget_are_a_settings_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers of 144 and 72 weights: the smaller one gets a quarter of its size at most."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_net_of_a_budget.py").write_text(FACTORY, "utf-8")
+    words = ["train", "--module", "own_net_of_a_budget:whole", "--print-settings"]
+    assert run([*words, "--budget", "48"]) == 0
+    shown = capsys.readouterr().out
+    assert 'n_frequency_pattern = { "net.2" = 18 }' in shown and "n_frequency = 30" in shown
+    Path("run.toml").write_text(shown, "utf-8")
+    assert run([*words, "--config", "run.toml"]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_every_option_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:

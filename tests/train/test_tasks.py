@@ -49,39 +49,26 @@ def images(folder: Path, count: int = 12) -> Path:
     params=["one text", "pairs", "decoder", "several", "number", "words", "text", "images"]
 )
 def task(request: Any, with_tokenizer: Callable[[str], Path], tmp_path: Path) -> TrainingTask:
-    rows = sentences(20)
+    rows, text, a = sentences(20), "text-classification", tmp_path / "a.tsv"
     pairs = [(text, text[::-1], label) for text, label in rows]
     lists = [{"text": t, "labels": ["x"] * n + ["y"]} for t, n in rows]
     numbers = [(t, n + 0.5) for t, n in rows]
-    header = "sentence1\tsentence2\tlabel"
     words = [{"tokens": w, "tags": t} for w, t in TAGGED]
-    text = "text-classification"
-    cases: dict[str, Callable[[], TrainingTask]] = {
-        "one text": lambda: make(text, with_tokenizer("bert"), write_tsv(tmp_path / "a.tsv", rows)),
-        "pairs": lambda: make(
-            text, with_tokenizer("roberta-cls"), write_tsv(tmp_path / "a.tsv", pairs, header)
+    cases: dict[str, tuple[str, str, Callable[[], Path]]] = {
+        "one text": (text, "bert", lambda: write_tsv(a, rows)),
+        "pairs": (text, "roberta-cls", lambda: write_tsv(a, pairs, "sentence1\tsentence2\tlabel")),
+        "decoder": (text, "llama", lambda: write_tsv(a, rows)),
+        "several": (text, "bert", lambda: write_jsonl(tmp_path / "a.jsonl", lists)),
+        "number": (text, "bert", lambda: write_tsv(a, numbers)),
+        "words": (
+            "token-classification", "bert", lambda: write_jsonl(tmp_path / "a.jsonl", words),
         ),
-        "decoder": lambda: make(text, with_tokenizer("llama"), write_tsv(tmp_path / "a.tsv", rows)),
-        "several": lambda: make(
-            text, with_tokenizer("bert"), write_jsonl(tmp_path / "a.jsonl", lists)
-        ),
-        "number": lambda: make(
-            text,
-            with_tokenizer("bert"),
-            write_tsv(tmp_path / "a.tsv", numbers),
-            problem_type="regression",
-        ),
-        "words": lambda: make(
-            "token-classification", with_tokenizer("bert"), write_jsonl(tmp_path / "a.jsonl", words)
-        ),
-        "text": lambda: make(
-            "causal-lm", with_tokenizer("llama"), write_tsv(tmp_path / "a.tsv", rows)
-        ),
-        "images": lambda: make(
-            "image-classification", with_tokenizer("vit"), images(tmp_path / "i")
-        ),
-    }
-    return cases[request.param]()
+        "text": ("causal-lm", "llama", lambda: write_tsv(a, rows)),
+        "images": ("image-classification", "vit", lambda: images(tmp_path / "i")),
+    }  # fmt: skip
+    name, base, data = cases[request.param]
+    more = {"problem_type": "regression"} if request.param == "number" else {}
+    return make(name, with_tokenizer(base), data(), **more)
 
 
 def loss_of(task: TrainingTask, rows: Any) -> tuple[float, int]:

@@ -146,13 +146,18 @@ def _read_text(source: str, suffix: str) -> Rows:
     table = suffix in TABLES
     what = "the header's columns" if table else "one JSON object per line"
     bad = BadRows(source, f"rows of UTF-8 text with {what}")
-    found = list((_read_table if table else _read_json_lines)(source, bad))
+    columns: dict[str, list[Any]] = {}
+    places: list[str] = []
+    for number, record in (_read_table if table else _read_json_lines)(source, bad):
+        for name in [name for name in record if name not in columns]:
+            columns[name] = [None] * len(places)
+        for name, values in columns.items():
+            values.append(record.get(name))
+        places.append(f"line {number}")
     bad.check()
-    if not found:
+    if not places:
         raise _no_rows(source)
-    names = dict.fromkeys(name for _, record in found for name in record)
-    columns = {name: [record.get(name) for _, record in found] for name in names}
-    return Rows(source, columns, [f"line {number}" for number, _ in found])
+    return Rows(source, columns, places)
 
 
 def _text_lines(source: str, bad: BadRows) -> Iterator[tuple[int, str]]:

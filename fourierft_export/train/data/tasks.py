@@ -180,7 +180,7 @@ TASKS: dict[str, tuple[Callable[[Source], TrainingTask], tuple[str, ...]]] = {
 }
 UNUSED_BY_MODULES = (
     *("model", "task", "data", "eval", "text_column", "label_column"),
-    *("problem_type", "pack", "max_length"),
+    *("problem_type", "pack", "max_length", "max_train_rows"),
 )
 
 
