@@ -39,6 +39,10 @@ AGREES = 0.002
 """An explanation fits if what it leaves is below this share of the layer's effect."""
 NOISE = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 FLOAT32_NOISE = 2.0**-17
+QUANTISED = (
+    "its weights are quantised; elsewhere int8 sums also saturate on x86-64 CPUs without VNNI, "
+    'unless the session option session.x64quantprecision is "1", as it is here'
+)
 SEEDS = (777, 0, 1, 42, 123, 1234)
 
 
@@ -103,6 +107,9 @@ def find_causes(
             return
         done.add(side)
         graph = graphs.get(side)
+        if graph is not None and graph.precision == "int8":
+            yield Cause(side, "every quantised layer", "precision", QUANTISED, None)
+            continue
         rows = (graph and graph.fixed_batch) or ROWS
         few = {name: array[:rows] for name, array in inputs.arrays.items()}
 

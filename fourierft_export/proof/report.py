@@ -205,9 +205,10 @@ class Report:
         results = [(name, pair.ok, pair.reason) for name, pair in pairs]
         results += [(f"problem {i}", False, text) for i, text in enumerate(self.problems, 1)]
         for name, ok, reason in results:
-            case = ElementTree.SubElement(suite, "testcase", classname="validate", name=name)
+            case = ElementTree.SubElement(suite, "testcase", classname="validate")
+            case.set("name", printable(name))
             if not ok:
-                text = "; ".join([reason, *map(str, self.causes)])
+                text = printable("; ".join([reason, *map(str, self.causes)]))
                 ElementTree.SubElement(case, "failure", message=printable(reason)).text = text
         suite.set("tests", str(len(results)))
         suite.set("failures", str(sum(not ok for _, ok, _ in results)))

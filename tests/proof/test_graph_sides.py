@@ -72,6 +72,22 @@ def test_a_half_precision_graph(classifier: Any, clean_onnx: Path, plant_onnx: A
         assert pair.precision == "float16"
 
 
+def test_quantised_weights_are_named_as_the_cause(
+    classifier: Any, clean_onnx: Path, tmp_path: Path
+) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = onnx.load(clean_onnx)
+    del model.graph.value_info[:]  # the exporter's do not fit onnx's own inference
+    onnx.save(model, tmp_path / "plain.onnx")
+    quantize_dynamic(tmp_path / "plain.onnx", tmp_path / "int8.onnx")
+    limits = {"int8": 1e-9}
+    options = {"base": classifier.base, "bundle": classifier.bundle, "tolerances": limits}
+    report = ff.validate(**options, onnx=tmp_path / "int8.onnx")
+    (cause,) = report.causes
+    assert cause.kind == "precision" and "session.x64quantprecision" in cause.text
+
+
 @pytest.mark.parametrize("mode", ["unmerged", "swappable"])
 def test_a_graph_of_a_faulty_bundle(classifier: Any, tmp_path: Path, mode: str) -> None:
     bundle = classifier.bundle

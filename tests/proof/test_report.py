@@ -145,7 +145,7 @@ def test_junit_and_notebooks() -> None:
     assert json.loads(report.to_json()) == report.to_dict()
     table = report._repr_html_()
     assert "<td>torch</td><td>=</td><td>other</td>" in table and "do not agree" in table
-    evil = report_of(**{"<script>": 2.0, "other": 2.0})
+    evil = report_of(**{"<script>\x1b": 2.0, "other": 2.1})
     assert "<script" not in evil._repr_html_() and ElementTree.fromstring(evil.to_junit())
 
 
