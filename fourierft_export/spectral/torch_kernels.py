@@ -8,8 +8,6 @@ tables made on the host.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,8 +18,9 @@ from . import delta as numpy_delta
 from .delta import AnyFloat
 
 Shape = tuple[int, int]
+Tables = tuple[Tensor, Tensor, Tensor, Tensor]  # read, write, sign, factor
 
-# entries tensor -> {(shape, dtype, swapped): tables on its device}
+# entries tensor -> {what they depend on: tables on its device}
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -94,9 +93,9 @@ def token(
     if is_empty(x):
         return x.new_empty(*x.shape[:-1], rows)
     wide = precision(x, spectrum)
-    tables = _token_tables(entries, (rows, columns), wide)
+    tables = _token_tables(entries, (rows, columns), wide, scaling)
     chosen = _choose(torch.fft.rfft(x.detach().to(wide)), tables[0])
-    return _to_values(chosen, spectrum.detach(), tables, (rows, columns), scaling).to(x.dtype)
+    return _to_values(chosen, spectrum, tables, rows).to(x.dtype)
 
 
 def token_gradients(
@@ -121,11 +120,11 @@ def token_gradients(
         return grad_x, empty
     shape = (rows, columns)
     wide = precision(grad, spectrum)
-    swapped = _token_tables(entries, shape, wide, swapped=True)
+    swapped = _token_tables(entries, shape, wide, scaling, swapped=True)
     chosen = _choose(torch.fft.rfft(grad.detach().to(wide)), swapped[0])
     grad_x, grad_spectrum = grad.new_empty(0), spectrum.new_empty(0)
     if x is not None:
-        read, _, factor = _token_tables(entries, shape, wide)
+        read, _, sign, _ = _token_tables(entries, shape, wide, scaling)
         both = torch.view_as_real(_choose(torch.fft.rfft(x.detach().to(wide)), read))
         products = both.mul_(torch.view_as_real(chosen))
         if spectrum.ndim > 1:
@@ -133,11 +132,10 @@ def token_gradients(
         else:
             products = products.reshape(-1, *products.shape[-2:]).sum(0)
         # An imaginary part that the forward drops is zero here by itself.
-        signs = torch.stack([torch.ones_like(factor[:, 1]), factor[:, 1].sign()], dim=1)
-        grad_spectrum = (products * signs).sum(-1) * (scaling / (rows * columns))
+        grad_spectrum = (products * sign).sum(-1) * (scaling / (rows * columns))
         grad_spectrum = grad_spectrum.to(spectrum.dtype)
     if wants_x:
-        values = _to_values(chosen, spectrum.detach(), swapped, (columns, rows), scaling)
+        values = _to_values(chosen, spectrum, swapped, columns)
         grad_x = values.to(grad.dtype)
     return grad_x, grad_spectrum
 
@@ -155,23 +153,20 @@ def _choose(half: Tensor, read: Tensor) -> Tensor:
 def _to_values(
     chosen: Tensor,
     spectrum: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor],
-    shape: Shape,
-    scaling: float,
+    tables: Tables,
+    size: int,
 ) -> Tensor:
     """Multiply (..., n) spectral values by c (in place), add them up in bins, transform back."""
-    _, write, factor = tables
-    coefficients = (spectrum.to(factor.dtype) * (scaling / shape[1])).unsqueeze(-1) * factor
-    torch.view_as_real(chosen).mul_(coefficients)
-    flat = chosen.reshape(-1, chosen.shape[-1])
-    bins = flat.new_zeros(flat.shape[0], shape[0] // 2 + 1).index_add_(1, write, flat)
-    values: Tensor = torch.fft.irfft(bins, shape[0])
-    return values.reshape(*chosen.shape[:-1], shape[0])
+    _, write, _, factor = tables
+    torch.view_as_real(chosen).mul_(spectrum.detach().to(factor.dtype).unsqueeze(-1) * factor)
+    bins = chosen.new_zeros(*chosen.shape[:-1], size // 2 + 1).index_add_(-1, write, chosen)
+    values: Tensor = torch.fft.irfft(bins, size)
+    return values
 
 
 def _token_tables(
-    entries: Tensor, shape: Shape, dtype: torch.dtype, swapped: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    entries: Tensor, shape: Shape, dtype: torch.dtype, scaling: float, swapped: bool = False
+) -> Tables:
     """Where the token form of delta_W (or, if `swapped`, of its transpose) reads and writes.
 
     For each token x, with X = FFT(x), the result is y = Re(IFFT_unnormalised(b)) with
@@ -179,15 +174,13 @@ def _token_tables(
     read from half a spectrum; y is real, so b is folded, too.
 
     Returns:
-        read (n,), v folded to 0..N // 2; write (n,), u folded to 0..M // 2; factor (n, 2), for the
-        real and the imaginary part of X at `read`. It is 1/2, as the real inverse transform counts
-        a bin and its mirror image, and 1 in bins that are their own, where the imaginary part
-        drops out.
+        read (n,), v folded to 0..N // 2; write (n,), u folded to 0..M // 2; sign (n, 2), for the
+        real and the imaginary part of X at `read`, where 0 drops an imaginary part; factor (n, 2):
+        `sign` times scaling / N, and halved where the real inverse transform counts a bin and its
+        mirror image.
     """
-    kept: dict[Any, Any] | None = _tables.get(entries)
-    if kept is None:
-        kept = _tables[entries] = {}
-    key = (shape, dtype, swapped)
+    kept = _tables.setdefault(entries, {})
+    key = (shape, dtype, scaling, swapped)
     if key not in kept:
         host = entries.detach().cpu().numpy()
         u, v = (host[:, 1], host[:, 0]) if swapped else (host[:, 0], host[:, 1])
@@ -196,14 +189,15 @@ def _token_tables(
         write = np.where(fold_u, rows - u, u)
         alone = (write == 0) | (2 * write == rows)
         # b holds conj(X); reading a folded v conjugates once more, and so does writing a folded u.
-        imaginary = np.where(alone, 0.0, np.where(fold_u == fold_v, -0.5, 0.5))
-        factor = np.stack([np.where(alone, 1.0, 0.5), imaginary], axis=1)
+        imaginary = np.where(alone, 0.0, np.where(fold_u == fold_v, -1.0, 1.0))
+        sign = np.stack([np.ones_like(imaginary), imaginary], axis=1)
+        factor = sign * (scaling / columns * np.where(alone, 1.0, 0.5))[:, None]
+        places = (np.where(fold_v, columns - v, v), write)
         kept[key] = (
-            torch.from_numpy(np.where(fold_v, columns - v, v)).to(entries.device),
-            torch.from_numpy(write).to(entries.device),
-            torch.from_numpy(factor).to(dtype).to(entries.device),
+            *(torch.from_numpy(array).to(entries.device) for array in places),
+            *(torch.from_numpy(array).to(dtype).to(entries.device) for array in (sign, factor)),
         )
-    tables: tuple[Tensor, Tensor, Tensor] = kept[key]
+    tables: Tables = kept[key]
     return tables
 
 

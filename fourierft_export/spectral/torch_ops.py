@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from . import delta as numpy_delta
@@ -46,8 +47,13 @@ def delta_weight(
     """
     fixed = None if weight is None else weight.detach()
     arguments = (spectrum, entries, *shape, float(scaling), fixed)
-    compiling = torch.compiler.is_compiling()
-    result: Tensor = _delta_op(*arguments) if compiling else _apply(_Delta, *arguments)
+    result: Tensor
+    if torch.compiler.is_compiling():
+        result = _delta_op(*arguments)
+    elif _is_differentiated(spectrum):
+        result = _apply(_Delta, *arguments)
+    else:
+        result = kernels.delta_weight(*arguments)
     return result
 
 
@@ -74,8 +80,13 @@ def token_delta(
             found=f"shape {tuple(x.shape)}",
         )
     arguments = (x, spectrum, entries, *shape, float(scaling))
-    compiling = torch.compiler.is_compiling()
-    result: Tensor = _token_op(*arguments) if compiling else _apply(_Token, *arguments)
+    result: Tensor
+    if torch.compiler.is_compiling():
+        result = _token_op(*arguments)
+    elif _is_differentiated(x, spectrum):
+        result = _apply(_Token, *arguments)
+    else:
+        result = kernels.token(*arguments)
     return result
 
 
@@ -123,6 +134,13 @@ def merge_delta_weights(
         delta = kernels.delta_weight(spectrum, entries, rows, columns, float(scaling)).add_(upright)
         target.copy_(delta.T if transposed else delta)
     return targets
+
+
+def _is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative may be wanted; without one, an autograd function costs 0.1 ms."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _apply(function: Function, *arguments: object) -> Any:

@@ -451,6 +451,8 @@ def test_functional_calls_and_second_derivatives(form: str) -> None:
         torch.testing.assert_close(found, wanted)
         each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X[:, None])
         torch.testing.assert_close(next(iter(each.values())).sum(0), wanted)
+        with torch.no_grad():  # where no autograd function is in between
+            torch.testing.assert_close(torch.func.vmap(model)(X), model(X))
         x = X.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), x)
