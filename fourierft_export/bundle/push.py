@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import PurePath
 
 from ..errors import FileAccessError, UsageError, missing_extra
 from ..files.hub import parse_hub_id
@@ -32,7 +33,8 @@ def model_card(bundle: Bundle, repo: str, metrics: Mapping[str, float] | None = 
     pipeline = _PIPELINES.get(bundle.spec.task_type or "")
     head += [f"pipeline_tag: {pipeline}"] if pipeline else []
     rows = {
-        "base model": f"`{base}`" if base else "not named",
+        # Of a local path only the last name: the rest is the trainer's machine.
+        "base model": f"`{base if names else PurePath(base).name}`" if base else "not named",
         "task": bundle.spec.task_type or "not named",
         "layers": f"{facts['layers']}",
         "coefficients": f"{facts['coefficients']:,} ({facts['bytes']:,} bytes as a file)",

@@ -222,6 +222,7 @@ def test_push_and_use(
     assert code == 0, merged
     code, facts = run_online("inspect", "user/sst2")
     assert facts["inspect"]["sha256"] == bundle.sha256
+    assert str(base.parent) not in card  # where the base lay is nobody's business
     assert run_online("push", path, "no-repository")[0] == 2
 
 
