@@ -5,12 +5,10 @@ A coefficient and a head's weight move on other scales, so that one learning rat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from ..adapt.adapter import LayerAdapter
 from ..adapt.modules import fourier_layers
 from ..errors import UsageError
 from .defaults import HEAD_LEARNING_RATE, LayerSize, spectrum_rates
@@ -49,7 +47,12 @@ def parameter_groups(
     Raises:
         UsageError: no spectrum learns.
     """
-    spectra = dict(_learning_spectra(model))
+    spectra = {
+        f"{path}/{name}": layer.adapter(name)
+        for path, layer in fourier_layers(model).items()
+        for name in layer.adapters
+        if layer.adapter(name).spectrum.requires_grad
+    }
     if not spectra:
         raise UsageError(
             "parameter_groups",
@@ -57,31 +60,18 @@ def parameter_groups(
             found="no spectrum that asks for a gradient",
             remedy="inject an adapter first, or attach one with trainable=True, and activate it",
         )
-    groups: list[dict[str, Any]] = []
+    groups: list[tuple[str, list[nn.Parameter], float, float]] = []
     for scaling in dict.fromkeys(adapter.origin.scaling for adapter in spectra.values()):
         one = {path: a for path, a in spectra.items() if a.origin.scaling == scaling}
         sizes = {path: LayerSize(a.shape, a.n_frequency) for path, a in one.items()}
         rates = spectrum_rates(sizes, scaling, learning_rate, steps=steps, same=same_rate)
         for rate in dict.fromkeys(rates.values()):
             tensors = [adapter.spectrum for path, adapter in one.items() if rates[path] == rate]
-            groups.append(_group("spectrum", tensors, rate, spectrum_weight_decay))
+            groups.append(("spectrum", tensors, rate, spectrum_weight_decay))
     known = {id(adapter.spectrum) for adapter in spectra.values()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     rate = HEAD_LEARNING_RATE if head_learning_rate is None else head_learning_rate
-    groups.append(_group("head", [p for p in others if p.ndim > 1], rate, weight_decay))
-    groups.append(_group("vector", [p for p in others if p.ndim < 2], rate, 0.0))
-    return [group for group in groups if group["params"]]
-
-
-def _learning_spectra(model: nn.Module) -> Iterator[tuple[str, LayerAdapter]]:
-    for path, layer in fourier_layers(model).items():
-        for name in layer.adapters:
-            adapter = layer.adapter(name)
-            if adapter.spectrum.requires_grad:
-                yield f"{path}/{name}", adapter
-
-
-def _group(
-    name: str, tensors: list[nn.Parameter], rate: float, weight_decay: float
-) -> dict[str, Any]:
-    return {"name": name, "params": tensors, "lr": rate, "weight_decay": weight_decay}
+    groups.append(("head", [p for p in others if p.ndim > 1], rate, weight_decay))
+    groups.append(("vector", [p for p in others if p.ndim < 2], rate, 0.0))
+    names = ("name", "params", "lr", "weight_decay")
+    return [dict(zip(names, group, strict=True)) for group in groups if group[1]]

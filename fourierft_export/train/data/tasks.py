@@ -26,14 +26,9 @@ from .source import NUMBER, SEVERAL, SINGLE, Source
 LENGTH = 256
 LABELS = (("label",), ("labels",))
 TEXTS = (
-    ("text_a", "text_b"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text",),
-    ("sentence",),
-)
+    ("text_a", "text_b"), ("sentence1", "sentence2"), ("premise", "hypothesis"),
+    ("question1", "question2"), ("question", "sentence"), ("text",), ("sentence",),
+)  # fmt: skip
 WORDS = (("tokens",), ("words",))
 TAGS = (("labels",), ("tags",), ("ner_tags",))
 SCORINGS = {SINGLE: scores.CLASSES, SEVERAL: scores.SEVERAL, NUMBER: scores.NUMBERS}
