@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,8 @@ def test_the_lowest_versions_in_ci_are_those_that_the_package_claims() -> None:
     project = toml.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     texts = [*project["dependencies"], *project["optional-dependencies"]["ort"]]
     claims = [Requirement(text) for text in texts]
+    tests = re.findall(r"tests/\S+\.py", (ROOT / ".ci" / "lowest").read_text("utf-8"))
+    assert tests and not [name for name in tests if not (ROOT / name).is_file()]
     for claim in (one for one in claims if one.marker is None):
         lowest = next(iter(claim.specifier)).version
         assert f"{pinned[claim.name]}.".startswith(f"{lowest}."), claim.name
