@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def _without_layers(spec: AdapterSpec) -> AdapterSpec:
+    """What the layers of an adapter share, as a spec that can be copied and pickled."""
+    return replace(spec, layers=(), peft_config=dict(spec.peft_config))
+
+
 class LayerAdapter(nn.Module):
     """One adapter's part of one layer: its spectrum and the positions of its coefficients.
 
@@ -27,7 +33,7 @@ class LayerAdapter(nn.Module):
         entries: (n, 2) int64, the positions (u, v).
         shape: (out_features, in_features) of delta_W.
         entry_rule: "small", "r64" or "explicit".
-        origin: what the adapter's layers share: a spec that lists no layers.
+        origin: the adapter's spec, of which what its layers share is kept.
         trainable: whether the spectrum learns while the adapter is active.
 
     Attributes:
@@ -53,7 +59,7 @@ class LayerAdapter(nn.Module):
         self.host_entries = entries
         self.shape = shape
         self.entry_rule = entry_rule
-        self.origin = origin
+        self.origin = _without_layers(origin)
         self.trainable = trainable
         self.register_buffer("entries", None, persistent=False)
         self._place_entries()
@@ -94,7 +100,7 @@ class LayerAdapter(nn.Module):
         if entries.tobytes() != self.host_entries.tobytes():
             self.host_entries = entries
             self._place_entries()
-        self.entry_rule, self.origin = entry_rule, origin
+        self.entry_rule, self.origin = entry_rule, _without_layers(origin)
 
     def delta_weight(self, weight: Tensor | None = None) -> Tensor:
         """delta_W (M, N), or a frozen weight plus it, in float32 or better, whatever autocast."""

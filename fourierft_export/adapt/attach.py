@@ -14,7 +14,7 @@ from ..bundle.combine import combine_bundles
 from ..bundle.file import Bundle
 from ..bundle.fingerprint import fingerprint
 from ..bundle.peft import BundleSource, open_bundle
-from ..bundle.spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
+from ..bundle.spec import EXPLICIT_RULE, LayerSpec
 from ..errors import BaseMismatchError
 from ..spectral.entries import entries_sha256
 from ..types import Array
@@ -74,13 +74,12 @@ def attach(
     loaded = open_bundle(bundle)
     match = match_bundle(model, loaded, allow_base_mismatch)
     freeze(model)
-    origin = _origin(loaded)
     bases = dict(modules.base_modules(model))
     for path, layer, spectrum, entries in match.layers():
         if trainable:
             spectrum = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
         modules.ensure_fourier(model, path, bases[path]).add_adapter(
-            name, spectrum, origin, entries, layer.entry_rule, trainable=trainable
+            name, spectrum, loaded.spec, entries, layer.entry_rule, trainable=trainable
         )
     for path, tensors in match.saved.items():
         modules.add_saved(model, path, name, tensors, trainable)
@@ -138,9 +137,10 @@ def replace(
             remedy="detach the adapter and attach the bundle",
             offenders=wrong,
         )
-    origin = _origin(loaded)
     for path, layer, spectrum, entries in match.layers():
-        adapters[path].replace_values(spectrum, entries, layer.entry_rule or EXPLICIT_RULE, origin)
+        adapters[path].replace_values(
+            spectrum, entries, layer.entry_rule or EXPLICIT_RULE, loaded.spec
+        )
     for key, tensor in tensors.items():
         tensor.copy_(values[key])
     return model
@@ -279,8 +279,3 @@ def combine(
     parts = {part: capture(model, part) for part in weights}
     bundle = combine_bundles(parts, list(weights.values()), heads=heads)
     return attach(model, bundle, name, trainable=trainable)
-
-
-def _origin(bundle: Bundle) -> AdapterSpec:
-    """What the layers of a live adapter share, as a spec that can be pickled and lists none."""
-    return dataclasses.replace(bundle.spec, layers=(), peft_config=dict(bundle.spec.peft_config))

@@ -56,9 +56,7 @@ def inject(model: Model, config: ConfigSource, name: str = "default") -> Model:
         check_not_offloaded(path, modules.original(bases[path]))
     freeze(model)
     base_name = modules.base_model_name(model)
-    origin = AdapterSpec(
-        config.random_loc_seed, config.scaling, (), config.task_type, base_name, peft_config={}
-    )
+    origin = AdapterSpec(config.random_loc_seed, config.scaling, (), config.task_type, base_name)
     for path, n_frequency in selection.targets.items():
         spectrum = _initial_spectrum(
             n_frequency, modules.original(bases[path]), config.init_weights

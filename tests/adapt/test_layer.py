@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -134,6 +135,12 @@ def test_effective_weight_is_rounded_once(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     ulp = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(exact.abs())))
     assert ((found.double() - exact).abs() <= ulp / 2 + 1e-6 * delta.abs().max()).all()
+
+
+def test_copies_and_pickles_of_a_layer_made_by_hand() -> None:
+    layer, x = make()[0], torch.randn(5, 18)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
 
 
 def test_other_layers_are_refused() -> None:
