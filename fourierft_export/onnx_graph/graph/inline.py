@@ -35,9 +35,7 @@ def inline_functions(model: ir.Model) -> None:
 def expand_functions(source: Source, *, products: bool) -> tuple[str, ...]:
     """Expand the functions that hold weights, and those that call them; return their names.
 
-    Args:
-        source: changed in place; other functions stay, and weights become initializers.
-        products: also expand functions that multiply with weights they are given.
+    Weights become initializers. With `products` also functions that multiply are expanded.
     """
     from onnx_ir.passes import PreconditionError
     from onnx_ir.passes.common import InlinePass

@@ -110,12 +110,7 @@ class Source:
 
 
 def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Source:
-    """Open an ONNX file; no weight is read that is not in the file itself.
-
-    Args:
-        path: an .onnx file.
-        allow_links: follow links of external data that end inside the model's folder.
-    """
+    """Open an ONNX file, without its external data; links that stay in its folder on request."""
     import onnx_ir as ir
 
     proto = read_proto(path)

@@ -51,9 +51,6 @@ def write_model(
             go there when the model would pass protobuf's 2 GiB.
         force: replace existing files.
         progress: called with ("copy", bytes done, bytes in all) of external data.
-
-    Returns:
-        The files written: the model, and its data if it has any.
     """
     import onnx_ir as ir
 

@@ -38,12 +38,9 @@ Hit = tuple[Site, tuple[Use, ...]]  # a constant, and its uses that are one modu
 
 @dataclass
 class Found:
-    """The result of a search.
+    """Each layer's sites, several where the graph holds the weight more than once, or why none.
 
-    Attributes:
-        sites: layer -> its sites; several where the graph holds the weight more than once.
-        bridge: from the adapter's paths to the graph's.
-        missing: layer -> why it has none, with the candidates.
+    `bridge` goes from the adapter's paths to the graph's.
     """
 
     sites: dict[str, list[Site]] = field(default_factory=dict)

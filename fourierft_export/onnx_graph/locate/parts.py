@@ -31,8 +31,8 @@ def join_parts(finder: Finder, wanted: Sequence[Wanted], mapping: Mapping[str, s
     Args:
         finder: of the graph, which is changed: make a new one if a layer was joined.
         wanted: the layers to find.
-        mapping: layer -> the constants of its parts in order, as `first+second+third`; constants
-            alone and layers that are not in it are no concern of this function.
+        mapping: layer -> constant (not for this function), or the constants of its parts in order,
+            as `first+second+third`.
     """
     source, bridge = finder.source, finder.bridge(want.name for want in wanted)
     joined = []

@@ -141,8 +141,6 @@ def match_constant(
 ) -> Iterator[tuple[Wanted, bool, tuple[int, int]]]:
     """Find the layers whose sampled values a constant holds; it is read or dequantised once.
 
-    Eight values rule out most constants; make_site then compares the hash.
-
     Args:
         one: the constant, its shape as the graph holds it.
         wanted: with shapes and fingerprints.

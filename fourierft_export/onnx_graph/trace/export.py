@@ -147,8 +147,7 @@ def export_adapters(
         model, example_inputs, progress: as in `export_onnx`.
         adapters: adapter name -> bundle, bound, with the model's names.
         sources: adapter name -> the bundle as it was given.
-        output: what to write.
-        tracing: options of `trace`.
+        output, tracing: what to write, and the options of `trace`.
     """
     path, mode, absent = output.path, output.mode, output.absent
     report = progress or (lambda _what, _done, _total: None)

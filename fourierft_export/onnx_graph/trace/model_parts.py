@@ -46,11 +46,7 @@ class CachedModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Logits, then keys and values of every layer, those given included.
 
-        Args:
-            input_ids: int64 (batch, sequence), the new tokens.
-            attention_mask: int64 (batch, past + sequence).
-            past_key_values: per layer keys and values, (batch, heads, past, head size) each.
-            position_ids: int64 (batch, sequence), for a model that takes them.
+        Token ids and positions are (batch, sequence), the mask (batch, past + sequence).
         """
         from transformers import DynamicCache
 

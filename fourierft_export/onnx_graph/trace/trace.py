@@ -216,13 +216,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_versions(opset: int | None, ir_version: int | None, *, functions: bool) -> None:
-    """Refuse an opset that cannot be written, or a format version that cannot hold the model.
-
-    Args:
-        opset: of the standard operators; None for the exporter's choice.
-        ir_version: of the file format; None for the least that the opset allows.
-        functions: the model has model-local functions.
-    """
+    """Refuse an opset that cannot be written, or a format version that cannot hold the model."""
     from onnx import IR_VERSION
 
     if opset is not None and not _MIN_OPSET <= opset <= _MAX_OPSET:
