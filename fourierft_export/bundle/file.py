@@ -70,7 +70,10 @@ class Bundle:
         """Makes a bundle after checking its fields; layers are sorted and arrays are copied.
 
         Args:
-            spec, spectra, saved, explicit_entries: the fields, as in `Bundle`.
+            spec: everything but the numbers.
+            spectra: layer name -> (n_frequency,) of any float dtype.
+            saved: tensor name -> array, for heads and biases.
+            explicit_entries: layer name -> (n_frequency, 2), where no seed gives them.
             where: what errors name as the place.
 
         Returns:

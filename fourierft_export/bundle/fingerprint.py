@@ -59,7 +59,7 @@ def _samples(weight: Array) -> bytes:
 
 
 def compare_weight(expected: Fingerprint, weight: Array) -> Verdict:
-    """Compares a weight with a fingerprint (see `compare_fingerprints`)."""
+    """Says whether a weight is the fingerprint's: same, same in another precision, or different."""
     return compare_fingerprints(expected, fingerprint(weight))
 
 

@@ -178,11 +178,11 @@ class Pool(Mapping[str, Bundle]):
             return int(self._database.execute("SELECT count(*) FROM adapter").fetchone()[0])
 
     def add(self, adapters: Mapping[str, Bundle]) -> None:
-        """Adds adapters, all or none (see `update`)."""
+        """Adds adapters by name, all of them or none; they replace adapters of these names."""
         self.update(adapters)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes adapters, all or none (see `update`)."""
+        """Removes the named adapters, all of them or none."""
         self.update({}, names)
 
     def update(self, adapters: Mapping[str, Bundle], removed: Iterable[str] = ()) -> None:
@@ -193,7 +193,7 @@ class Pool(Mapping[str, Bundle]):
             removed: names to remove. Their bytes become zeros, and later adapters take the space.
 
         Raises:
-            UsageError: as in `create`, or no adapter of a name to remove.
+            UsageError: a name that a pool cannot hold, or no adapter of a name to remove.
             BaseMismatchError: bundles for another base than the pool's.
             FileAccessError: the file cannot be written, or another process is writing it.
         """

@@ -176,7 +176,7 @@ class Base:
         return layers
 
     def layer(self, module: str) -> BaseLayer:
-        """The linear layer at one module path (see `layers`)."""
+        """The linear layer at one module path, with its shape and the name of its tensor."""
         return self.layers([module])[module]
 
     def weight(self, module: str) -> Array:

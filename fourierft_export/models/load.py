@@ -26,7 +26,10 @@ def load_model(
     """Loads the model of a directory in eval mode on the CPU; the network is never used.
 
     Args:
-        directory, task, num_labels, dtype: as in `from_pretrained`.
+        directory: the checkpoint.
+        task: one of `models.task.TASKS`.
+        num_labels: size of the head; None is what the config says.
+        dtype: name of a torch dtype, or None for the config's.
         provided: names of tensors that the adapter has (its head). Other tensors that the
             checkpoint lacks, or has in another shape, would be random: they are an error.
     """

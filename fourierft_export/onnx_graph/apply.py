@@ -68,7 +68,7 @@ def apply_onnx(
         bundles: one adapter, several that add up, or a mapping from name to adapter; each a
             `Bundle`, or the path of a bundle file or of a PEFT adapter directory.
         onnx_out: the file to write; external data goes to `onnx_out` + ".data".
-        mode: "merged", "unmerged", "swappable", "paired" or "bank", as in `export_onnx`. A
+        mode: "merged", "unmerged", "swappable", "paired" or "bank"; README describes each. A
             quantised weight is not changed: the adapter becomes a float branch next to it (not in
             modes merged and paired). Run int8 files with the session option
             `session.x64quantprecision` = "1", as `AdapterSession` does: without it, ONNX Runtime's
@@ -84,8 +84,8 @@ def apply_onnx(
         opset: convert the graph to this opset first, with onnx.version_converter.
         inline: leave no model-local functions, also none of the input's own: a graph of standard
             operators only, for tools that read no functions.
-        defaults: as in `export_onnx`, in the modes whose adapter is an input: what counts when it
-            is not fed, "bundle", "base" or "required" (it must be fed).
+        defaults: what counts in swappable and paired files where no adapter is fed: "bundle" (this
+            adapter), "base" (none) or "required" (an adapter must be fed).
         allow_base_mismatch: accept weights other than those the adapter was trained on.
         allow_links: follow links of external data that end inside the model's folder.
         force: replace an existing output.

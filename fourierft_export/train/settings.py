@@ -203,7 +203,7 @@ class TrainSettings(_Checked):
 
 @dataclass(frozen=True)
 class DataSettings(_Checked):
-    """What the verb `train` trains on what; see `train/SETTINGS.md`."""
+    """The options of the verb `train` that say which model learns from which rows."""
 
     model: Text | None = None
     module: Text | None = None

@@ -68,7 +68,7 @@ class Source:
         return np.frombuffer(data, tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
 
     def read_constant(self, value: ir.Value) -> Array:
-        """The content of a constant; see `read`."""
+        """The content of a constant as an array."""
         return self.read(_tensor_of(value))
 
     def isolate_constant(self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> ir.Value:

@@ -39,7 +39,7 @@ def write(plan: Plan) -> Written:
     Raises:
         UsageError: a layer or saved tensor works on something whose first dimension is not the
             batch, or an operator cannot have one saved tensor per row.
-        BaseMismatchError: as in `adapter_inputs`.
+        BaseMismatchError: an adapter lacks saved tensors that the base lacks, too.
     """
     model = plan.source.model
     batch = batch_of(model)

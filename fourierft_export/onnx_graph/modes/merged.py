@@ -65,11 +65,7 @@ def _merged(plan: Plan, tensor: ir.TensorProtocol, group: Sequence[Site], name: 
 
 
 def put_saved(plan: Plan) -> Written:
-    """Replace the graph's heads and biases by the adapters' own.
-
-    Raises:
-        UsageError, BadInputError: as in `write`.
-    """
+    """Replace the graph's heads and biases by the adapters' own."""
     written, wanted = Written(), saved_values(plan.adapters)
     for key, places in plan.saved.items():
         for place in places:

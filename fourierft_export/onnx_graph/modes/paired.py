@@ -42,7 +42,7 @@ def write(plan: Plan) -> Written:
     A packed weight is one input, in which every layer has its part.
 
     Raises:
-        BaseMismatchError: as in `adapter_inputs`.
+        BaseMismatchError: an adapter lacks saved tensors that the base lacks, too.
     """
     source, model = plan.source, plan.source.model
     inputs = adapter_inputs(plan)

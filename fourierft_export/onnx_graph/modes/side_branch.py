@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Frequencies:
-    """One group's adapter tensors, prepared once for all of its layers (see `SideBranches.group`).
+    """One group's adapter tensors, prepared once for all of its layers.
 
     Attributes:
         shape: (M, N) of the layers.
@@ -73,7 +73,7 @@ class SideBranches:
             group: of the adapter inputs.
             tensors: its spectrum, entries and scaling.
             ends: layer -> where its x comes in and its y goes out.
-            batch: as in `group`.
+            batch: int64 [1], the number of rows, where each row has its own adapter.
 
         Returns:
             Layer -> the sums.

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def write(plan: Plan) -> Written:
-    """Give a graph inputs for an adapter, and add what they say to its linear layers.
+    """Give a graph inputs for an adapter, and add its change to the outputs of the linear layers.
 
     Raises:
         UsageError: layers to whose outputs nothing can be added.
-        BaseMismatchError: as in `adapter_inputs`.
+        BaseMismatchError: an adapter lacks saved tensors that the base lacks, too.
     """
     ends = ends_of(plan)
     inputs = adapter_inputs(plan)

@@ -173,14 +173,16 @@ class AdapterSession:
     ) -> None:
         """Make all adapters of a pool available under their names.
 
-        Each is read, and checked as in `load`, when a run first names it; in a bank all at once.
+        Each is read and checked when a run first names it; in a bank all at once.
 
         Args:
             pool: an open pool, or its file.
             allow_base_mismatch: accept a base other than the one they were trained on.
 
         Raises:
-            UsageError, BaseMismatchError, BadInputError: as in `load`.
+            UsageError: a name that cannot be an adapter's.
+            BaseMismatchError: an adapter of another base.
+            BadInputError: the pool, or a bundle in it, is damaged.
         """
         opened = pool if isinstance(pool, Pool) else Pool(pool)
         if self._interface is not None and self.mode != BANK:
