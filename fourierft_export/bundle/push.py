@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 from ..errors import FileAccessError, UsageError, missing_extra
-from ..files.hub import parse_hub_id
+from ..files.hub import hub_failures, parse_hub_id
 from .describe import describe_bundle
 from .file import SUFFIX, Bundle
 from .peft import BundleSource, open_bundle
@@ -114,7 +114,6 @@ def push(
     opened = open_bundle(bundle, bind=True)
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     except ImportError:
         raise missing_extra("huggingface_hub", "hf", "push") from None
     card = model_card(opened, repo, metrics).encode()
@@ -124,7 +123,7 @@ def push(
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except hub_failures() as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileAccessError(
             repo,

@@ -87,6 +87,15 @@ def local_adapter(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
     )
 
 
+def hub_failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises for a bad name, a refusal, or no network."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # A failed connection is an error of the HTTP client, whose root HfHubHTTPError inherits.
+    roots = tuple(root for root in HfHubHTTPError.__mro__ if root.__name__ == "HTTPError")
+    return (*roots, HfHubHTTPError, OSError, ValueError)
+
+
 def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     """Fetches files of one folder of a repository into the Hub's cache; what is there stays.
 
@@ -97,7 +106,6 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
     name = repo + (f"@{revision}" if revision else "") + (f":{inside}" if inside else "")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
         from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise FileAccessError(
@@ -118,7 +126,7 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
             allow_patterns=[inside] if is_file else [root + pattern for pattern in files],
             ignore_patterns=[f"{root}*/*", *(root + pattern for pattern in ignored)],
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except hub_failures() as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileAccessError(
             name,

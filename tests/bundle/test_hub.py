@@ -224,6 +224,9 @@ def test_push_and_use(
     assert facts["inspect"]["sha256"] == bundle.sha256
     assert str(base.parent) not in card  # where the base lay is nobody's business
     assert run_online("push", path, "no-repository")[0] == 2
+    hub.address = "http://127.0.0.1:9"  # nothing answers there
+    code, shown = run_online("push", path, "user/sst2")
+    assert (code, shown["error"]["kind"]) == (6, "file-access")
 
 
 def test_errors_are_clear_and_paths_need_no_network(
