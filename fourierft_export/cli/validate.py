@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ from .console import Outcome, failure_of, verb
     metavar="PATH",
     help="What to run on: texts (.txt, .tsv, .jsonl), a folder of images, or arrays by input name "
     "(.npz).  [default: sentences]",
+)
+@options.input_path(
+    "--tokenizer",
+    metavar="DIR",
+    help="Folder of the tokenizer, if neither the base nor the merged checkpoint has one.",
 )
 @options.task_option
 @options.setting_option(
@@ -77,16 +84,19 @@ def validate(
     of the same bundle.
     """
     from ..bundle.peft import open_bundle
+    from ..errors import UsageError
     from ..files.staging import check_output, staged_file
     from ..proof.render import render_html, render_text
     from ..proof.validate import validate as run
 
     if folder is not None:
-        settings |= {name: v for name, v in find_artifacts(folder).items() if not settings[name]}
-    paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs")]
+        settings |= find_artifacts(folder, settings)
+    paths = [settings[name] for name in ("base", "bundle", "peft", "merged", "inputs", "tokenizer")]
     inputs = tuple(path for path in (*paths, *settings["onnx"]) if path)
     for output in filter(None, (report, junit)):
         check_output(output, force=force, inputs=inputs)
+    if report and junit and Path(report).absolute() == Path(junit).absolute():
+        raise UsageError("--junit", expected="another file than --report", found=junit)
     found = run(tolerances=_tolerances(tolerances), progress=progress, **settings)
     lines = []
     for output in filter(None, (report, junit)):
@@ -99,40 +109,65 @@ def validate(
     return Outcome({"validate": found.to_dict()}, shown, found.notes, failure_of(found))
 
 
-def find_artifacts(folder: str) -> dict[str, Any]:
-    """Finds what belongs to a merged folder by its manifest, in it and in the folder around it."""
+def find_artifacts(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds what belongs to a merged folder by its manifest, in it and in the folder around it.
+
+    Args:
+        folder: the merged folder.
+        given: what options name, by the names of `proof.validate`; it is not looked for.
+
+    Returns:
+        Base, bundle, merged and onnx.
+    """
     from ..bundle.file import SUFFIX, Bundle
-    from ..errors import FourierFTError, UsageError
+    from ..errors import FileAccessError, FourierFTError, UsageError
     from ..files import strict_json
     from ..files.container import read_file
     from ..onnx_graph.describe import describe_onnx
 
     path = Path(folder) / "manifest.json"
+    if given["merged"]:
+        raise UsageError("--merged", expected="either --merged or FOLDER", found="both")
+    by_options = "name what belongs together with options: --base, --bundle, --merged, --onnx"
+    if not path.is_file():
+        expected, found = "a folder that merge wrote", "no manifest.json in it"
+        raise FileAccessError(folder, expected=expected, found=found, remedy=by_options)
     manifest = strict_json.loads(read_file(path), str(path))
     try:
-        hashes = [bundle["sha256"] for bundle in manifest["bundles"]]
+        hashes = [one["sha256"] for one in manifest["bundles"] if float(one["weight"]) == 1]
+        hashes = hashes if len(manifest["bundles"]) == 1 else []
         name = Path(manifest["base"]["name"]).name
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         hashes, name = [], ""
+    if len(hashes) != 1:
+        expected = "a folder that merge wrote of one bundle with weight 1"
+        found = "a manifest of another merge"
+        raise UsageError(folder, expected=expected, found=found, remedy=by_options)
     places = [Path(folder), Path(folder).absolute().parent]
-    base = places[1] / name
-    if len(hashes) != 1 or not (base / "config.json").is_file():
-        found = f"{len(hashes)} bundles, and no model at {base}"
-        expected = "a folder that merge wrote of one bundle, with its base next to it"
-        raise UsageError(folder, expected=expected, found=found, remedy="name them with options")
+    base = given["base"] or os.fspath(places[1] / name)
+    if not given["base"] and not os.path.isfile(os.path.join(base, "config.json")):
+        expected, found = "its base next to it", f"no model at {base}"
+        raise UsageError(folder, expected=expected, found=found, remedy="name it with --base")
     files = [file for place in places for file in sorted(place.iterdir()) if file.is_file()]
-    found_bundle, graphs = None, []
+    bundle, graphs = given["bundle"], list(given["onnx"])
     for file in files:
         try:
-            if file.name.endswith(SUFFIX) and Bundle.load(file).sha256 == hashes[0]:
-                found_bundle = str(file)
-            if file.suffix == ".onnx":
+            if not given["bundle"] and file.name.endswith(SUFFIX):
+                bundle = os.fspath(file) if Bundle.load(file).sha256 == hashes[0] else bundle
+            if not given["onnx"] and file.suffix == ".onnx":
                 adapter = describe_onnx(file)["adapter"] or {}
                 held = {one["bundle_sha256"] for one in adapter.get("adapters", ())}
-                graphs += [str(file)] if held == set(hashes) else []
+                graphs += [os.fspath(file)] if held == set(hashes) else []
         except FourierFTError:
             continue  # a file of another kind, which is none of this validation's business
-    return {"base": str(base), "bundle": found_bundle, "merged": folder, "onnx": tuple(graphs)}
+    if not (bundle or graphs or given["peft"]):
+        raise UsageError(
+            folder,
+            expected="its bundle, or ONNX files of it, in the folder or next to it",
+            found=f"none with the hash {str(hashes[0])[:12]} of its manifest",
+            remedy="name the bundle with --bundle",
+        )
+    return {"base": base, "bundle": bundle, "merged": folder, "onnx": tuple(graphs)}
 
 
 def _tolerances(words: tuple[str, ...]) -> dict[str, float]:

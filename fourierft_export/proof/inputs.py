@@ -69,7 +69,7 @@ def given_inputs(
             return Inputs({"pixel_values": images}, f"{path}: {len(images)} images")
         if path.suffix in TEXT_FILES:
             texts = _read_texts(path)
-            if model_dir is None:
+            if model_dir is None or not has_tokenizer(model_dir):
                 expected = "a tokenizer for texts in the base's folder, or --tokenizer DIR"
                 raise UsageError(path, expected=expected, found="none", remedy=AS_NPZ)
             longest = min(positions or MAX_GIVEN_TOKENS, MAX_GIVEN_TOKENS)
@@ -160,7 +160,9 @@ def _read_npz(path: Path) -> dict[str, Array]:
         except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             found = first_line(error)
             raise BadInputError(
-                path, expected="an .npz file of plain arrays", found=found
+                path,
+                expected="an .npz file of plain arrays (or texts in .txt, .tsv or .jsonl)",
+                found=found,
             ) from error
 
 

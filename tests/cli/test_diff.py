@@ -100,5 +100,31 @@ def test_validate_finds_what_belongs_to_a_merged_folder(
     suite = ElementTree.fromstring(xml.read_text("utf-8"))
     assert (suite.get("tests"), suite.get("failures")) == ("3", "0")
     assert run_verb("validate", tmp_path / "base").code == 6
-    shutil.rmtree(tmp_path / "base")
+    both = ["--report", tmp_path / "x", "--junit", tmp_path / "x"]
+    assert run_verb("validate", tmp_path / "merged", *both).code == 2
+    ff.merge_checkpoint(tmp_path / "base", bundle, tmp_path / "half", weights=[0.5])
+    assert run_verb("validate", tmp_path / "half").code == 2
+    (tmp_path / "base").rename(tmp_path / "moved")
     assert run_verb("validate", tmp_path / "merged").code == 2
+    words = ["validate", tmp_path / "merged", "--base", tmp_path / "moved", "--samples", 4]
+    assert len(run_verb(*words).json["validate"]["sides"]) == 3
+    bundle.unlink()  # without it nothing would be compared with the merged model
+    assert run_verb(*words).code == 2
+
+
+def test_texts_with_a_tokenizer_from_elsewhere(
+    stories260k: Path, pair: tuple[Path, Path], tmp_path: Path, run_verb: Verb
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "cat": 7}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
+    made.save_pretrained(tmp_path / "words")
+    (tmp_path / "texts.txt").write_text("Once upon a time\nA cat\n")
+    verb = ["validate", "--base", stories260k, "--bundle", pair[0]]
+    verb += ["--inputs", tmp_path / "texts.txt"]
+    assert run_verb(*verb).code == 2
+    report = run_verb(*verb, "--tokenizer", tmp_path / "words").json["validate"]
+    assert report["inputs"].endswith("texts.txt: 2 texts")
