@@ -2,9 +2,9 @@
 
 The exporter keeps a weight's name only where the weight is used as it is stored: before a MatMul it
 is transposed and gets a number for a name. It also shares equal constants, and computes equal nodes
-once. So the graph is traced with random numbers in place of these tensors, their marks: no two are
-equal, none is its own transpose, and what holds a mark afterwards is that tensor. Then the base's
-own numbers are put back.
+once. So the graph is traced with markers in place of these tensors: random numbers, no two equal and
+none its own transpose. The initializer that holds a marker afterwards is that tensor. Then the
+base's own numbers are put back.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def trace_base(
 
     Args:
         model: without adapters; it is as it was afterwards.
-        example_inputs, options: as in `trace`.
+        example_inputs: a tuple of positional arguments, or a mapping of keyword arguments.
+        options: input and output names, dynamic shapes and opset, for `trace`.
         layers: module paths of linear layers with float weights.
         saved: names of the float tensors to find besides.
         absent: those of them that are zeros in the graph.
@@ -59,12 +60,12 @@ def trace_base(
     saved = list(saved)
     base = {name: tensor_of(model, name) for name in (*of_layer, *saved)}
     random = torch.Generator().manual_seed(0)
-    marks = {n: torch.randn(t.shape, generator=random).to(t) for n, t in base.items()}
-    arrays = {name: to_array(mark) for name, mark in marks.items()}
-    with replaced_tensors(model, marks):
-        optimise = partial(_optimise, marks=arrays)
+    markers = {n: torch.randn(t.shape, generator=random).to(t) for n, t in base.items()}
+    arrays = {name: to_array(marker) for name, marker in markers.items()}
+    with replaced_tensors(model, markers):
+        optimise = partial(_optimise, markers=arrays)
         graph = trace(model, example_inputs, optimise=optimise, **options)
-    found = find_marks(graph, arrays)
+    found = find_markers(graph, arrays)
     missing = [name for name, places in found.items() if not places]
     if missing:
         raise BadInputError(
@@ -89,15 +90,20 @@ def trace_base(
         for path, module in modules.items()
     }
     places = {
-        name: [Place(value, tuple(value.uses()), turned) for value, turned in found[name]]
+        name: [
+            Place(value, tuple(value.uses()), stored_transposed)
+            for value, stored_transposed in found[name]
+        ]
         for name in saved
     }
     return Source(Path("exported graph"), graph), sites, places
 
 
-def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned: bool) -> Site:
+def _site(
+    graph: ir.Model, path: str, module: nn.Module, value: ir.Value, stored_transposed: bool
+) -> Site:
     """The layer's place: whoever reads its weight in the trace reads the layer's own weight."""
-    transposed = turned != is_conv1d(module)
+    transposed = stored_transposed != is_conv1d(module)
     linear = find_linear_uses(graph, value)
     known = {(use.node, use.index) for use in linear}
     others = [
@@ -108,8 +114,8 @@ def _site(graph: ir.Model, path: str, module: nn.Module, value: ir.Value, turned
     return Site(path, value, layer_shape(module), transposed, (*linear, *others))
 
 
-def _optimise(program: torch.onnx.ONNXProgram, marks: Mapping[str, Array]) -> None:
-    """Run torch's optimiser so that it computes no constant from a mark, only its transpose.
+def _optimise(program: torch.onnx.ONNXProgram, markers: Mapping[str, Array]) -> None:
+    """Run torch's optimiser so that it computes no constant from a marker, only its transpose.
 
     It does not touch inputs of the graph. So the tensors that it would compute with, and those that
     it changed at a first attempt (by joining a layer with the norm after it), are inputs meanwhile.
@@ -118,27 +124,27 @@ def _optimise(program: torch.onnx.ONNXProgram, marks: Mapping[str, Array]) -> No
 
     InlinePass()(program.model)
     exported = program.model.clone()
-    kept = _names_computed_with(exported, marks)
+    kept = _names_computed_with(exported, markers)
     for attempt in range(2):
         program.model = exported if attempt else program.model
-        found = find_marks(program.model, marks)
+        found = find_markers(program.model, markers)
         values = [value for name in kept for value, _ in found[name]]
         program.model.graph.inputs.extend(values)
         program.optimize()
         for value in values:
             program.model.graph.inputs.remove(value)
-        changed = {name for name, held in find_marks(program.model, marks).items() if not held}
+        changed = {name for name, held in find_markers(program.model, markers).items() if not held}
         if changed <= kept:
             return
         kept |= changed
 
 
-def _names_computed_with(model: ir.Model, marks: Mapping[str, Array]) -> set[str]:
-    """The marks that a node takes with constants only, in any way but to transpose them."""
+def _names_computed_with(model: ir.Model, markers: Mapping[str, Array]) -> set[str]:
+    """The markers that a node takes with constants only, in any way but to transpose them."""
     origin: dict[ir.Value, set[str]] = {}
     for graph in model.graphs():
         origin |= {value: set() for value in graph.initializers.values()}
-    for name, held in find_marks(model, marks).items():
+    for name, held in find_markers(model, markers).items():
         for value, _ in held:
             origin[value].add(name)
     computed: set[str] = set()
@@ -152,12 +158,12 @@ def _names_computed_with(model: ir.Model, marks: Mapping[str, Array]) -> set[str
     return computed
 
 
-def find_marks(
-    model: ir.Model, marks: Mapping[str, Array]
+def find_markers(
+    model: ir.Model, markers: Mapping[str, Array]
 ) -> dict[str, list[tuple[ir.Value, bool]]]:
-    """Name -> the initializers that hold its mark, each with whether it is the transpose."""
+    """Name -> the initializers that hold its marker, each with whether it is the transpose."""
     # The first element stays in its place under transposition.
-    sizes = {mark.size for mark in marks.values()}
+    sizes = {marker.size for marker in markers.values()}
     held: dict[bytes, list[tuple[ir.Value, Array]]] = {}
     for value in model.graph.initializers.values():
         constant = value.const_value
@@ -167,11 +173,12 @@ def find_marks(
     return {
         name: [
             (value, transposed)
-            for value, array in held.get(mark.reshape(-1)[:1].tobytes(), [])
-            for transposed in ((False, True) if mark.ndim == 2 else (False,))
-            if array.dtype == mark.dtype and np.array_equal(array, mark.T if transposed else mark)
+            for value, array in held.get(marker.reshape(-1)[:1].tobytes(), [])
+            for transposed in ((False, True) if marker.ndim == 2 else (False,))
+            if array.dtype == marker.dtype
+            and np.array_equal(array, marker.T if transposed else marker)
         ]
-        for name, mark in marks.items()
+        for name, marker in markers.items()
     }
 
 

@@ -144,7 +144,9 @@ def export_adapters(
     """Export a model without adapters, and put adapters into the graph.
 
     Args:
-        model, example_inputs, progress: as in `export_onnx`.
+        model: without adapters.
+        example_inputs: a tuple of positional arguments, or a mapping of keyword arguments.
+        progress: called with (what, done, total).
         adapters: adapter name -> bundle, bound, with the model's names.
         sources: adapter name -> the bundle as it was given.
         output, tracing: what to write, and the options of `trace`.

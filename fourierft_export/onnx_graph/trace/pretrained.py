@@ -77,24 +77,35 @@ def export_pretrained(
         bundles: one adapter, several that add up, or a mapping from name to adapter; each a
             `Bundle`, or the path of a bundle file or of a PEFT adapter directory.
         path: the file to write.
-        mode: one of `export_onnx`'s. A bank holds a row per bundle, swappable and paired take one.
+        mode: "merged", "unmerged", "swappable", "paired" or "bank". A bank holds a row per bundle,
+            swappable and paired take one.
         weights: one factor per bundle, by which its change counts; 1 by default.
         task: one of `models.task.TASKS`; by default from the adapter's task type, else from the
             base's architecture.
-        cache: of a causal model (see `CachedModel`): inputs past_key_values.N.key and .value and
-            position_ids, outputs present.N.key and .value.
+        cache: give a causal model its cache of keys and values: inputs past_key_values.N.key and
+            .value and position_ids, outputs present.N.key and .value.
         genai: with the cache, and with what onnxruntime-genai needs in the folder of `path`:
             genai_config.json and the base's tokenizer.
         dtype: name of the torch dtype to export in, weights and computation; None keeps the
             checkpoint's. delta_W is float32 and the sum is rounded once.
-        opset, ir_version, inline, external_data, defaults, force, progress: as in `export_onnx`.
+        opset: of the standard operators, 18 to 25; torch's default if not given.
+        ir_version: of the file format; by default 10, or more where the opset needs it.
+        inline: write no model-local functions, for tools that read none.
+        external_data: True writes weights to `path` + ".data", False never does; by default only
+            where the file would be too large.
+        defaults: what counts in swappable and paired files where no adapter is fed: "bundle" (this
+            adapter), "base" (none) or "required" (an adapter must be fed).
+        force: replace an existing output.
+        progress: called with (what, done, total).
         allow_base_mismatch: accept base weights other than those the adapter was trained on.
 
     Returns:
         What was written.
 
     Raises:
-        UsageError, BadInputError, FileAccessError: as in `export_onnx` and `load_model`.
+        UsageError: an unknown mode or task, a model that torch cannot trace, an existing output.
+        BadInputError: a damaged file, or weights that overflow their dtype.
+        FileAccessError: a file that cannot be read or written.
         BaseMismatchError: the adapter does not belong to the base, or the base lacks weights.
     """
     named = named_bundles(bundles)

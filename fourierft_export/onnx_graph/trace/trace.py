@@ -48,7 +48,11 @@ def trace(
     """The graph of `model` in evaluation mode.
 
     Args:
-        model, example_inputs, input_names, dynamic_shapes, opset: as in `export_onnx`.
+        model: in any mode; it is traced in evaluation mode.
+        example_inputs: a tuple of positional arguments, or a mapping of keyword arguments.
+        input_names: names of the graph's inputs, in the order of the arguments.
+        dynamic_shapes: as `torch.onnx.export` takes them.
+        opset: the newest opset that the graph may use.
         output_names: some of the keys of a dictionary or ModelOutput leave out the other outputs.
         optimise: optimises the exporter's graph in place.
     """
