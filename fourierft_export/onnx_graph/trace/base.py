@@ -2,8 +2,8 @@
 
 The exporter keeps a weight's name only where the weight is used as it is stored: before a MatMul it
 is transposed and gets a number for a name. It also shares equal constants, and computes equal nodes
-once. So the graph is traced with markers in place of these tensors: random numbers, no two equal and
-none its own transpose. The initializer that holds a marker afterwards is that tensor. Then the
+once. So the graph is traced with markers in place of these tensors: random numbers, no two equal
+and none its own transpose. The initializer that holds a marker afterwards is that tensor. Then the
 base's own numbers are put back.
 """
 
