@@ -14,6 +14,8 @@ from .console import Outcome, size_text, verb
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..bundle.file import Bundle
+
 
 @verb(
     examples=("inspect a.fourierft.safetensors", "inspect adapter", "inspect unmerged.onnx --json")
@@ -36,14 +38,31 @@ def inspect(path: str, plot: str | None, force: bool) -> Outcome:
     notes = facts.pop("notes", ())
     shown = [*_RENDERERS[facts["kind"]](facts)]
     if plot:
-        from ..bundle.peft import open_bundle
         from ..proof.plots import draw_bundle
 
-        picture = draw_bundle(open_bundle(path))
+        picture = draw_bundle(open_adapter(path))
         with staged_file(plot, force=force) as partial:
             partial.write_bytes(picture)
         shown.append(f"picture: {plot}")
     return Outcome({"inspect": facts}, shown, notes)
+
+
+def open_adapter(path: str) -> Bundle:
+    """Opens a bundle, a PEFT adapter directory, POOL#NAME, or an ONNX file that holds one adapter.
+
+    A directory is bound to the base that its config names, if that is there.
+    """
+    from ..bundle.peft import open_bundle
+    from ..errors import UsageError
+
+    if not path.endswith(".onnx"):
+        return open_bundle(path, bind=True)
+    from ..recover.from_onnx import recover_onnx
+
+    bundles = [*recover_onnx(path).values()]
+    if len(bundles) != 1:
+        raise UsageError(path, expected="one adapter in the file", found=str(len(bundles)))
+    return bundles[0]
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -61,7 +80,7 @@ def describe(path: str) -> dict[str, Any]:
     )
     from ..bundle.file import Bundle
     from ..bundle.peft import CONFIG_FILE
-    from ..bundle.pool import is_pool
+    from ..bundle.pool import is_pool, open_from_pool
     from ..errors import FileAccessError
     from ..files.container import read_header
     from ..files.hub import local_adapter
@@ -69,6 +88,9 @@ def describe(path: str) -> dict[str, Any]:
 
     path = os.fspath(local_adapter(path))
     if not os.path.lexists(path):
+        bundle = open_from_pool(path)  # POOL#NAME
+        if bundle is not None:
+            return {**describe_bundle(bundle), "path": path}
         raise FileAccessError(path, expected="a file or directory", found="no such path")
     if os.path.isdir(path):
         holds_adapter = os.path.isfile(os.path.join(path, CONFIG_FILE)) or (

@@ -1,4 +1,4 @@
-"""Measures how two adapters, or two checkpoints, differ, without running them.
+"""Measures how two adapters, checkpoints or ONNX files differ, without running them.
 
 Norms of delta_W come from its spectrum: by Parseval's theorem they are those of fft2(delta_W),
 divided by the square root of the number of weights.
@@ -6,17 +6,25 @@ divided by the square root of the number of weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..bundle.file import Bundle
 from ..bundle.spec import LayerSpec
-from ..files.checkpoint import Checkpoint
+from ..types import Array
 
 Spectrum = dict[int, float]
+
+
+class Weights(NamedTuple):
+    """The weights of a checkpoint or an ONNX file."""
+
+    tensors: Mapping[str, object]  # by name
+    read: Callable[[str], Array]
 
 
 def compare_adapters(left: Bundle, right: Bundle) -> dict[str, Any]:
@@ -25,7 +33,8 @@ def compare_adapters(left: Bundle, right: Bundle) -> dict[str, Any]:
     Returns:
         JSON-ready data. For each layer of both: whether its entries are the same, the norms of both
         delta_W, the norm of their difference and the cosine between them; None where a bundle is
-        unbound, whose layers have no shapes.
+        unbound, whose layers have no shapes. For each saved tensor the norm of the difference; None
+        where one side lacks it, or has another shape.
     """
     names = {layer.name: layer for layer in left.layers}, {one.name: one for one in right.layers}
     layers = []
@@ -33,28 +42,34 @@ def compare_adapters(left: Bundle, right: Bundle) -> dict[str, Any]:
         a, b = names[0][name], names[1][name]
         layers.append({"name": name, **_compare_layer(left, a, right, b)})
     settings = (left.spec, right.spec)
-    saved = [name for name in left.saved if name in right.saved]
+    saved = {
+        name: _distance(left.saved[name], right.saved[name]) if name in right.saved else None
+        for name in left.saved
+    } | dict.fromkeys(right.saved.keys() - left.saved.keys())
     return {
         "seed": [spec.seed for spec in settings],
         "scaling": [float(spec.scaling) for spec in settings],
         "only_left": sorted(names[0].keys() - names[1].keys()),
         "only_right": sorted(names[1].keys() - names[0].keys()),
         "layers": layers,
-        "saved": {name: _distance(left.saved[name], right.saved[name]) for name in saved},
+        "saved": saved,
     }
 
 
-def compare_checkpoints(left: Checkpoint, right: Checkpoint) -> dict[str, Any]:
-    """Compares two checkpoints: for each tensor that differs, the norm of the difference."""
-    tensors = {}
+def compare_weights(left: Weights, right: Weights) -> dict[str, Any]:
+    """Compares weights by name: for each tensor that differs, the norm of the difference."""
+    tensors, same = {}, 0
     for name in (name for name in left.tensors if name in right.tensors):
         a, b = left.read(name), right.read(name)
         if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
             tensors[name] = _distance(a, b)
+        else:
+            same += 1
     return {
         "only_left": sorted(left.tensors.keys() - right.tensors.keys()),
         "only_right": sorted(right.tensors.keys() - left.tensors.keys()),
         "tensors": tensors,
+        "same": same,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 
 import fourierft_export as ff
@@ -70,7 +71,34 @@ def test_other_kinds_of_files(
         assert change == pytest.approx(layer["norms"][0], rel=1e-5)
     assert len(found["tensors"]) == 1
     assert run_verb("diff", stories260k, pair[0]).code == 2
+    with_head = ff.Bundle.load(pair[0])
+    head = {"lm_head.weight": np.ones((2, 2), np.float32)}
+    ff.Bundle.build(with_head.spec, with_head.spectra, head).save(tmp_path / "head")
+    assert run_verb("diff", pair[0], tmp_path / "head").json["diff"]["saved"] == {
+        "lm_head.weight": None
+    }
     assert run_verb("diff", pair[0], tmp_path / "absent").code == 6
+
+
+def test_onnx_files_by_their_weights(tmp_path: Path, run_verb: Verb) -> None:
+    values = {"w": np.ones((2, 3), np.float32), "same": np.zeros(2, np.float32)}
+    for path, more in (("a.onnx", {"x": np.ones(1)}), ("b.onnx", {"w": values["w"] + 2})):
+        held = [onnx.numpy_helper.from_array(a, name) for name, a in (values | more).items()]
+        graph = onnx.helper.make_graph([], "graph", [], [], held)
+        onnx.save(onnx.helper.make_model(graph), tmp_path / path)
+    found = run_verb("diff", tmp_path / "a.onnx", tmp_path / "b.onnx").json["diff"]
+    assert found["tensors"] == {"w": pytest.approx(np.sqrt(24))} and found["same"] == 1
+    assert (found["only_left"], found["only_right"]) == (["x"], [])
+
+
+def test_one_adapter_of_a_pool(pair: tuple[Path, Path], tmp_path: Path, run_verb: Verb) -> None:
+    one = f"{tmp_path / 'p.pool'}#one"
+    bundles = [f"one={pair[0]}", f"two={pair[0]}"]
+    assert run_verb("pack", "--pool", *bundles, "-o", tmp_path / "p.pool").code == 0
+    facts = run_verb("inspect", one, "--plot", tmp_path / "one.png").json["inspect"]
+    assert (facts["path"], facts["sha256"]) == (one, ff.Bundle.load(pair[0]).sha256)
+    assert (tmp_path / "one.png").stat().st_size > 5_000
+    assert run_verb("diff", one, pair[0]).json["diff"]["layers"][0]["distance"] == 0
 
 
 def test_a_picture(
