@@ -154,7 +154,7 @@ class Pool(Mapping[str, Bundle]):
         texts = isinstance(own, str) and isinstance(payload, bytes) and isinstance(number, int)
         template = self._template(number) if texts else None
         good = template is not None and len(payload) == template.size
-        if not good or template is None or digest != _digest(template.bundle, own, payload):
+        if not good or template is None or digest != _digest(name, template.bundle, own, payload):
             raise BadInputError(
                 where,
                 expected="an adapter with the hash that the pool holds",
@@ -171,7 +171,10 @@ class Pool(Mapping[str, Bundle]):
     def __iter__(self) -> Iterator[str]:
         with self._lock, self._reading():
             rows = self._database.execute("SELECT name FROM adapter ORDER BY name").fetchall()
-        return iter([str(name) for (name,) in rows])
+        names = [name for (name,) in rows]
+        if not all(isinstance(name, str) for name in names):
+            raise BadInputError(self.path, expected="names that are text", found="others")
+        return iter(names)
 
     def __len__(self) -> int:
         with self._lock, self._reading():
@@ -236,7 +239,8 @@ class Pool(Mapping[str, Bundle]):
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            # Python decodes the messages of SQLite, which repeat damaged names.
             raise _translated(error, self.path) from error
 
 
@@ -273,21 +277,22 @@ def open_from_pool(source: str | os.PathLike[str]) -> Bundle | None:
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     address = f"file:{quote(os.fspath(path.absolute()))}?mode={mode}"
     database = sqlite3.connect(address, uri=True, check_same_thread=False, timeout=10)
-    database.text_factory = lambda text: text.decode("utf-8", "replace")
+    database.text_factory = lambda text: text.decode("utf-8")
     # The file may be hostile: no functions of its own, and broken pages are noticed.
     for setting in ("trusted_schema = OFF", "cell_size_check = ON"):
         database.execute(f"PRAGMA {setting}")
     return database
 
 
-def _translated(error: sqlite3.Error, path: Path) -> Exception:
+def _translated(error: Exception, path: Path) -> Exception:
     if isinstance(error, sqlite3.OperationalError):
         return FileAccessError(path, expected="a pool that can be used", found=str(error))
     return BadInputError(path, expected="a pool of adapters", found=str(error))
 
 
-def _digest(template: Bundle, own: str, payload: bytes) -> bytes:
-    digest = hashlib.sha256(f"{template.sha256}\n{own}\n".encode())
+def _digest(name: str, template: Bundle, own: str, payload: bytes) -> bytes:
+    # With the name: damage must not exchange two adapters.
+    digest = hashlib.sha256(f"{template.sha256}\n{name}\n{own}\n".encode())
     digest.update(payload)
     return digest.digest()
 
@@ -305,14 +310,17 @@ def _remove(database: sqlite3.Connection, names: list[str], where: str) -> None:
         raise UsageError(
             where,
             expected="names of adapters in the pool",
-            found=f"{len(missing)} others ({missing[0]}, ...)",
+            found=f"{len(missing)} that it does not hold",
             offenders=missing,
         )
 
 
 def _insert(database: sqlite3.Connection, adapters: Mapping[str, Bundle], where: str) -> None:
     """Writes adapters in the open transaction."""
-    bad = [name for name in adapters if not 0 < len(name) <= MAX_NAME_LENGTH]
+    lengths = {name: len(name.encode(errors="ignore").decode()) for name in adapters}
+    bad = [
+        name for name, length in lengths.items() if not 0 < length == len(name) <= MAX_NAME_LENGTH
+    ]
     bad += [name for name, bundle in adapters.items() if not bundle.is_bound]
     if bad:
         raise UsageError(
@@ -350,7 +358,7 @@ def _insert(database: sqlite3.Connection, adapters: Mapping[str, Bundle], where:
                 found="others",
                 remedy="pack the adapter again",
             )
-        row = name, numbers[digest], own, _digest(template, own, payload), payload
+        row = name, numbers[digest], own, _digest(name, template, own, payload), payload
         database.execute("INSERT OR REPLACE INTO adapter VALUES (?, ?, ?, ?, ?)", row)
 
 

@@ -160,7 +160,7 @@ def damaged(path: Path, statement: str, *values: Any) -> Path:
 
 DAMAGE = {
     "payload": ("UPDATE adapter SET payload = zeroblob(length(payload))", "another hash"),
-    "payload too long": ("UPDATE adapter SET payload = payload || x'00'", "another hash"),
+    "payload too long": ("UPDATE adapter SET payload = payload || x'00'", "hash|decode"),
     "payload is text": ("UPDATE adapter SET payload = 'x'", "another hash"),
     "own": ("""UPDATE adapter SET own = '[1,2.5,["a"]]'""", "another hash"),
     "no template": ("DELETE FROM template", "a template"),
@@ -186,6 +186,34 @@ def test_damage_is_refused(
     assert run_verb("inspect", path).code == 3
     assert run_verb("unpack", path, "-o", tmp_path / "out").code == 3
     assert os.listdir(tmp_path) == ["p"]
+
+
+RENAMED = {
+    "exchanged": "UPDATE adapter SET name = CASE name WHEN 'a' THEN 'c' ELSE 'a' END",
+    "no text": "UPDATE adapter SET name = x'61' WHERE name = 'a'",
+    "no UTF-8": "UPDATE adapter SET name = CAST(x'ff' AS TEXT) WHERE name = 'a'",
+}
+
+
+@pytest.mark.parametrize("statement", RENAMED.values(), ids=RENAMED.keys())
+def test_damaged_names_are_refused(
+    statement: str, tmp_path: Path, run_verb: Callable[..., Any]
+) -> None:
+    path = tmp_path / "p"
+    ff.Pool.create(path, {"a": make(1), "b": make(2)}).close()
+    with pytest.raises(BadInputError):
+        dict(ff.Pool(damaged(path, statement)))
+    assert run_verb("inspect", path).code == 3
+
+
+def test_damaged_tables_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    ff.Pool.create(path, {"a": make()}).close()
+    path.write_bytes(path.read_bytes().replace(b"TEXT PRIMARY", b"TEXT PRIM\xffRY"))
+    with pytest.raises(BadInputError):
+        ff.Pool(path)  # SQLite's message holds the bytes
+    with pytest.raises(UsageError, match="1 to 200"):
+        ff.Pool.create(tmp_path / "q", {"a\udcff": make()})
 
 
 def test_other_files_are_no_pools(tmp_path: Path, stories_bundle: Path) -> None:
