@@ -165,7 +165,7 @@ def run_model(
             found = {"last_hidden_state": result["encoder_last_hidden_state"]}
             found["logits"] = result.get("logits")
         if not any(value is not None for value in found.values()):
-            found = {n: v for n, v in result.items() if isinstance(v, torch.Tensor)}
+            found = dict(_tensors("", result))
             if batch_size < rows:
                 batch_size = rows
                 continue
@@ -174,6 +174,15 @@ def run_model(
                 parts.setdefault(name, []).append(value.numpy())
         start += batch_size
     return {name: np.concatenate(chunks) for name, chunks in parts.items()}
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors of an output; those of a nested one are NAME.KEY, as in exported files."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(f"{name}.{key}" if name else str(key), inner)
+    elif hasattr(value, "is_floating_point"):
+        yield name, value
 
 
 def _decoder_ids(config: Any, inputs: Mapping[str, Array]) -> Array:

@@ -282,16 +282,24 @@ def test_a_model_whose_rows_relate_to_each_other(tmp_path: Path) -> None:
     inputs = {"input_ids": random.integers(3, 40, size=(5, 6))}
     inputs["attention_mask"] = np.ones((5, 6), np.int64)
     inputs["pixel_values"] = random.normal(size=(5, 3, 8, 8)).astype(np.float32)  # type: ignore[assignment]
+    loaded = CLIPModel.from_pretrained(tmp_path / "base")
+    examples = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    exported = ff.export_onnx(ff.attach(loaded, adapter), examples, tmp_path / "clip.onnx")
     report = ff.validate(
         base=tmp_path / "base",
         bundle=adapter,
         merged=tmp_path / "merged",
         peft=adapter,
+        onnx=tmp_path / "clip.onnx",
         inputs=inputs,
         batch_size=2,
     )
     report.raise_for_failure()
-    assert dict(report.sides[0].outputs)["logits_per_text"] == (5, 5)
+    outputs = dict(report.sides[0].outputs)
+    assert outputs["logits_per_text"] == (5, 5)
+    # Outputs inside outputs have names of their own.
+    assert outputs["text_model_output.last_hidden_state"] == (5, 6, 16)
+    assert list(outputs) == list(exported.outputs)
 
 
 @pytest.mark.parametrize(("field", "value"), [("num_hidden_layers", 10**7), ("num_labels", 10**9)])

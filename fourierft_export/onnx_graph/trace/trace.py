@@ -130,7 +130,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
     """A name for every output: those given, unless they are some keys of a mapping with more."""
     if isinstance(outputs, Mapping):
-        keys = [str(name) for name, value in outputs.items() if value is not None]
+        keys = [name for key, value in outputs.items() for name in _leaves(str(key), value)]
         return keys if names is None or set(names) < set(keys) else list(names)
     if names is not None:
         return list(names)
@@ -144,6 +144,18 @@ def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
         found=type(outputs).__name__,
         remedy="name the outputs (output_names=...), or wrap the model",
     )
+
+
+def _leaves(name: str, value: Any) -> Iterator[str]:
+    """Names the tensors of an output: a nested one's are NAME.KEY."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    elif isinstance(value, (tuple, list)):
+        for i, inner in enumerate(value):
+            yield from _leaves(f"{name}.{i}", inner)
+    elif value is not None:
+        yield name
 
 
 def _raise_opset(graph: ir.Model, opset: int) -> None:
