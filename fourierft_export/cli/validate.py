@@ -98,10 +98,10 @@ def validate(
     if report and junit and Path(report).absolute() == Path(junit).absolute():
         raise UsageError("--junit", expected="another file than --report", found=junit)
     found = run(tolerances=_tolerances(tolerances), progress=progress, **settings)
-    lines = []
+    lines, survival = [], read_survival(settings["merged"])
     for output in filter(None, (report, junit)):
         bundle = open_bundle(settings["bundle"]) if settings["bundle"] else None
-        text = found.to_junit() if output == junit else render_html(found, bundle)
+        text = found.to_junit() if output == junit else render_html(found, bundle, survival)
         with staged_file(output, force=force) as partial:
             partial.write_text(text, encoding="utf-8")
         lines.append(f"report: {Path(output)}")
@@ -168,6 +168,21 @@ def find_artifacts(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
             remedy="name the bundle with --bundle",
         )
     return {"base": base, "bundle": bundle, "merged": folder, "onnx": tuple(graphs)}
+
+
+def read_survival(merged: str | None) -> dict[str, float]:
+    """Reads the share of each layer's weights that a merge changed; empty without its manifest."""
+    from ..errors import FourierFTError
+    from ..files import strict_json
+    from ..files.container import read_file
+
+    path = Path(merged or "", "manifest.json")
+    try:
+        manifest = strict_json.loads(read_file(path), str(path)) if merged else {}
+        tensors = [*manifest.get("tensors", {}).values()]
+        return {one["layer"]: float(one["survival"]) for one in tensors if one.get("survival")}
+    except (FourierFTError, AttributeError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _tolerances(words: tuple[str, ...]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.file import Bundle
 from ..errors import missing_extra, printable
+from .difference import delta_norm
 from .plots import draw_bundle
 from .report import SIGNS, OutputComparison, Report, Side
 
@@ -141,10 +142,15 @@ def _pairs_table(report: Report, figures: tuple[str, ...]) -> Table:
     return table
 
 
-def render_html(report: Report, bundle: Bundle | None = None) -> str:
+def render_html(
+    report: Report, bundle: Bundle | None = None, survival: Mapping[str, float] | None = None
+) -> str:
     """Renders the report as one HTML page that needs nothing else: no scripts, no links.
 
-    With the bundle the page shows its layers: pictures of spectrum, entries and delta_W.
+    Args:
+        report: of a validation.
+        bundle: shown with a table of its layers and pictures of spectrum, entries and delta_W.
+        survival: layer -> share of its weights that the merge changed, after rounding.
     """
     try:
         import jinja2
@@ -167,9 +173,29 @@ def render_html(report: Report, bundle: Bundle | None = None) -> str:
         shapes=_shapes,
         versions=_versions(),
         picture=b64encode(draw_bundle(bundle)).decode() if bundle and drawn else None,
-        sha256=None if bundle is None else bundle.sha256,
+        bundle=bundle,
+        layers=list(_layers(bundle, survival or {})) if bundle else [],
+        size=_size,
     )
     return page
+
+
+def _layers(bundle: Bundle, survival: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
+    """Yields the cells of each layer: name, shape, coefficients, norm of delta_W, survival."""
+    for layer in bundle.layers:
+        shape = "-" if layer.shape is None else " x ".join(map(str, layer.shape))
+        norm = "-" if layer.shape is None else f"{delta_norm(bundle, layer):.4g}"
+        share = survival.get(layer.name)
+        changed = "-" if share is None else f"{share:.1%}"
+        yield printable(layer.name), shape, str(layer.n_frequency), norm, changed
+
+
+def _size(side: Side) -> str:
+    """The size in bytes of a side's file or folder; empty where it has none."""
+    path = Path(side.source)
+    files = [path] if path.is_file() else path.glob("*") if side.source and path.is_dir() else ()
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    return f"{total:,}" if total else ""
 
 
 def _title(report: Report) -> str:

@@ -124,7 +124,14 @@ def test_validate_finds_what_belongs_to_a_merged_folder(
     report = run_verb(*words).json["validate"]
     assert [side["name"] for side in report["sides"]] == ["base", "torch", "merged"]
     assert report["sides"][1]["source"].endswith(f" + {bundle}")
-    assert "data:image/png;base64," in page.read_text("utf-8")
+    html = page.read_text("utf-8")
+    assert "data:image/png;base64," in html and f"sha256 {ff.Bundle.load(bundle).sha256}" in html
+    norms = run_verb("diff", *pair).json["diff"]["layers"]
+    for layer in norms:  # name, norm of delta_W, share of the weights that changed
+        row = html[html.index(f"<tr><td>{layer['name']}</td>") :].split("</tr>")[0]
+        assert f">{layer['norms'][0]:.4g}<" in row and "%<" in row
+    size = sum(f.stat().st_size for f in (tmp_path / "merged").iterdir())
+    assert f">{size:,}<" in html
     suite = ElementTree.fromstring(xml.read_text("utf-8"))
     assert (suite.get("tests"), suite.get("failures")) == ("3", "0")
     assert run_verb("validate", tmp_path / "base").code == 6

@@ -89,21 +89,31 @@ def test_a_fault_in_an_onnx_file(
     check_cause(report, "onnx:planted.onnx", fault)
 
 
-@pytest.mark.parametrize("fault", ["scaling * 1.01", "seed + 1", "head * 1.01"])
+PEFT_FAULTS = (
+    "adapter zeroed", "layer left out", "layer twice", "scaling * 1.01", "seed + 1", "seed + 5000",
+    "head * 1.01",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PEFT_FAULTS)
 def test_a_fault_in_a_peft_directory(classifier: Any, tmp_path: Path, fault: str) -> None:
     shutil.copytree(classifier.adapter, tmp_path / "peft")
     config = tmp_path / "peft" / "adapter_config.json"
     fields = json.loads(config.read_text())
-    fields["random_loc_seed"] += fault == "seed + 1"
+    fields["random_loc_seed"] += {"seed + 1": 1, "seed + 5000": 5000}.get(fault, 0)
     fields["scaling"] *= 1 + 0.01 * (fault == "scaling * 1.01")
     config.write_text(json.dumps(fields))
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     for name in tensors:
         tensors[name] *= 1 + 0.01 * (fault == "head * 1.01" and "classifier" in name)
+        if LAST in name and "value" in name and fault.startswith("layer"):
+            tensors[name] *= 2 * (fault == "layer twice")
+        if "spectrum" in name and fault == "adapter zeroed":
+            tensors[name] *= 0
     save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
     options = {"base": classifier.base, "bundle": classifier.bundle}
     report = ff.validate(**options, peft=tmp_path / "peft")
-    assert [(p.left, p.right) for p in report.failing] == [("torch", "peft")]
+    assert [(p.left, p.right) for p in report.failing][:1] == [("torch", "peft")]
     check_cause(report, "peft", fault)
 
 
@@ -145,3 +155,18 @@ def test_merges_in_half_precision(
         report = ff.validate(**options, merged=plant(fault, dtype))
         assert (f"torch:{precision}", "merged") in {(p.left, p.right) for p in report.failing}
         check_cause(report, "merged", fault)
+
+
+def test_a_folder_is_validated_with_its_onnx_files(
+    classifier: Any, clean_onnx: Path, tmp_path: Path, run_verb: Callable[..., Any]
+) -> None:
+    base, _, bundle = classifier
+    shutil.copytree(base, tmp_path / "base")
+    bundle.save(tmp_path / "a.fourierft.safetensors")
+    ff.merge_checkpoint(tmp_path / "base", bundle, tmp_path / "merged")
+    ff.export_pretrained(base, bundle, tmp_path / "a.onnx", mode="merged")
+    shutil.copy(clean_onnx, tmp_path / "of nobody.onnx")  # no metadata says whose it is
+    (tmp_path / "damaged.onnx").write_bytes(b"x" * 100)
+    report = run_verb("validate", tmp_path / "merged", "--samples", 4).json["validate"]
+    names = [side["name"] for side in report["sides"]]
+    assert names == ["base", "torch", "merged", "onnx:a.onnx"] and report["ok"]
