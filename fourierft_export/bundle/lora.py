@@ -87,7 +87,7 @@ def to_lora(
     Args:
         bundle: a bound `Bundle`, or a path of one.
         directory: to write: adapter_config.json and adapter_model.safetensors.
-        rank: of every layer.
+        rank: of every layer; at most the smaller side of the largest layer.
         max_error: instead of `rank`: the smallest rank is taken by which the relative error
             |delta_W - B A| / |delta_W| over all layers is at most this.
         force: replace an existing directory.
@@ -111,6 +111,10 @@ def to_lora(
     """
     _check_settings(rank, max_error)
     opened = open_bundle(bundle, bind=True)
+    most = max((min(layer.shape or (0, 0)) for layer in opened.layers), default=0)
+    if rank is not None and opened.is_bound and rank > most:
+        expected = f"a rank of at most {most}, the largest that a layer's delta_W can have"
+        raise UsageError("LoRA", expected=expected, found=str(rank))
     scaling = float(opened.spec.scaling)
     terms = {
         name: Term(spectrum, opened.entries(name), scaling)

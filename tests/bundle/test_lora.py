@@ -111,7 +111,13 @@ def test_what_is_refused(
 ) -> None:
     base, adapter = tiny_base("bert"), tiny_adapter("bert", target_modules=["query"])
     out = ["-o", tmp_path / "out"]
-    for words in ([], ["--rank", 0], ["--max-error", 1], ["--rank", 2, "--max-error", 0.5]):
+    for words in (
+        [],
+        ["--rank", 0],
+        ["--rank", 10**8],
+        ["--max-error", 1],
+        ["--rank", 2, "--max-error", 0.5],
+    ):
         assert run_verb("unpack", adapter, "--base", base, "--to", "lora", *words, *out).code == 2
     assert run_verb("unpack", adapter, "--rank", 2, *out).code == 2
     ran = run_verb("unpack", adapter, "--to", "lora", "--rank", 2, *out)  # which shapes?
