@@ -54,7 +54,8 @@ CASES = """
 2 export --base base --bundle bundle --mode merged -o empty_file | empty_file --force
 2 merge --base base --bundle bundle -o link_to_base --force | link_to_base
 2 pack adapter -o adapter --force | adapter
-2 pack | Missing argument --help
+2 pack | Missing --output --help
+2 pack -o out | SOURCE found 0
 2 pack adapter | --output --help
 2 frobnicate | frobnicate --help
 2 inspect base --frobnicate | --frobnicate --help
