@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from .report import first_line
 if TYPE_CHECKING:
     import onnx
 
+_METADATA = "fourierft_export"  # of files that hold adapters
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
 _NUMPY_TYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -29,6 +32,10 @@ _NUMPY_TYPES = {
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
 }
+LEAVE_OUT = (
+    "the adapter was quantised with the base: quantise again without the nodes that the file's "
+    'metadata "fourierft_export" lists under "nodes" (nodes_to_exclude), or quantise the base first'
+)
 
 
 class Graph:
@@ -37,6 +44,7 @@ class Graph:
     Attributes:
         path: the file.
         precision: of most of its weights: "float32", "float16", "bfloat16", "int8", "float64".
+        quantised: the nodes of an adapter in it that were quantised with the base.
         inputs, outputs: names of its inputs and outputs.
     """
 
@@ -47,14 +55,17 @@ class Graph:
         except ImportError as error:
             raise missing_extra("onnxruntime", "ort", "validate") from error
         self.path = Path(path)
-        self.precision = _weights_precision(_read_model(self.path))
+        model = _read_model(self.path)
+        self.precision = _weights_precision(model)
+        self.quantised = _quantised_nodes(model)
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 4  # what goes wrong is raised as a package error
         # Else int8 sums saturate on x86-64 CPUs without VNNI, and results depend on the machine.
         self._options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             self._options.intra_op_num_threads = threads
-        with self._bad_input("an ONNX model that ONNX Runtime loads"):
+        remedy = LEAVE_OUT if self.quantised else ""
+        with self._bad_input("an ONNX model that ONNX Runtime loads", remedy):
             self._session = onnxruntime.InferenceSession(
                 self.path, self._options, providers=["CPUExecutionProvider"]
             )
@@ -160,7 +171,7 @@ class Graph:
         return outputs
 
     @contextmanager
-    def _bad_input(self, expected: str) -> Iterator[None]:
+    def _bad_input(self, expected: str, remedy: str = "") -> Iterator[None]:
         """Raises ONNX Runtime's errors as a BadInputError, and a lack of memory as a MemoryError.
 
         ONNX Runtime's exceptions have no root but Exception.
@@ -173,7 +184,7 @@ class Graph:
             found = first_line(error)
             if "Failed to allocate memory" in found or "bad_alloc" in found:
                 raise MemoryError(f"{self.path}: {found}") from error
-            raise BadInputError(self.path, expected=expected, found=found) from error
+            raise BadInputError(self.path, expected=expected, found=found, remedy=remedy) from error
 
     def _cast(self, name: str, array: Array) -> Array:
         """Converts integers and floats to the width of the graph's input."""
@@ -216,3 +227,17 @@ def _weights_precision(model: onnx.ModelProto) -> str:
         if tensor.data_type in kinds:
             counts[kinds[tensor.data_type]] += int(np.prod(tensor.dims, dtype=np.float64))
     return max(counts, key=counts.__getitem__, default="float32")
+
+
+def _quantised_nodes(model: onnx.ModelProto) -> list[str]:
+    """Finds an adapter's nodes that ONNX Runtime's quantisers replaced or put their own next to."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == _METADATA), "{}")
+    try:
+        listed = json.loads(text).get("nodes") or ()
+        own = [name for name in listed if name.startswith("fourierft.") or ".adapter." in name]
+        products = {f"{name}_quant": name for name in listed}
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        return []  # metadata of others, or damaged
+    tensors = {f"{name}_{kind}": name for name in own for kind in _QDQ}
+    names = {node.name for node in model.graph.node}
+    return sorted({node for made, node in (products | tensors).items() if made in names})

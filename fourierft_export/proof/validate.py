@@ -17,7 +17,7 @@ from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
 from .causes import find_causes
 from .compare import Outputs, compare_outputs
-from .graphs import Graph
+from .graphs import LEAVE_OUT, Graph
 from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokenizer
 from .model_sides import ModelSides
 from .models import DECODER_TOKENS
@@ -145,6 +145,8 @@ def validate(
     rows = batch_size if ready.mask is not None and not related else None
     named = dict(zip(_graph_names(files), graphs, strict=True))
     for name, graph in named.items():
+        if graph.quantised:
+            models.problems.append(f"{name}: {graph.quantised[0]}: {LEAVE_OUT}")
         side = Side(name, "adapted", os.fspath(graph.path), graph.precision)
         run_side(side, lambda graph=graph: graph.run(ready.arrays, batch_size=rows))  # type: ignore[misc]
         if rows is not None:

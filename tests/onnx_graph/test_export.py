@@ -367,6 +367,35 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     assert out.read_text() == "mine"
 
 
+def test_outputs_within_outputs(tmp_path: Path, run: Run) -> None:
+    """Each has a name of its own; names given choose, whatever their order."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            y = self.layer(x)
+            return {"a": {"y": y, "pair": (y + 1, y + 2)}, "b": y + 3}
+
+    model, x, path = adapted(Nested().eval()), torch.randn(2, 4), tmp_path / "model.onnx"
+    with torch.no_grad():
+        y = model(x)["a"]["y"].numpy()
+    added = {"a.y": 0, "a.pair.0": 1, "a.pair.1": 2, "b": 3}
+    chosen: list[tuple[list[str] | None, list[str]]] = [
+        (None, [*added]),
+        (["b", "a.y"], ["b", "a.y"]),
+        (["b", "a"], ["b", "a.y", "a.pair.0", "a.pair.1"]),
+    ]
+    for names, want in chosen:
+        ff.export_onnx(model, x, path, output_names=names, force=True)
+        found = run(path, {"x": x})
+        assert [*found] == want
+        for name, value in found.items():
+            np.testing.assert_allclose(value, y + added[name], rtol=0, atol=1e-5)
+
+
 def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:

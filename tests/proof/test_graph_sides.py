@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,25 @@ def test_quantised_weights_are_named_as_the_cause(
     report = ff.validate(**options, onnx=tmp_path / "int8.onnx")
     (cause,) = report.causes
     assert cause.kind == "precision" and "session.x64quantprecision" in cause.text
+
+
+def test_an_adapter_that_was_quantised_with_the_base(classifier: Any, tmp_path: Path) -> None:
+    """Found however small the difference is; not where the adapter's nodes were left out."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    path, out = tmp_path / "float.onnx", tmp_path / "int8.onnx"
+    ff.export_pretrained(classifier.base, classifier.bundle, path, mode="swappable")
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    listed = json.loads(metadata["fourierft_export"])["nodes"]
+    options = {"base": classifier.base, "bundle": classifier.bundle, "samples": 8}
+    some = [name for name in listed if not name.endswith(".transform")]
+    for nodes in (listed, some, []):
+        quantize_dynamic(path, out, nodes_to_exclude=nodes)
+        try:
+            problems = ff.validate(**options, onnx=out).problems
+        except BadInputError as error:  # ONNX Runtime itself does not load some of these
+            problems = (error.remedy,)
+        assert ["nodes_to_exclude" in text for text in problems] == [True] * (nodes != listed)
 
 
 @pytest.mark.parametrize("mode", ["unmerged", "swappable"])

@@ -63,8 +63,9 @@ def export_onnx(
         mode: "merged", "unmerged", "swappable", "paired" (with a second file,
             PATH.expand.onnx) or "bank".
         input_names: names of the graph's inputs; by default the arguments' own.
-        output_names: names of the outputs; by default the keys of a dictionary or ModelOutput,
-            else "output", or "output_0", "output_1", ...
+        output_names: names of the outputs; by default the keys of a dictionary or ModelOutput
+            (KEY.INNER for outputs within outputs), else "output", or "output_0", "output_1", ...
+            Such keys choose these outputs, in this order; other names rename all of them.
         dynamic_shapes: as torch.onnx.export takes them, such as {"x": {0: "batch"}}; sizes are
             fixed to the example's by default.
         opset: of the standard operators, 18 to 25; torch's default if not given.

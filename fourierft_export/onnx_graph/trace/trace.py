@@ -53,7 +53,7 @@ def trace(
         input_names: names of the graph's inputs, in the order of the arguments.
         dynamic_shapes: as `torch.onnx.export` takes them.
         opset: the newest opset that the graph may use.
-        output_names: some of the keys of a dictionary or ModelOutput leave out the other outputs.
+        output_names: keys of a dictionary or ModelOutput choose outputs, in this order.
         optimise: optimises the exporter's graph in place.
     """
     args, kwargs = _arguments(example_inputs)
@@ -128,10 +128,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _output_names(outputs: Any, names: Sequence[str] | None) -> list[str]:
-    """A name for every output: those given, unless they are some keys of a mapping with more."""
+    """A name for every output: those given, unless they are keys of a mapping."""
     if isinstance(outputs, Mapping):
-        keys = [name for key, value in outputs.items() for name in _leaves(str(key), value)]
-        return keys if names is None or set(names) < set(keys) else list(names)
+        every = [name for key, value in outputs.items() for name in _leaves(str(key), value)]
+        return every if names is None or {*names} <= {*every, *outputs} else list(names)
     if names is not None:
         return list(names)
     if isinstance(outputs, torch.Tensor):
@@ -179,8 +179,9 @@ def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     outputs = {str(value.name): value for value in graph.graph.outputs}
-    if list(outputs) != list(names):
-        graph.graph.outputs[:] = [outputs[name] for name in names]
+    kept = [key for name in names for key in outputs if f"{key}.".startswith(f"{name}.")]
+    if list(outputs) != kept:
+        graph.graph.outputs[:] = [outputs[name] for name in dict.fromkeys(kept)]
         RemoveUnusedNodesPass()(graph)
 
 
