@@ -70,7 +70,12 @@ def find_adapter(directory: str | os.PathLike[str], adapter: str | None = None) 
     if not root.exists():
         raise FileAccessError(root, expected="a PEFT adapter directory", found="nothing there")
     if not root.is_dir():
-        raise BadInputError(root, expected="a PEFT adapter directory", found="a file")
+        raise BadInputError(
+            root,
+            expected="a PEFT adapter directory",
+            found="a file",
+            remedy="for a state dict of the paper's own code, give pack --paper-scaling",
+        )
     inside = sorted(p.parent.name for p in root.glob(f"*/{CONFIG_FILE}"))
     if adapter is None and (root / CONFIG_FILE).is_file():
         return root

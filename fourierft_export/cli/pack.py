@@ -91,7 +91,8 @@ def pack(
     from ..files.staging import check_output
 
     if pool:
-        if adapter or entry_rule or onnx or allow_links or target != "bundle":
+        single = (adapter, entry_rule, onnx, paper_scaling, paper_seed)
+        if any(x is not None for x in single) or allow_links or target != "bundle":
             found = "an option for a single adapter"
             raise UsageError("pack --pool", expected="--base and --force at most", found=found)
         return write_pool(sources, output, base, append=append, remove=remove, force=force)

@@ -65,16 +65,19 @@ def given_inputs(
     if not isinstance(source, Mapping):
         path = Path(source)
         if path.is_dir():
-            images = _read_images(path, model_dir)
-            return Inputs({"pixel_values": images}, f"{path}: {len(images)} images")
+            images, more = _read_images(path, model_dir)
+            first = "the first " if more else ""
+            return Inputs({"pixel_values": images}, f"{path}: {first}{len(images)} images")
         if path.suffix in TEXT_FILES:
             texts = _read_texts(path)
+            first = "the first " if len(texts) > MAX_TEXTS else ""
+            texts = texts[:MAX_TEXTS]
             if model_dir is None or not has_tokenizer(model_dir):
                 expected = "a tokenizer for texts in the base's folder, or --tokenizer DIR"
                 raise UsageError(path, expected=expected, found="none", remedy=AS_NPZ)
             longest = min(positions or MAX_GIVEN_TOKENS, MAX_GIVEN_TOKENS)
             arrays = _pad(*_tokenised(model_dir, texts, longest), token_types=token_types)
-            return Inputs(arrays, f"{path}: {len(texts)} texts")
+            return Inputs(arrays, f"{path}: {first}{len(texts)} texts")
     if isinstance(source, Mapping):
         where, arrays = "inputs", {name: np.asarray(value) for name, value in source.items()}
     else:
@@ -92,8 +95,10 @@ def given_inputs(
 
 def _read_texts(path: Path) -> list[tuple[str, ...]]:
     """Reads texts or pairs of texts: lines, columns under a heading, or JSON objects."""
-    lines = read_file(path, MAX_TEXT_BYTES).decode("utf-8", "replace").splitlines()[: MAX_TEXTS + 1]
-    rows: list[tuple[str, ...]] = [(line,) for line in lines if line.strip()]
+    # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
+    lines = read_file(path, MAX_TEXT_BYTES).decode("utf-8-sig", "replace").split("\n")
+    kept_lines = (line.rstrip("\r") for line in lines[: MAX_TEXTS + 2])
+    rows: list[tuple[str, ...]] = [(line,) for line in kept_lines if line.strip()]
     if path.suffix == ".tsv" and rows:
         names, *cells = ([cell.strip() for cell in row[0].split("\t")] for row in rows)
         kept = [i for i, name in enumerate(names) if name.lower() not in LABEL_COLUMNS][:2]
@@ -107,11 +112,11 @@ def _read_texts(path: Path) -> list[tuple[str, ...]]:
             "lines of text; .tsv: a heading, then rows; .jsonl: objects with one or two texts"
         )
         raise BadInputError(path, expected=expected, found="none, or rows of unequal length")
-    return rows[:MAX_TEXTS]
+    return rows
 
 
-def _read_images(folder: Path, model_dir: Path | None) -> Array:
-    """Reads the image files of a folder through the model's own image processor."""
+def _read_images(folder: Path, model_dir: Path | None) -> tuple[Array, bool]:
+    """Reads a folder's images through the model's own processor; true if there are too many."""
     try:
         from PIL import Image, UnidentifiedImageError
         from transformers import AutoImageProcessor
@@ -139,7 +144,7 @@ def _read_images(folder: Path, model_dir: Path | None) -> Array:
         where = model_dir or folder
         raise BadInputError(where, expected=expected, found=found, remedy=AS_NPZ) from error
     pixels: Array = np.asarray(processor(images, return_tensors="np")["pixel_values"])
-    return pixels
+    return pixels, len(files) > MAX_IMAGES
 
 
 def _read_npz(path: Path) -> dict[str, Array]:

@@ -279,7 +279,14 @@ def test_the_command_line(
     assert run_verb(*merged, path).code == 2  # which of the two?
     assert run_verb(*merged, f"{path}#three").code == 2
     assert run_verb(*merged, f"{path}#tiny").code == 0
-    for bad in (["--pool", first, first], ["--pool"], [first, second], [first, "--append"]):
+    for bad in (
+        ["--pool", third, "--paper-scaling", 3],
+        ["--pool", third, "--paper-seed", 0],
+        ["--pool", first, first],
+        ["--pool"],
+        [first, second],
+        [first, "--append"],
+    ):
         assert run_verb("pack", *bad, "-o", tmp_path / "x").code == 2
     assert run_verb("pack", "--pool", "--append", first, "-o", tmp_path / "none").code == 6
 

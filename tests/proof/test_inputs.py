@@ -125,6 +125,26 @@ def test_texts_of_ones_own(minilm_dir: Path, tmp_path: Path) -> None:
             given_inputs(tmp_path / name, minilm_dir)
 
 
+def test_marks_and_line_ends_of_text_files(
+    minilm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = given_inputs(
+        write(tmp_path / "a.tsv", "label\tsentence\n1\tgood\n0\tbad\n"), minilm_dir
+    )
+    text = "\ufefflabel\tsentence\r\n1\tgood\r\n0\tbad\r\n"
+    marked = given_inputs(write(tmp_path / "b.tsv", text), minilm_dir)
+    np.testing.assert_array_equal(plain.arrays["input_ids"], marked.arrays["input_ids"])
+    one = given_inputs(write(tmp_path / "c.jsonl", '{"text": "two\u2028lines"}\n'), minilm_dir)
+    assert one.description.endswith("c.jsonl: 1 texts")
+    monkeypatch.setattr("fourierft_export.proof.inputs.MAX_TEXTS", 1)
+    assert given_inputs(tmp_path / "a.tsv", minilm_dir).description.endswith("the first 1 texts")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
 def test_a_folder_of_images(tmp_path: Path) -> None:
     from PIL import Image
     from transformers import ViTImageProcessor
