@@ -101,6 +101,8 @@ def test_an_adapter_that_was_quantised_with_the_base(classifier: Any, tmp_path: 
     some = [name for name in listed if not name.endswith(".transform")]
     for nodes in (listed, some, []):
         quantize_dynamic(path, out, nodes_to_exclude=nodes)
+        names = {node.name.replace("_MatMul", "") for node in onnx.load(out).graph.node}
+        assert names.isdisjoint(f"{name}_quant" for name in listed) is (nodes == listed)
         try:
             problems = ff.validate(**options, onnx=out).problems
         except BadInputError as error:  # ONNX Runtime itself does not load some of these

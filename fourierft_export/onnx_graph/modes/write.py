@@ -74,7 +74,9 @@ def write_adapters(plan: Plan, mode: str) -> Written:
         own = {*model.graph} - nodes | {node for value in inputs for node, _ in value.uses()}
         for node in own:
             node.name = node.name or f"{PREFIX}{node.outputs[0].name}"
-        written.nodes = sorted(str(node.name) for node in own)
+        # ONNX Runtime's quantisers make a Gemm an Add and a MatMul of this name, then choose.
+        products = {f"{node.name}_MatMul" for node in own if node.op_type == "Gemm"}
+        written.nodes = sorted({str(node.name) for node in own} | products)
     write_metadata(plan, mode, written)
     if plan.defaults == REQUIRED:
         require_inputs(model.graph, inputs, written.base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -32,6 +33,7 @@ _TRACED_OPSET = 22
 # torch.onnx writes no older opset, and the adapters' functions need it; onnxscript's converter
 # writes no newer one.
 _MIN_OPSET, _MAX_OPSET = 18, 25
+_MEDIA = ("pixel_values", "input_features", "input_values", "decoder_input_ids")
 _NOISY = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -119,11 +121,16 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     except MemoryError:
         raise
     except Exception as error:
+        accepted = inspect.signature(model.forward).parameters
+        media = [name for name in _MEDIA if name in accepted and name not in kwargs]
+        remedy = "correct the model's config.json, or call export_onnx with inputs of your own"
+        if media:
+            remedy = f"it also takes {', '.join(media)}: call export_onnx with inputs of your own"
         raise UsageError(
             f"export of {type(model).__name__}",
             expected=f"a model that runs on the example inputs {', '.join(kwargs) or 'given'}",
             found=_first_line(error),
-            remedy="correct the model's config.json, or call export_onnx with inputs of your own",
+            remedy=remedy,
         ) from error
 
 
@@ -186,8 +193,10 @@ def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    if first.endswith(":") and rest:  # a heading
+        first = f"{first} {rest[0]}"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 @contextlib.contextmanager
