@@ -9,24 +9,23 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError, printable
-from ..files import dtypes, strict_json
+from ..files import strict_json
 from ..files.container import open_regular
 from ..files.staging import staged_file
-from ..types import Array
 from .file import Bundle
-from .format import SPEC_KEY, split_file
-from .layer_templates import expand
-from .spec import EXPLICIT_RULE, RESERVED, LayerSpec, number_offenders
+from .pool_template import (
+    Template,
+    decode,
+    encode_payload,
+    entry_kind,
+    make_template,
+    read_template,
+)
+from .spec import LayerSpec
 
 MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x46465450
@@ -37,20 +36,6 @@ _TABLES = {
     "adapter": "CREATE TABLE adapter (name TEXT PRIMARY KEY, template INTEGER, own TEXT, "
     "sha256 BLOB, payload BLOB)",
 }
-_ZEROS = "0" * 64
-_SEED, _SCALING = "random_loc_seed", "scaling"
-_EntryKind = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _Template:
-    """What many adapters share: everything but seed, scaling, hashes of entries and numbers."""
-
-    bundle: Bundle  # with zeros for numbers
-    parts: tuple[tuple[str, np.dtype[np.generic], tuple[int, ...], int], ...]  # of payloads
-    rows: Mapping[str, tuple[str, ...]]  # tensor of spectra -> its layers
-    kinds: tuple[_EntryKind, ...]  # an adapter has one hash of entries for each
-    size: int  # of a payload in bytes
 
 
 class Pool(Mapping[str, Bundle]):
@@ -81,7 +66,7 @@ class Pool(Mapping[str, Bundle]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
-        self._templates: dict[int, _Template] = {}
+        self._templates: dict[int, Template] = {}
         if not is_pool(path):
             raise BadInputError(path, expected="a pool of adapters", found="another kind of file")
         with self._reading():
@@ -161,7 +146,7 @@ class Pool(Mapping[str, Bundle]):
                 found="another hash",
                 remedy="the file is damaged: get it again, or remove this adapter and add it again",
             )
-        return _decode(template, strict_json.loads(own, where), payload, where)
+        return decode(template, strict_json.loads(own, where), payload, where)
 
     def __contains__(self, name: object) -> bool:
         with self._lock, self._reading():
@@ -224,7 +209,7 @@ class Pool(Mapping[str, Bundle]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _template(self, number: int) -> _Template:
+    def _template(self, number: int) -> Template:
         with self._lock:
             if number not in self._templates:
                 with self._reading():
@@ -232,7 +217,7 @@ class Pool(Mapping[str, Bundle]):
                     found = self._database.execute(query, (number,)).fetchone()
                 if found is None or not isinstance(found[0], bytes):
                     raise BadInputError(self.path, expected="a template", found="none")
-                self._templates[number] = _read_template(found[0], str(self.path))
+                self._templates[number] = read_template(found[0], str(self.path))
             return self._templates[number]
 
     @contextmanager
@@ -297,11 +282,6 @@ def _digest(name: str, template: Bundle, own: str, payload: bytes) -> bytes:
     return digest.digest()
 
 
-def _is_shared(tensor: str) -> bool:
-    """Whether a tensor of a bundle's file is stored once for many adapters."""
-    return tensor.startswith((f"{RESERVED}fingerprint.", f"{RESERVED}entries."))
-
-
 def _remove(database: sqlite3.Connection, names: list[str], where: str) -> None:
     """Deletes adapters in the open transaction."""
     delete = "DELETE FROM adapter WHERE name = ?"
@@ -336,22 +316,22 @@ def _insert(database: sqlite3.Connection, adapters: Mapping[str, Bundle], where:
     for _, digest, file in stored:
         for layer in Bundle.from_bytes(file, where).layers:
             known[layer.name] = f"the pool's template {digest[:12]}", layer
-    shared: dict[str, _Template] = {}
+    shared: dict[str, Template] = {}
     for name, bundle in adapters.items():
-        template = _template_of(bundle)
+        template = make_template(bundle)
         digest = template.sha256
         if digest not in shared:
             _check_base(name, bundle, known, where)
             data = template.to_bytes()
-            shared[digest] = _read_template(data, where)
+            shared[digest] = read_template(data, where)
         if digest not in numbers:
             statement = "INSERT INTO template (sha256, file) VALUES (?, ?)"
             numbers[digest] = database.execute(statement, (digest, data)).lastrowid
-        hashes = {_entry_kind(layer): layer.entries_sha256 for layer in reversed(bundle.layers)}
+        hashes = {entry_kind(layer): layer.entries_sha256 for layer in reversed(bundle.layers)}
         hashes = {kind: hashes[kind] for kind in shared[digest].kinds}
         own = strict_json.canonical([bundle.spec.seed, bundle.spec.scaling, [*hashes.values()]])
-        payload = _payload(bundle, shared[digest])
-        if _decode(shared[digest], json.loads(own), payload, name).spec != bundle.spec:
+        payload = encode_payload(bundle, shared[digest])
+        if decode(shared[digest], json.loads(own), payload, name).spec != bundle.spec:
             raise UsageError(
                 f"adapter {name!r}",
                 expected="entries, and a PEFT config, that follow from the adapter's seed",
@@ -382,95 +362,3 @@ def _check_base(
             offenders=misfits,
         )
     known.update({layer.name: (repr(name), layer) for layer in bundle.layers})
-
-
-def _entry_kind(layer: LayerSpec) -> _EntryKind:
-    """Layers of which this is equal have equal entries, if their seed is."""
-    return layer.shape, layer.n_frequency, layer.entry_rule
-
-
-def _template_of(bundle: Bundle) -> Bundle:
-    """The bundle with zeros for everything that is the adapter's own."""
-    layers = tuple(
-        layer if layer.entry_rule == EXPLICIT_RULE else replace(layer, entries_sha256=_ZEROS)
-        for layer in bundle.layers
-    )
-    own = {_SEED: 0, _SCALING: 0} if bundle.spec.peft_config else {}
-    config = {key: own.get(key, value) for key, value in bundle.spec.peft_config.items()}
-    spec = replace(bundle.spec, seed=0, scaling=0, layers=layers, peft_config=config)
-    spectra, saved = (
-        {name: np.zeros_like(array) for name, array in held.items()}
-        for held in (bundle.spectra, bundle.saved)
-    )
-    return Bundle.build(spec, spectra, saved, bundle.explicit_entries)
-
-
-def _read_template(data: bytes, where: str) -> _Template:
-    header, _ = split_file(data, where)
-    bundle = Bundle.from_bytes(data, where)
-    groups = json.loads(header.metadata[SPEC_KEY])["groups"]
-    rows = {
-        f"{RESERVED}spectrum.{i}": tuple(expand(group["layers"])) for i, group in enumerate(groups)
-    }
-    parts, at = [], 0
-    for tensor in header.tensors.values():
-        if not _is_shared(tensor.name):
-            dtype = dtypes.to_numpy(tensor.dtype)
-            parts.append((tensor.name, dtype, tensor.shape, at))
-            at += prod(tensor.shape) * dtype.itemsize
-    drawn = [layer for layer in bundle.layers if layer.entry_rule != EXPLICIT_RULE]
-    return _Template(bundle, tuple(parts), rows, tuple(dict.fromkeys(map(_entry_kind, drawn))), at)
-
-
-def _payload(bundle: Bundle, template: _Template) -> bytes:
-    """The adapter's own tensors, little-endian, in the order of the template's file."""
-    pieces = []
-    for name, dtype, _, _ in template.parts:
-        if name in template.rows:
-            array = np.stack([bundle.spectra[layer] for layer in template.rows[name]])
-        else:
-            array = bundle.saved[name]
-        pieces.append(np.asarray(array, dtype).tobytes())
-    return b"".join(pieces)
-
-
-def _decode(template: _Template, own: Any, payload: bytes, where: str) -> Bundle:
-    """Makes the bundle of an adapter whose template was checked in full."""
-    seed, scaling, digests = own if isinstance(own, list) and len(own) == 3 else (None, 0, [])
-    kinds = template.kinds
-    good = isinstance(digests, list) and [type(d) for d in digests] == [str] * len(kinds)
-    if not good or [*number_offenders(seed, scaling)]:
-        expected, found = "seed, scaling and hashes of entries", str(own)[:80]
-        raise BadInputError(where, expected=expected, found=found)
-    hashes = dict(zip(kinds, digests, strict=True))
-    spectra: dict[str, Array] = {}
-    saved: dict[str, Array] = {}
-    for name, dtype, shape, at in template.parts:
-        array = np.frombuffer(payload, dtype, prod(shape), at).reshape(shape)
-        if name not in template.rows:
-            saved[name] = array
-            continue
-        with np.errstate(invalid="ignore"):
-            finite = np.isfinite(array.astype(np.float64, copy=False)).all()
-        if not finite:
-            raise BadInputError(where, expected="finite spectra", found="NaN or infinity")
-        spectra.update(zip(template.rows[name], array, strict=True))
-    shared, values = template.bundle.spec, {_SEED: seed, _SCALING: scaling}
-    spec = replace(
-        shared,
-        seed=seed,
-        scaling=scaling,
-        layers=tuple(
-            layer
-            if layer.entry_rule == EXPLICIT_RULE
-            else replace(layer, entries_sha256=hashes[_entry_kind(layer)])
-            for layer in shared.layers
-        ),
-        peft_config=MappingProxyType({k: values.get(k, v) for k, v in shared.peft_config.items()}),
-    )
-    return Bundle(
-        spec,
-        MappingProxyType({layer.name: spectra[layer.name] for layer in spec.layers}),
-        MappingProxyType({name: saved[name] for name in template.bundle.saved}),
-        template.bundle.explicit_entries,
-    )
