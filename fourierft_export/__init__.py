@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.active import activate, disabled, trainable_parameters
     from fourierft_export.adapt.attach import attach, capture, combine, detach, replace
     from fourierft_export.adapt.config import FourierFTConfig
+    from fourierft_export.adapt.fourier_linear import FourierLinear
     from fourierft_export.adapt.fuse import fuse, restore, unload
     from fourierft_export.adapt.inject import inject
-    from fourierft_export.adapt.layer import FourierLinear
     from fourierft_export.adapt.modules import active_adapters, adapter_names
     from fourierft_export.adapt.routing.route import route
-    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.bundle.lora import to_lora
     from fourierft_export.bundle.paper import from_paper
     from fourierft_export.bundle.peft import from_peft, to_peft
@@ -90,10 +90,10 @@ __all__ = [
 
 _HOMES = {
     "AdapterSession": "onnx_graph.runtime.session",
-    "Bundle": "bundle.file",
+    "Bundle": "bundle.bundle",
     "BundleCallback": "train.callback",
     "FourierFTConfig": "adapt.config",
-    "FourierLinear": "adapt.layer",
+    "FourierLinear": "adapt.fourier_linear",
     "Pool": "bundle.pool",
     "TrainSettings": "train.settings",
     "TrainingTask": "train.task",

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fourierft_export.bundle.file import Bundle
+from fourierft_export.bundle.bundle import Bundle
 from fourierft_export.bundle.layer_templates import compress, expand
 from fourierft_export.errors import FourierFTError
 

@@ -156,7 +156,7 @@ def test_import_circles_are_found() -> None:
 @pytest.mark.parametrize(
     ("source", "module", "expected"),
     [
-        ("import fourierft_export.merge.engine", "adapt.layer", "below adapt"),
+        ("import fourierft_export.merge.engine", "adapt.fourier_linear", "below adapt"),
         ("from fourierft_export import cli", "proof.run", "below proof"),
         ("from ..cli import main", "demo.run", "below demo"),
         ("def f():\n    from ..merge import x", "spectral.delta", "below spectral"),

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..bundle.bundle import Bundle
 from ..bundle.combine import combine_bundles
-from ..bundle.file import Bundle
 from ..bundle.fingerprint import fingerprint
 from ..bundle.peft import BundleSource, open_bundle
 from ..bundle.spec import EXPLICIT_RULE, LayerSpec
@@ -20,7 +20,7 @@ from ..spectral.entries import entries_sha256
 from ..types import Array
 from . import modules
 from .active import activate, freeze, unfreeze, update_learning
-from .linear import float_weight, is_conv1d, to_array
+from .base_linear import float_weight, is_conv1d, to_array
 from .match_bundle import check_has_values, match_bundle
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -17,8 +17,8 @@ from ..spectral import torch_ops
 from . import modules
 from .active import activate, update_learning
 from .attach import detach
-from .layer import FourierLinear
-from .linear import check_mergeable, stored_weight
+from .base_linear import check_mergeable, stored_weight
+from .fourier_linear import FourierLinear
 from .saved_modules import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)

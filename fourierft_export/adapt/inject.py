@@ -11,8 +11,8 @@ from ..bundle.spec import AdapterSpec
 from ..errors import UsageError
 from . import modules
 from .active import activate, freeze
+from .base_linear import describe, float_weight, is_linear, is_plain, layer_device
 from .config import ConfigSource, FourierFTConfig, load_config
-from .linear import describe, float_weight, is_linear, is_plain, layer_device
 from .match_bundle import check_not_offloaded
 from .saved_modules import check_can_be_saved, is_container, own_state, state_tensors
 from .targets import Selection, select

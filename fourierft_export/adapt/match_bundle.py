@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.fingerprint import compare_weight
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_by_names
 from ..bundle.spec import LayerSpec
 from ..errors import UsageError
 from ..types import Entries
-from .linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
+from .base_linear import float_weight, is_linear, layer_device, layer_shape, to_array, to_tensor
 from .modules import base_modules, did_you_mean, original
 from .saved_modules import check_can_be_saved, is_container, own_state, state_tensors
 

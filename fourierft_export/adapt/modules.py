@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .adapter import LayerAdapter
-from .layer import FourierLinear
-from .linear import without_parametrizations
+from .base_linear import without_parametrizations
+from .fourier_linear import FourierLinear
+from .layer_adapter import LayerAdapter
 from .saved_modules import AdaptedModule, Version, unwrap, versions_of
 
 # By their names: two of these classes are slow to import.

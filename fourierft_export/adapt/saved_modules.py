@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .routing.apply import attribute_by_rows, call_by_rows
-from .routing.context import OpenBlocks, current_rows, rows_here
+from .routing.current_rows import OpenBlocks, current_rows, rows_here
 
 
 class Version(nn.Module):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import UsageError
+from .base_linear import is_linear, layer_shape
 from .config import ALL_LINEAR, FourierFTConfig
-from .linear import is_linear, layer_shape
 from .modules import base_modules, did_you_mean, original
 
 SEQUENCE_HEADS = ("classifier", "score")

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import UsageError
 from ..spectral.entries import entries_sha256
 from ..types import Array
-from .file import Bundle
+from .bundle import Bundle
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
 AVERAGE = "average"

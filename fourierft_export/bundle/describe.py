@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files import dtypes
 from . import layer_templates as names
-from .file import Bundle
+from .bundle import Bundle
 from .peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_adapter
 from .peft_config import read_peft_config
 from .pool import Pool

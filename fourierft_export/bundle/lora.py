@@ -18,7 +18,7 @@ from ..files.staging import staged_directory
 from ..spectral.delta import Term, add_delta_weight
 from ..spectral.singular import Float64, singular_values
 from ..types import Array, Progress
-from .file import Bundle
+from .bundle import Bundle
 from .peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE, BundleSource, open_bundle, peft_name
 from .peft_config import config_of
 

@@ -17,7 +17,7 @@ from ..files.checkpoint import Checkpoint
 from ..models.base import Base
 from ..spectral.entries import entries_sha256
 from ..types import Array
-from .file import Bundle
+from .bundle import Bundle
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
 PREFIX = "base_model.model."

@@ -21,7 +21,7 @@ from ..files.links import check_path
 from ..files.staging import staged_directory
 from ..models.base import Base
 from ..types import Array
-from .file import Bundle
+from .bundle import Bundle
 from .peft_config import config_of, read_peft_config
 from .pool import open_from_pool
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec

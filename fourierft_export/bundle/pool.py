@@ -16,7 +16,7 @@ from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageErr
 from ..files import strict_json
 from ..files.container import open_regular
 from ..files.staging import staged_file
-from .file import Bundle
+from .bundle import Bundle
 from .pool_template import (
     Template,
     decode,

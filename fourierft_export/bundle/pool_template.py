@@ -14,8 +14,8 @@ import numpy as np
 from ..errors import BadInputError
 from ..files import dtypes
 from ..types import Array
-from .file import Bundle
-from .format import SPEC_KEY, split_file
+from .bundle import Bundle
+from .encoding import SPEC_KEY, split_file
 from .layer_templates import expand
 from .spec import EXPLICIT_RULE, RESERVED, LayerSpec, number_offenders
 

@@ -9,8 +9,8 @@ from pathlib import PurePath
 
 from ..errors import FileAccessError, UsageError, missing_extra
 from ..files.hub import hub_failures, parse_hub_id
+from .bundle import SUFFIX, Bundle
 from .describe import describe_bundle
-from .file import SUFFIX, Bundle
 from .peft import BundleSource, open_bundle
 
 _PIPELINES = {

@@ -12,8 +12,8 @@ from .console import Outcome, verb
 from .inspect import make_table, open_adapter
 
 if TYPE_CHECKING:
-    from ..bundle.file import Bundle
-    from ..proof.difference import Weights
+    from ..bundle.bundle import Bundle
+    from ..proof.weight_difference import Weights
 
 
 @verb(
@@ -33,9 +33,9 @@ def diff(left: str, right: str, base: str | None) -> Outcome:
     model directories; or two other ONNX files. Norms of delta_W need layer shapes: give --base for
     unbound adapters.
     """
-    from ..bundle.file import Bundle
+    from ..bundle.bundle import Bundle
     from ..errors import UsageError
-    from ..proof.difference import compare_adapters, compare_weights
+    from ..proof.weight_difference import compare_adapters, compare_weights
 
     titles: tuple[str, ...]
     notes = []
@@ -88,7 +88,7 @@ def _open_both(
 def _read_graph(path: str) -> Weights:
     """The initializers of an ONNX file."""
     from ..onnx_graph.graph.source import open_onnx
-    from ..proof.difference import Weights
+    from ..proof.weight_difference import Weights
 
     source = open_onnx(path)
     values = source.model.graph.initializers.items()
@@ -100,7 +100,7 @@ def _open(path: str, base: str | None) -> Bundle | Weights:
     """Opens an adapter, bound to `base` where it is not bound, or a checkpoint."""
     from ..bundle.peft import CONFIG_FILE, open_bundle
     from ..files.checkpoint import Checkpoint
-    from ..proof.difference import Weights
+    from ..proof.weight_difference import Weights
 
     is_model = os.path.isfile(os.path.join(path, "config.json"))
     if is_model and not os.path.isfile(os.path.join(path, CONFIG_FILE)):

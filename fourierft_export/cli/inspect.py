@@ -14,7 +14,7 @@ from .console import Outcome, size_text, verb
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..bundle.file import Bundle
+    from ..bundle.bundle import Bundle
 
 
 @verb(
@@ -38,7 +38,7 @@ def inspect(path: str, plot: str | None, force: bool) -> Outcome:
     notes = facts.pop("notes", ())
     shown = [*_RENDERERS[facts["kind"]](facts)]
     if plot:
-        from ..proof.plots import draw_bundle
+        from ..proof.draw_adapter import draw_bundle
 
         picture = draw_bundle(open_adapter(path))
         with staged_file(plot, force=force) as partial:
@@ -72,13 +72,13 @@ def describe(path: str) -> dict[str, Any]:
         FileAccessError: there is no such path.
         BadInputError: it is none of the known kinds, or damaged.
     """
+    from ..bundle.bundle import Bundle
     from ..bundle.describe import (
         describe_adapter,
         describe_adapter_config,
         describe_bundle,
         describe_pool,
     )
-    from ..bundle.file import Bundle
     from ..bundle.peft import CONFIG_FILE
     from ..bundle.pool import is_pool, open_from_pool
     from ..errors import FileAccessError

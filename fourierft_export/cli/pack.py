@@ -9,10 +9,10 @@ import click
 
 from . import options
 from .console import Outcome, size_text, verb
-from .pool import write_pool
+from .pack_pool import write_pool
 
 if TYPE_CHECKING:
-    from ..bundle.file import Bundle
+    from ..bundle.bundle import Bundle
 
 
 @verb(
@@ -179,7 +179,7 @@ def _write_inputs(
     """Writes the bundle as inputs of the graph `onnx`."""
     from ..onnx_graph.feeds import has_fingerprints
     from ..onnx_graph.runtime.adapter_file import write_adapter, write_inputs
-    from ..onnx_graph.runtime.exported import parameters_for
+    from ..onnx_graph.runtime.exported_file import parameters_for
 
     plain = target == "onnx-inputs"
     parameters = parameters_for(onnx, bundle, both_graphs=plain, allow_links=allow_links)

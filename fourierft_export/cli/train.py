@@ -102,7 +102,7 @@ def train(
     if run.output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from ..bundle.peft import open_bundle
-    from ..train.data.tasks import prepare
+    from ..train.data.make_task import prepare
     from ..train.train import check_outputs, train_adapter
 
     inputs = [path for path in (run.model, run.data, run.eval, run.bundle, config) if path]
@@ -134,8 +134,8 @@ def train(
 
 def _chosen(run: DataSettings, settings: TrainSettings) -> Outcome:
     """The values that the rules choose, in PEFT's terms."""
-    from ..train.data.tasks import prepare
-    from ..train.run import count_steps
+    from ..train.data.make_task import prepare
+    from ..train.run_callback import count_steps
     from ..train.suggest import choose_values
     from ..train.train import resolved, with_rows_to_score
 
@@ -176,7 +176,7 @@ def _scores_on_stderr() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    log = logging.getLogger("fourierft_export.train.run")
+    log = logging.getLogger("fourierft_export.train.run_callback")
     before, handler = log.level, logging.StreamHandler(sys.stderr)
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -119,7 +119,7 @@ def find_artifacts(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Base, bundle, merged and onnx.
     """
-    from ..bundle.file import SUFFIX, Bundle
+    from ..bundle.bundle import SUFFIX, Bundle
     from ..errors import FileAccessError, FourierFTError, UsageError
     from ..files import strict_json
     from ..files.container import read_file

@@ -19,7 +19,7 @@ from ..files.staging import check_output, staged_directory
 from ..types import Progress
 
 if TYPE_CHECKING:
-    from ..bundle.file import Bundle
+    from ..bundle.bundle import Bundle
     from .digits import Digits
 
 NEEDED = {"torch": "torch", "onnxscript": "torch", "onnxruntime": "ort"}
@@ -149,7 +149,7 @@ def learn_adapter(
     folder: Path, data: Digits, name: str, *, epochs: int, seed: int, progress: Progress
 ) -> Bundle:
     """Train an adapter of the base for one change of the images, and write its bundle."""
-    from ..bundle.file import Bundle
+    from ..bundle.bundle import Bundle
     from ..train.settings import TrainSettings
     from ..train.task import TrainingTask
     from ..train.train import train_adapter

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
 from .external import find_external_files
+from .hashed_write import name_os_errors, set_umask_mode, sync
 from .links import check_path
-from .write import name_os_errors, set_umask_mode, sync
 
 if sys.platform == "win32":
     import msvcrt

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
 from ..errors import UsageError
 from ..files.container import TensorInfo

@@ -8,14 +8,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..bundle.bundle import Bundle
 from ..bundle.combine import checked_weights
-from ..bundle.file import Bundle
 from ..bundle.fit import check_fits
 from ..bundle.peft import BundleSource, list_bundles, open_bundle
 from ..errors import UsageError
+from ..files.hashed_write import check_space
 from ..files.hub import local_model
 from ..files.staging import check_output
-from ..files.write import check_space
 from ..models.base import open_base
 from ..types import Progress
 from .base_files import MANIFEST, hash_file, measure_file, sort_files

@@ -17,7 +17,7 @@ from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
 from ..files.container import encode_header
 from ..files.dtypes import to_numpy
-from ..files.write import Buffer, view_bytes, write_file
+from ..files.hashed_write import Buffer, view_bytes, write_file
 from ..types import Array
 from .changes import TensorPlan
 from .plan import ShardPlan

@@ -6,7 +6,7 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.peft import BundleSource, list_bundles, open_bundle
 from ..bundle.pool import Pool, is_pool
 from ..errors import UsageError

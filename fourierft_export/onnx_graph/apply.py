@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from ..bundle.bundle import Bundle
 from ..bundle.combine import checked_weights
-from ..bundle.file import Bundle
 from ..bundle.fingerprint import fingerprint
 from ..bundle.fit import Fit, FoundLayer, LayerVerdict, check_fits, fit_adapter
 from ..bundle.layer_templates import compress
@@ -16,18 +16,18 @@ from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
 from ..models.base import Base, open_base
 from ..types import Progress
+from .adapter_interface import KEY
 from .adapters import Bundles, named_bundles, weighted, without
 from .graph.inline import expand_functions, inline_functions
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_pair
-from .interface import KEY
 from .locate.finder import Finder, Found
-from .locate.parts import join_parts
+from .locate.join_parts import join_parts
 from .locate.saved import find_saved, missing_saved
 from .locate.site import Site, Wanted, compare_site
 from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
-from .modes.batch_rows import batch_of
+from .modes.batch_dimension import batch_of
 from .modes.plan import Plan
 from .modes.quantised_heads import float_heads
 from .modes.write import check_mode, write_adapters

@@ -6,8 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from .adapter_interface import KEY
 from .graph.source import read_proto
-from .interface import KEY
 
 if TYPE_CHECKING:
     import onnx

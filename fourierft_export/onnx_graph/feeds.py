@@ -10,14 +10,14 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.fingerprint import compare_fingerprints
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..errors import BadInputError, BaseMismatchError
 from ..models.name_mapping import find_bridge
 from ..types import Array
+from .adapter_interface import PREFIX, Group, Interface
 from .adapters import without
-from .interface import PREFIX, Group, Interface
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.peft import CONFIG_FILE, WEIGHTS_FILE, BundleSource, find_adapter, open_bundle
 from ..bundle.peft_config import read_peft_config
 from ..errors import BadInputError, FileAccessError, FourierFTError, missing_extra

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import BadInputError, UsageError
 from ..models.task import Task
 from ..types import Array

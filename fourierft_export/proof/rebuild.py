@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.spec import EXPLICIT_RULE, LayerSpec
 from ..errors import BaseMismatchError
 from ..spectral.delta import reference_delta

@@ -11,11 +11,11 @@ from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import missing_extra, printable
-from .difference import delta_norm
-from .plots import draw_bundle
+from .draw_adapter import draw_bundle
 from .report import SIGNS, OutputComparison, Report, Side
+from .weight_difference import delta_norm
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.fit import check_fits, fit_adapter, layers_of_base
 from ..bundle.layer_templates import natural_key
 from ..bundle.peft import BundleSource, open_bundle

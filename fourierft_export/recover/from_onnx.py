@@ -11,12 +11,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import BadInputError, UsageError
 from ..files import dtypes, strict_json
 from ..files.container import parse_header
+from ..onnx_graph.adapter_interface import KEY
 from ..onnx_graph.graph.source import Source, open_onnx
-from ..onnx_graph.interface import KEY
 from ..types import Array
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt.adapter import LayerAdapter
 from ..adapt.attach import capture
+from ..adapt.base_linear import layer_shape, to_array, to_tensor
 from ..adapt.config import ALL_LINEAR, FourierFTConfig
 from ..adapt.inject import inject
-from ..adapt.linear import layer_shape, to_array, to_tensor
+from ..adapt.layer_adapter import LayerAdapter
 from ..adapt.modules import (
     active_adapters,
     adapters_of,
@@ -25,7 +25,7 @@ from ..adapt.modules import (
 )
 from ..adapt.saved_modules import Version
 from ..adapt.targets import USUAL_TARGETS, select
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import BaseMismatchError, UsageError
 from . import defaults
 from .defaults import LayerSize

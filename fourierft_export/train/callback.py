@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..adapt.active import refuse_saving
 from ..adapt.modules import adapter_names
-from ..bundle.file import SUFFIX, Bundle
+from ..bundle.bundle import SUFFIX, Bundle
 from ..errors import BaseMismatchError, UsageError
 from ..files.staging import staged_file
 from .adapter import (

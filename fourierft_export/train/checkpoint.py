@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ..bundle.file import SUFFIX, Bundle
+from ..bundle.bundle import SUFFIX, Bundle
 from ..errors import BadInputError, FileAccessError, UsageError
 from ..files.container import read_header
 from ..files.staging import staged_file

@@ -32,7 +32,7 @@ try:
     from transformers import TrainingArguments
 
     from .checkpoint import FACTS, folder_of, last_checkpoint
-    from .run import Run, is_distributed
+    from .run_callback import Run, is_distributed
     from .trainer import cast_frozen_linears
 except ImportError as error:
     raise missing_extra(str(error.name), "hf", "training an adapter") from None

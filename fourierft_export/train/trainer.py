@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..adapt.modules import base_modules, original
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import UsageError
 from .adapter import LiveAdapter
-from .batches import EpochBatches, rate_factor
 from .checkpoint import ADAPTER
-from .data.scores import logits_of
+from .data.losses_and_scores import logits_of
+from .epoch_batches import EpochBatches, rate_factor
 from .parameter_groups import parameter_groups
 from .settings import TrainSettings
 from .task import TrainingTask

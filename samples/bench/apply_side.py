@@ -16,7 +16,7 @@ def peak_mib() -> float:
 
 
 def ours(source: str, adapter: str, out: str) -> None:
-    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.onnx_graph.apply import apply_onnx
 
     apply_onnx(source, Bundle.load(adapter), out)
@@ -27,7 +27,7 @@ def peer(source: str, adapter: str, out: str) -> None:
     import onnx
     from onnx import numpy_helper
 
-    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.spectral.delta import Term, add_delta_weight
     from fourierft_export.spectral.entries import spectral_entries
 

@@ -44,7 +44,7 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     """The model with random weights, and an unbound bundle for eight of its layers."""
     from onnx import TensorProto, helper, save_model
 
-    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 
     rng = np.random.default_rng(0)

@@ -34,7 +34,7 @@ def peft(base: str, adapter: str, out: str) -> None:
 
 
 def timed(base: str, bundle: str, out: str) -> None:
-    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.merge import rounding
     from fourierft_export.merge.merge import merge_checkpoint
     from fourierft_export.spectral.threads import default_threads

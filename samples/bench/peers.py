@@ -8,7 +8,7 @@ from peft.tuners.fourierft.layer import FourierFTLinear
 from torch import Tensor, nn
 
 import fourierft_export as ff
-from fourierft_export.adapt.layer import FourierLinear
+from fourierft_export.adapt.fourier_linear import FourierLinear
 
 SEED = 2024
 SCALING = 150.0

@@ -43,7 +43,7 @@ def train_cell(cell: Cell, rows: Rows, model: str, dtype: str) -> dict[str, Any]
     import torch
     import transformers
 
-    from fourierft_export.train.data.tasks import prepare
+    from fourierft_export.train.data.make_task import prepare
     from fourierft_export.train.settings import DataSettings
 
     transformers.logging.set_verbosity_error()
@@ -104,7 +104,7 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from fourierft_export.train import defaults
-    from fourierft_export.train.run import evaluations, plan
+    from fourierft_export.train.run_callback import evaluations, plan
     from fourierft_export.train.train import make_arguments, resolved
     from fourierft_export.train.trainer import AdapterTrainer
 

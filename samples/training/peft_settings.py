@@ -69,7 +69,7 @@ def with_peft(rows: list[list[dict]], tokenizer, out: Path, suggested: bool) -> 
 
 
 def with_this_package(out: Path) -> float:
-    from fourierft_export.train.data.tasks import prepare
+    from fourierft_export.train.data.make_task import prepare
     from fourierft_export.train.settings import DataSettings
 
     settings = ff.TrainSettings(

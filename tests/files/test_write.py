@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourierft_export.files.write import IN_FLIGHT, PIECE, write_file
+from fourierft_export.files.hashed_write import IN_FLIGHT, PIECE, write_file
 
 
 def test_pieces_of_any_size_arrive_in_order_and_are_hashed(tmp_path: Path) -> None:

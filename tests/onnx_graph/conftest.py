@@ -224,7 +224,7 @@ def make_bundle() -> Callable[..., Any]:
 
     With `weights` (layer -> (out, in) array) the bundle is bound to them, otherwise unbound.
     """
-    from fourierft_export.bundle.file import Bundle
+    from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.bundle.fingerprint import fingerprint
     from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
     from fourierft_export.spectral.entries import entries_sha256, spectral_entries

@@ -16,7 +16,7 @@ import fourierft_export as ff
 from fourierft_export.errors import UsageError
 from fourierft_export.onnx_graph.graph.shapes import fill_shapes
 from fourierft_export.onnx_graph.graph.source import open_onnx
-from fourierft_export.onnx_graph.modes.batch_rows import is_batch_first, leads_with_batch
+from fourierft_export.onnx_graph.modes.batch_dimension import is_batch_first, leads_with_batch
 
 NAMES = (None, "one", "two")
 

@@ -245,7 +245,7 @@ def test_half_precision_is_rounded_once(mode: str, dtype: torch.dtype, tmp_path:
 
 
 def ff_array(tensor: torch.Tensor) -> np.ndarray:
-    from fourierft_export.adapt.linear import to_array
+    from fourierft_export.adapt.base_linear import to_array
 
     return to_array(tensor)
 

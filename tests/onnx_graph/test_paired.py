@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from fourierft_export.onnx_graph.runtime.exported import parameters_for
+from fourierft_export.onnx_graph.runtime.exported_file import parameters_for
 from fourierft_export.spectral.delta import reference_delta
 
 

@@ -18,7 +18,7 @@ import pytest
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from fourierft_export.onnx_graph.runtime.adapter_file import write_adapter
-from fourierft_export.onnx_graph.runtime.exported import parameters_for
+from fourierft_export.onnx_graph.runtime.exported_file import parameters_for
 from fourierft_export.onnx_graph.runtime.ort_session import device_of
 
 RUNTIME_MODES = ("swappable", "paired", "bank")

@@ -15,7 +15,7 @@ import fourierft_export as ff
 from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import BadInputError, FileAccessError
 from fourierft_export.onnx_graph.mode_names import expander_path
-from fourierft_export.onnx_graph.runtime.exported import parameters_for
+from fourierft_export.onnx_graph.runtime.exported_file import parameters_for
 
 MODES = ("swappable", "paired", "bank")
 

@@ -20,7 +20,7 @@ import fourierft_export as ff
 from fourierft_export.cli.main import run as run_command
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
 from fourierft_export.onnx_graph.runtime.adapter_file import read_adapter, write_adapter
-from fourierft_export.onnx_graph.runtime.exported import parameters_for
+from fourierft_export.onnx_graph.runtime.exported_file import parameters_for
 from fourierft_export.spectral.entries import entries_sha256
 
 

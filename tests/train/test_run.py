@@ -29,7 +29,7 @@ from fourierft_export.errors import (
     FourierFTError,
     UsageError,
 )
-from fourierft_export.train.batches import EpochBatches, epoch_batches
+from fourierft_export.train.epoch_batches import EpochBatches, epoch_batches
 from tests.train.toy import small_task as make_task
 from tests.train.toy import tag_loss
 

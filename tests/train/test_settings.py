@@ -12,8 +12,8 @@ import pytest
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, UsageError
 from fourierft_export.train import defaults
-from fourierft_export.train.batches import rate_factor
 from fourierft_export.train.defaults import LayerSize
+from fourierft_export.train.epoch_batches import rate_factor
 from fourierft_export.train.settings import DataSettings, kinds, options, read_settings
 from fourierft_export.train.train import resolved
 

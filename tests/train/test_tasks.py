@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import EvalPrediction
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
-from fourierft_export.train.data import scores
-from fourierft_export.train.data.tasks import prepare
+from fourierft_export.train.data import losses_and_scores as scores
+from fourierft_export.train.data.make_task import prepare
 from fourierft_export.train.settings import DataSettings, TrainSettings
 from fourierft_export.train.task import TrainingTask
 from tests.train.toy import sentences, write_jsonl, write_tsv

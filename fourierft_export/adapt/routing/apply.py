@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...errors import UsageError
 from ...spectral import torch_ops
 from ...spectral.cost import choose_rows_form
-from ..adapter import LayerAdapter, autocast_is_on
-from .context import ONE_BY_ONE, Names, RowAdapters
+from ..layer_adapter import LayerAdapter, autocast_is_on
+from .current_rows import ONE_BY_ONE, Names, RowAdapters
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

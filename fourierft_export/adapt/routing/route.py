@@ -11,9 +11,9 @@ from torch import nn
 from ...errors import UsageError
 from .. import modules
 from ..active import let_learn
-from ..layer import FourierLinear
+from ..fourier_linear import FourierLinear
 from ..saved_modules import versions_of
-from .context import ONE_BY_ONE, Names, OpenBlocks, RowAdapters, open_block
+from .current_rows import ONE_BY_ONE, Names, OpenBlocks, RowAdapters, open_block
 
 
 @contextmanager

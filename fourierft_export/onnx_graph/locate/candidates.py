@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..graph.source import Source, constant_of, constant_shape, constants
 from .quantised import QuantisedLinear
 from .site import Site, Wanted, compare_site
-from .uses import Use, describe_users, find_linear_uses, use_of
+from .weight_uses import Use, describe_users, find_linear_uses, use_of
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
 _SHOWN = 6

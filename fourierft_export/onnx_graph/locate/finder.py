@@ -28,7 +28,7 @@ from .module_names import (
 )
 from .quantised import find_quantised_linears, list_unsupported
 from .site import Site, Wanted, match_constant
-from .uses import Use, describe_users
+from .weight_uses import Use, describe_users
 
 if TYPE_CHECKING:
     import onnx_ir as ir

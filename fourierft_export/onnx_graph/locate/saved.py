@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...bundle.file import Bundle
+from ...bundle.bundle import Bundle
 from ...errors import BaseMismatchError
 from ...models.name_mapping import Bridge
 from ..graph.source import constant_of, constant_shape
 from .finder import Finder
 from .site import Wanted
-from .uses import find_bias, may_belong_to
+from .weight_uses import find_bias, may_belong_to
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -17,7 +17,7 @@ from ...bundle.spec import Fingerprint
 from ...types import Array
 from ..graph.source import Source, constant_of, constant_shape
 from .quantised import QuantisedLinear
-from .uses import Use
+from .weight_uses import Use
 
 if TYPE_CHECKING:
     import onnx_ir as ir

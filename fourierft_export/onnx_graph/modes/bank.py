@@ -14,11 +14,11 @@ import numpy as np
 
 from ...errors import UsageError
 from ...types import Array
+from ..adapter_interface import ADAPTER_ID, BASE_PREFIX, PREFIX, Saved
 from ..feeds import table
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from ..interface import ADAPTER_ID, BASE_PREFIX, PREFIX, Saved
 from ..locate.saved import Place
-from .batch_rows import batch_of, is_batch_first, leads_with_batch
+from .batch_dimension import batch_of, is_batch_first, leads_with_batch
 from .inputs import adapter_inputs, group_inputs, take_out
 from .layer_inputs_outputs import ends_of
 from .plan import Plan, Written

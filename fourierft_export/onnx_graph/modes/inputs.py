@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from ...bundle.fingerprint import fingerprint
 from ...bundle.spec import Fingerprint
 from ...types import Array
+from ..adapter_interface import BASE_PREFIX, PREFIX, Group, Interface, Saved, group_layers
 from ..feeds import base_feeds, full_feeds
 from ..graph.ops import Ops, constant_value, free_name, used_names
 from ..graph.source import constant_of
-from ..interface import BASE_PREFIX, PREFIX, Group, Interface, Saved, group_layers
 from ..locate.saved import Place
 from ..locate.site import Wanted, compare_site, part_of
 from ..mode_names import DEFAULTS

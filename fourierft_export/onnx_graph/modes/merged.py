@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...bundle.file import Bundle
+from ...bundle.bundle import Bundle
 from ...errors import BadInputError, UsageError
 from ...types import Array
 from ..adapters import adapted_weight, layer_terms

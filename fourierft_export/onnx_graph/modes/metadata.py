@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ... import __version__
-from ...bundle.file import Bundle
+from ...bundle.bundle import Bundle
 from ...files.container import decode_header_length, parse_header
 from ...types import Array
-from ..interface import KEY
+from ..adapter_interface import KEY
 from ..mode_names import BANK, DEFAULTS, MERGED, UNMERGED
 from .plan import Plan, Written
 

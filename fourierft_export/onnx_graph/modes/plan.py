@@ -6,10 +6,10 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ...bundle.file import Bundle
+from ...bundle.bundle import Bundle
 from ...types import Array
+from ..adapter_interface import Interface
 from ..graph.source import Source
-from ..interface import Interface
 from ..locate.saved import Place
 from ..locate.site import Site
 from ..mode_names import DEFAULTS

@@ -18,7 +18,7 @@ from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source, constant_of
 from ..locate.module_names import same_path
 from ..locate.quantised import QuantisedLinear, after_qdq, only_user
-from ..locate.uses import modules_of
+from ..locate.weight_uses import modules_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

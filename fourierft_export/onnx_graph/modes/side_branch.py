@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..adapter_interface import PREFIX, Group
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from ..interface import PREFIX, Group
 from .layer_inputs_outputs import Ends
 from .transforms import Transforms, is_dense
 

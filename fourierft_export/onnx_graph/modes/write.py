@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import BaseMismatchError, UsageError
-from ..interface import PREFIX
-from ..locate.uses import describe_users
+from ..adapter_interface import PREFIX
+from ..locate.weight_uses import describe_users
 from ..mode_names import (
     BANK,
     DEFAULTS,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...types import Array
-from ..interface import Interface
-from .exported import WeightInput, expand_weights
+from ..adapter_interface import Interface
+from .exported_file import WeightInput, expand_weights
 from .ort_session import to_value
 
 

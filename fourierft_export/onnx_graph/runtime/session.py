@@ -15,11 +15,11 @@ from ...bundle.peft import BundleSource, open_bundle
 from ...bundle.pool import Pool
 from ...errors import UsageError
 from ...types import Array
+from ..adapter_interface import ADAPTER_ID, Interface
 from ..feeds import base_feeds, check_parameters, feed_bundle, has_fingerprints, table
-from ..interface import ADAPTER_ID, Interface
 from ..mode_names import BANK, PAIRED, expander_path
 from .adapter_file import SUFFIX, read_adapter
-from .exported import open_exported
+from .exported_file import open_exported
 from .kept_values import KeptValues
 from .ort_session import device_of, load_session, run_session, to_value
 from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...adapt.linear import is_conv1d, layer_shape, to_array
+from ...adapt.base_linear import is_conv1d, layer_shape, to_array
 from ...errors import BadInputError
 from ...types import Array
 from ..graph.ops import constant_value
 from ..graph.source import Source
 from ..locate.saved import Place
 from ..locate.site import Site
-from ..locate.uses import find_linear_uses, use_of
+from ..locate.weight_uses import find_linear_uses, use_of
 from .trace import Inputs, trace
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ...adapt.attach import capture
-from ...adapt.linear import check_mergeable, stored_weight, to_tensor
+from ...adapt.base_linear import check_mergeable, stored_weight, to_tensor
 from ...adapt.modules import active_adapters, adapter_names, without_adapters
-from ...bundle.file import Bundle
+from ...bundle.bundle import Bundle
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...types import Progress

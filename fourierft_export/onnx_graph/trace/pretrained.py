@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...adapt.linear import is_conv1d, is_linear, layer_shape
+from ...adapt.base_linear import is_conv1d, is_linear, layer_shape
+from ...bundle.bundle import Bundle
 from ...bundle.combine import checked_weights
-from ...bundle.file import Bundle
 from ...bundle.fit import (
     FoundLayer,
     FoundTensor,

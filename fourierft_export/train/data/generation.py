@@ -7,11 +7,12 @@ from typing import Any
 
 from ...errors import BadInputError
 from ..task import TrainingTask
-from . import models, scores
+from . import losses_and_scores as scores
+from . import models
+from .losses_and_scores import IGNORED
 from .models import IDS, Row, TextInput
 from .rows import BadRows, Rows
-from .scores import IGNORED
-from .source import Source
+from .task_inputs import Source
 
 LENGTH = 512
 TEXTS = (("text",), ("sentence",))

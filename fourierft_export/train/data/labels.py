@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import BadInputError
+from .losses_and_scores import IGNORED
 from .rows import BadRows
-from .scores import IGNORED
 
 Label = str | int
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")

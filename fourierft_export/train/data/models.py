@@ -19,7 +19,7 @@ from ...files.hub import local_model
 from ...models.examples import input_names
 from ...models.load import from_pretrained, load_model, quiet_transformers
 from ...models.task import get_task, likely_task, read_config
-from .scores import IGNORED
+from .losses_and_scores import IGNORED
 
 Row = dict[str, Any]
 IDS = "input_ids"

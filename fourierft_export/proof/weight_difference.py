@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.spec import LayerSpec
 from ..types import Array
 

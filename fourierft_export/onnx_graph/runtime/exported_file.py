@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...bundle.file import Bundle
+from ...bundle.bundle import Bundle
 from ...errors import BadInputError, UsageError
 from ...spectral.delta import Term
 from ...types import Array
+from ..adapter_interface import BASE_PREFIX, KEY, Interface
 from ..adapters import adapted_weight
 from ..feeds import feed_bundle
 from ..graph.source import Source, open_onnx
-from ..interface import BASE_PREFIX, KEY, Interface
 from ..mode_names import BANK, MODES, PAIRED, RUNTIME_MODES, expander_path
 
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)

@@ -17,10 +17,9 @@ from ..bundle.spec import AdapterSpec
 from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
-from ..spectral.torch_kernels import precision
+from ..spectral.torch_forms import precision
 from ..types import Entries
-from .adapter import LayerAdapter, autocast_is_on
-from .linear import (
+from .base_linear import (
     check_output,
     float_weight,
     has_hooks,
@@ -31,8 +30,9 @@ from .linear import (
     layer_shape,
     stored_weight,
 )
+from .layer_adapter import LayerAdapter, autocast_is_on
 from .routing.apply import PerRowTensor, add_row_deltas
-from .routing.context import OpenBlocks, current_rows, rows_here
+from .routing.current_rows import OpenBlocks, current_rows, rows_here
 from .saved_modules import AdaptedModule, link_versions, module_in_use, unwrap
 
 

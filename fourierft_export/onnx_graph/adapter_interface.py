@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.spec import Fingerprint
 
 KEY = "fourierft_export"  # of the entry in a model's metadata

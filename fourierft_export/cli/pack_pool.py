@@ -28,7 +28,7 @@ def write_pool(
         remove: names to remove from a pool that exists.
         force: replace a pool that exists.
     """
-    from ..bundle.file import Bundle
+    from ..bundle.bundle import Bundle
     from ..bundle.peft import open_bundle
     from ..bundle.pool import Pool
     from ..files.staging import check_output

@@ -6,10 +6,10 @@ import io
 
 import numpy as np
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import extra_of
 from ..spectral.delta import reference_delta
-from .difference import delta_norm
+from .weight_difference import delta_norm
 
 MOST_LAYERS, MOST_VALUES = 60, 2**24
 """A picture names so many layers, and draws no larger delta_W."""

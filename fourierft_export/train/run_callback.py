@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from ..bundle.file import Bundle
+from ..bundle.bundle import Bundle
 from ..errors import FileAccessError, UsageError
 from ..files.staging import staged_file
 from ..types import Progress
 from .adapter import LiveAdapter, identity
-from .batches import EpochBatches
 from .checkpoint import (
     AGAIN,
     FACTS,
@@ -34,6 +33,7 @@ from .checkpoint import (
     publish,
     read_history,
 )
+from .epoch_batches import EpochBatches
 from .report import TrainReport
 from .settings import TrainSettings
 from .task import TrainingTask

@@ -14,14 +14,14 @@ from ...errors import FourierFTError, UsageError
 from ...models.task import ALIASES
 from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask
-from . import scores
+from . import losses_and_scores as scores
 from .generation import text_generation
 from .images import Collate, read_images
 from .labels import Labels, label_ids, make_labels, read_labels
+from .losses_and_scores import IGNORED
 from .models import Row, TextInput, find_model
 from .rows import BadRows, load_rows
-from .scores import IGNORED
-from .source import NUMBER, SEVERAL, SINGLE, Source
+from .task_inputs import NUMBER, SEVERAL, SINGLE, Source
 
 LENGTH = 256
 LABELS = (("label",), ("labels",))
