@@ -32,7 +32,9 @@ from .console import Outcome, failure_of, verb
     "--inputs",
     metavar="PATH",
     help="What to run on: texts (.txt, .tsv, .jsonl), a folder of images, or arrays by input name "
-    "(.npz).  [default: sentences]",
+    "(.npz). The first row of a .tsv is a heading if it has a usual name of a column, such as "
+    "text, sentence1, question or label; its first two columns of text are read.  "
+    "[default: sentences]",
 )
 @options.input_path(
     "--tokenizer",
@@ -51,10 +53,8 @@ from .console import Outcome, failure_of, verb
 @options.setting_option(
     "--samples",
     type=click.IntRange(1),
-    default=64,
-    show_default=True,
     metavar="N",
-    help="Number of sentences, without --inputs.",
+    help="Number of sentences; not with --inputs.  [default: 64]",
 )
 @options.setting_option(
     "--threads", type=click.IntRange(1), metavar="N", help="Threads of ONNX Runtime."

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 Values = npt.NDArray[np.float64]
 
 ROWS = 4
-AGREES = 0.002
-"""An explanation fits if what it leaves is below this share of the layer's effect."""
+AGREES, AGREES_ROUNDED = 2e-4, 0.002
+"""Layers agree that differ by less than this share of their effect: float32, coarser weights."""
 NOISE = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 FLOAT32_NOISE = 2.0**-17
 QUANTISED = (
@@ -165,31 +165,40 @@ def _find_cause(
     modules = dict(model.named_modules())
     for call in trace_model(model, task, inputs):
         special = call.path in by_path or call.path in heads
-        if not special and not (complete and not any(modules[call.path].children())):
+        solvable = call.input is not None and len(call.input) >= call.input.shape[1]
+        leaf = not any(modules[call.path].children())
+        if not special and not (leaf and (complete or solvable)):
             continue
         target = by_path.get(call.path)
         effect = call.output
         if target is not None and call.input is not None:
             effect = call.input @ delta_of(bundle, target).T
-        limit = AGREES * _rms(effect) * special + noise * _rms(call.output)
+        share = special * (AGREES_ROUNDED if rounding else AGREES)
+        limit = share * _rms(effect) + noise * _rms(call.output)
         alike = [v for v in values if v.shape == call.output.shape]
         nearest = min(alike, key=lambda v: _rms(v - call.output), default=None)
         if nearest is not None and _rms(nearest - call.output) <= limit:
             continue
         size = _rms(call.output) or 1.0
+        added = not special and nearest is not None and _is_added(call, nearest, bundle)
+        if not (special or complete or added):
+            continue
         found = None if nearest is None else _rms(nearest - call.output) / size
         known = call.input is None or any(
             v.shape == call.input.shape and _rms(v - call.input) <= noise * 4 * _rms(v)
             for v in values
         )
         if special and not known:
-            return Cause(side, call.path, "base", "what comes before it differs", found)
+            what = "what comes before it differs: another base, or a layer added to the adapter's"
+            return Cause(side, call.path, "base", what, found)
         if target is not None and call.input is not None:
             kind, text = _explain(call.input, call.output, target, bundle, alike, limit)
         elif call.path in heads:
             kind, text = _explain_head(call.output, nearest)
         else:
             kind, text = "base", "the adapter does not change this layer: another base"
+            if added or side == "peft":
+                kind, text = "added", "the adapter does not change this layer: a layer added"
             embeds = getattr(model, "get_input_embeddings", lambda: None)()
             head = getattr(model, "get_output_embeddings", lambda: None)()
             if modules[call.path] is embeds and any(t.module is head for t in targets):
@@ -219,7 +228,10 @@ def _explain(
         if left < best:
             best, cause = left, (kind, text)
     left_out = False
-    wanted = np.sort(np.abs(np.fft.fft2(delta)).ravel())
+    spectrum = np.abs(np.fft.fft2(delta))
+    places = spectrum > 1e-9 * spectrum.max()
+    few = places.mean() < 0.5
+    wanted = np.sort(spectrum.ravel())
     for value in alike:
         change = value - base
         factor = float(np.vdot(change, effect)) / (float(np.vdot(effect, effect)) or 1.0)
@@ -228,12 +240,13 @@ def _explain(
             left_out |= left < limit
         elif left < best:
             best, cause = left, _name_factor(factor)
-        elif cause[0] == "base" and len(inputs) >= target.shape[1]:
+        elif cause[0] == "base" and (found := _solve(inputs, change)) is not None:
             # The same coefficients give the same magnitudes wherever they lie, but for a few that
             # fall on each other's mirror images; a change that is no spectrum is far off.
-            found = np.linalg.lstsq(inputs, change, rcond=1e-4)[0].T
-            seen = np.sort(np.abs(np.fft.fft2(found)).ravel())
-            if _rms(wanted - seen) < 0.4 * _rms(wanted):
+            seen = np.abs(np.fft.fft2(found))
+            if few and _rms(seen * ~places) < 0.02 * _rms(seen):
+                cause = "adapter", "other coefficients at the same entries: another adapter"
+            elif _rms(wanted - np.sort(seen.ravel())) < 0.4 * _rms(wanted):
                 cause = "seed", "the same coefficients at other entries: another seed or entry rule"
     return ("left out", "delta_W was left out") if cause[0] == "base" and left_out else cause
 
@@ -269,9 +282,21 @@ def _faults(
                 what = f"seed {other} instead of {seed}" if kind == "seed" else f"rule {rule!r}"
                 yield kind, f"the entries are those of {what}", inputs @ wrong.T
     for dtype in (torch.bfloat16, torch.float16):
-        changed = torch.from_numpy(target.matrix + delta).to(dtype).double().numpy()
-        text = f"W + delta_W is rounded to {str(dtype).removeprefix('torch.')}"
-        yield "precision", text, inputs @ (changed - target.matrix).T
+
+        def rounded(values: Values, dtype: torch.dtype = dtype) -> Values:
+            return torch.from_numpy(values).to(dtype).double().numpy()
+
+        coefficients = rounded(bundle.spectra[spec.name].astype(np.float64))
+        for what, changed in (
+            ("W + delta_W is rounded to {}", rounded(target.matrix + delta)),
+            ("W is rounded to {} before delta_W is added", rounded(target.matrix) + delta),
+            (
+                "the coefficients are rounded to {}",
+                target.matrix + delta_of(bundle, target, coefficients),
+            ),
+        ):
+            text = what.format(str(dtype).removeprefix("torch."))
+            yield "precision", text, inputs @ (changed - target.matrix).T
 
 
 def _explain_head(expected: Values, found: Values | None) -> tuple[str, str]:
@@ -281,6 +306,23 @@ def _explain_head(expected: Values, found: Values | None) -> tuple[str, str]:
         if _rms(found - factor * expected) < 1e-4 * _rms(expected):
             return "head", f"the adapter's head times {factor:.4g}"
     return "head", "it is not the adapter's: its head is missing, or another one is there"
+
+
+def _solve(inputs: Values, change: Values) -> Values | None:
+    """Finds the change of a weight, (out, in), from that of the output; None with too few rows."""
+    if len(inputs) < inputs.shape[1]:
+        return None
+    return np.asarray(np.linalg.lstsq(inputs, change, rcond=1e-4)[0].T, np.float64)
+
+
+def _is_added(call: Call, found: Values, bundle: Bundle) -> bool:
+    """Whether a layer's output is off by what an adapter with as many coefficients would add."""
+    most = 2 * max(spec.n_frequency for spec in bundle.layers)
+    change = None if call.input is None else _solve(call.input, found - call.output)
+    if change is None or change.size <= 2 * most:
+        return False
+    seen = np.sort(np.abs(np.fft.fft2(change)).ravel())
+    return _rms(seen[:-most]) < 0.02 * _rms(seen)
 
 
 def _flat(values: Any) -> Values:

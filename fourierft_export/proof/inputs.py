@@ -30,6 +30,10 @@ MAX_BYTES = 2**33
 TEXT_FILES = frozenset({".txt", ".tsv", ".jsonl"})
 IMAGE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 LABEL_COLUMNS = frozenset({"label", "labels", "id", "idx", "index"})
+TEXT_COLUMNS = frozenset({
+    "text", "text_a", "text_b", "text1", "text2", "sentence", "sentence1", "sentence2", "premise",
+    "hypothesis", "question", "question1", "question2", "context", "query", "answer", "title",
+})  # fmt: skip
 MAX_TEXTS, MAX_TEXT_BYTES, MAX_IMAGES, MAX_GIVEN_TOKENS = 10_000, 2**26, 1_000, 512
 AS_NPZ = "give inputs as an .npz file (--inputs)"
 
@@ -69,7 +73,7 @@ def given_inputs(
             first = "the first " if more else ""
             return Inputs({"pixel_values": images}, f"{path}: {first}{len(images)} images")
         if path.suffix in TEXT_FILES:
-            texts = _read_texts(path)
+            texts, heading = _read_texts(path)
             first = "the first " if len(texts) > MAX_TEXTS else ""
             texts = texts[:MAX_TEXTS]
             if model_dir is None or not has_tokenizer(model_dir):
@@ -77,7 +81,7 @@ def given_inputs(
                 raise UsageError(path, expected=expected, found="none", remedy=AS_NPZ)
             longest = min(positions or MAX_GIVEN_TOKENS, MAX_GIVEN_TOKENS)
             arrays = _pad(*_tokenised(model_dir, texts, longest), token_types=token_types)
-            return Inputs(arrays, f"{path}: {first}{len(texts)} texts")
+            return Inputs(arrays, f"{path}: {first}{len(texts)} texts{heading}")
     if isinstance(source, Mapping):
         where, arrays = "inputs", {name: np.asarray(value) for name, value in source.items()}
     else:
@@ -93,26 +97,42 @@ def given_inputs(
     return Inputs(arrays, f"{where}: {next(iter(rows.values()))} rows")
 
 
-def _read_texts(path: Path) -> list[tuple[str, ...]]:
-    """Reads texts or pairs of texts: lines, columns under a heading, or JSON objects."""
+def _read_texts(path: Path) -> tuple[list[tuple[str, ...]], str]:
+    """Reads texts or pairs of texts (lines, columns, JSON objects); says if a heading is missing.
+
+    The first row of a table is a heading if one of its cells is a usual name of a column.
+    """
     # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
     lines = read_file(path, MAX_TEXT_BYTES).decode("utf-8-sig", "replace").split("\n")
     kept_lines = (line.rstrip("\r") for line in lines[: MAX_TEXTS + 2])
     rows: list[tuple[str, ...]] = [(line,) for line in kept_lines if line.strip()]
+    heading = ""
     if path.suffix == ".tsv" and rows:
-        names, *cells = ([cell.strip() for cell in row[0].split("\t")] for row in rows)
-        kept = [i for i, name in enumerate(names) if name.lower() not in LABEL_COLUMNS][:2]
-        rows = [tuple(row[i] if i < len(row) else "" for i in kept) for row in cells]
+        cells = [[cell.strip() for cell in row[0].split("\t")] for row in rows]
+        names = [name.lower() for name in cells[0]]
+        kept = [i for i, name in enumerate(names) if name not in LABEL_COLUMNS]
+        if {*names} & (LABEL_COLUMNS | TEXT_COLUMNS):
+            del cells[0]
+        else:
+            heading = ", no heading"
+            kept = [i for i in kept if not all(_is_number(row[i : i + 1]) for row in cells)]
+        rows = [tuple(row[i] if i < len(row) else "" for i in kept[:2]) for row in cells]
     if path.suffix == ".jsonl":
         records = [strict_json.loads(row[0].encode(), os.fspath(path)) for row in rows]
         fields = [list(r.values()) if isinstance(r, dict) else [r] for r in records]
         rows = [tuple(v for v in values if isinstance(v, str))[:2] for values in fields]
     if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
-        expected = (
-            "lines of text; .tsv: a heading, then rows; .jsonl: objects with one or two texts"
-        )
+        expected = "lines of text; .tsv: columns of text; .jsonl: objects with one or two texts"
         raise BadInputError(path, expected=expected, found="none, or rows of unequal length")
-    return rows
+    return rows, heading
+
+
+def _is_number(cells: Sequence[str]) -> bool:
+    """Whether a row's cell (if the row is long enough to have it) is a number, as labels are."""
+    try:
+        return not cells or float(cells[0]) is not None
+    except ValueError:
+        return False
 
 
 def _read_images(folder: Path, model_dir: Path | None) -> tuple[Array, bool]:

@@ -125,17 +125,18 @@ def put_saved(
     return tuple(done)
 
 
-def delta_of(bundle: Bundle, target: Target) -> npt.NDArray[np.float64]:
-    """Computes delta_W of one layer from its definition: float64 (out, in)."""
+def delta_of(
+    bundle: Bundle, target: Target, spectrum: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Computes delta_W of one layer from its definition, or of another `spectrum`: float64."""
     spec = target.spec
     if spec.entry_rule == EXPLICIT_RULE:
         entries = bundle.entries(spec.name)
     else:
         rule = spec.entry_rule or current_rule(target.shape)
         entries = spectral_entries(bundle.spec.entry_seed, target.shape, spec.n_frequency, rule)
-    return reference_delta(
-        bundle.spectra[spec.name], entries, target.shape, float(bundle.spec.scaling)
-    )
+    spectrum = bundle.spectra[spec.name] if spectrum is None else spectrum
+    return reference_delta(spectrum, entries, target.shape, float(bundle.spec.scaling))
 
 
 def set_weights(

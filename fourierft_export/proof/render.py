@@ -207,6 +207,10 @@ def _verdict(report: Report) -> list[str]:
     if report.ok:
         equal = sum(pair.expect == "equal" for pair in report.comparisons)
         different = len(report.comparisons) - equal
+        if not equal:
+            pairs = "pair differs as it must" if different == 1 else "pairs differ as they must"
+            what = "no two sides were given that must agree, so no agreement was checked"
+            return [f"OK, but only partly checked: {different} {pairs}; {what}."]
         pairs = "pair agrees" if equal == 1 else "pairs agree"
         return [f"OK: {equal} {pairs}, {different} differ as they must."]
     first = [f"{place}: {reason}" for place, reason in report.findings[:1]]

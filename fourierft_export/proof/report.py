@@ -126,7 +126,7 @@ class Cause:
     side: str  # its name
     layer: str  # path of the first module whose output differs
     # "scaling", "left out", "twice", "transposed", "entry rule", "seed", "precision", "head",
-    # "tied" or "base".
+    # "tied", "adapter", "added" or "base".
     kind: str
     text: str  # the same in words
     difference: float | None  # of the layer's output, relative to it; None without anything like it

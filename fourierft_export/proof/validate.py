@@ -46,7 +46,7 @@ def validate(
     task: str | None = None,
     tolerances: Mapping[str, Tolerance | float] | None = None,
     tokenizer: PathLike | None = None,
-    samples: int = 64,
+    samples: int | None = None,
     batch_size: int = 16,
     threads: int | None = None,
     allow_base_mismatch: bool = False,
@@ -64,13 +64,14 @@ def validate(
         sides: other sides by name, as functions from inputs to outputs (name -> array). One named
             "base" is what the adapter must change; all others must agree.
         inputs: a mapping or an .npz file, input name -> array with the batch as first axis; a
-            file of texts (.txt, .tsv, .jsonl; two columns make pairs); a folder of images.
+            file of texts (.txt, .tsv, .jsonl; two columns make pairs; a .tsv has a heading if its
+            first row has a usual name of a column, such as "text"); a folder of images.
             Default: sentences shipped with the package, as the model's tokenizer reads them.
         task: one of `models.task.TASKS`; default as the adapter or the config says.
         tolerances: precision ("float32", ...) -> a `Tolerance`, or a number for its `scale`.
         tokenizer: directory of the tokenizer, if neither base nor merged has one.
-        samples: rows of the default inputs; fewer, down to four, where a causal model's
-            vocabulary makes its outputs large.
+        samples: rows of the default inputs, 64 if None; not with `inputs`. Fewer, down to four,
+            where a causal model's vocabulary makes its outputs large.
         batch_size: rows per call of a model or graph (`sides` get all rows at once).
         threads: for ONNX Runtime; default its own choice.
         allow_base_mismatch: accept base weights other than those the adapter was trained on.
@@ -100,6 +101,13 @@ def validate(
         True
     """
     limits = resolve_tolerances(tolerances)
+    if inputs is not None and samples is not None:
+        raise UsageError(
+            "samples (--samples)",
+            expected="a number of the package's own sentences",
+            found="inputs of your own (--inputs), which are all used",
+            remedy="leave one of the two out",
+        )
     files = [onnx] if isinstance(onnx, (str, os.PathLike)) else list(onnx)
     functions = dict(sides or {})
     for given in (base, bundle, peft, merged, inputs, *files):
@@ -221,7 +229,7 @@ def _ready_inputs(
     graphs: Sequence[Graph],
     given: PathLike | Mapping[str, Array] | None,
     tokenizer: PathLike | None,
-    samples: int,
+    samples: int | None,
 ) -> Inputs:
     """Takes the given inputs, or makes some that all sides can run on."""
     if tokenizer is not None and not has_tokenizer(Path(tokenizer)):
@@ -241,6 +249,7 @@ def _ready_inputs(
             remedy="give a folder of images, or pixel_values as an .npz file (--inputs)",
         )
     vocabulary = artifacts.config_number("vocab_size")
+    samples = 64 if samples is None else samples
     tokens = {"text-generation": MAX_TOKENS, "seq2seq-encoder": DECODER_TOKENS}.get(task or "")
     if tokens and vocabulary:
         samples = min(samples, max(4, LOGITS_PER_SIDE // (tokens * vocabulary)))

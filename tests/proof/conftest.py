@@ -65,10 +65,14 @@ def adapted_model(adapted: Adapted, fault: str = "", scaling: float = SCALING) -
     for name, value in load_file(adapted.adapter / "adapter_model.safetensors").items():
         path = name.removeprefix("base_model.model.")
         if not path.endswith(".fourierft_spectrum"):
+            value = torch.randn_like(value) if fault == "another head" else value
             if fault != "head dropped":
                 model.get_parameter(path).data = value * (1 + 0.01 * (fault == "head * 1.01"))
             continue
-        weight = model.get_submodule(path.removesuffix(".fourierft_spectrum")).weight
+        owner = path.removesuffix(".fourierft_spectrum")
+        weight = model.get_submodule(owner).weight
+        value = torch.randn_like(value) if fault == "another adapter" else value
+        value = value.bfloat16().float() if fault == "spectrum rounded" else value
         rows, columns = weight.shape
         offset = {"seed + 1": 1, "seed + 5000": 5000}.get(fault, 0)
         draw = torch.Generator().manual_seed(SEED + offset)
@@ -87,11 +91,15 @@ def adapted_model(adapted: Adapted, fault: str = "", scaling: float = SCALING) -
             "delta transposed": delta.T,
             "scaling * 1.01": delta * 1.01,
         }.get(fault, delta)
-        if fault == "rounded":
+        if fault == "rounded" or (fault == "layer rounded" and last):
             delta = (weight.data.double() + delta).bfloat16().double() - weight.data.double()
         if fault == "another base" and last:
             weight.data += 0.05 * torch.randn_like(weight)
+        if fault == "base rounded":
+            weight.data = weight.data.bfloat16().float()
         weight.data = (weight.data.double() + delta).float()
+        if fault == "layer added" and last:
+            model.get_submodule(owner.replace("value", "key")).weight.data += delta.float()
     if fault == "another embedding":
         model.bert.embeddings.word_embeddings.weight.data *= 1.05
     return model.eval()

@@ -118,11 +118,22 @@ def test_texts_of_ones_own(minilm_dir: Path, tmp_path: Path) -> None:
         given_inputs(tmp_path / "a.txt")
     for name, text in (
         ("empty.txt", ""), ("uneven.jsonl", '{"a": "x"}\n{"a": "x", "b": "y"}'), ("no.jsonl", "{"),
-        ("numbers.jsonl", "1\n2"), ("only.tsv", "a\tb"),
+        ("numbers.jsonl", "1\n2"), ("only.tsv", "text\tlabel"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
         with pytest.raises(BadInputError):
             given_inputs(tmp_path / name, minilm_dir)
+
+
+def test_a_table_without_a_heading_keeps_its_first_row(minilm_dir: Path, tmp_path: Path) -> None:
+    rows = "The first one.\tAnother.\t1\nA second\tone.\t0\n"
+    named = given_inputs(write(tmp_path / "a.tsv", f"premise\tother\tlabel\n{rows}"), minilm_dir)
+    plain = given_inputs(write(tmp_path / "b.tsv", rows), minilm_dir)
+    np.testing.assert_array_equal(plain.arrays["input_ids"], named.arrays["input_ids"])
+    assert plain.description.endswith("b.tsv: 2 texts, no heading")
+    single = given_inputs(write(tmp_path / "c.tsv", "1\tgood\n0\tbad\n"), minilm_dir)
+    lines = given_inputs(write(tmp_path / "d.txt", "good\nbad\n"), minilm_dir)
+    np.testing.assert_array_equal(single.arrays["input_ids"], lines.arrays["input_ids"])
 
 
 def test_marks_and_line_ends_of_text_files(

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import fourierft_export as ff
-from fourierft_export.errors import ValidationError
+from fourierft_export.errors import UsageError, ValidationError
+from fourierft_export.spectral.entries import spectral_entries
 
 FIRST, LAST = (f"bert.encoder.layer.{n}.attention.self" for n in (0, 1))
 FAULTS = {
@@ -27,9 +29,16 @@ FAULTS = {
     "seed + 5000": ("seed", f"{FIRST}.query", "another seed or entry rule"),
     "entry rule": ("entry rule", f"{FIRST}.query", "rule 'r64'"),
     "rounded": ("precision", f"{FIRST}.query", "rounded to bfloat16"),
+    "layer rounded": ("precision", f"{LAST}.value", "rounded to bfloat16"),
+    "base rounded": ("precision", f"{FIRST}.query", "W is rounded to bfloat16 before"),
+    # Coefficients rounded to float16 stay within what rounding explains, and pass.
+    "spectrum rounded": ("precision", f"{FIRST}.query", "coefficients are rounded to bfloat16"),
+    "another adapter": ("adapter", f"{FIRST}.query", "other coefficients at the same entries"),
+    "layer added": ("added", f"{LAST}.key", "a layer added"),
     "another base": ("base", f"{LAST}.value", "another base"),
     "another embedding": ("base", "", ""),
     "head dropped": ("head", "classifier", "its head is missing"),
+    "another head": ("head", "classifier", "another one is there"),
     "head * 1.01": ("head", "classifier", "head times 1.01"),
 }
 CORE = ("adapter zeroed", "head dropped", "delta transposed", "seed + 1", "scaling * 1.01")
@@ -57,6 +66,7 @@ def test_a_clean_set_passes(classifier: Any, plant: Plant, clean_onnx: Path) -> 
     assert "causes" not in report.to_dict()
 
 
+# A merged folder with all of its adapted weights rounded is one of that precision, and is clean.
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "rounded"])
 def test_a_fault_in_a_merged_directory(classifier: Any, plant: Plant, fault: str) -> None:
     report = ff.validate(base=classifier.base, bundle=classifier.bundle, merged=plant(fault))
@@ -89,30 +99,68 @@ def test_a_fault_in_an_onnx_file(
     check_cause(report, "onnx:planted.onnx", fault)
 
 
-PEFT_FAULTS = (
-    "adapter zeroed", "layer left out", "layer twice", "scaling * 1.01", "seed + 1", "seed + 5000",
-    "head * 1.01",
-)  # fmt: skip
+# A PEFT folder holds no base (so neither another nor a rounded one) and only sums of cosines as
+# delta_W (so no rounded W + delta_W). Its entry rule is that of the torch that runs it: this fault
+# and a transposed delta_W are planted as a folder with a coefficient for every entry.
+NOT_IN_PEFT = {"another base", "another embedding", "base rounded", "rounded", "layer rounded"}
 
 
-@pytest.mark.parametrize("fault", PEFT_FAULTS)
-def test_a_fault_in_a_peft_directory(classifier: Any, tmp_path: Path, fault: str) -> None:
-    shutil.copytree(classifier.adapter, tmp_path / "peft")
-    config = tmp_path / "peft" / "adapter_config.json"
+def plant_peft(adapter: Path, fault: str, out: Path) -> Path:
+    """Writes a PEFT folder with a planted fault."""
+    shutil.copytree(adapter, out)
+    config = out / "adapter_config.json"
     fields = json.loads(config.read_text())
     fields["random_loc_seed"] += {"seed + 1": 1, "seed + 5000": 5000}.get(fault, 0)
     fields["scaling"] *= 1 + 0.01 * (fault == "scaling * 1.01")
+    tensors, draw = {}, torch.Generator().manual_seed(5)
+    last = f"base_model.model.{LAST}.value.fourierft_spectrum"
+    for name, value in load_file(out / "adapter_model.safetensors").items():
+        if "spectrum" in name:
+            other = torch.randn(value.shape, generator=draw)
+            value = {
+                "adapter zeroed": value * 0,
+                "another adapter": other,
+                "spectrum rounded": value.bfloat16().float(),
+                "layer twice": value * (1 + (name == last)),
+                "delta transposed": every_entry(value, "small", transposed=True),
+                "entry rule": every_entry(value, "r64", transposed=False),
+            }.get(fault, value)
+            fields["n_frequency"] = len(value)
+        elif fault.endswith(("head", "head * 1.01")):
+            value = value * 1.01 if fault == "head * 1.01" else value + 1
+        tensors[name] = value
+    if fault == "layer left out":
+        del tensors[last]
+    if fault == "layer added":
+        tensors[last.replace("value", "key")] = tensors[last].clone()
+    if fault == "head dropped":
+        tensors = {name: value for name, value in tensors.items() if "spectrum" in name}
+    if fault.startswith("layer"):
+        names = [name for name in tensors if "spectrum" in name]
+        fields["target_modules"] = [name.split(".", 2)[2].rpartition(".")[0] for name in names]
     config.write_text(json.dumps(fields))
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    for name in tensors:
-        tensors[name] *= 1 + 0.01 * (fault == "head * 1.01" and "classifier" in name)
-        if LAST in name and "value" in name and fault.startswith("layer"):
-            tensors[name] *= 2 * (fault == "layer twice")
-        if "spectrum" in name and fault == "adapter zeroed":
-            tensors[name] *= 0
-    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    save_file(tensors, out / "adapter_model.safetensors")
+    return out
+
+
+def every_entry(spectrum: torch.Tensor, rule: str, *, transposed: bool) -> torch.Tensor:
+    """The coefficients of a 32x32 layer's entries, in the order in which PEFT draws all entries."""
+    seed, shape = 777, (32, 32)
+    dense = np.zeros(shape, np.float32)
+    dense[tuple(spectral_entries(seed, shape, len(spectrum), rule).T)] = spectrum
+    places = spectral_entries(seed, shape, dense.size, "small").T
+    return torch.from_numpy((dense.T if transposed else dense)[tuple(places)])
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in NOT_IN_PEFT])
+def test_a_fault_in_a_peft_directory(classifier: Any, tmp_path: Path, fault: str) -> None:
+    folder = plant_peft(classifier.adapter, fault, tmp_path / "peft")
     options = {"base": classifier.base, "bundle": classifier.bundle}
-    report = ff.validate(**options, peft=tmp_path / "peft")
+    if fault == "head dropped":  # PEFT would run with a random one
+        with pytest.raises(UsageError, match=r"neither has classifier\.bias, classifier\.weight"):
+            ff.validate(**options, peft=folder)
+        return
+    report = ff.validate(**options, peft=folder)
     assert [(p.left, p.right) for p in report.failing][:1] == [("torch", "peft")]
     check_cause(report, "peft", fault)
 

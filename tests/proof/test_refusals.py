@@ -42,6 +42,7 @@ def test_calls_that_prove_nothing_are_refused(classifier: Any, clean_onnx: Path)
         {"peft": classifier.adapter, "onnx": clean_onnx},
         {"base": classifier.base, "bundle": classifier.bundle, "sides": {"torch": dict}},
         {"base": classifier.base, "bundle": classifier.bundle, "task": "poetry"},
+        {"onnx": [clean_onnx] * 2, "inputs": {"input_ids": [[1]]}, "samples": 4},
     ):
         with pytest.raises(UsageError):
             ff.validate(**call)

@@ -112,6 +112,8 @@ def test_the_terminal_shows_every_pair_and_the_verdict() -> None:
     good = shown(report_of(torch=2.0, other=2.0))
     assert "torch = other" in good and "base ≠ torch" in good
     assert "OK: 1 pair agrees, 2 differ as they must." in good
+    alone = shown(report_of(torch=2.0))
+    assert "OK, but only partly checked: 1 pair differs as it must; no two sides" in alone
     bad = shown(report_of(torch=2.0, good=2.0, other=2.1))
     assert "FAILED: 2 of 6 pairs. Every failing pair contains other." in bad
 
