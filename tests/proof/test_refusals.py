@@ -42,10 +42,21 @@ def test_calls_that_prove_nothing_are_refused(classifier: Any, clean_onnx: Path)
         {"peft": classifier.adapter, "onnx": clean_onnx},
         {"base": classifier.base, "bundle": classifier.bundle, "sides": {"torch": dict}},
         {"base": classifier.base, "bundle": classifier.bundle, "task": "poetry"},
-        {"onnx": [clean_onnx] * 2, "inputs": {"input_ids": [[1]]}, "samples": 4},
     ):
         with pytest.raises(UsageError):
             ff.validate(**call)
+
+
+def test_a_number_of_sentences_with_inputs_of_ones_own_is_refused(
+    classifier: Any, tmp_path: Path, run_verb: Callable[..., Any]
+) -> None:
+    classifier.bundle.save(tmp_path / "a.fourierft.safetensors")
+    np.savez(tmp_path / "in.npz", input_ids=np.ones((2, 3), np.int64))
+    words = ["validate", "--base", classifier.base, "--inputs", tmp_path / "in.npz"]
+    words += ["--bundle", tmp_path / "a.fourierft.safetensors"]
+    refused = run_verb(*words, "--samples", 4)
+    assert refused.code == 2 and "inputs of your own" in refused.err
+    assert run_verb(*words).code == 0
 
 
 def test_paths_are_checked_before_anything_runs(
