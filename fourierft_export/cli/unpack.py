@@ -12,7 +12,7 @@ from .console import Outcome, verb
 @verb(
     examples=(
         "unpack a.fourierft.safetensors -o peft",
-        "unpack a.fourierft.safetensors --to lora --rank 64 -o lora",
+        "unpack a.fourierft.safetensors --to lora --rank 16 -o lora",
     )
 )
 @click.argument("bundle", type=options.PATH)

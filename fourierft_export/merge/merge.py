@@ -106,11 +106,11 @@ def merge_checkpoint(
     base = local_model(base)
     opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)
     is_folder = opened.directory.is_dir()
+    loaded = [open_bundle(source) for source in given]
     called = [
         f"bundle {number} (given as an object)" if isinstance(source, Bundle) else os.fspath(source)
         for number, source in enumerate(given, 1)
     ]
-    loaded = [open_bundle(source) for source in given]
     fits = []
     for number, (name, bundle) in enumerate(zip(called, loaded, strict=True), 1):
         fits.append(fit_bundle(opened, name, bundle, thorough=dry_run))
