@@ -23,7 +23,7 @@ from typing import Any
 DATA = Path(__file__).resolve().parent / "data"
 WARM = ["bundle.peft", "cli.pack", "cli.unpack", "merge.merge", "recover.from_checkpoint"]
 WARM = [f"fourierft_export.{name}" for name in (*WARM, "onnx_graph.apply")] + ["onnx", "onnx_ir"]
-TORCH = ["fourierft_export.onnx_graph.trace.pretrained", "fourierft_export.train.run_callback"]
+TORCH = ["fourierft_export.onnx_graph.trace.pretrained", "fourierft_export.train.training_run"]
 TORCH += ["transformers.trainer", "transformers.models.llama.modeling_llama", "torch.onnx"]
 TORCH += ["datasets", "sklearn.metrics", "matplotlib.pyplot", "onnxscript", "torch._dynamo"]
 

@@ -12,8 +12,8 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import BadInputError
-from ..files.container import read_file, read_header
 from ..files.hub import local_adapter
+from ..files.safetensors_reader import read_file, read_header
 from ..files.staging import staged_file
 from ..models.base import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..errors import BadInputError
 from ..files import dtypes, strict_json
-from ..files.container import Header, decode_header_length, encode_header, parse_header
 from ..files.dtypes import DTYPE_BITS
+from ..files.safetensors_reader import Header, decode_header_length, encode_header, parse_header
 from ..files.strict_json import canonical
 from ..types import Array
 from . import layer_templates as names

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import BadInputError
 from ..files import strict_json
-from ..files.container import read_file
+from ..files.safetensors_reader import read_file
 from ..files.strict_json import canonical
 from .spec import AdapterSpec, number_offenders
 

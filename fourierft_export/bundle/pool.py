@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError, printable
 from ..files import strict_json
-from ..files.container import open_regular
+from ..files.safetensors_reader import open_regular
 from ..files.staging import staged_file
 from .bundle import Bundle
 from .pool_template import (

@@ -15,7 +15,7 @@ import click
 
 from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, ValidationError, printable
 from ..types import Progress
-from .sections import Sectioned
+from .option_sections import Sectioned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -38,7 +38,7 @@ def inspect(path: str, plot: str | None, force: bool) -> Outcome:
     notes = facts.pop("notes", ())
     shown = [*_RENDERERS[facts["kind"]](facts)]
     if plot:
-        from ..proof.draw_adapter import draw_bundle
+        from ..proof.plot_adapter import draw_bundle
 
         picture = draw_bundle(open_adapter(path))
         with staged_file(plot, force=force) as partial:
@@ -82,8 +82,8 @@ def describe(path: str) -> dict[str, Any]:
     from ..bundle.peft import CONFIG_FILE
     from ..bundle.pool import is_pool, open_from_pool
     from ..errors import FileAccessError
-    from ..files.container import read_header
     from ..files.hub import local_adapter
+    from ..files.safetensors_reader import read_header
     from ..models.base import describe_base
 
     path = os.fspath(local_adapter(path))

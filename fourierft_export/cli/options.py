@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError
-from .sections import F, section
+from .option_sections import F, section
 
 
 class _PossiblePath(click.Path):

@@ -30,7 +30,7 @@ def push(
     from ..bundle.push import push as upload
     from ..errors import BadInputError
     from ..files import strict_json
-    from ..files.container import read_file
+    from ..files.safetensors_reader import read_file
 
     beside = f"{bundle}.train/metrics.json"
     path = metrics or (beside if os.path.isfile(beside) else None)

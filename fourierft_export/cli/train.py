@@ -18,8 +18,8 @@ import click
 from ..train.settings import DataSettings, TrainSettings, kinds, options, read_settings
 from ..types import Progress
 from .console import Outcome, size_text, verb
+from .option_sections import section
 from .options import PATH, allow_mismatch_option, force_option
-from .sections import section
 
 if TYPE_CHECKING:
     from ..train.report import TrainReport
@@ -135,9 +135,9 @@ def train(
 def _chosen(run: DataSettings, settings: TrainSettings) -> Outcome:
     """The values that the rules choose, in PEFT's terms."""
     from ..train.data.make_task import prepare
-    from ..train.run_callback import count_steps
     from ..train.suggest import choose_values
     from ..train.train import resolved, with_rows_to_score
+    from ..train.training_run import count_steps
 
     settings = resolved(settings)
     task, _ = with_rows_to_score(prepare(run, settings), settings)
@@ -176,7 +176,7 @@ def _scores_on_stderr() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    log = logging.getLogger("fourierft_export.train.run_callback")
+    log = logging.getLogger("fourierft_export.train.training_run")
     before, handler = log.level, logging.StreamHandler(sys.stderr)
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -122,7 +122,7 @@ def find_artifacts(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     from ..bundle.bundle import SUFFIX, Bundle
     from ..errors import FileAccessError, FourierFTError, UsageError
     from ..files import strict_json
-    from ..files.container import read_file
+    from ..files.safetensors_reader import read_file
     from ..onnx_graph.describe import describe_onnx
 
     path = Path(folder) / "manifest.json"
@@ -174,7 +174,7 @@ def read_survival(merged: str | None) -> dict[str, float]:
     """Reads the share of each layer's weights that a merge changed; empty without its manifest."""
     from ..errors import FourierFTError
     from ..files import strict_json
-    from ..files.container import read_file
+    from ..files.safetensors_reader import read_file
 
     path = Path(merged or "", "manifest.json")
     try:

@@ -18,7 +18,9 @@ import numpy as np
 
 from ..errors import BadInputError, FileAccessError
 from . import strict_json
-from .container import (
+from .dtypes import to_numpy
+from .links import check_link, is_plain_path
+from .safetensors_reader import (
     Header,
     TensorInfo,
     open_regular,
@@ -27,8 +29,6 @@ from .container import (
     read_header,
     read_stamp,
 )
-from .dtypes import to_numpy
-from .links import check_link, is_plain_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import FileAccessError
 from ..files import strict_json
-from ..files.container import open_regular, read_exactly, read_file
 from ..files.links import check_link
+from ..files.safetensors_reader import open_regular, read_exactly, read_file
 
 MANIFEST = "manifest.json"
 STALE_SUFFIXES = (

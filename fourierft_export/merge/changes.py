@@ -10,8 +10,8 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..bundle.fit import Fit, FoundTensor, fit_adapter, layers_of_base
 from ..errors import UsageError
-from ..files.container import TensorInfo
 from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES, to_name
+from ..files.safetensors_reader import TensorInfo
 from ..models import task as tasks
 from ..models.base import T5_FAMILIES, Base, BaseLayer, is_input_embedding
 from ..spectral.delta import Term

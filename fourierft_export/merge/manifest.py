@@ -19,8 +19,8 @@ import numpy as np
 from .. import __version__
 from ..errors import BadInputError, FileAccessError, ValidationError
 from ..files import strict_json
-from ..files.container import read_file
 from ..files.links import check_path, is_plain_path
+from ..files.safetensors_reader import read_file
 from ..types import Progress, byte_counter
 from .base_files import MANIFEST, hash_file, sort_files
 from .plan import MergePlan, list_changed_tensors

@@ -19,9 +19,9 @@ from ..bundle.fit import Fit
 from ..errors import FileAccessError
 from ..files import strict_json
 from ..files.checkpoint import Checkpoint
-from ..files.container import Header
 from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES
 from ..files.hashed_write import IN_FLIGHT
+from ..files.safetensors_reader import Header
 from ..models.base import Base
 from ..spectral.cost import choose_delta_path
 from .changes import Changes, TensorPlan

@@ -16,8 +16,8 @@ from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..bundle.layer_templates import natural_key
 from ..errors import FourierFTError
 from ..files import strict_json
-from ..files.container import read_file
 from ..files.hashed_write import check_space, name_os_errors, set_umask_mode, sync, write_file
+from ..files.safetensors_reader import read_file
 from ..files.staging import open_work_folder, publish, remove
 from ..types import Progress, byte_counter
 from .base_files import MANIFEST, hash_file, read_blocks

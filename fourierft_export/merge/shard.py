@@ -15,9 +15,9 @@ import numpy as np
 from ..bundle.fingerprint import compare_fingerprints, fingerprint
 from ..bundle.fit import LayerVerdict
 from ..files.checkpoint import Checkpoint
-from ..files.container import encode_header
 from ..files.dtypes import to_numpy
 from ..files.hashed_write import Buffer, view_bytes, write_file
+from ..files.safetensors_reader import encode_header
 from ..types import Array
 from .changes import TensorPlan
 from .plan import ShardPlan

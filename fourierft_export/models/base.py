@@ -15,10 +15,10 @@ from typing import Any
 
 from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
-from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES
 from ..files.hub import local_model
 from ..files.links import check_path
+from ..files.safetensors_reader import TensorInfo
 from ..types import Array
 from .name_mapping import Bridge, find_bridge, input_embedding_of, renamed_modules
 from .task import read_config

@@ -30,7 +30,7 @@ from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, exp
 from .modes.batch_dimension import batch_of
 from .modes.plan import Plan
 from .modes.quantised_heads import float_heads
-from .modes.write import check_mode, write_adapters
+from .modes.write_adapters import check_mode, write_adapters
 from .report import ExportReport, report_on
 
 _SIDE_OPSET = 16  # of a graph with side branches

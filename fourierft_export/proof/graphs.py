@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
-from ..files.container import open_regular
 from ..files.external import check_external_data
+from ..files.safetensors_reader import open_regular
 from ..types import Array
 from .inputs import AS_NPZ
 from .report import first_line

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import BadInputError, UsageError, missing_extra
 from ..files import strict_json
-from ..files.container import open_regular, read_file
+from ..files.safetensors_reader import open_regular, read_file
 from ..types import Array
 from .report import first_line
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.bundle import Bundle
 from ..errors import missing_extra, printable
-from .draw_adapter import draw_bundle
+from .plot_adapter import draw_bundle
 from .report import SIGNS, OutputComparison, Report, Side
 from .weight_difference import delta_norm
 

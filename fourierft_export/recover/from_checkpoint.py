@@ -17,8 +17,8 @@ from ..bundle.layer_templates import natural_key
 from ..bundle.peft import BundleSource, open_bundle
 from ..bundle.spec import AdapterSpec, LayerSpec
 from ..errors import UsageError, ValidationError
-from ..files.container import TensorInfo
 from ..files.dtypes import FLOAT_DTYPES, to_numpy
+from ..files.safetensors_reader import TensorInfo
 from ..models.base import Base, open_base
 from ..models.task import HEAD_PARTS, head_labels, likely_task
 from ..spectral.delta import Term

@@ -14,7 +14,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..errors import BadInputError, UsageError
 from ..files import dtypes, strict_json
-from ..files.container import parse_header
+from ..files.safetensors_reader import parse_header
 from ..onnx_graph.adapter_interface import KEY
 from ..onnx_graph.graph.source import Source, open_onnx
 from ..types import Array

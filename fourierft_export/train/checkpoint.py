@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle.bundle import SUFFIX, Bundle
 from ..errors import BadInputError, FileAccessError, UsageError
-from ..files.container import read_header
+from ..files.safetensors_reader import read_header
 from ..files.staging import staged_file
 
 FOLDER_SUFFIX = ".train"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..errors import BadInputError, UsageError
-from ..files.container import read_file
+from ..files.safetensors_reader import read_file
 from . import defaults
 
 if sys.version_info >= (3, 11):

@@ -32,8 +32,8 @@ try:
     from transformers import TrainingArguments
 
     from .checkpoint import FACTS, folder_of, last_checkpoint
-    from .run_callback import Run, is_distributed
     from .trainer import cast_frozen_linears
+    from .training_run import Run, is_distributed
 except ImportError as error:
     raise missing_extra(str(error.name), "hf", "training an adapter") from None
 

@@ -104,9 +104,9 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from fourierft_export.train import defaults
-    from fourierft_export.train.run_callback import evaluations, plan
     from fourierft_export.train.train import make_arguments, resolved
     from fourierft_export.train.trainer import AdapterTrainer
+    from fourierft_export.train.training_run import evaluations, plan
 
     class Clock(TrainerCallback):
         """Keeps the seconds of every step."""

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from fourierft_export.errors import BadInputError, FileAccessError, FourierFTError, printable
 from fourierft_export.files import dtypes
-from fourierft_export.files.container import (
+from fourierft_export.files.safetensors_reader import (
     decode_header_length,
     encode_header,
     open_regular,

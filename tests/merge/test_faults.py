@@ -18,7 +18,7 @@ import pytest
 
 import fourierft_export as ff
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
-from fourierft_export.files.container import read_header
+from fourierft_export.files.safetensors_reader import read_header
 from fourierft_export.merge import executors, plan, run
 from tests.kill import Forks, files_in
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import fourierft_export as ff
 from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
 from fourierft_export.errors import BadInputError
-from fourierft_export.files.container import read_header
+from fourierft_export.files.safetensors_reader import read_header
 
 Array = np.ndarray[Any, Any]
 MakeBundle = Callable[..., ff.Bundle]

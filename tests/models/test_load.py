@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import logging as tf_logging
 
 from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
-from fourierft_export.models.examples import example_inputs, input_names
+from fourierft_export.models.example_inputs import example_inputs, input_names
 from fourierft_export.models.load import load_model, quiet_transformers
 
 FEATURES, CLASSES, CAUSAL = "feature-extraction", "text-classification", "text-generation"

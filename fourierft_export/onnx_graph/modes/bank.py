@@ -19,8 +19,8 @@ from ..feeds import table
 from ..graph.ops import FLOAT32, Ops, replace_uses
 from ..locate.saved import Place
 from .batch_dimension import batch_of, is_batch_first, leads_with_batch
+from .find_layer_ends import ends_of
 from .inputs import adapter_inputs, group_inputs, take_out
-from .layer_inputs_outputs import ends_of
 from .plan import Plan, Written
 from .side_branch import SideBranches
 from .swappable import written_beside

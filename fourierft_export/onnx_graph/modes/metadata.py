@@ -16,7 +16,7 @@ import numpy as np
 
 from ... import __version__
 from ...bundle.bundle import Bundle
-from ...files.container import decode_header_length, parse_header
+from ...files.safetensors_reader import decode_header_length, parse_header
 from ...types import Array
 from ..adapter_interface import KEY
 from ..mode_names import BANK, DEFAULTS, MERGED, UNMERGED

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..adapter_interface import PREFIX, Group
 from ..graph.ops import FLOAT32, Ops, replace_uses
-from .layer_inputs_outputs import Ends
+from .find_layer_ends import Ends
 from .transforms import Transforms, is_dense
 
 if TYPE_CHECKING:

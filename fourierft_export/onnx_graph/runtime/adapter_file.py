@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...errors import BadInputError
-from ...files.container import open_regular
+from ...files.safetensors_reader import open_regular
 from ...files.staging import staged_file
 from ...types import Array
 from .ort_session import onnxruntime_for, to_value

@@ -20,7 +20,7 @@ from ..feeds import base_feeds, check_parameters, feed_bundle, has_fingerprints,
 from ..mode_names import BANK, PAIRED, expander_path
 from .adapter_file import SUFFIX, read_adapter
 from .exported_file import open_exported
-from .kept_values import KeptValues
+from .feed_cache import KeptValues
 from .ort_session import device_of, load_session, run_session, to_value
 from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
 

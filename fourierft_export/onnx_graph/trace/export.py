@@ -22,7 +22,7 @@ from ..graph.write import write_pair
 from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES, expander_path
 from ..modes.merged import saved_values
 from ..modes.plan import Plan
-from ..modes.write import check_adapter_count, check_mode, write_adapters
+from ..modes.write_adapters import check_adapter_count, check_mode, write_adapters
 from ..report import ExportReport, report_on
 from .base import replaced_tensors, tensor_of, trace_base
 from .trace import Inputs, check_versions, set_ir_version

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...adapt.modules import base_modules
 from ...errors import UsageError
-from ...models.examples import BATCH_AXIS, SEQUENCE_AXIS, example_inputs
+from ...models.example_inputs import BATCH_AXIS, SEQUENCE_AXIS, example_inputs
 
 PAST_AXIS, TOTAL_AXIS = "past_sequence", "total_sequence"
 

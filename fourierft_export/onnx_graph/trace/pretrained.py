@@ -26,13 +26,13 @@ from ...bundle.peft import CONFIG_FILE as ADAPTER_CONFIG
 from ...errors import UsageError
 from ...files.staging import check_output
 from ...models.base import Base, open_base
-from ...models.examples import dynamic_axes, example_inputs
+from ...models.example_inputs import dynamic_axes, example_inputs
 from ...models.load import load_model
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
 from ..adapters import Bundles, named_bundles, weighted
 from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
-from ..modes.write import check_adapter_count, check_mode
+from ..modes.write_adapters import check_adapter_count, check_mode
 from ..report import ExportReport
 from .export import Output, export_adapters
 from .genai import list_genai_files, write_genai_files

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInputError, FourierFTError, missing_extra
-from ...files.container import open_regular
+from ...files.safetensors_reader import open_regular
 from .models import load_processor
 from .rows import BadRows, Rows
 

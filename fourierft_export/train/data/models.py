@@ -16,7 +16,7 @@ from ...adapt.config import ALL_LINEAR
 from ...adapt.targets import USUAL_TARGETS
 from ...errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
 from ...files.hub import local_model
-from ...models.examples import input_names
+from ...models.example_inputs import input_names
 from ...models.load import from_pretrained, load_model, quiet_transformers
 from ...models.task import get_task, likely_task, read_config
 from .losses_and_scores import IGNORED

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import BadInputError, FileAccessError, UsageError, missing_extra
 from ...files import strict_json
-from ...files.container import open_regular
+from ...files.safetensors_reader import open_regular
 
 TABLES, JSON_LINES, PARQUET = (".tsv", ".csv"), (".jsonl", ".ndjson"), ".parquet"
 ENDINGS = (*TABLES, *JSON_LINES, PARQUET)
