@@ -457,8 +457,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
 KILLED = """
 import signal, sys
 from tests.train import test_run, toy
-from fourierft_export.train import run
-run.SAVE_SECONDS = 0.0
+from fourierft_export.train import training_run
+training_run.SAVE_SECONDS = 0.0
 task = test_run.interrupted(toy.small_task(dropout=0.3), {at}, signal.SIGKILL)
 test_run.train(task, {out!r}, test_run.RUN)
 """
