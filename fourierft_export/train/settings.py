@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..errors import BadInputError, UsageError
-from ..files.safetensors_reader import read_file
 from . import defaults
 
 if sys.version_info >= (3, 11):
@@ -251,6 +250,8 @@ def _usage_error(where: Any, expected: str, wrong: list[str], remedy: str) -> Us
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The keys and values of a settings file; dashes in keys count as underscores."""
+    from ..files.safetensors_reader import read_file  # needs numpy, which --help does not load
+
     try:
         found = tomllib.loads(read_file(path, MAX_TOML_BYTES).decode("utf-8"))
     # A ValueError for what is not UTF-8 or not TOML, and for numbers of thousands of digits.
