@@ -18,9 +18,9 @@ from ..models.base import Base
 from ..spectral.entries import entries_sha256
 from ..types import Array
 from .bundle import Bundle
+from .peft import DEFAULT_ADAPTER, PREFIX
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec
 
-PREFIX = "base_model.model."
 SPECTRUM = ".spectrum."
 SAVED = ".modules_to_save."
 
@@ -31,7 +31,7 @@ def from_paper(
     *,
     scaling: float,
     seed: int = 2024,
-    adapter: str = "default",
+    adapter: str = DEFAULT_ADAPTER,
 ) -> Bundle:
     """Reads a state dict of the paper's own code as a bundle.
 
