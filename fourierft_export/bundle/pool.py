@@ -118,6 +118,8 @@ class Pool(Mapping[str, Bundle]):
                     database.execute(statement)
                 _insert(database, adapters, str(path))
                 database.commit()
+            except sqlite3.Error as error:  # no space left
+                raise _translated(error, Path(path)) from error
             finally:
                 database.close()
         return cls(path)

@@ -140,6 +140,22 @@ ff.Pool({str(path)!r}).update({{f"t{{i}}": make(i) for i in range(50)}}, ["a"])
     assert os.listdir(tmp_path) == ["p"]
 
 
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """No file may grow beyond 2 KB, as where no more space is left."""
+    make().save(tmp_path / "a.fourierft.safetensors")
+    script = """
+import resource, sys
+from fourierft_export.cli.main import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+sys.exit(run(["pack", "a=a.fourierft.safetensors", "--pool", "-o", "p.fourierft.pool"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 6, done.stderr
+    assert os.listdir(tmp_path) == ["a.fourierft.safetensors"]
+
+
 def test_threads_share_a_pool(tmp_path: Path) -> None:
     adapters = {str(i): make(i) for i in range(8)}
     pool, wanted, found = ff.Pool.create(tmp_path / "p", adapters), contents(adapters), []
