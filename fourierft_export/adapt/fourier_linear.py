@@ -17,7 +17,7 @@ from ..bundle.spec import AdapterSpec
 from ..errors import UsageError
 from ..spectral.cost import choose_form
 from ..spectral.entries import current_rule, spectral_entries
-from ..spectral.torch_forms import precision
+from ..spectral.torch_kernels import precision
 from ..types import Entries
 from .base_linear import (
     check_output,

@@ -15,10 +15,10 @@ from ..errors import BadInputError
 from ..files.hub import local_adapter
 from ..files.safetensors_reader import read_file, read_header
 from ..files.staging import staged_file
-from ..models.base import Base, open_base
+from ..models.base_tensors import Base, open_base
 from ..spectral.entries import entries_sha256, spectral_entries
 from ..types import Array, html_table
-from .encoding import HASH_KEY, check_kind, decode, encode, split_file
+from .file_format import HASH_KEY, check_kind, decode, encode, split_file
 from .fit import check_fits, fit_adapter, layers_of_base
 from .layer_templates import natural_key
 from .spec import EXPLICIT_RULE, AdapterSpec, LayerSpec, spec_offenders

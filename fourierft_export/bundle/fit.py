@@ -15,8 +15,8 @@ from math import prod
 from typing import Literal
 
 from ..errors import BaseMismatchError
-from ..models.base import Base, BaseLayer, is_embedding
-from ..models.name_mapping import find_bridge
+from ..models.adapter_names_in_base import find_bridge
+from ..models.base_tensors import Base, BaseLayer, is_embedding
 from ..spectral.entries import current_rule, entries_sha256, spectral_entries
 from ..types import Array
 from . import fingerprint

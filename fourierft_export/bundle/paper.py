@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..errors import BadInputError
 from ..files.checkpoint import Checkpoint
-from ..models.base import Base
+from ..models.base_tensors import Base
 from ..spectral.entries import entries_sha256
 from ..types import Array
 from .bundle import Bundle

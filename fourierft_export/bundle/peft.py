@@ -19,7 +19,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.hub import local_adapter
 from ..files.links import check_path
 from ..files.staging import staged_directory
-from ..models.base import Base
+from ..models.base_tensors import Base
 from ..types import Array
 from .bundle import Bundle
 from .peft_config import config_of, read_peft_config

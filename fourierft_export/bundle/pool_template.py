@@ -15,7 +15,7 @@ from ..errors import BadInputError
 from ..files import dtypes
 from ..types import Array
 from .bundle import Bundle
-from .encoding import SPEC_KEY, split_file
+from .file_format import SPEC_KEY, split_file
 from .layer_templates import expand
 from .spec import EXPLICIT_RULE, RESERVED, LayerSpec, number_offenders
 

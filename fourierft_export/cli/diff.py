@@ -13,7 +13,7 @@ from .inspect import make_table, open_adapter
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from ..proof.weight_difference import Weights
+    from ..proof.diff import Weights
 
 
 @verb(
@@ -35,7 +35,7 @@ def diff(left: str, right: str, base: str | None) -> Outcome:
     """
     from ..bundle.bundle import Bundle
     from ..errors import UsageError
-    from ..proof.weight_difference import compare_adapters, compare_weights
+    from ..proof.diff import compare_adapters, compare_weights
 
     titles: tuple[str, ...]
     notes = []
@@ -88,7 +88,7 @@ def _open_both(
 def _read_graph(path: str) -> Weights:
     """The initializers of an ONNX file."""
     from ..onnx_graph.graph.source import open_onnx
-    from ..proof.weight_difference import Weights
+    from ..proof.diff import Weights
 
     source = open_onnx(path)
     values = source.model.graph.initializers.items()
@@ -100,7 +100,7 @@ def _open(path: str, base: str | None) -> Bundle | Weights:
     """Opens an adapter, bound to `base` where it is not bound, or a checkpoint."""
     from ..bundle.peft import CONFIG_FILE, open_bundle
     from ..files.checkpoint import Checkpoint
-    from ..proof.weight_difference import Weights
+    from ..proof.diff import Weights
 
     is_model = os.path.isfile(os.path.join(path, "config.json"))
     if is_model and not os.path.isfile(os.path.join(path, CONFIG_FILE)):

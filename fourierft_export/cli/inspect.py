@@ -84,7 +84,7 @@ def describe(path: str) -> dict[str, Any]:
     from ..errors import FileAccessError
     from ..files.hub import local_adapter
     from ..files.safetensors_reader import read_header
-    from ..models.base import describe_base
+    from ..models.base_tensors import describe_base
 
     path = os.fspath(local_adapter(path))
     if not os.path.lexists(path):

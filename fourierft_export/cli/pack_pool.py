@@ -32,7 +32,7 @@ def write_pool(
     from ..bundle.peft import open_bundle
     from ..bundle.pool import Pool
     from ..files.staging import check_output
-    from ..models.base import open_base
+    from ..models.base_tensors import open_base
 
     if not sources and not remove:
         raise UsageError("pack --pool", expected="adapters to pack", found="none")

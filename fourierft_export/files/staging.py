@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
-from .external import find_external_files
 from .hashed_write import name_os_errors, set_umask_mode, sync
 from .links import check_path
+from .onnx_external_data import find_external_files
 
 if sys.platform == "win32":
     import msvcrt

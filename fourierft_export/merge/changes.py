@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES, to_name
 from ..files.safetensors_reader import TensorInfo
 from ..models import task as tasks
-from ..models.base import T5_FAMILIES, Base, BaseLayer, is_input_embedding
+from ..models.base_tensors import T5_FAMILIES, Base, BaseLayer, is_input_embedding
 from ..spectral.delta import Term
 from ..types import Array
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from ..errors import FileAccessError, missing_extra
-from ..spectral.threads import default_threads
+from ..spectral.thread_pool import default_threads
 
 T = TypeVar("T")
 OpenExecutor = Callable[[], AbstractContextManager[Executor]]

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..files.hashed_write import check_space
 from ..files.hub import local_model
 from ..files.staging import check_output
-from ..models.base import open_base
+from ..models.base_tensors import open_base
 from ..types import Progress
 from .base_files import MANIFEST, hash_file, measure_file, sort_files
 from .changes import collect_changes, fit_bundle, make_config

@@ -22,7 +22,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import DTYPE_BITS, FLOAT_DTYPES
 from ..files.hashed_write import IN_FLIGHT
 from ..files.safetensors_reader import Header
-from ..models.base import Base
+from ..models.base_tensors import Base
 from ..spectral.cost import choose_delta_path
 from .changes import Changes, TensorPlan
 from .report import MergeReport

@@ -14,7 +14,7 @@ from ..bundle.layer_templates import compress
 from ..bundle.spec import Fingerprint
 from ..errors import BaseMismatchError, UsageError
 from ..files.staging import check_output
-from ..models.base import Base, open_base
+from ..models.base_tensors import Base, open_base
 from ..types import Progress
 from .adapter_interface import KEY
 from .adapters import Bundles, named_bundles, weighted, without

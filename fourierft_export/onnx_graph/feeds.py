@@ -14,7 +14,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.fingerprint import compare_fingerprints
 from ..bundle.fit import FoundLayer, FoundTensor, check_fits, fit_adapter
 from ..errors import BadInputError, BaseMismatchError
-from ..models.name_mapping import find_bridge
+from ..models.adapter_names_in_base import find_bridge
 from ..types import Array
 from .adapter_interface import PREFIX, Group, Interface
 from .adapters import without

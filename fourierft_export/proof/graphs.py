@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
-from ..files.external import check_external_data
+from ..files.onnx_external_data import check_external_data
 from ..files.safetensors_reader import open_regular
 from ..types import Array
 from .inputs import AS_NPZ

@@ -9,7 +9,7 @@ import numpy as np
 from ..bundle.bundle import Bundle
 from ..errors import extra_of
 from ..spectral.delta import reference_delta
-from .weight_difference import delta_norm
+from .diff import delta_norm
 
 MOST_LAYERS, MOST_VALUES = 60, 2**24
 """A picture names so many layers, and draws no larger delta_W."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ..bundle.bundle import Bundle
 from ..errors import missing_extra, printable
+from .diff import delta_norm
 from .plot_adapter import draw_bundle
 from .report import SIGNS, OutputComparison, Report, Side
-from .weight_difference import delta_norm
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult

@@ -19,7 +19,7 @@ from ..bundle.spec import AdapterSpec, LayerSpec
 from ..errors import UsageError, ValidationError
 from ..files.dtypes import FLOAT_DTYPES, to_numpy
 from ..files.safetensors_reader import TensorInfo
-from ..models.base import Base, open_base
+from ..models.base_tensors import Base, open_base
 from ..models.task import HEAD_PARTS, head_labels, likely_task
 from ..spectral.delta import Term
 from ..types import Array, Progress, byte_counter

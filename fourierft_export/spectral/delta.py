@@ -22,7 +22,7 @@ from ..types import Entries
 from .cost import choose_delta_path, useful_threads
 from .entries import check_shape
 from .half_spectrum import ROW_MAKERS, half_spectrum
-from .threads import default_threads, run_shares
+from .thread_pool import default_threads, run_shares
 
 Float32 = npt.NDArray[np.float32]
 AnyFloat = npt.NDArray[Any]  # numpy's own floats or ml_dtypes.bfloat16
@@ -71,7 +71,7 @@ def add_delta_weight(
         terms: the adapters' changes; each may have its own entries and scaling.
         transposed: the weight is stored as (in, out), as GPT-2's Conv1D does.
         out_dtype: of the result; by default that of `weight`.
-        threads: at most this many; by default `threads.default_threads()`.
+        threads: at most this many; by default `thread_pool.default_threads()`.
     """
     target = np.empty(weight.shape, weight.dtype if out_dtype is None else out_dtype)
     changes = list(terms)
@@ -139,7 +139,7 @@ def each_block(
         put: called with (0, rows, float32 values of them); from several threads, and the values
             are overwritten afterwards. Blocks and values do not depend on the number of threads.
         transposed: the weight is stored as (in, out).
-        threads: at most this many; by default `threads.default_threads()`.
+        threads: at most this many; by default `thread_pool.default_threads()`.
     """
     for term in terms:
         check_term(term.spectrum, term.entries, stored[::-1] if transposed else stored)
@@ -170,7 +170,7 @@ def rebuild(
         entries: int64 (n, 2), pairs (u, v) with u along the first dimension.
         scaling: multiplies every delta_W.
         put: called from several threads; the values are overwritten afterwards.
-        threads: at most this many; by default `threads.default_threads()`.
+        threads: at most this many; by default `thread_pool.default_threads()`.
         path: one of `cost.DELTA_PATHS`; by default the cheapest.
     """
     rows, columns = shape

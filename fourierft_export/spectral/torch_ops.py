@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from . import delta as numpy_delta
-from . import torch_forms as kernels
+from . import torch_kernels as kernels
 
 Function = type[torch.autograd.Function]
 

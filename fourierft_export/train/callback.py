@@ -21,7 +21,8 @@ from ..adapt.modules import adapter_names
 from ..bundle.bundle import SUFFIX, Bundle
 from ..errors import BaseMismatchError, UsageError
 from ..files.staging import staged_file
-from .adapter import (
+from .checkpoint import ADAPTER
+from .live_adapter import (
     NAME,
     Identity,
     LiveAdapter,
@@ -30,7 +31,6 @@ from .adapter import (
     check_same_adapter,
     identity,
 )
-from .checkpoint import ADAPTER
 
 WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")

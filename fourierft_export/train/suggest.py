@@ -59,7 +59,7 @@ def suggest(
 
 def choose_values(task: TrainingTask, settings: TrainSettings) -> dict[str, Any]:
     """The same values for a task and settings, whose `steps` say how long the run is."""
-    from .adapter import choose_config
+    from .live_adapter import choose_config
 
     config, sizes = choose_config(task, settings)
     found = _values(config.n_frequency, config.scaling, sizes, settings)

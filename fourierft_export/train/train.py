@@ -23,7 +23,7 @@ from ..errors import FileAccessError, FourierFTError, UsageError, missing_extra
 from ..files.staging import check_output
 from ..types import Progress
 from . import defaults
-from .adapter import NAME, LiveAdapter, new_adapter
+from .live_adapter import NAME, LiveAdapter, new_adapter
 from .report import TrainReport
 from .settings import OF_ADAPTER, TrainSettings
 from .task import TrainingTask, hold_out

@@ -21,10 +21,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapt.modules import base_modules, original
 from ..bundle.bundle import Bundle
 from ..errors import UsageError
-from .adapter import LiveAdapter
 from .checkpoint import ADAPTER
 from .data.losses_and_scores import logits_of
 from .epoch_batches import EpochBatches, rate_factor
+from .live_adapter import LiveAdapter
 from .parameter_groups import parameter_groups
 from .settings import TrainSettings
 from .task import TrainingTask

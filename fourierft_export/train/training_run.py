@@ -20,7 +20,6 @@ from ..bundle.bundle import Bundle
 from ..errors import FileAccessError, UsageError
 from ..files.staging import staged_file
 from ..types import Progress
-from .adapter import LiveAdapter, identity
 from .checkpoint import (
     AGAIN,
     FACTS,
@@ -34,6 +33,7 @@ from .checkpoint import (
     read_history,
 )
 from .epoch_batches import EpochBatches
+from .live_adapter import LiveAdapter, identity
 from .report import TrainReport
 from .settings import TrainSettings
 from .task import TrainingTask

@@ -37,7 +37,7 @@ def timed(base: str, bundle: str, out: str) -> None:
     from fourierft_export.bundle.bundle import Bundle
     from fourierft_export.merge import rounding
     from fourierft_export.merge.merge import merge_checkpoint
-    from fourierft_export.spectral.threads import default_threads
+    from fourierft_export.spectral.thread_pool import default_threads
 
     spent = {"entries": 0.0, "blocks": 0.0, "put": 0.0}
     lock = threading.Lock()

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from fourierft_export import Bundle
 from fourierft_export.bundle.spec import AdapterSpec, Fingerprint, LayerSpec
 from fourierft_export.errors import BadInputError, BaseMismatchError, FileAccessError, UsageError
-from fourierft_export.models.base import open_base
+from fourierft_export.models.base_tensors import open_base
 from fourierft_export.spectral.entries import entries_sha256, spectral_entries
 
 GOLDEN = Path(__file__).parent.parent / "golden"

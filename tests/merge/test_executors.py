@@ -18,7 +18,7 @@ import fourierft_export as ff
 from fourierft_export.errors import BadInputError, FileAccessError, UsageError
 from fourierft_export.merge import executors
 from fourierft_export.merge.executors import ATTEMPTS, run_tasks
-from fourierft_export.spectral.threads import default_threads
+from fourierft_export.spectral.thread_pool import default_threads
 from tests.kill import files_in
 
 Bundles = list[ff.Bundle]

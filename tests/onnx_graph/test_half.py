@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import fourierft_export as ff
-from fourierft_export.models.base import open_base
+from fourierft_export.models.base_tensors import open_base
 from fourierft_export.models.load import load_model
 from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
 from fourierft_export.proof.validate import validate

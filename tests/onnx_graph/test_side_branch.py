@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fourierft_export.onnx_graph.graph.ops import Ops
 from fourierft_export.onnx_graph.modes import side_branch
-from fourierft_export.onnx_graph.modes.transforms import is_dense
+from fourierft_export.onnx_graph.modes.cosine_transforms import is_dense
 from fourierft_export.spectral.delta import reference_delta
 
 ROWS, TOKENS, LAYERS = 3, 4, 2

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fourierft_export.errors import UsageError
-from fourierft_export.spectral import cost, torch_forms
+from fourierft_export.spectral import cost, torch_kernels
 from fourierft_export.spectral.delta import Term, add_delta_weight, adder, rebuild, reference_delta
 from fourierft_export.spectral.entries import spectral_entries
 
@@ -35,7 +35,7 @@ def fast_delta(form: str, spectrum: np.ndarray, entries: np.ndarray, shape: tupl
         with cost.force(delta=form):
             return delta_weight(spectrum, entries, shape, scaling)
     tensors = torch.from_numpy(spectrum.copy()), torch.from_numpy(entries.copy())
-    return torch_forms.delta_by_fft(*tensors, shape, scaling).numpy()
+    return torch_kernels.delta_by_fft(*tensors, shape, scaling).numpy()
 
 
 def delta_weights(spectra, entries, shape, scaling: float, threads: int | None = None):

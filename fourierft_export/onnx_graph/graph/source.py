@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import BadInputError
-from ...files.external import EXTERNAL, check_external_data, tensors
+from ...files.onnx_external_data import EXTERNAL, check_external_data, tensors
 from ...files.safetensors_reader import open_regular, read_exactly
 from ...types import Array
 from .ops import free_name, register_constant, used_names

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInputError, UsageError
-from ...files.external import EXTERNAL, count_tensor_bytes, tensors
 from ...files.hashed_write import check_space, name_os_errors, set_umask_mode, sync
+from ...files.onnx_external_data import EXTERNAL, count_tensor_bytes, tensors
 from ...files.staging import check_output, open_work_folder
 from ...types import Progress
 from ..mode_names import expander_path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...models.name_mapping import Bridge, find_bridge
+from ...models.adapter_names_in_base import Bridge, find_bridge
 from ..graph.source import Source, constant_of, constant_shape, constants
 from .candidates import describe_sites, list_candidates, make_site, may_hold
 from .module_names import (

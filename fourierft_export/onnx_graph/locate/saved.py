@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...bundle.bundle import Bundle
 from ...errors import BaseMismatchError
-from ...models.name_mapping import Bridge
+from ...models.adapter_names_in_base import Bridge
 from ..graph.source import constant_of, constant_shape
 from .finder import Finder
 from .site import Wanted

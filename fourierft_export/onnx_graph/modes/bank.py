@@ -18,9 +18,9 @@ from ..adapter_interface import ADAPTER_ID, BASE_PREFIX, PREFIX, Saved
 from ..feeds import table
 from ..graph.ops import FLOAT32, Ops, replace_uses
 from ..locate.saved import Place
+from .adapter_inputs import adapter_inputs, group_inputs, take_out
 from .batch_dimension import batch_of, is_batch_first, leads_with_batch
 from .find_layer_ends import ends_of
-from .inputs import adapter_inputs, group_inputs, take_out
 from .plan import Plan, Written
 from .side_branch import SideBranches
 from .swappable import written_beside

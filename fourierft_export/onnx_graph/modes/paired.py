@@ -18,7 +18,13 @@ from ..graph.ops import FLOAT32, Ops
 from ..locate.site import Site
 from ..mode_names import DEFAULTS
 from . import functions
-from .inputs import AdapterInputs, adapter_inputs, group_inputs, take_out, write_saved_inputs
+from .adapter_inputs import (
+    AdapterInputs,
+    adapter_inputs,
+    group_inputs,
+    take_out,
+    write_saved_inputs,
+)
 from .plan import Plan, Written
 
 if TYPE_CHECKING:

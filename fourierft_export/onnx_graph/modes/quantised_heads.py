@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import BaseMismatchError
-from ...models.name_mapping import Bridge
+from ...models.adapter_names_in_base import Bridge
 from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source, constant_of
 from ..locate.module_names import same_path

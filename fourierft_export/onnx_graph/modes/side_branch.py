@@ -23,8 +23,8 @@ import numpy as np
 
 from ..adapter_interface import PREFIX, Group
 from ..graph.ops import FLOAT32, Ops, replace_uses
+from .cosine_transforms import Transforms, is_dense
 from .find_layer_ends import Ends
-from .transforms import Transforms, is_dense
 
 if TYPE_CHECKING:
     import onnx_ir as ir

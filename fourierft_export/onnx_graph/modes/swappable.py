@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..graph.ops import Ops
+from .adapter_inputs import AdapterInputs, adapter_inputs, group_inputs, write_saved_inputs
 from .find_layer_ends import ends_of
-from .inputs import AdapterInputs, adapter_inputs, group_inputs, write_saved_inputs
 from .plan import Plan, Written
 from .side_branch import SideBranches
 

@@ -21,7 +21,7 @@ from ..mode_names import (
     UNMERGED,
 )
 from . import bank, merged, paired, swappable, unmerged
-from .inputs import require_inputs
+from .adapter_inputs import require_inputs
 from .metadata import write_metadata
 from .plan import Plan, Written
 

@@ -25,7 +25,7 @@ from ...bundle.fit import (
 from ...bundle.peft import CONFIG_FILE as ADAPTER_CONFIG
 from ...errors import UsageError
 from ...files.staging import check_output
-from ...models.base import Base, open_base
+from ...models.base_tensors import Base, open_base
 from ...models.example_inputs import dynamic_axes, example_inputs
 from ...models.load import load_model
 from ...models.task import choose_task, get_task, head_labels

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fourierft_export.errors import BadInputError, FileAccessError
-from fourierft_export.files.external import check_external_data
+from fourierft_export.files.onnx_external_data import check_external_data
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

@@ -20,7 +20,7 @@ from ..files.hub import local_model
 from ..files.links import check_path
 from ..files.safetensors_reader import TensorInfo
 from ..types import Array
-from .name_mapping import Bridge, find_bridge, input_embedding_of, renamed_modules
+from .adapter_names_in_base import Bridge, find_bridge, input_embedding_of, renamed_modules
 from .task import read_config
 
 # transformers' Conv1D stores (in_features, out_features); these are the modules that use it.

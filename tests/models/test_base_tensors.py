@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fourierft_export.errors import BadInputError, BaseMismatchError
-from fourierft_export.models.base import open_base
-from fourierft_export.models.name_mapping import Bridge
+from fourierft_export.models.adapter_names_in_base import Bridge
+from fourierft_export.models.base_tensors import open_base
 
 MakeBase = Callable[..., Path]
 QUERY = "encoder.layer.0.attention.self.query"
