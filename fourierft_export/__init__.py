@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from fourierft_export.adapt.modules import active_adapters, adapter_names
     from fourierft_export.adapt.routing.route import route
     from fourierft_export.bundle.bundle import Bundle
-    from fourierft_export.bundle.lora import to_lora
     from fourierft_export.bundle.paper import from_paper
     from fourierft_export.bundle.peft import from_peft, to_peft
     from fourierft_export.bundle.pool import Pool
     from fourierft_export.bundle.push import push
+    from fourierft_export.bundle.to_lora import to_lora
     from fourierft_export.merge.manifest import verify_merged
     from fourierft_export.merge.merge import merge_checkpoint
     from fourierft_export.onnx_graph.apply import apply_onnx
@@ -122,7 +122,7 @@ _HOMES = {
     "route": "adapt.routing.route",
     "save_bundles": "train.callback",
     "suggest": "train.suggest",
-    "to_lora": "bundle.lora",
+    "to_lora": "bundle.to_lora",
     "to_peft": "bundle.peft",
     "train_adapter": "train.train",
     "trainable_parameters": "adapt.active",

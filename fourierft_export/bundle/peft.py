@@ -17,7 +17,7 @@ from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageErr
 from ..files import strict_json
 from ..files.checkpoint import Checkpoint
 from ..files.hub import local_adapter
-from ..files.links import check_path
+from ..files.safe_paths import check_path
 from ..files.staging import staged_directory
 from ..models.base_tensors import Base
 from ..types import Array

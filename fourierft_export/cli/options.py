@@ -16,7 +16,7 @@ class _PossiblePath(click.Path):
     """A path that a file can have; click does not look for it: its exit code is 2, ours is 6."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        from ..files.links import check_path
+        from ..files.safe_paths import check_path
 
         check_path(value)
         return super().convert(value, param, ctx)

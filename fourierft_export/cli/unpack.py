@@ -49,8 +49,8 @@ def unpack(
     progress: Progress,
 ) -> Outcome:
     """Write a bundle as a directory that PEFT loads, or as LoRA."""
-    from ..bundle.lora import to_lora
     from ..bundle.peft import open_bundle, to_peft
+    from ..bundle.to_lora import to_lora
     from ..errors import UsageError
     from ..files.staging import check_output
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import BadInputError, FileAccessError
 from . import strict_json
 from .dtypes import to_numpy
-from .links import check_link, is_plain_path
+from .safe_paths import check_link, is_plain_path
 from .safetensors_reader import (
     Header,
     TensorInfo,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError, FileAccessError
-from .links import check_link, find_cache_repository, is_plain_path
+from .safe_paths import check_link, find_cache_repository, is_plain_path
 
 EXTERNAL = 1  # onnx.TensorProto.EXTERNAL
 _KEYS = frozenset({"location", "offset", "length", "checksum"})

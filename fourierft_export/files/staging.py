@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..errors import FileAccessError, UsageError
 from .hashed_write import name_os_errors, set_umask_mode, sync
-from .links import check_path
 from .onnx_external_data import find_external_files
+from .safe_paths import check_path
 
 if sys.platform == "win32":
     import msvcrt

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import FileAccessError
 from ..files import strict_json
-from ..files.links import check_link
+from ..files.safe_paths import check_link
 from ..files.safetensors_reader import open_regular, read_exactly, read_file
 
 MANIFEST = "manifest.json"

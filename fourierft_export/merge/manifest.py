@@ -19,7 +19,7 @@ import numpy as np
 from .. import __version__
 from ..errors import BadInputError, FileAccessError, ValidationError
 from ..files import strict_json
-from ..files.links import check_path, is_plain_path
+from ..files.safe_paths import check_path, is_plain_path
 from ..files.safetensors_reader import read_file
 from ..types import Progress, byte_counter
 from .base_files import MANIFEST, hash_file, sort_files

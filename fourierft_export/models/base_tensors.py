@@ -17,7 +17,7 @@ from ..errors import MAX_OFFENDERS_SHOWN, BaseMismatchError, UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import FLOAT_DTYPES
 from ..files.hub import local_model
-from ..files.links import check_path
+from ..files.safe_paths import check_path
 from ..files.safetensors_reader import TensorInfo
 from ..types import Array
 from .adapter_names_in_base import Bridge, find_bridge, input_embedding_of, renamed_modules

@@ -23,14 +23,14 @@ from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
 from .graph.write import refuse_inputs, write_pair
 from .locate.finder import Finder, Found
-from .locate.join_parts import join_parts
+from .locate.join_split_layers import join_parts
 from .locate.saved import find_saved, missing_saved
 from .locate.site import Site, Wanted, compare_site
 from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
 from .modes.batch_dimension import batch_of
-from .modes.plan import Plan
+from .modes.mode_records import Plan
 from .modes.quantised_heads import float_heads
-from .modes.write_adapters import check_mode, write_adapters
+from .modes.write_mode import check_mode, write_adapters
 from .report import ExportReport, report_on
 
 _SIDE_OPSET = 16  # of a graph with side branches

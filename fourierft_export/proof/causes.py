@@ -26,7 +26,15 @@ from .artifacts import Artifacts
 from .graphs import Graph
 from .inputs import Inputs
 from .models import load_model, load_peft_model, run_model
-from .rebuild import Rounding, Target, delta_of, find_targets, put_saved, round_all, set_weights
+from .reference_model import (
+    Rounding,
+    Target,
+    delta_of,
+    find_targets,
+    put_saved,
+    round_all,
+    set_weights,
+)
 from .report import Cause, Comparison
 
 if TYPE_CHECKING:

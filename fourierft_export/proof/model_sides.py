@@ -12,7 +12,6 @@ from ..bundle.bundle import Bundle
 from ..errors import BadInputError, UsageError
 from ..models.task import Task
 from ..types import Array
-from . import rebuild
 from .artifacts import Artifacts, tensor_shapes
 from .compare import rms_difference
 from .inputs import Inputs
@@ -42,7 +41,7 @@ class ModelSides:
         self.problems: list[str] = []  # findings that fail the validation by themselves
         self.notes: list[str] = []  # limits of the result, for the report
         # Precision -> how the weights of the model rebuilt for it are rounded.
-        self.roundings: dict[str, rebuild.Rounding] = {}
+        self.roundings: dict[str, reference_model.Rounding] = {}
         self.random_outputs: set[str] = set()  # of parameters in no file: not compared
 
     def run(self, precisions: Set[str]) -> None:
@@ -56,7 +55,7 @@ class ModelSides:
         if given.task is None or not given.names:
             return
         self.task: Task = given.task
-        roundings: dict[str, rebuild.Rounding | None] = dict.fromkeys(sorted(precisions))
+        roundings: dict[str, reference_model.Rounding | None] = dict.fromkeys(sorted(precisions))
         merged = None
         if given.merged is not None:
             merged, rounding = self._run_merged(given.merged)
@@ -75,7 +74,7 @@ class ModelSides:
         if merged is not None:
             self.adapted.append(merged)
 
-    def _run_merged(self, directory: Path) -> tuple[Run, rebuild.Rounding]:
+    def _run_merged(self, directory: Path) -> tuple[Run, reference_model.Rounding]:
         """Runs the merged checkpoint as transformers loads it; also returns how it is rounded."""
         began = self._begin("merged")
         model, unset = load_model(directory, self.task)
@@ -87,8 +86,10 @@ class ModelSides:
             )
         layers = self.artifacts.bundle.layers if self.artifacts.bundle else ()
         paths = [find_module(model, layer.name)[0] for layer in layers]
-        rounding = rebuild.find_rounding(model)
-        precision = rebuild.weights_precision(model, rounding, [path for path in paths if path])
+        rounding = reference_model.find_rounding(model)
+        precision = reference_model.weights_precision(
+            model, rounding, [path for path in paths if path]
+        )
         side = Side("merged", "adapted", str(directory), precision)
         return self._run(side, model, began, random), rounding
 
@@ -104,7 +105,11 @@ class ModelSides:
         self.references.append(self._run(side, model, began, random))
 
     def _run_rebuilt(
-        self, directory: Path, bundle: Bundle, precision: str, rounding: rebuild.Rounding | None
+        self,
+        directory: Path,
+        bundle: Bundle,
+        precision: str,
+        rounding: reference_model.Rounding | None,
     ) -> Run:
         """Runs the base and the adapted model that is rebuilt from base and bundle.
 
@@ -117,19 +122,19 @@ class ModelSides:
         suffix = "" if exact else f":{precision}"
         began = self._begin("base" if exact else f"torch{suffix}")
         model, unset = load_model(directory, self.task, self.artifacts.num_labels)
-        targets = rebuild.find_targets(model, bundle)
-        filled = rebuild.put_saved(model, bundle, only=frozenset(unset))
+        targets = reference_model.find_targets(model, bundle)
+        filled = reference_model.put_saved(model, bundle, only=frozenset(unset))
         random = self._check_unset(directory, unset, filled)
         if exact:
             notes = (f"has the adapter's {', '.join(filled)}, which it lacks",) if filled else ()
             side = Side("base", "base", str(directory), precision, notes=notes)
             self.references.append(self._run(side, model, began, random))
             began = self._begin("torch")
-        more = set(rebuild.put_saved(model, bundle)) - set(filled)
+        more = set(reference_model.put_saved(model, bundle)) - set(filled)
         if rounding is None:
-            rounding = rebuild.uniform_rounding(model, precision)
+            rounding = reference_model.uniform_rounding(model, precision)
         self.roundings[precision] = rounding
-        rebuild.round_all(model, rounding)
+        reference_model.round_all(model, rounding)
         side = Side(f"plain{suffix}", "base", self.artifacts.source, precision)
         rounded = () if exact else (f"weights rounded to {precision}, computed in float32",)
         if more or not exact:
@@ -137,12 +142,12 @@ class ModelSides:
             plain = replace(side, notes=notes)
             self.references.append(self._run(plain, model, began, random))
             began = time.monotonic()
-        rebuild.set_weights(targets, bundle, rounding)
+        reference_model.set_weights(targets, bundle, rounding)
         side = replace(side, name=f"torch{suffix}", role="adapted", notes=rounded)
         run = replace(self._run(side, model, began, random), rebuilt=True)
         self.adapted.append(run)
         # Sums in float32 round a few weights the other way: no fault of the side compared.
-        rebuild.set_weights(targets, bundle, rounding, in_float32=True)
+        reference_model.set_weights(targets, bundle, rounding, in_float32=True)
         self.noise.arithmetic[precision] = self._arithmetic_noise(model, run)
         return run
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..bundle.peft import BundleSource
 from ..errors import BadInputError, FourierFTError, UsageError
-from ..files.links import check_path
+from ..files.safe_paths import check_path
 from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
 from .causes import find_causes

@@ -16,7 +16,7 @@ from ..graph.source import constant_of
 from ..locate.saved import Place
 from ..locate.site import Wanted, compare_site, part_of
 from ..mode_names import DEFAULTS
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir

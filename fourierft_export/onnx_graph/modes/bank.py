@@ -21,7 +21,7 @@ from ..locate.saved import Place
 from .adapter_inputs import adapter_inputs, group_inputs, take_out
 from .batch_dimension import batch_of, is_batch_first, leads_with_batch
 from .find_layer_ends import ends_of
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 from .side_branch import SideBranches
 from .swappable import written_beside
 

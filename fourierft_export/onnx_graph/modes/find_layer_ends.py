@@ -16,7 +16,7 @@ from ...errors import UsageError
 from ..graph.ops import Ops, replace_uses
 from ..graph.source import Source, constant_of
 from ..locate.site import Site
-from .plan import Plan
+from .mode_records import Plan
 
 if TYPE_CHECKING:
     import onnx_ir as ir

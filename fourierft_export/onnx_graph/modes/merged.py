@@ -14,7 +14,7 @@ from ...types import Array
 from ..adapters import adapted_weight, layer_terms
 from ..graph.source import constant_of
 from ..locate.site import Site
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -20,7 +20,7 @@ from ...files.safetensors_reader import decode_header_length, parse_header
 from ...types import Array
 from ..adapter_interface import KEY
 from ..mode_names import BANK, DEFAULTS, MERGED, UNMERGED
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir

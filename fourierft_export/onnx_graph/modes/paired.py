@@ -25,7 +25,7 @@ from .adapter_inputs import (
     take_out,
     write_saved_inputs,
 )
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir

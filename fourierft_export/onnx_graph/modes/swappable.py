@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..graph.ops import Ops
 from .adapter_inputs import AdapterInputs, adapter_inputs, group_inputs, write_saved_inputs
 from .find_layer_ends import ends_of
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 from .side_branch import SideBranches
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from ..graph.ops import FLOAT32, Ops
 from ..locate.site import Site
 from . import functions, swappable
 from .merged import put_saved
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir

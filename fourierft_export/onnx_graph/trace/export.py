@@ -21,8 +21,8 @@ from ..graph.inline import inline_functions
 from ..graph.write import write_pair
 from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES, expander_path
 from ..modes.merged import saved_values
-from ..modes.plan import Plan
-from ..modes.write_adapters import check_adapter_count, check_mode, write_adapters
+from ..modes.mode_records import Plan
+from ..modes.write_mode import check_adapter_count, check_mode, write_adapters
 from ..report import ExportReport, report_on
 from .base import replaced_tensors, tensor_of, trace_base
 from .trace import Inputs, check_versions, set_ir_version

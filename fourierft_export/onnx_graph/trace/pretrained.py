@@ -32,10 +32,10 @@ from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
 from ..adapters import Bundles, named_bundles, weighted
 from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
-from ..modes.write_adapters import check_adapter_count, check_mode
+from ..modes.write_mode import check_adapter_count, check_mode
 from ..report import ExportReport
 from .export import Output, export_adapters
-from .genai import list_genai_files, write_genai_files
+from .genai_config import list_genai_files, write_genai_files
 from .model_parts import CachedModel, EncoderView
 from .trace import check_versions, list_outputs
 

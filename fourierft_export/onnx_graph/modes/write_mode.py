@@ -23,7 +23,7 @@ from ..mode_names import (
 from . import bank, merged, paired, swappable, unmerged
 from .adapter_inputs import require_inputs
 from .metadata import write_metadata
-from .plan import Plan, Written
+from .mode_records import Plan, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
