@@ -12,6 +12,7 @@ from ..bundle.bundle import Bundle
 from ..errors import BadInputError, UsageError
 from ..models.task import Task
 from ..types import Array
+from . import reference_model
 from .artifacts import Artifacts, tensor_shapes
 from .compare import rms_difference
 from .inputs import Inputs
