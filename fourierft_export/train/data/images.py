@@ -4,63 +4,45 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadInputError, FourierFTError, missing_extra
+from ...errors import FourierFTError
 from ...files.safetensors_reader import open_regular
 from .models import load_processor
-from .rows import BadRows, Rows
+from .rows import Rows, read_each
 
 MAX_PIXELS = 1 << 26
-IMAGES = (("image",), ("images",), ("path",), ("file_name",))
-# What Pillow's decoders raise for damaged files.
-_DAMAGED = (
-    OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, AttributeError,
-    ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error,
-)  # fmt: skip
 Image = str | bytes  # a file's path or its content
 
 
-def read_images(rows: Rows, named: Sequence[str]) -> list[Image]:
+def read_images(rows: Rows, column: str) -> list[Image]:
     """The image of every row; pixels are not decoded yet."""
-    (name,) = rows.find_columns(named, IMAGES, "images", "--text-column")
-    bad = BadRows(rows.where, "an image file in every row")
     root = Path(rows.where) if os.path.isdir(rows.where) else Path(rows.where).parent
-    found: list[Image] = []
-    for place, value in zip(rows.places, rows.column(name), strict=True):
+
+    def read(cells: tuple[Any, ...]) -> Image:
         # Data sets hold images as {"bytes": ..., "path": ...}.
+        (value,) = cells
         image = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
         if not isinstance(image, bytes | str) or not image:
-            bad.add(place, f"image {value!r:.60}")
-            continue
-        found.append(image if isinstance(image, bytes) else os.fspath(root / image))
-        try:
-            with _open_image(found[-1]) as opened:
-                opened.verify()
-        except BadInputError as error:
-            bad.add(error.where if isinstance(image, str) else place, error.found)
-    bad.check()
-    return found
+            raise ValueError(f"image {value!r:.60}")
+        image = image if isinstance(image, bytes) else os.fspath(root / image)
+        open_image(image, lambda opened: opened.verify())
+        return image
+
+    return rows.read([column], read, "an image file in every row")
 
 
-@contextmanager
-def _open_image(image: Image) -> Iterator[Any]:
-    """Pillow's image; BadInputError if a file is none, or too large."""
-    try:
-        import PIL.Image
-        from PIL.Image import DecompressionBombError
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", "reading images") from None
-    where, found = image if isinstance(image, str) else "an image in the data", ""
+def open_image(image: Image, use: Callable[[Any], Any]) -> Any:
+    """`use` of Pillow's image; ValueError if a file is none, is damaged or too large."""
+    import PIL.Image
+
+    name = f"{image}: " if isinstance(image, str) else ""
     try:
         if isinstance(image, str):
             os.close(open_regular(image))
@@ -69,14 +51,12 @@ def _open_image(image: Image) -> Iterator[Any]:
             with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 width, height = opened.size
                 if width * height <= MAX_PIXELS:
-                    yield opened
-                    return
-                found = f"{width} x {height} pixels, more than {MAX_PIXELS}"
+                    return use(opened)
     except FourierFTError as error:
-        found = error.found
-    except (*_DAMAGED, DecompressionBombError) as error:
-        found = f"not an image: {type(error).__name__}"
-    raise BadInputError(where, expected="an image", found=found, remedy="remove or repair it")
+        raise ValueError(f"{name}{error.found}") from error
+    except Exception as error:  # Pillow's decoders raise errors of all kinds for damaged files
+        raise ValueError(f"{name}not an image: {type(error).__name__}") from error
+    raise ValueError(f"{name}{width} x {height} pixels, more than {MAX_PIXELS}")
 
 
 class Collate:
@@ -88,14 +68,17 @@ class Collate:
         what, remedy = "an image processor", "add or correct preprocessor_config.json"
         self.processor = load_processor(AutoImageProcessor, directory, what, remedy)
         self.dtype = next(model.parameters()).dtype
-        self.mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+        config: Any = model.config
+        self.mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
 
     def __call__(self, rows: Sequence[tuple[Image, int]]) -> dict[str, Tensor]:
         """Tensors "pixel_values" (rows, channels, height, width) and "labels" (rows,) int64."""
-        images = []
-        for image, _ in rows:
-            with _open_image(image) as opened:
-                images.append(opened.convert(self.mode))
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        labels = torch.tensor([label for _, label in rows])
-        return {"pixel_values": pixels.to(self.dtype), "labels": labels}
+        images, labels = zip(*rows, strict=True)
+        places = [f"image {i + 1}" for i in range(len(rows))]
+        decoded = read_each("a batch", places, images, self.decode, "images")
+        pixels = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels.to(self.dtype), "labels": torch.tensor(labels)}
+
+    def decode(self, image: Image) -> Any:
+        """Pillow's image with the channels that the model takes."""
+        return open_image(image, lambda opened: opened.convert(self.mode))

@@ -28,35 +28,30 @@ def logits_of(outputs: Any) -> Tensor:
     return found
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in float32 at every label, 0 where labels do not count; shape of `labels`."""
-    flat = logits.flatten(0, -2).float()
-    losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(labels.shape)
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss at every label, float32 in the shape of `labels`; 0 where labels do not count.
+
+    Integers are classes; floats (rows,) are numbers, (rows, classes) say which classes a row has.
+    """
+    logits = logits.float()
+    if labels.is_floating_point() and labels.ndim > 1:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    if labels.is_floating_point():
+        return F.mse_loss(logits.flatten(), labels, reduction="none")
+    flat, wanted = logits.flatten(0, -2), labels.flatten()
+    found = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="none")
+    return found.view(labels.shape)
 
 
-def class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Cross entropy of (..., classes) where labels (...) count."""
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The mean loss of the labels that count."""
     items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    return _losses(logits_of(outputs), labels).sum() / items
-
-
-def number_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Squared error of (rows, 1) against (rows,)."""
-    items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    return F.mse_loss(logits_of(outputs).float().flatten(), labels, reduction="sum") / items
-
-
-def several_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Binary cross entropy of (rows, classes) against 0 and 1."""
-    items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    logits = logits_of(outputs).float()
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
+    return losses(logits_of(outputs), labels).sum() / items
 
 
 def next_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Cross entropy of each token from those before it; the first label never counts."""
-    return class_loss(logits_of(outputs)[:, :-1], labels[:, 1:], num_items_in_batch)
+    return mean_loss(logits_of(outputs)[:, :-1], labels[:, 1:], num_items_in_batch)
 
 
 def keep_logits(logits: Any, _labels: Tensor) -> Tensor:
@@ -67,58 +62,40 @@ def keep_logits(logits: Any, _labels: Tensor) -> Tensor:
 def keep_tags(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of every position the likeliest tag, and its loss."""
     found = logits_of(logits)
-    return found.argmax(-1), _losses(found, labels)
+    return found.argmax(-1), losses(found, labels)
 
 
 def keep_sums(logits: Any, labels: Tensor) -> Tensor:
     """Of every row the loss, the tokens that count, and those of them that were right."""
     found, shifted = logits_of(logits)[:, :-1], labels[:, 1:]
     right = (found.argmax(-1) == shifted) & (shifted != IGNORED)
-    loss = _losses(found, shifted).sum(-1)
+    loss = losses(found, shifted).sum(-1)
     return torch.stack([loss, (shifted != IGNORED).sum(-1), right.sum(-1)], -1)
 
 
-def score_classes(prediction: Any) -> dict[str, float]:
-    """Mean loss, accuracy, macro F1 and Matthews' correlation of one class per row."""
-    from sklearn import metrics
-
-    logits, labels = prediction.predictions, prediction.label_ids
-    found = logits.argmax(-1)
-    return {
-        "loss": float(class_loss(torch.from_numpy(logits), torch.from_numpy(labels))),
-        "accuracy": float(metrics.accuracy_score(labels, found)),
-        "f1": float(metrics.f1_score(labels, found, average="macro", zero_division=0)),
-        "matthews": float(metrics.matthews_corrcoef(labels, found)),
-    }
-
-
-def score_numbers(prediction: Any) -> dict[str, float]:
-    """Mean squared and absolute error, R squared and Pearson's correlation of a regression."""
-    from sklearn import metrics
-
-    found, truth = prediction.predictions.reshape(-1), prediction.label_ids
-    mse = float(metrics.mean_squared_error(truth, found))
-    spread = bool(found.std() and truth.std())
-    return {
-        "loss": mse,
-        "mse": mse,
-        "mae": float(metrics.mean_absolute_error(truth, found)),
-        "r2": float(metrics.r2_score(truth, found)) if len(truth) > 1 else 0.0,
-        "pearson": float(np.corrcoef(found, truth)[0, 1]) if spread else 0.0,
-    }
-
-
-def score_several(prediction: Any) -> dict[str, float]:
-    """Mean loss, F1 over all labels of all rows, and the share of rows with every label right."""
+def score_rows(prediction: Any) -> dict[str, float]:
+    """Scores of rows with a class, several classes or a number, by the labels as in `losses`."""
     from sklearn import metrics
 
     logits, truth = prediction.predictions, prediction.label_ids
-    found = logits > 0
-    return {
-        "loss": float(several_loss(torch.from_numpy(logits), torch.from_numpy(truth))),
-        "f1": float(metrics.f1_score(truth > 0, found, average="micro", zero_division=0)),
-        "accuracy": float(metrics.accuracy_score(truth > 0, found)),
-    }
+    scores = {"loss": float(mean_loss(torch.from_numpy(logits), torch.from_numpy(truth)))}
+    if truth.dtype.kind != "f":
+        found = logits.argmax(-1)
+        scores["accuracy"] = metrics.accuracy_score(truth, found)
+        scores["f1"] = metrics.f1_score(truth, found, average="macro", zero_division=0)
+        scores["matthews"] = metrics.matthews_corrcoef(truth, found)
+    elif truth.ndim > 1:
+        truth, found = truth > 0, logits > 0
+        scores["f1"] = metrics.f1_score(truth, found, average="micro", zero_division=0)
+        scores["accuracy"] = metrics.accuracy_score(truth, found)  # every label of a row right
+    else:
+        found = logits.reshape(-1)
+        scores["loss"] = scores["mse"] = metrics.mean_squared_error(truth, found)
+        scores["mae"] = metrics.mean_absolute_error(truth, found)
+        scores["r2"] = metrics.r2_score(truth, found) if len(truth) > 1 else 0.0
+        spread = found.std() and truth.std()
+        scores["pearson"] = np.corrcoef(found, truth)[0, 1] if spread else 0.0
+    return {name: float(value) for name, value in scores.items()}
 
 
 def score_text(prediction: Any) -> dict[str, float]:
@@ -145,17 +122,20 @@ class ScoreTags:
             "loss": float(losses[counted].astype(np.float64).mean()),
             "accuracy": float((predicted == labels)[counted].mean()),
         }
-        if not self.is_bio:
-            return found
-        hit = true = seen = 0
-        for row, tags, inside in zip(labels, predicted, counted, strict=True):
-            here, there = self.entities(row[inside]), self.entities(tags[inside])
-            hit, true, seen = hit + len(here & there), true + len(here), seen + len(there)
-        return found | {
-            "precision": hit / seen if hit else 0.0,
-            "recall": hit / true if hit else 0.0,
-            "f1": 2 * hit / (true + seen) if hit else 0.0,
-        }
+        if self.is_bio:
+            truth, tags = (
+                {
+                    (row, *entity)
+                    for row, (own, inside) in enumerate(zip(table, counted, strict=True))
+                    for entity in self.entities(own[inside])
+                }
+                for table in (labels, predicted)
+            )
+            hits = len(truth & tags)
+            found["precision"] = hits / max(1, len(tags))
+            found["recall"] = hits / max(1, len(truth))
+            found["f1"] = 2 * hits / max(1, len(truth) + len(tags))
+        return found
 
     def entities(self, tags: Array) -> set[tuple[int, int, str]]:
         """(begin, end, kind) of the entities in a row of tags."""
@@ -170,23 +150,25 @@ class ScoreTags:
         return found
 
 
-def _scoring(loss: Any, scores: Any, keep: Any, metric: str) -> dict[str, Any]:
-    """Those fields of a `TrainingTask`."""
+def scoring(kind: str, names: Sequence[str] = ()) -> dict[str, Any]:
+    """How a kind of task learns and is scored, as fields of a `TrainingTask`.
+
+    Args:
+        kind: a problem type of transformers, or "tags" or "next tokens".
+        names: of the tags, by id.
+    """
+    loss, keep, score, metric = {
+        "single_label_classification": (mean_loss, keep_logits, score_rows, "accuracy"),
+        "multi_label_classification": (mean_loss, keep_logits, score_rows, "f1"),
+        "regression": (mean_loss, keep_logits, score_rows, "mse"),
+        "tags": (mean_loss, keep_tags, ScoreTags(names), "accuracy"),
+        "next tokens": (next_token_loss, keep_sums, score_text, "loss"),
+    }[kind]
+    if isinstance(score, ScoreTags) and score.is_bio:
+        metric = "f1"
     return {
         "compute_loss_func": loss,
-        "compute_metrics": scores,
+        "compute_metrics": score,
         "preprocess_logits_for_metrics": keep,
         "metric_for_best_model": metric,
     }
-
-
-CLASSES = _scoring(class_loss, score_classes, keep_logits, "accuracy")
-SEVERAL = _scoring(several_loss, score_several, keep_logits, "f1")
-NUMBERS = _scoring(number_loss, score_numbers, keep_logits, "mse")
-NEXT_TOKENS = _scoring(next_token_loss, score_text, keep_sums, "loss")
-
-
-def tags(names: Sequence[str]) -> dict[str, Any]:
-    """How words' labels are learnt and scored."""
-    score = ScoreTags(names)
-    return _scoring(class_loss, score, keep_tags, "f1" if score.is_bio else "accuracy")

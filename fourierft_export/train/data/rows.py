@@ -1,4 +1,4 @@
-"""Data files, folders and Hub ids -> rows in columns.
+"""Data files, folders and Hub ids -> rows in columns, and checks that list every bad row.
 
 Text files are read here, line by line, so that every bad row is listed with its line; everything
 else is read by `datasets.load_dataset`.
@@ -10,45 +10,50 @@ import csv
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ...errors import BadInputError, FileAccessError, UsageError
 from ...files import strict_json
 from ...files.safetensors_reader import open_regular
 
-TABLES, JSON_LINES, PARQUET = (".tsv", ".csv"), (".jsonl", ".ndjson"), ".parquet"
-ENDINGS = (*TABLES, *JSON_LINES, PARQUET)
+TABLES, PARQUET = (".tsv", ".csv"), ".parquet"
+ENDINGS = (*TABLES, ".jsonl", ".ndjson", PARQUET)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 MAX_ROWS = 100_000_000
 MAX_PARQUET_BYTES = 64 << 30  # of its columns, uncompressed
-Record = dict[str, Any]
+CORRECT = "correct or remove them"
 
 
-class BadRows:
-    """Collects what is wrong with the rows of a file, to raise it once."""
+def refuse_rows(where: str, bad: Sequence[str], expected: str, remedy: str = CORRECT) -> None:
+    """Raise BadInputError with all bad rows, "PLACE: what is there", if there are any."""
+    if bad:
+        found = (f"{len(bad)} bad rows, first " if len(bad) > 1 else "") + bad[0]
+        offenders = bad if len(bad) > 1 else ()
+        raise BadInputError(
+            where, expected=expected, found=found, remedy=remedy, offenders=offenders
+        )
 
-    def __init__(self, where: str, expected: str, remedy: str = "correct or remove them") -> None:
-        self.where, self.expected, self.remedy = where, expected, remedy
-        self.lines: list[str] = []
 
-    def add(self, place: str, found: str) -> None:
-        """Note that `found` stands at `place`."""
-        self.lines.append(f"{place}: {found}")
-
-    def check(self) -> None:
-        """Raise BadInputError with all bad rows, if there are any."""
-        if self.lines:
-            many = len(self.lines) > 1
-            raise BadInputError(
-                self.where,
-                expected=self.expected,
-                found=(f"{len(self.lines)} bad rows, first " if many else "") + self.lines[0],
-                remedy=self.remedy,
-                offenders=self.lines if many else (),
-            )
+def read_each(
+    where: str,
+    places: Iterable[str],
+    values: Iterable[Any],
+    read: Callable[[Any], Any],
+    expected: str,
+    remedy: str = CORRECT,
+) -> list[Any]:
+    """`read(value)` of every value; BadInputError lists the places where it raises ValueError."""
+    found, bad = [], []
+    for place, value in zip(places, values, strict=True):
+        try:
+            found.append(read(value))
+        except ValueError as error:
+            bad.append(f"{place}: {error}")
+    refuse_rows(where, bad, expected, remedy)
+    return found
 
 
 @dataclass(frozen=True)
@@ -64,31 +69,11 @@ class Rows:
         """The columns' names."""
         return list(getattr(self.data, "column_names", self.data))
 
-    def column(self, name: str) -> list[Any]:
-        """The values of a column; None where a row lacks it. Images are not decoded.
-
-        Numbers of a `ClassLabel` become its names: each data set numbers its classes by itself.
-        """
-        feature, data = self._feature(name), self.data
-        if type(feature).__name__ == "Image":
-            data = data.cast_column(name, type(feature)(decode=False))
-        values, names = list(data[name]), self.class_names(name)
-        return [_name_classes(value, names) for value in values] if names else values
-
-    def class_names(self, column: str) -> tuple[str, ...]:
-        """The names of the classes, where the data set has them (`ClassLabel`); else ()."""
-        feature = self._feature(column)
-        inner = getattr(feature, "feature", feature)  # of a list
-        return tuple(getattr(inner, "names", None) or ())
-
-    def _feature(self, column: str) -> Any:
-        return getattr(self.data, "features", {}).get(column)
-
     def find_columns(
-        self, named: Sequence[str], usual: Sequence[Sequence[str]], what: str, option: str
+        self, named: Sequence[str] | None, usual: Sequence[Sequence[str]], what: str, option: str
     ) -> tuple[str, ...]:
         """The columns that the user named, else the first of `usual` that are all there."""
-        wanted = [tuple(named)] if named else usual
+        wanted = [named] if named else usual
         for names in wanted:
             if set(names) <= set(self.columns):
                 return tuple(names)
@@ -99,18 +84,41 @@ class Rows:
             remedy=f"name the column with {option}",
         )
 
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """The names of the classes, where the data set has them (`ClassLabel`); else ()."""
+        feature = getattr(self.data, "features", {}).get(column)
+        return tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
 
-def _name_classes(value: Any, names: Sequence[str]) -> Any:
-    """The names of class numbers, also in lists; other values stay (-1 is a missing label)."""
-    if isinstance(value, list):
-        return [_name_classes(one, names) for one in value]
-    is_class = isinstance(value, int) and 0 <= value < len(names)
-    return names[value] if is_class else value
+    def column(self, name: str) -> list[Any]:
+        """The values of a column; None where a row lacks it. Images are not decoded.
+
+        Numbers of a `ClassLabel` become its names: each data set numbers its classes by itself.
+        """
+        self.find_columns([name], (), "a column", "--text-column or --label-column")
+        feature: Any = getattr(self.data, "features", {}).get(name)
+        data, names = self.data, self.class_names(name)
+        if type(feature).__name__ == "Image":
+            data = data.cast_column(name, type(feature)(decode=False))
+
+        def named(value: Any) -> Any:
+            if isinstance(value, list):
+                return [named(one) for one in value]
+            is_class = isinstance(value, int) and 0 <= value < len(names)  # -1: no label
+            return names[value] if is_class else value
+
+        return [named(value) for value in data[name]] if names else list(data[name])
+
+    def read(
+        self, columns: Sequence[str], read: Callable[[tuple[Any, ...]], Any], expected: str
+    ) -> list[Any]:
+        """`read(cells)` of every row; all rows where it raises ValueError are listed."""
+        cells = zip(*(self.column(name) for name in columns), strict=True)
+        return read_each(self.where, self.places, cells, read, expected)
 
 
 def load_rows(source: str, *, split: str = "train", images: bool = False) -> Rows:
     """Load the rows of a file, of a folder (of images) or of a Hub id."""
-    path = Path(source)
+    path, suffix = Path(source), Path(source).suffix.lower()
     options: dict[str, str | None]
     if path.is_dir():
         options = {"path": "imagefolder", "data_dir": source} if images else {"path": source}
@@ -119,7 +127,6 @@ def load_rows(source: str, *, split: str = "train", images: bool = False) -> Row
         options = {"path": name, "name": config or None}
     else:
         os.close(open_regular(source))
-        suffix = path.suffix.lower()
         if suffix not in ENDINGS:
             raise UsageError(
                 source,
@@ -143,33 +150,33 @@ def _no_rows(source: str) -> BadInputError:
 
 def _read_text(source: str, suffix: str) -> Rows:
     """The rows of a text file; BadInputError lists every line that is none."""
-    table = suffix in TABLES
-    what = "the header's columns" if table else "one JSON object per line"
-    bad = BadRows(source, f"rows of UTF-8 text with {what}")
+    bad: list[str] = []
     columns: dict[str, list[Any]] = {}
     places: list[str] = []
-    for number, record in (_read_table if table else _read_json_lines)(source, bad):
+    read = _read_table if suffix in TABLES else _read_json_lines
+    for number, record in read(source, bad):
         for name in [name for name in record if name not in columns]:
             columns[name] = [None] * len(places)
         for name, values in columns.items():
             values.append(record.get(name))
         places.append(f"line {number}")
-    bad.check()
+    what = "the header's columns" if suffix in TABLES else "one JSON object per line"
+    refuse_rows(source, bad, f"rows of UTF-8 text with {what}")
     if not places:
         raise _no_rows(source)
     return Rows(source, columns, places)
 
 
-def _text_lines(source: str, bad: BadRows) -> Iterator[tuple[int, str]]:
+def _text_lines(source: str, bad: list[str]) -> Iterator[tuple[int, str]]:
     with open(open_regular(source), "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                bad.add(f"line {number}", f"bytes that are not UTF-8 at offset {error.start}")
+                bad.append(f"line {number}: bytes that are not UTF-8 at offset {error.start}")
 
 
-def _read_table(source: str, bad: BadRows) -> Iterator[tuple[int, Record]]:
+def _read_table(source: str, bad: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(last line, cells by column) of every row of a tsv or csv file."""
     tabs = Path(source).suffix.lower() == ".tsv"
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
@@ -192,23 +199,22 @@ def _read_table(source: str, bad: BadRows) -> Iterator[tuple[int, Record]]:
             elif len(cells) == len(names):
                 yield number, dict(zip(names, cells, strict=True))
             elif cells:
-                found = f"{len(cells)} columns, the header has {len(names)}"
-                bad.add(f"line {number}", found)
+                bad.append(f"line {number}: {len(cells)} columns, the header has {len(names)}")
     except csv.Error as error:
-        bad.add(f"line {number}", f"not CSV: {error}")
+        bad.append(f"line {number}: not CSV: {error}")
 
 
-def _read_json_lines(source: str, bad: BadRows) -> Iterator[tuple[int, Record]]:
+def _read_json_lines(source: str, bad: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _text_lines(source, bad):
         try:
             record = strict_json.loads(line, source) if line.strip() else None
         except BadInputError as error:
-            bad.add(f"line {number}", error.found)
+            bad.append(f"line {number}: {error.found}")
             continue
         if isinstance(record, dict):
             yield number, record
         elif line.strip():
-            bad.add(f"line {number}", f"{type(record).__name__}, not an object")
+            bad.append(f"line {number}: {type(record).__name__}, not an object")
 
 
 def _check_parquet(source: str) -> None:
@@ -234,11 +240,8 @@ def _check_parquet(source: str) -> None:
 
 def _load_dataset(source: str, options: dict[str, Any], split: str) -> Any:
     """One split of a data set; nothing of a local one stays in the cache of `datasets`."""
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise missing_extra(str(error.name), "hf", "reading rows") from None
+    import datasets
+
     local = os.path.exists(source)
     level, shown = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -249,16 +252,18 @@ def _load_dataset(source: str, options: dict[str, Any], split: str) -> Any:
             found = datasets.load_dataset(**options, **where)
             names = (split,) if split == "train" else ("validation", "test", "train")
             return found[next((name for name in names if name in found), next(iter(found)))]
-    # Errors of many kinds come from pyarrow, the Hub and the builders.
-    except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds: pyarrow's, the Hub's and the builders'
         if "corresponds to no data" in str(error):
             raise _no_rows(source) from error
         cause: BaseException = error
         while local and (cause.__cause__ or cause.__context__) is not None:
             cause = cause.__cause__ or cause.__context__ or cause
+        file = os.path.isfile(source)
         raise (BadInputError if local else FileAccessError)(
             source,
-            expected="a parquet file" if os.path.isfile(source) else "a data set",
+            expected="a parquet file" if file else "a data set",
             found=(str(cause).strip().splitlines() or [type(cause).__name__])[0],
             remedy="check it"
             if local
