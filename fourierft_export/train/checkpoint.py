@@ -10,7 +10,6 @@ from typing import Any
 
 from ..bundle.bundle import SUFFIX, Bundle
 from ..errors import BadInputError, FileAccessError, UsageError
-from ..files.safetensors_reader import read_header
 from ..files.staging import staged_file
 
 FOLDER_SUFFIX = ".train"
@@ -58,8 +57,6 @@ def read_history(checkpoint: Path, facts: dict[str, Any]) -> list[dict[str, Any]
     for path in checkpoint.glob("*.p*"):
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
             raise BadInputError(path, expected="a whole file", remedy=AGAIN)
-    for path in checkpoint.glob("*.safetensors"):
-        read_header(path)
     Bundle.load(checkpoint / ADAPTER)
     folder = checkpoint.parent
     try:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ..errors import UsageError
+from .settings import TrainSettings
 
 WINDOW = 50  # batches of random rows that are sorted by length among themselves
 
@@ -86,15 +87,15 @@ def epoch_batches(
     return [batches[place] for place in places] + rest
 
 
-def rate_factor(step: int, steps: int, *, warmup: float, schedule: str) -> float:
+def rate_factor(step: int, steps: int, settings: TrainSettings) -> float:
     """What the peak rates are multiplied by at a step; never 0 within the run."""
-    rising = math.ceil(warmup * steps)
+    rising = math.ceil(settings.warmup * steps)
     if step < rising:
         return (step + 1) / (rising + 1)
-    if schedule == "constant":
+    if settings.schedule == "constant":
         return 1.0
     done = (step - rising) / max(1, steps - rising)
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def _mixed_seed(*numbers: int) -> int:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..adapt.attach import capture
 from ..adapt.base_linear import layer_shape, to_array, to_tensor
 from ..adapt.config import ALL_LINEAR, FourierFTConfig
-from ..adapt.inject import inject
 from ..adapt.layer_adapter import LayerAdapter
 from ..adapt.modules import (
     active_adapters,
@@ -91,12 +90,6 @@ class LiveAdapter:
                     sharded: Any = tensor
                     values = distribute_tensor(values.to(tensor.device), mesh, sharded.placements)
                 tensor.copy_(values)
-
-
-def new_adapter(task: TrainingTask, settings: TrainSettings) -> LiveAdapter:
-    """Put an adapter on the task's model by the settings and the rules of `defaults`."""
-    inject(task.model, choose_config(task, settings)[0], NAME)
-    return LiveAdapter.of(task.model)
 
 
 def choose_config(

@@ -37,59 +37,47 @@ class Kind:
 
     type: type  # what the command line makes of its text; list for names
     words: str  # what a value must be, for people
-    accepts: Callable[[Any], bool]
+    test: Callable[[Any], bool] = bool
     choices: tuple[str, ...] = ()  # the words that it may be, if it is one of a few
 
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _are_all(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda values: isinstance(values, tuple | list) and all(map(test, values))
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is of the type and passes the test; true and false are no numbers."""
+        types_of = {float: (int, float), list: (str, list, tuple), tuple: (list, tuple)}
+        types = types_of.get(self.type, self.type)
+        is_type = isinstance(value, types) and isinstance(value, bool) == (self.type is bool)
+        return is_type and self.test(value)
 
 
-def _is_one_of(choices: tuple[str, ...]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in choices
+def _whole(words: str, least: float, most: float = math.inf) -> Kind:
+    return Kind(int, f"a whole number {words}", lambda n: least <= n <= most)
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and _is_whole(n) and n > 0 for name, n in value.items()
-    )
+def _number(words: str, least: float, most: float = sys.float_info.max) -> Kind:
+    return Kind(float, f"a number {words}", lambda x: least <= x <= most)
 
 
-def _whole(words: str, test: Callable[[int], bool]) -> Kind:
-    return Kind(int, f"a whole number {words}", lambda v: _is_whole(v) and test(v))
+def _all(kind: Kind, values: Any) -> bool:
+    return not isinstance(values, str) and all(map(kind.accepts, values))
 
 
-def _number(words: str, test: Callable[[float], bool]) -> Kind:
-    def accepts(value: Any) -> bool:
-        is_number = _is_whole(value) or isinstance(value, float)
-        return is_number and math.isfinite(value) and test(value)
-
-    return Kind(float, f"a number {words}", accepts)
-
-
-_NAMES = Kind(list, "a text or a list of texts", lambda v: _is_text(v) or _are_all(_is_text)(v))
-_BLOCKS = Kind(tuple, "a list of whole numbers from 0", _are_all(lambda n: _is_whole(n) and n >= 0))
-Text = Annotated[str, Kind(str, "a text", _is_text)]
-Flag = Annotated[bool, Kind(bool, "true or false", lambda v: isinstance(v, bool))]
+_TEXT = Kind(str, "a text")
+_COUNT, _FROM_0 = _whole("of at least 1", 1), _whole("from 0", 0)
+_NAMES = Kind(list, "a text or a list of texts", lambda v: _TEXT.accepts(v) or _all(_TEXT, v))
+_BLOCKS = Kind(tuple, "a list of whole numbers from 0", lambda v: _all(_FROM_0, v))
+_COUNTS = Kind(Mapping, "names with whole numbers from 1", lambda v: _all(_COUNT, v.values()))
+Text = Annotated[str, _TEXT]
+Flag = Annotated[bool, Kind(bool, "true or false", lambda _: True)]
 Names = Annotated[str | tuple[str, ...] | list[str], _NAMES]
 Paths = Annotated[tuple[str, ...] | list[str], _NAMES]
 Blocks = Annotated[tuple[int, ...] | list[int], _BLOCKS]
-Counts = Annotated[Mapping[str, int], Kind(dict, "names with whole numbers from 1", _are_counts)]
-Count = Annotated[int, _whole("of at least 1", lambda n: n >= 1)]
-Seed = Annotated[int, _whole("from 0 to 4294967295", lambda n: 0 <= n < 2**32)]
-NotZero = Annotated[float, _number("other than 0", lambda x: x != 0)]
-Positive = Annotated[float, _number("above 0", lambda x: x > 0)]
-NotNegative = Annotated[float, _number("of at least 0", lambda x: x >= 0)]
-Share = Annotated[float, _number("from 0 to 1", lambda x: 0 <= x <= 1)]
-PartialShare = Annotated[float, _number("from 0 to 0.999", lambda x: 0 <= x <= 0.999)]
+Counts = Annotated[Mapping[str, int], _COUNTS]
+Count = Annotated[int, _COUNT]
+Seed = Annotated[int, _whole("from 0 to 4294967295", 0, 2**32 - 1)]
+NotZero = Annotated[float, Kind(float, "a number other than 0", lambda x: 0 < abs(x) < math.inf)]
+Positive = Annotated[float, _number("above 0", math.ulp(0.0))]
+NotNegative = Annotated[float, _number("of at least 0", 0)]
+Share = Annotated[float, _number("from 0 to 1", 0, 1)]
+PartialShare = Annotated[float, _number("from 0 to 0.999", 0, 0.999)]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -100,7 +88,7 @@ def kinds(settings: type) -> dict[str, tuple[Kind, bool]]:
         parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
         if get_origin(parts[0]) is Literal:
             choices = get_args(parts[0])
-            kind = Kind(str, "one of " + ", ".join(choices), _is_one_of(choices), choices)
+            kind = Kind(str, "one of " + ", ".join(choices), choices.__contains__, choices)
         else:
             kind = get_args(parts[0])[1]
         found[name] = (kind, len(parts) > 1)

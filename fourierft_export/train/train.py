@@ -15,27 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from ..adapt.attach import attach, detach
+from ..adapt.inject import inject
 from ..adapt.modules import adapter_names, check_new_name
 from ..bundle.peft import BundleSource
-from ..errors import FileAccessError, FourierFTError, UsageError, missing_extra
+from ..errors import FileAccessError, FourierFTError, UsageError
 from ..files.staging import check_output
 from ..types import Progress
 from . import defaults
-from .live_adapter import NAME, LiveAdapter, new_adapter
+from .checkpoint import FACTS, folder_of, last_checkpoint
+from .live_adapter import NAME, LiveAdapter, choose_config
 from .report import TrainReport
 from .settings import OF_ADAPTER, TrainSettings
 from .task import TrainingTask, hold_out
-
-try:
-    from transformers import TrainingArguments
-
-    from .checkpoint import FACTS, folder_of, last_checkpoint
-    from .trainer import cast_frozen_linears
-    from .training_run import Run, is_distributed
-except ImportError as error:
-    raise missing_extra(str(error.name), "hf", "training an adapter") from None
+from .trainer import cast_frozen_linears
+from .training_run import Run
 
 
 def train_adapter(
@@ -102,7 +98,7 @@ def train_adapter(
             out=Path(out),
             picture=picture,
             notes=(*task.notes, *note),
-            progress=progress if progress and arguments.process_index == 0 else _silent,
+            progress=progress if arguments.process_index == 0 else None,
             interrupted=interrupted,
         )
         return run.train(resume)
@@ -171,10 +167,10 @@ def put_adapter(
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(settings.seed)
     if bundle is None:
-        adapter = new_adapter(task, settings)
+        inject(model, choose_config(task, settings)[0], NAME)
     else:
         attach(model, bundle, NAME, trainable=True, allow_base_mismatch=allow_base_mismatch)
-        adapter = LiveAdapter.of(model)
+    adapter = LiveAdapter.of(model)
     if settings.dtype != "float32":
         for parameter in adapter.learning():  # in half precision small steps would be lost
             parameter.data = parameter.data.float()
@@ -265,7 +261,7 @@ def _restored(model: nn.Module, threads: int | None) -> Iterator[None]:
 @contextmanager
 def _processes(arguments: TrainingArguments) -> Iterator[None]:
     """Join the processes that a launcher started, and leave them at the end."""
-    owned = not is_distributed()
+    owned = not _is_distributed()
     arguments.device  # noqa: B018 - joins them
     arguments._n_gpu = min(1, arguments._n_gpu)  # one process uses one GPU
     try:
@@ -280,8 +276,12 @@ def _processes(arguments: TrainingArguments) -> Iterator[None]:
             remedy="see the other processes' errors, then use --resume; the last bundle is intact",
         ) from error
     finally:
-        if owned and is_distributed():
+        if owned and _is_distributed():
             torch.distributed.destroy_process_group()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager
@@ -305,7 +305,3 @@ def _ctrl_c_noted() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """Report nothing."""

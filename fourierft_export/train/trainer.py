@@ -96,11 +96,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """`rate_factor` on every group's rate."""
-        warmup, schedule = self.settings.warmup, self.settings.schedule
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
-                lambda s: rate_factor(s, num_training_steps, warmup=warmup, schedule=schedule),
+                lambda step: rate_factor(step, num_training_steps, self.settings),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -190,19 +189,15 @@ def set_training(model: nn.Module, *, dropout: bool) -> None:
             inner.training = True
 
 
-def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> int:
+def cast_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast float32 weights of frozen linear layers once, as autocast would on every call."""
     modules = [original(module) for _, module in base_modules(model)]
     holders = Counter(id(p) for module in modules for p in module._parameters.values())
-    cast = 0
     for module in modules:
         weight = module._parameters.get("weight")
         if type(module) is not nn.Linear or weight is None or holders[id(weight)] > 1:
             continue
-        if weight.requires_grad or weight.dtype != torch.float32:
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None and not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        cast += 1
-    return cast
+        if weight.dtype == torch.float32 and not weight.requires_grad:
+            for parameter in module._parameters.values():
+                if parameter is not None and not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)

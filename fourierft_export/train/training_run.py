@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainingArguments
 
 from ..bundle.bundle import Bundle
@@ -63,7 +64,7 @@ class Run(TrainerCallback):  # type: ignore[misc]
     out: Path
     picture: bool
     notes: tuple[str, ...]
-    progress: Progress
+    progress: Progress | None
     interrupted: Callable[[], bool]  # whether Ctrl-C was pressed
 
     def __post_init__(self) -> None:
@@ -92,7 +93,8 @@ class Run(TrainerCallback):  # type: ignore[misc]
         }
         trainer = AdapterTrainer(task, settings, batches, arguments, [self], self.adapter)
         checkpoint = self.find_checkpoint() if resume else None
-        self.progress("scoring the untrained adapter", 0, arguments.max_steps)
+        if self.progress is not None:
+            self.progress("scoring the untrained adapter", 0, arguments.max_steps)
         if checkpoint is not None:
             arguments.eval_on_start = False
             trainer.state = type(trainer.state).load_from_json(str(checkpoint / STATE))
@@ -138,8 +140,9 @@ class Run(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
         """Save in good time; stop after Ctrl-C, of which all processes hear."""
         self.seconds = time.perf_counter() - self.began
-        due = time.monotonic() - self.saved_at > SAVE_SECONDS
-        stop, due = _any_process(self.interrupted(), due)
+        own = [self.interrupted(), time.monotonic() - self.saved_at > SAVE_SECONDS]
+        counts = reduce(torch.tensor(own, dtype=torch.int32, device=args.device), "sum")
+        stop, due = (count > 0 for count in counts.tolist())
         if stop and state.global_step < state.max_steps:
             self.stopped, control.should_training_stop = "interrupted", True
         control.should_save |= stop or due
@@ -203,7 +206,8 @@ class Run(TrainerCallback):  # type: ignore[misc]
         losses = [entry["loss"] for entry in state.log_history[-3:] if "loss" in entry]
         words += [f"loss {losses[-1]:.4g}"] if losses else []
         words += [] if self.best is None else [f"best {self.metric} {self.best:.4g}"]
-        self.progress(", ".join(words), state.global_step, state.max_steps)
+        if self.progress is not None:
+            self.progress(", ".join(words), state.global_step, state.max_steps)
 
     def finish(self, trainer: AdapterTrainer) -> TrainReport:
         """Write the last files; the model gets the adapter that the bundle holds."""
@@ -218,8 +222,7 @@ class Run(TrainerCallback):  # type: ignore[misc]
             kept = kept if report.bundle else "no bundle yet, since there was no evaluation"
             state = f"{self.folder} holds step {report.steps} of {report.planned_steps}"
             raise TrainingInterrupted(f"{kept}; {state}, for --resume")
-        if is_distributed():
-            torch.distributed.barrier()
+        trainer.accelerator.wait_for_everyone()
         if report.bundle is not None:
             self.adapter.load(Bundle.load(self.out))
         self.task.model.eval()
@@ -325,18 +328,3 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for e in history
         if any(key.startswith("eval_") for key in e)
     ]
-
-
-def is_distributed() -> bool:
-    """Whether this is one of several processes that train together."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _any_process(*flags: bool) -> tuple[bool, ...]:
-    """Each flag: whether it is set in any process."""
-    if not is_distributed():
-        return flags
-    device = "cuda" if "nccl" in torch.distributed.get_backend() else "cpu"
-    totals = torch.tensor(flags, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(totals)
-    return tuple(total > 0 for total in totals.tolist())

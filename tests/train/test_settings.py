@@ -161,7 +161,8 @@ def test_longer_runs_learn_at_a_lower_rate() -> None:
 
 def test_schedules() -> None:
     for schedule in ("linear", "cosine", "constant"):
-        factors = [rate_factor(s, 50, warmup=0.1, schedule=schedule) for s in range(50)]
+        settings = ff.TrainSettings(warmup=0.1, schedule=schedule)  # type: ignore[arg-type]
+        factors = [rate_factor(s, 50, settings) for s in range(50)]
         assert factors[:5] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
         assert factors[5] == 1.0 and min(factors) > 0
         middle = {"linear": 1 - 20 / 45, "constant": 1.0}
