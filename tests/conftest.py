@@ -165,14 +165,8 @@ def stories_adapter(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def sst2_rows(data_dir: Path) -> list[tuple[str, int]]:
-    """200 labelled sentences of SST-2's training set."""
-    return [(texts[0], label) for texts, label in read_rows(data_dir / "text/sst2/train.tsv")]
-
-
-@pytest.fixture(scope="session")
 def sst2_sentences(data_dir: Path) -> list[str]:
-    """200 sentences of SST-2's development set (none of them is in `sst2_rows`)."""
+    """200 sentences of SST-2's development set."""
     return [texts[0] for texts, _ in read_rows(data_dir / "text/sst2/dev.tsv")]
 
 
@@ -236,34 +230,6 @@ def peft_minilm_adapter(minilm_dir: Path, tmp_path_factory: pytest.TempPathFacto
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def trained_minilm_adapter(
-    minilm_dir: Path,
-    sst2_rows: list[tuple[str, int]],
-    tokenize: Callable[..., dict[str, Any]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A PEFT adapter of MiniLM, trained for 30 steps on SST-2 (query+value, n 1000)."""
-    import torch
-
-    fields = {"scaling": 140.0, "init_weights": True}  # PEFT's True starts from zero
-    model = minilm_with_adapter(minilm_dir, fields, torch_seed=1).train()
-    spectra = [p for name, p in model.named_parameters() if "fourierft_spectrum" in name]
-    head = [p for n, p in model.named_parameters() if p.requires_grad and "spectrum" not in n]
-    optimizer = torch.optim.AdamW([{"params": spectra, "lr": 0.15}, {"params": head, "lr": 0.01}])
-    batches = torch.Generator().manual_seed(2)
-    for _ in range(30):
-        rows = torch.randint(len(sst2_rows), (16,), generator=batches).tolist()
-        inputs = tokenize([sst2_rows[i][0] for i in rows])
-        labels = torch.tensor([sst2_rows[i][1] for i in rows])
-        model(**inputs, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    directory = tmp_path_factory.mktemp("peft_minilm_trained")
-    model.eval().save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")

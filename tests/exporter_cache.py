@@ -74,4 +74,6 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    return value.to_json_string(False) if hasattr(value, "to_json_string") else repr(value)
+    if hasattr(value, "to_json_string"):  # a config, wherever its model was loaded from
+        return [(n, repr(one)) for n, one in value.to_dict().items() if n != "_name_or_path"]
+    return repr(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +174,23 @@ def without_names(path: Path, out: Path) -> Path:
         node.input[:] = [new.get(name, name) for name in node.input]
     onnx.save(model, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def cut_stories(
+    stories260k: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """`cut_stories(layers)`: stories260k with its first layers only, which is exported sooner."""
+
+    def cut(layers: int) -> Path:
+        folder = tmp_path_factory.mktemp("stories")
+        config = json.loads((stories260k / "config.json").read_text("utf-8"))
+        text = json.dumps(config | {"num_hidden_layers": layers})
+        (folder / "config.json").write_text(text, "utf-8")
+        shutil.copy(stories260k / "model.safetensors", folder)
+        return folder
+
+    return cut
 
 
 @pytest.fixture(scope="session")

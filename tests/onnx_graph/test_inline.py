@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +23,8 @@ Run = Callable[[Path, dict[str, Any]], dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def base(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260k cut down to its first layer: a smaller graph is exported sooner."""
-    folder = tmp_path_factory.mktemp("base")
-    config = json.loads((stories260k / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}), "utf-8")
-    shutil.copy(stories260k / "model.safetensors", folder)
-    return folder
+def base(cut_stories: Callable[[int], Path]) -> Path:
+    return cut_stories(1)
 
 
 @pytest.fixture(scope="module")

@@ -81,18 +81,16 @@ def test_minilm_equals_peft_on_real_sentences(
     assert np.abs(base - want).max() > 1e-3
 
 
-def test_minilm_merged_has_the_nodes_of_the_bare_bases_export(
-    minilm_files: dict[str, Path], minilm_dir: Path, tmp_path: Path, node_list: Any
+def test_merged_has_the_nodes_of_the_bare_bases_export(
+    tiny_base: Any, tiny_model: Any, tiny_bundle: Any, tmp_path: Path, node_list: Any
 ) -> None:
-    torch.manual_seed(0)
-    head = {"classifier.weight", "classifier.bias"}
-    base = load_model(minilm_dir, "text-classification", provided=head)
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    path = tmp_path / "base.onnx"
+    names, path = ["input_ids", "attention_mask", "token_type_ids"], tmp_path / "base.onnx"
+    model = tiny_model("bert-cls")
+    model.classifier.bias.data.fill_(0.25)  # one that is zero would not be in the graph
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            base,
+            model,
             (),
             kwargs={name: torch.ones(2, 16, dtype=torch.int64) for name in names},
             f=path,
@@ -101,8 +99,9 @@ def test_minilm_merged_has_the_nodes_of_the_bare_bases_export(
             output_names=["logits"],
             dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in names},
         )
-    merged, plain = onnx.load(minilm_files["merged"]), onnx.load(path)
-    # A head whose bias is zero has none in the graph; the adapter's is not zero.
+    bundle = tiny_bundle("bert-cls", target_modules=["query", "value"])
+    export_pretrained(tiny_base("bert-cls"), bundle, tmp_path / "merged.onnx")
+    merged, plain = onnx.load(tmp_path / "merged.onnx"), onnx.load(path)
     assert [n[:3] for n in node_list(merged)] == [n[:3] for n in node_list(plain)]
     assert not merged.functions
     names_kept = {t.name for t in plain.graph.initializer}
@@ -124,54 +123,16 @@ def test_minilm_unmerged_folds_and_shares_its_entries(
     assert minilm_files["unmerged"].stat().st_size < 1.01 * minilm_files["merged"].stat().st_size
 
 
-def test_features_of_a_bare_encoder(tmp_path: Path, run: Run) -> None:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=90,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=32,
-    )
-    base_dir = tmp_path / "bert"
-    BertModel(config).save_pretrained(base_dir)
-    model = load_model(base_dir, "feature-extraction")
-    bundle = made_adapter(model, target_modules=["dense"], n_frequency=60, scaling=20.0)
-    path = tmp_path / "model.onnx"
-    report = export_pretrained(base_dir, bundle, path, mode="unmerged")
-    assert report.outputs == {
-        "last_hidden_state": ("batch", "sequence", 24),
-        "pooler_output": ("batch", 24),
-    }
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 90, (3, 9), generator=random)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "token_type_ids": (ids > 40).long(),
-    }
-    inputs["attention_mask"][1, 6:] = 0
-    with torch.no_grad():
-        base = model(**inputs)
-        want = ff.attach(model, bundle)(**inputs)
-    got = run(path, inputs)
-    for name in ("last_hidden_state", "pooler_output"):
-        agree(got[name], want[name].numpy())
-        assert np.abs(base[name].numpy() - got[name]).max() > 1e-2
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_llama_with_tied_head_on_real_text(
-    mode: str, stories260k: Path, stories_tokens: np.ndarray, tmp_path: Path, run: Run
+    mode: str, cut_stories: Any, stories_tokens: np.ndarray, tmp_path: Path, run: Run
 ) -> None:
-    model = load_model(stories260k, "text-generation")
+    base_dir = cut_stories(2)
+    model = load_model(base_dir, "text-generation")
     targets = ["q_proj", "v_proj", "lm_head"]
     bundle = made_adapter(model, target_modules=targets, n_frequency=100, scaling=40.0)
     path = tmp_path / "model.onnx"
-    report = export_pretrained(stories260k, bundle, path, mode=mode)
+    report = export_pretrained(base_dir, bundle, path, mode=mode)
     vocabulary = model.config.vocab_size
     assert report.inputs == dict.fromkeys(("input_ids", "attention_mask"), ("batch", "sequence"))
     assert report.outputs == {"logits": ("batch", "sequence", vocabulary)}

@@ -40,7 +40,7 @@ def token_form(x: np.ndarray, spectrum: np.ndarray, entries: np.ndarray, shape, 
 @example(shape=(2, 2), share=1.0, mirrored=True, tokens=2, seed=0)
 @example(shape=(6, 8), share=1.0, mirrored=False, tokens=2, seed=0)
 @example(shape=(131, 1), share=1.0, mirrored=False, tokens=1, seed=0)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 def test_token_forms_equal_the_reference(shape, share, mirrored, tokens, seed) -> None:
     spectrum, entries, random = make_case(shape, share, mirrored, seed)
     x = random.standard_normal((tokens, shape[1])).astype(np.float32)
@@ -73,10 +73,10 @@ def test_input_of_another_width_is_refused() -> None:
     assert caught.value.where == "input of an adapted layer"
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 5), (5, 1), (6, 8), (7, 9), (16, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 5), (5, 1), (4, 6), (5, 7), (8, 3)])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_gradcheck(shape: tuple[int, int], per_row: bool) -> None:
-    _, entries, _ = make_case(shape, 0.4, True, 3)
+    _, entries, _ = make_case(shape, 0.2, True, 3)
     placed = torch.from_numpy(entries.copy())
     size = (3, 1, len(entries)) if per_row else (len(entries),)
     spectrum = torch.randn(size, dtype=torch.float64, requires_grad=True)
