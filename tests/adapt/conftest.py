@@ -10,59 +10,30 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import TINY
+
 MakeModel = Callable[[str], nn.Module]
 
 
 def _make(kind: str) -> nn.Module:
-    import transformers as tf
+    """A model of the root's `TINY` with three layers, or one that is here only."""
+    import transformers
 
-    bert = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "vocab_size": 60,
-        "max_position_embeddings": 32,
-    }
-    llama = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 40,
-        "vocab_size": 60,
-        "max_position_embeddings": 32,
-    }
-    gpt2 = {"n_layer": 3, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 32}
-    gpt2 |= {"bos_token_id": 0, "eos_token_id": 0}
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "bert": lambda: tf.BertModel(tf.BertConfig(**bert)),
-        "bert-cls": lambda: tf.BertForSequenceClassification(tf.BertConfig(**bert, num_labels=3)),
-        "bert-token": lambda: tf.BertForTokenClassification(tf.BertConfig(**bert, num_labels=4)),
-        "bert-qa": lambda: tf.BertForQuestionAnswering(tf.BertConfig(**bert)),
-        "roberta-cls": lambda: tf.RobertaForSequenceClassification(
-            tf.RobertaConfig(**bert, num_labels=3)
-        ),
-        "distilbert-cls": lambda: tf.DistilBertForSequenceClassification(
-            tf.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=60)
-        ),
-        "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**llama)),
-        "llama-tied": lambda: tf.LlamaForCausalLM(
-            tf.LlamaConfig(**llama, tie_word_embeddings=True)
-        ),
-        "llama-cls": lambda: tf.LlamaForSequenceClassification(
-            tf.LlamaConfig(**llama, num_labels=3, pad_token_id=0)
-        ),
-        "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2)),
-        "t5": lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, vocab_size=60)
-        ),
-        "sequential": lambda: nn.Sequential(
-            nn.Linear(12, 20), nn.LayerNorm(20), nn.ReLU(), nn.Linear(20, 5, bias=False)
-        ),
-    }
     torch.manual_seed(0)
-    return makers[kind]().eval()
+    if kind == "sequential":
+        layers = (nn.Linear(12, 20), nn.LayerNorm(20), nn.ReLU(), nn.Linear(20, 5, bias=False))
+        return nn.Sequential(*layers).eval()
+    small = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 60}
+    more = {
+        "distilbert-cls": ("DistilBertConfig", "DistilBertForSequenceClassification", "", small)
+    }
+    config, name, _, fields = (TINY | more)[kind]
+    three = {"gpt2": {"n_layer": 3}, "t5": {}, "distilbert-cls": {}}
+    fields = fields | three.get(kind, {"num_hidden_layers": 3})
+    if kind == "bert-token":
+        fields |= {"num_labels": 4}
+    made: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**fields))
+    return made.eval()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,35 +248,6 @@ def test_detach_gives_back_the_same_modules(
     assert all(p.requires_grad for p in model.parameters())
     assert detach(model) is model
     assert adapter_names(model) == ()
-
-
-def test_pefts_minilm_adapter_on_a_live_model(
-    minilm_dir: Path,
-    peft_minilm_adapter: Callable[..., Path],
-    load_peft_minilm: Callable[[Path], Any],
-    tokenize: Callable[[list[str]], dict[str, Tensor]],
-    sst2_sentences: list[str],
-) -> None:
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    directory = peft_minilm_adapter()
-    inputs = tokenize(sst2_sentences[:16])
-    with torch.no_grad():
-        expected = load_peft_minilm(directory)(**inputs).logits
-    bundle = from_peft(directory, minilm_dir)
-    assert bundle.is_bound
-    torch.manual_seed(99)  # another random head than the adapter's
-    model = AutoModelForSequenceClassification.from_pretrained(minilm_dir, num_labels=2).eval()
-    with torch.no_grad():
-        base = model(**inputs).logits
-        found = attach(model, bundle)(**inputs).logits
-        assert (base - expected).abs().max() > 0.05
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        fused = fuse(model)(**inputs).logits
-        torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
-        bare = AutoModel.from_pretrained(minilm_dir).eval()
-        hidden = attach(bare, bundle)(**inputs).last_hidden_state
-        torch.testing.assert_close(hidden, model.bert(**inputs).last_hidden_state)
 
 
 UNPACKED: list[tuple[str, dict[str, Any]]] = [

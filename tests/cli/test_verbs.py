@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -97,21 +96,6 @@ def test_pack_says_what_the_bundle_is_bound_to(
     _, err = text("pack", named_base, "-o", tmp_path / "c")
     assert f"note: {name} is the base's own weight and was left out" in err
     assert not ff.Bundle.load(tmp_path / "c").saved
-
-
-def test_a_base_in_bfloat16_is_a_note(
-    stories260k: Path, stories_bundle: Path, tmp_path: Path, run_verb: Callable[..., Any]
-) -> None:
-    """Trained in float32 and deployed in bfloat16 is normal."""
-    base = tmp_path / "base"
-    shutil.copytree(stories260k, base)
-    weights = base / "model.safetensors"
-    halved = {k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(weights).items()}
-    save_file(halved, weights, metadata={"format": "pt"})
-    words = ["merge", "--base", base, "--bundle", stories_bundle, "--dry-run"]
-    code, found, err = run_verb(*words, "-o", tmp_path / "out")
-    assert (code, found["merge"]["bundles"][0]["base_check"]) == (0, "precision")
-    assert "note: " in err and "trained on this base in another precision" in err
 
 
 def test_the_entry_rule_of_older_torch(

@@ -55,13 +55,6 @@ def test_a_head_that_nobody_provides_is_an_error(minilm_dir: Path) -> None:
     assert model(**inputs).logits.shape == (2, 3)
 
 
-def test_an_encoder_gives_features(minilm_dir: Path) -> None:
-    model = load_model(minilm_dir, FEATURES)
-    found = model(**example_inputs(model, batch=2, length=12))
-    assert found.last_hidden_state.shape == (2, 12, 384)
-    model.pooler = None
-
-
 def test_inputs_that_do_not_count_are_left_out(tiny_model: Callable[[str], Any]) -> None:
     model = tiny_model("roberta-cls")
     model.config.type_vocab_size = 1

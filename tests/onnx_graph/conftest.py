@@ -62,7 +62,8 @@ def write_onnx() -> Callable[..., Path]:
             for named in (inputs, outputs)
         ]
         graph = helper.make_graph(made, "g", *values, tensors)
-        opsets = [helper.make_opsetid("", 18)]
+        others = {node.domain for node in made} - {""}
+        opsets = [helper.make_opsetid("", 18), *(helper.make_opsetid(one, 1) for one in others)]
         model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
         onnx.save_model(model, path, **saving)
         return path

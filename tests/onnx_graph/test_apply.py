@@ -388,31 +388,6 @@ def test_external_data(
     assert not list(tmp_path.glob("*partial*"))
 
 
-def test_a_file_that_shrinks_is_an_error(
-    exports: dict[str, Path], make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fourierft_export.onnx_graph import apply
-
-    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    onnx.save_model(
-        onnx.load(exports["torchscript"]),
-        path,
-        save_as_external_data=True,
-        location="weights",
-        size_threshold=0,
-    )
-    find_saved = apply.find_saved
-
-    def shrink(*arguments: Any) -> Any:
-        (tmp_path / "weights").write_bytes(b"")
-        return find_saved(*arguments)
-
-    monkeypatch.setattr(apply, "find_saved", shrink)
-    with pytest.raises(BadInputError, match="weights"):
-        apply_onnx(path, make_bundle(LAYERS), out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "weights"]
-
-
 @pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_adapters_are_swapped_in_an_applied_file(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 import fourierft_export as ff
 
@@ -109,26 +108,7 @@ OPERATORS: dict[str, tuple[list[Any], dict[str, Any], list[Any]]] = {
             ("Cast", ["x"], ["ids"], {"to": TensorProto.INT32}),
             (
                 "QEmbedLayerNormalization",
-                [
-                    "ids",
-                    "",
-                    "t",
-                    "p",
-                    "",
-                    "g",
-                    "b",
-                    "",
-                    "s",
-                    "s",
-                    "",
-                    "s",
-                    "s",
-                    "z",
-                    "z",
-                    "",
-                    "z",
-                    "z",
-                ],
+                ["ids", "", *"tp", "", *"gb", "", *"ss", "", *"sszz", "", *"zz"],
                 ["h", "mask"],
                 MS,
             ),
@@ -140,23 +120,17 @@ OPERATORS: dict[str, tuple[list[Any], dict[str, Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_rows_behind(operator: str, make_bundle: Any, tmp_path: Path, run: Any) -> None:
+def test_rows_behind(
+    operator: str, make_bundle: Any, tmp_path: Path, write_onnx: Any, run: Any
+) -> None:
     """Row 0 has the adapter, row 1 the base, although the file says nothing of shapes."""
     nodes, constants, shape = OPERATORS[operator]
     flat = ("Reshape", ["h", "flat"], ["r"])
     product = ("MatMul", ["r", "lin.weight"], ["y"], {"name": "/lin/MatMul"})
     weight = floats(8, 5)
     held = constants | {"lin.weight": weight, "flat": np.array([-1, 8])}
-    made = [helper.make_node(*one[:3], **dict(*one[3:])) for one in [*nodes, flat, product]]
-    values = [
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, size)]
-        for name, size in (("x", shape), ("y", None))
-    ]
-    tensors = [numpy_helper.from_array(np.array(a, order="C"), n) for n, a in held.items()]
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph(made, "g", *values, tensors)
     plain, merged, bank = (tmp_path / f"{name}.onnx" for name in ("plain", "merged", "bank"))
-    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=opsets), plain)
+    write_onnx(plain, [*nodes, flat, product], held, {"x": shape}, {"y": None})
     bundle = make_bundle(["lin"], {"lin": np.ascontiguousarray(weight.T)})
     ff.apply_onnx(plain, bundle, merged)
     ff.apply_onnx(plain, {"a": bundle}, bank, mode="bank")

@@ -183,24 +183,6 @@ def test_metadata_tells_where_everything_is(exported: tuple[str, Path, nn.Module
     assert set(report.layers) == set(content["weights"])
 
 
-def test_report(exported: tuple[str, Path, nn.Module, Any]) -> None:
-    mode, path, _, report = exported
-    proto = onnx.load(path)
-    assert report.to_dict() == {
-        "path": str(path),
-        "data": None,
-        "bytes": path.stat().st_size,
-        "mode": mode,
-        "opset": next(o.version for o in proto.opset_import if not o.domain),
-        "nodes": len(proto.graph.node),
-        "inputs": {"x": ["batch", 7, 6]},
-        "outputs": {"states": ["batch", 7, 8], "logits": ["batch", 3]},
-        "layers": ["first", "square", "twice", "head.0", "head.2"],
-        "adapters": ["default"],
-        "notes": [],
-    }
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_two_active_adapters_add_up(mode: str, tmp_path: Path, run: Run) -> None:
     model = adapted(adapted(plain()), seed=8, name="second", target_modules=["square", "head.2"])

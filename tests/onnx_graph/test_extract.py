@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from torch import nn
 
 import fourierft_export as ff
@@ -133,21 +133,15 @@ def test_several_unlike_adapters(
     }
 
 
-def test_adapters_of_quantised_layers(make_bundle: Any, tmp_path: Path) -> None:
+def test_adapters_of_quantised_layers(make_bundle: Any, tmp_path: Path, write_onnx: Any) -> None:
     """A DequantizeLinear by hand; the adapter is constants of a float branch."""
     integers = np.random.default_rng(0).integers(-127, 128, (8, 6)).astype(np.int8)
     constants = {"w": integers, "s": np.float32(0.01), "z": np.int8(0)}
     nodes = [
-        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"]),
-        helper.make_node("MatMul", ["x", "d"], ["y"], "/a/MatMul"),
+        ("DequantizeLinear", ["w", "s", "z"], ["d"]),
+        ("MatMul", ["x", "d"], ["y"], {"name": "/a/MatMul"}),
     ]
-    io = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, s]) for n, s in (("x", 8), ("y", 6))
-    ]
-    tensors = [numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()]
-    graph = helper.make_graph(nodes, "g", io[:1], io[1:], tensors)
-    opset = helper.make_opsetid("", 18)
-    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[opset]), tmp_path / "in.onnx")
+    write_onnx(tmp_path / "in.onnx", nodes, constants, {"x": [2, 8]}, {"y": [2, 6]})
     bundle = make_bundle(["a"])
     for mode in ("unmerged", "swappable"):
         out = tmp_path / f"{mode}.onnx"

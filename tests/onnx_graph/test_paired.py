@@ -40,10 +40,6 @@ def test_in_two_runtimes(small_tenants: Any, name: str, run: Any) -> None:
         small_tenants.check(swapped(small_tenants, name, evaluate), name)
 
 
-def test_the_graph_alone_runs_with_the_exported_adapter(small_tenants: Any, run: Any) -> None:
-    small_tenants.check(run(small_tenants.file("paired"), small_tenants.inputs)["output"], "one")
-
-
 def test_the_expander_holds_the_base_and_gives_what_the_graph_takes(
     small_tenants: Any, run: Any
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 import fourierft_export as ff
-from fourierft_export.adapt.active import activate
 from fourierft_export.errors import BaseMismatchError, UsageError
 from fourierft_export.models.load import load_model
 from fourierft_export.onnx_graph.trace.pretrained import export_pretrained
@@ -166,30 +164,6 @@ def test_gpt2_whose_weights_are_stored_the_other_way_round(
     assert np.abs(got - base).max() > 0.01 * np.abs(base).max()
     spectra = {t.name for t in onnx.load(path).graph.initializer if t.name.endswith(".spectrum")}
     assert len(spectra) == 6
-
-
-def test_several_bundles_with_weights(tiny_gpt2: Path, tmp_path: Path, run: Run) -> None:
-    model = load_model(tiny_gpt2, "text-generation")
-    options = {"target_modules": ["c_attn"], "n_frequency": 50, "scaling": 20.0}
-    bundles = [made_adapter(model, seed, **options) for seed in (5, 6)]
-    path = tmp_path / "model.onnx"
-    report = export_pretrained(tiny_gpt2, bundles, path, mode="merged", weights=[0.5, -2.0])
-    assert report.adapters == ("adapter_0", "adapter_1")
-    for name, bundle, weight in zip("ab", bundles, (0.5, -2.0), strict=True):
-        for layer in ff.attach(model, bundle, name).modules():
-            if isinstance(layer, ff.FourierLinear):
-                layer.adapter(name).spectrum.data *= weight
-    activate(model, ["a", "b"])
-    ids = torch.randint(0, 128, (2, 5), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        want = model(**inputs).logits.numpy()
-    agree(run(path, inputs)["logits"], want)
-    stored = {p.key: p.value for p in onnx.load(path).metadata_props}["fourierft_export"]
-    adapters = json.loads(stored)["adapters"]
-    assert [a["scaling"] for a in adapters.values()] == [10.0, -40.0]
-    assert [a["bundle_scaling"] for a in adapters.values()] == [20.0, 20.0]
-    assert [a["bundle_sha256"] for a in adapters.values()] == [b.sha256 for b in bundles]
 
 
 def test_mistakes_leave_nothing(tiny_gpt2: Path, stories260k: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 import fourierft_export as ff
 from fourierft_export.errors import BaseMismatchError, UsageError
@@ -30,27 +30,23 @@ X = RNG.standard_normal((3, 4, 32)).astype(np.float32)
 STEM = "model.layers.0.attn.qkv_proj.MatMul"
 
 
-def write_float(path: Path) -> Path:
-    """A product with all three at once, by the names that onnxruntime-genai gives."""
-    shapes = {"x": ["batch", 4, 32], "y": ["batch", 4, 80]}
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items())
-    nodes = [
-        helper.make_node("MatMul", ["x", f"{STEM}.weight"], ["m"], f"/{STEM[:-7]}/MatMul"),
-        helper.make_node("Add", ["m", "bias"], ["y"], "add"),
-    ]
-    nodes[0].name = "/model/layers.0/attn/qkv_proj/MatMul"
-    constants = {f"{STEM}.weight": PACKED.T, "bias": BIAS}
-    tensors = [numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in constants.items()]
-    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
-    opsets = [helper.make_opsetid("", 21)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> dict[str, Path]:
-    """The float model, and what onnxruntime's quantisers make of it."""
-    plain = write_float(tmp_path_factory.mktemp("packed") / "float.onnx")
+def files(tmp_path_factory: pytest.TempPathFactory, tools: Any, write_onnx: Any) -> dict[str, Path]:
+    """A product with all three at once, by genai's names; what onnxruntime's quantisers make of it.
+
+    At opset 21, for scales per block.
+    """
+    plain = tmp_path_factory.mktemp("packed") / "float.onnx"
+    product = {"name": "/model/layers.0/attn/qkv_proj/MatMul"}
+    nodes = [
+        ("MatMul", ["x", f"{STEM}.weight"], ["m"], product),
+        ("Add", ["m", "bias"], ["y"], {"name": "add"}),
+    ]
+    constants = {f"{STEM}.weight": PACKED.T, "bias": BIAS}
+    write_onnx(plain, nodes, constants, {"x": ["batch", 4, 32]}, {"y": ["batch", 4, 80]})
+    model = onnx.load(plain)
+    model.opset_import[0].version = 21
+    onnx.save(model, plain)
     feeds = [{"x": X}, {"x": 1.5 * X}]
     forms = (*FORMS, "QOperator")
     return {"float": plain} | {form: tools.quantise(plain, form, feeds) for form in forms}

@@ -12,7 +12,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
@@ -76,32 +75,6 @@ def test_two_adapters_fed_by_hand(small_tenants: Any, run: Any, evaluator: str) 
         small_tenants.check(output(feeds), "one")
 
 
-def test_defaults_are_the_bundles_own_bit_for_bit(small_tenants: Any) -> None:
-    model = onnx.load(small_tenants.file("swappable"))
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    for name, array in by_hand(small_tenants.bundles["one"]).items():
-        assert constants[name].dtype == array.dtype
-        np.testing.assert_array_equal(constants[name], array)
-
-
-def test_without_defaults_it_is_the_base(small_tenants: Any, tmp_path: Path, run: Any) -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).eval(), torch.randn(3, 6)
-    with torch.no_grad():
-        base = model(x).numpy()
-    config = ff.FourierFTConfig(n_frequency=9, target_modules=["0"], modules_to_save=["2"])
-    ff.inject(model, config)
-    model[2].version("default").own_tensors()["weight"].data.normal_()
-    for mode in ("swappable", "paired", "bank"):
-        path = tmp_path / f"{mode}.onnx"
-        ff.export_onnx(
-            model, (x,), path, mode=mode, defaults="base", dynamic_shapes={"input": {0: "b"}}
-        )
-        ids = {"adapter_id": np.array([1, 0, 1])} if mode == "bank" else {}
-        got = run(path, {"input": x.numpy(), **ids})["output"]
-        np.testing.assert_allclose(got, base, atol=1e-6)
-
-
 @pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
 def test_inputs_that_must_be_fed(small_tenants: Any, mode: str, tmp_path: Path) -> None:
     """For runtimes that cannot feed inputs with a default, such as onnxruntime-node."""
@@ -136,19 +109,6 @@ def test_onnx_adapter_files_through_onnx_runtimes_own_api(
         minilm_tenants.check(got, name)
         parameters = read_adapter(out)
         assert {a.dtype.name for a in parameters.values()} == {"float32", "int64"}
-
-
-def test_metadata_tells_the_interface(small_tenants: Any) -> None:
-    model = onnx.load(small_tenants.file("swappable"))
-    content = json.loads({p.key: p.value for p in model.metadata_props}["fourierft_export"])
-    inputs = content["inputs"]
-    assert content["mode"] == "swappable"
-    assert [g["layers"] for g in inputs["groups"]] == [["a", "c"], ["b"]]
-    assert [s["name"] for s in inputs["saved"]] == ["a.bias", "b.bias", "head.bias", "head.weight"]
-    assert inputs["rows"] == ["one"]
-    layers = small_tenants.bundles["one"].layers
-    digests = {layer.name: layer.fingerprint.digest.hex() for layer in layers}
-    assert {k: f["digest"] for k, f in inputs["fingerprints"].items()} == digests
 
 
 def test_several_active_adapters_do_not_fit(tmp_path: Path) -> None:
