@@ -29,7 +29,7 @@ def _make(kind: str) -> nn.Module:
     }
     config, name, _, fields = (TINY | more)[kind]
     three = {"gpt2": {"n_layer": 3}, "t5": {}, "distilbert-cls": {}}
-    fields = fields | three.get(kind, {"num_hidden_layers": 3})
+    fields = fields | {"vocab_size": 60} | three.get(kind, {"num_hidden_layers": 3})
     if kind == "bert-token":
         fields |= {"num_labels": 4}
     made: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**fields))
