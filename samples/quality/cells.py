@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -12,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from data import Rows
-from methods import METHODS, N_FREQUENCY, TARGETS
+from methods import METHODS
 
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 3, 32, 64
 
@@ -38,67 +37,128 @@ class Cell:
 
 
 def train_cell(cell: Cell, rows: Rows, model: str, dtype: str) -> dict[str, Any]:
-    """Train and score; the last adapter counts, so that nothing is chosen on the rows scored."""
+    """Train, then score the last adapter, so that nothing is chosen on the rows scored."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     import transformers
-
-    from fourierft_export.train.data.make_task import prepare
-    from fourierft_export.train.settings import DataSettings
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     search = cell.part == "search"
-    settings = _settings(cell, dtype)
-    data = DataSettings(
-        task="text-classification",
-        model=model,
-        data=str(rows.search_train if search else rows.train),
-        eval=str(rows.search_score if search else rows.test),
-    )
-    task = prepare(data, settings)
-    steps = math.ceil(len(task.train_dataset) / BATCH_SIZE) * EPOCHS
-    settings = replace(settings, eval_every=steps)
-    train = _ours if METHODS[cell.method].put is None else _peer
-    return asdict(cell) | train(task, cell, settings) | {"key": cell.key}
+    parts = (rows.search_train, rows.search_score) if search else (rows.train, rows.test)
+    settings = make_settings(cell, dtype)
+    task = make_task(model, *parts, settings)
+    train = train_ours if METHODS[cell.method].put is None else train_peer
+    scored, task = task.eval_dataset, replace(task, eval_dataset=None)
+    found = train(task, cell, settings)
+    return asdict(cell) | found | score(task, scored, dtype) | {"key": cell.key}
 
 
-def _settings(cell: Cell, dtype: str) -> Any:
+def make_settings(cell: Cell, dtype: str) -> Any:
+    """The toolkit's defaults, but for what the comparison fixes for every method."""
     import fourierft_export as ff
 
     return ff.TrainSettings(
-        n_frequency=N_FREQUENCY,
-        target_modules=TARGETS,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         max_length=MAX_LENGTH,
         seed=cell.seed,
-        learning_rate=cell.rate,
+        dropout=METHODS[cell.method].dropout,
         dtype=dtype,
         device="cpu",
-        keep="last",
+        eval_share=0.0,
+        **METHODS[cell.method].settings,
     )
 
 
-def _ours(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
+def make_task(model: str, learnt: Path, scored: Path, settings: Any) -> Any:
+    """The model with its head and the rows of both files."""
+    from fourierft_export.train.data.make_task import prepare
+    from fourierft_export.train.settings import DataSettings
+
+    data = DataSettings(task="text-classification", model=model, data=str(learnt), eval=str(scored))
+    task = prepare(data, settings)
+    read_first_token_only(task.model)
+    return task
+
+
+def read_first_token_only(model: Any) -> None:
+    """Compute the last block for the first token alone: the head of BERT reads no other.
+
+    The outputs are the same but for rounding, and a step takes an eighth less.
+    """
+    import torch.nn.functional as F
+
+    block = model.bert.encoder.layer[-1]
+    attention = block.attention.self
+
+    def forward(hidden: Any, mask: Any = None, *_more: Any, **_others: Any) -> Any:
+        def heads(x: Any) -> Any:
+            return x.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+
+        first = hidden[:, :1]
+        mixed = F.scaled_dot_product_attention(
+            heads(attention.query(first)),
+            heads(attention.key(hidden)),
+            heads(attention.value(hidden)),
+            attn_mask=None if mask is None else mask[..., :1, :],
+            dropout_p=attention.dropout.p if attention.training else 0.0,
+        )
+        mixed = block.attention.output(mixed.transpose(1, 2).flatten(2), first)
+        return block.feed_forward_chunk(mixed)
+
+    block.forward = forward
+
+
+def score(task: Any, rows: Any, dtype: str) -> dict[str, Any]:
+    """Accuracy, mean loss, and which rows were right: bits in the file's order, as hexadecimal."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    task.model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    right, losses = np.zeros(len(rows), bool), []
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.no_grad(), autocast:
+        for start in range(0, len(rows), BATCH_SIZE):
+            numbers = order[start : start + BATCH_SIZE]
+            batch = dict(task.data_collator([rows[i] for i in numbers]))
+            labels = batch.pop("labels")
+            logits = task.model(**batch).logits.float()
+            losses += F.cross_entropy(logits, labels, reduction="none").tolist()
+            right[numbers] = (logits.argmax(-1) == labels).numpy()
+    return {
+        "score": float(right.mean()),
+        "loss": float(np.mean(losses)),
+        "scored": len(rows),
+        "right": np.packbits(right).tobytes().hex(),
+    }
+
+
+def train_ours(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
+    """The toolkit's own `train_adapter`."""
     import fourierft_export as ff
 
     del cell
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "adapter.fourierft.safetensors"
         report = ff.train_adapter(task, out, settings, picture=False)
+    heads = sum(
+        p.numel()
+        for name, p in task.model.named_parameters()
+        if p.requires_grad and any(head in name for head in task.modules_to_save)
+    )
     return {
-        "score": report.best["accuracy"],
-        "loss": report.best["loss"],
-        "parameters": report.parameters["spectra"],
-        "head_parameters": report.parameters["heads"],
+        "parameters": sum(report.parameters.values()) - heads,
+        "head_parameters": heads,
         "bytes": report.bundle_bytes,
         "seconds_per_step": report.seconds_per_step,
     }
 
 
-def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
+def train_peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     """The same Trainer, batches and schedule around a model that PEFT prepared."""
     import torch
     from transformers import TrainerCallback
@@ -106,7 +166,7 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     from fourierft_export.train import defaults
     from fourierft_export.train.train import make_arguments, resolved
     from fourierft_export.train.trainer import AdapterTrainer
-    from fourierft_export.train.training_run import evaluations, plan
+    from fourierft_export.train.training_run import plan
 
     class Clock(TrainerCallback):
         """Keeps the seconds of every step."""
@@ -121,6 +181,7 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
             self.seconds.append(time.perf_counter() - self.began)
 
     method = METHODS[cell.method]
+    assert method.put is not None
     torch.manual_seed(cell.seed)
     heads = task.modules_to_save
     model = method.put(task)
@@ -134,15 +195,13 @@ def _peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = make_arguments(settings, Path(folder))
         arguments.save_strategy = "no"
-        task = replace(task, model=model)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         batches = plan(task, settings, arguments)
-        trainer = AdapterTrainer(task, settings, batches, arguments, [clock], optimizer=optimizer)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        trainer = AdapterTrainer(
+            replace(task, model=model), settings, batches, arguments, [clock], optimizer=optimizer
+        )
         trainer.train()
-    scores = evaluations(trainer.state.log_history)[-1]["metrics"]
     return {
-        "score": scores["accuracy"],
-        "loss": scores["loss"],
         "parameters": sum(p.numel() for p in body),
         "head_parameters": sum(p.numel() for p in head),
         "bytes": _file_bytes(model, learning),

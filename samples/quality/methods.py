@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -21,14 +23,20 @@ class Method:
         title: in the table.
         rates: peak learning rates to choose among, on rows held out; (None,) for no search.
         put: model -> model with the method on it, everything else frozen; None for this toolkit's
-            own `train_adapter`.
+            own `train_adapter` with its defaults.
         is_head_rate: the rate searched is the head's, since nothing else learns.
+        rates_of: the method whose rates are taken, found without dropout, instead of a search.
+        dropout: train with the base's dropout on, as a stock Trainer does.
+        settings: of `train_adapter`, where the toolkit's defaults are not what is compared.
     """
 
     title: str
     rates: tuple[float | None, ...]
     put: Callable[[TrainingTask], nn.Module] | None = None
     is_head_rate: bool = False
+    rates_of: str | None = None
+    dropout: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def head_only(task: TrainingTask) -> nn.Module:
@@ -38,12 +46,16 @@ def head_only(task: TrainingTask) -> nn.Module:
     return task.model
 
 
-def lora(task: TrainingTask) -> nn.Module:
-    """PEFT's LoRA of rank 8, alpha 16, no dropout."""
+def lora(task: TrainingTask, rank: int) -> nn.Module:
+    """PEFT's LoRA with alpha twice the rank, no dropout of its own."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=TARGETS,
     )
     return get_peft_model(task.model, config)
 
@@ -58,12 +70,26 @@ def peft_fourierft(task: TrainingTask) -> nn.Module:
 
 # Every method chooses among four rates. The head's rate is the same wherever something besides the
 # head learns.
+LORA_RATES, PEFT_RATES = (0.001, 0.002, 0.004, 0.008), (0.03, 0.06, 0.12, 0.25)
+LORA_8, LORA_1 = partial(lora, rank=8), partial(lora, rank=1)
 METHODS = {
     "head": Method("head only", (0.003, 0.01, 0.03, 0.1), head_only, is_head_rate=True),
-    "lora": Method("LoRA r=8 (PEFT)", (0.001, 0.002, 0.004, 0.008), lora),
-    "peft": Method("FourierFT n=1000 (PEFT)", (0.03, 0.06, 0.12, 0.25), peft_fourierft),
-    "ours": Method("FourierFT n=1000 (this toolkit, defaults)", (None,)),
-    "ours-searched": Method(
-        "FourierFT n=1000 (this toolkit, rate searched)", (0.05, 0.1, 0.2, 0.3)
+    "lora8": Method("LoRA r=8 (PEFT)", LORA_RATES, LORA_8),
+    "lora1": Method("LoRA r=1 (PEFT)", LORA_RATES, LORA_1),
+    "peft": Method("FourierFT n=1000 (PEFT)", PEFT_RATES, peft_fourierft),
+    "ours": Method("FourierFT (this toolkit, defaults)", (None,)),
+    "ours-biases": Method(
+        "FourierFT n=640 and biases (this toolkit)",
+        (None,),
+        settings={"n_frequency": 640, "bias": "fourier_only"},
+    ),
+    "lora8-dropout": Method(
+        "LoRA r=8 (PEFT), dropout", (None,), LORA_8, rates_of="lora8", dropout=True
+    ),
+    "lora1-dropout": Method(
+        "LoRA r=1 (PEFT), dropout", (None,), LORA_1, rates_of="lora1", dropout=True
+    ),
+    "peft-dropout": Method(
+        "FourierFT n=1000 (PEFT), dropout", (None,), peft_fourierft, rates_of="peft", dropout=True
     ),
 }

@@ -7,9 +7,12 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 from methods import METHODS
+from numpy.typing import NDArray
 
 Results = dict[str, dict[str, Any]]
+REFERENCE = "lora8"
 
 
 def finals(found: Results, task: str, method: str) -> list[dict[str, Any]]:
@@ -26,29 +29,68 @@ def average(found: Results, tasks: Sequence[str], method: str) -> float:
 
 def markdown(found: Results, tasks: Sequence[str], methods: Sequence[str]) -> str:
     """Accuracy in per cent: mean (least to most over the seeds); then what it costs."""
-    head = ["method", *tasks, "average", "parameters", "with head", "bytes", "s/step"]
+    head = ["method", *tasks, "average", f"against {METHODS[REFERENCE].title}"]
+    head += ["parameters", "with head", "bytes", "s/step"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in methods:
         rows = {task: finals(found, task, method) for task in tasks}
         every = [r for part in rows.values() for r in part]
-        sizes = [r["bytes"] for r in every]
-        learning = [r["parameters"] + r["head_parameters"] for r in every]
         fields = [
             METHODS[method].title,
             *(spread([100 * r["score"] for r in part]) for part in rows.values()),
             f"{average(found, tasks, method):.1f}",
-            f"{every[0]['parameters']:,}",
-            span(learning),
-            span(sizes),
+            difference(found, tasks, method),
+            span([r["parameters"] for r in every]),
+            span([r["parameters"] + r["head_parameters"] for r in every]),
+            span([r["bytes"] for r in every]),
             f"{median(r['seconds_per_step'] for r in every):.3f}",
         ]
         lines.append("| " + " | ".join(fields) + " |")
-    rates = ["", "Learning rates that the search chose:", ""]
+    rates = ["", "Learning rates:", ""]
     for method in methods:
-        if METHODS[method].rates != (None,):
+        if finals(found, tasks[0], method)[0]["rate"] is not None:
             chosen = ", ".join(f"{t} {finals(found, t, method)[0]['rate']:g}" for t in tasks)
             rates.append(f"- {METHODS[method].title}: {chosen}")
     return "\n".join(lines + rates) + "\n"
+
+
+def difference(found: Results, tasks: Sequence[str], method: str) -> str:
+    """How far a method's average is from the reference's, with the interval that holds 95 %."""
+    gaps = [paired_gaps(found, task, method) for task in tasks]
+    if method == REFERENCE or not all(map(len, gaps)):
+        return ""
+    low, high = interval(gaps)
+    return f"{100 * mean(gap.mean() for gap in gaps):+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def paired_gaps(found: Results, task: str, method: str) -> NDArray[np.float64]:
+    """(seeds, rows): 1 where the method alone is right, -1 where the reference alone is."""
+    right = {name: right_rows(finals(found, task, name)) for name in (method, REFERENCE)}
+    seeds = sorted(right[method].keys() & right[REFERENCE].keys())
+    return np.array([right[method][seed] - right[REFERENCE][seed] for seed in seeds])
+
+
+def right_rows(results: Sequence[dict[str, Any]]) -> dict[int, NDArray[np.float64]]:
+    """Seed -> (rows,): 1.0 where the label was right."""
+    found = {}
+    for r in results:
+        packed = np.frombuffer(bytes.fromhex(r["right"]), np.uint8)
+        found[r["seed"]] = np.unpackbits(packed, count=r["scored"]).astype(np.float64)
+    return found
+
+
+def interval(gaps: Sequence[NDArray[np.float64]], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval, in per cent, of the mean over tasks: seeds and rows drawn anew."""
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        drawn = []
+        for gap in gaps:
+            seeds, rows = (generator.integers(0, size, size) for size in gap.shape)
+            drawn.append(gap[seeds].mean(axis=0)[rows].mean())
+        means.append(100 * mean(drawn))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def spread(values: Sequence[float]) -> str:
