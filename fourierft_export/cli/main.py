@@ -146,5 +146,9 @@ def _quiet_libraries() -> None:
     quiet |= {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is
+    for name in (
+        "onnx_ir",
+        "torchao",
+        "torch.utils._pytree",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)

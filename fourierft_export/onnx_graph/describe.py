@@ -70,9 +70,10 @@ def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
     import onnx
 
     tensor = value.type.tensor_type
+    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
     return {
         "name": value.name,
-        "dtype": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
+        "dtype": names.get(tensor.elem_type, f"unknown type {tensor.elem_type}").lower(),
         "shape": [d.dim_param or d.dim_value for d in tensor.shape.dim],
     }
 
@@ -97,5 +98,5 @@ def _adapter(model: onnx.ModelProto) -> dict[str, Any] | None:
                 for name, adapter in content["adapters"].items()
             ],
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -19,6 +19,7 @@ from ...errors import BadInputError
 from ...files.onnx_external_data import EXTERNAL, check_external_data, tensors
 from ...files.safetensors_reader import open_regular, read_exactly
 from ...types import Array
+from .check_graph import find_faults
 from .ops import free_name, register_constant, used_names
 
 if TYPE_CHECKING:
@@ -122,6 +123,15 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
             found=f"{len(empty)} tensors without data",
             remedy="get the model with its weights: this one was stripped of them",
             offenders=empty,
+        )
+    if faults := list(find_faults(proto)):
+        more = len(faults) - 1
+        raise BadInputError(
+            path,
+            expected="a valid ONNX model",
+            found=faults[0] + (f", and {more} more faults" if more else ""),
+            remedy="get or export the model again",
+            offenders=[fault[:300] for fault in faults] if more else (),
         )
     files = check_external_data(proto, path, allow_links=allow_links)
     for tensor in tensors(proto):

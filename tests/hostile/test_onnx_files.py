@@ -1,0 +1,83 @@
+"""ONNX files that are no valid graphs: one printable line that says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import fourierft_export as ff
+from fourierft_export.bundle.spec import AdapterSpec, LayerSpec
+from fourierft_export.cli.main import run
+from fourierft_export.errors import BadInputError
+
+ESC = "\x1b[31m"
+
+
+def add_sparse(model: onnx.ModelProto) -> None:
+    sparse = model.graph.sparse_initializer.add()
+    sparse.values.CopyFrom(numpy_helper.from_array(np.ones(1, np.float32), "s"))
+    sparse.indices.CopyFrom(numpy_helper.from_array(np.zeros(1, np.int64), "i"))
+
+
+Change = Callable[[onnx.ModelProto], object]
+CASES: dict[str, tuple[Change, str]] = {
+    f"opset {version}": (lambda m, v=version: setattr(m.opset_import[0], "version", v), "opset")
+    for version in (0, -1, 2**63 - 1)
+}
+CASES |= {
+    f"element type {kind}": (
+        lambda m, k=kind: setattr(m.graph.initializer[0], "data_type", k), f"element type {kind}",
+    )
+    for kind in (0, 99, -1)
+}  # fmt: skip
+CASES |= {
+    "short data": (lambda m: setattr(m.graph.initializer[0], "raw_data", b"\0" * 7), "7 bytes"),
+    "negative size": (lambda m: m.graph.initializer[0].dims.__setitem__(0, -8), "the shape"),
+    "unnamed": (lambda m: m.graph.initializer.add(data_type=1, dims=[0]), "without a name"),
+    "doubled": (lambda m: m.graph.initializer.append(m.graph.initializer[0]), "twice"),
+    "sparse": (add_sparse, "sparse"),
+    "output from nowhere": (lambda m: setattr(m.graph.output.add(), "name", ESC), "no node makes"),
+    "input from nowhere": (lambda m: m.graph.node[0].input.__setitem__(0, ESC), "from nowhere"),
+    "no outputs": (lambda m: setattr(m.graph.node.add(), "op_type", ESC), "without outputs"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_invalid_graph_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, words = CASES[name]
+    ends = [helper.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 8), ("y", 6))]
+    weight = numpy_helper.from_array(np.ones((8, 6), np.float32), "lin.weight")
+    node = helper.make_node("MatMul", ["x", "lin.weight"], ["y"])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    change(model)
+    Path("m.onnx").write_bytes(model.SerializeToString())
+    spec = AdapterSpec(777, 50.0, (LayerSpec("lin", 5),))
+    bundle = ff.Bundle.build(spec, {"lin": np.ones(5, np.float32)})
+    bundle.save("b")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(BadInputError, match=words):
+        ff.apply_onnx("m.onnx", bundle, "out.onnx")
+    with pytest.raises(BadInputError, match=words):
+        ff.recover_onnx("m.onnx")
+    for command in (
+        "apply --onnx m.onnx --bundle b --mode merged -o out.onnx",
+        "apply --onnx m.onnx --bundle b --mode swappable -o out.onnx",
+        "recover --onnx m.onnx -o out",
+        "pack b --to onnx-inputs --onnx m.onnx -o out",
+    ):
+        capfd.readouterr()
+        assert run(command.split()) == 3
+        line, *offenders = capfd.readouterr().err.splitlines()
+        assert line.startswith("error: m.onnx: ") and words in line and len(line) <= 500
+        assert all(text.startswith("  ") for text in offenders)
+        assert "".join([line, *offenders]).isprintable()
+    assert sorted(tmp_path.iterdir()) == before
