@@ -320,9 +320,7 @@ def _model(
     opsets = [helper.make_opsetid(domain, n) for domain, n in (("", 18), ("com.microsoft", 1))]
     if functions:
         opsets.append(helper.make_opsetid("own", 1))
-    return helper.make_model(
-        graph, ir_version=10, opset_imports=opsets, functions=functions or []
-    )
+    return helper.make_model(graph, ir_version=10, opset_imports=opsets, functions=functions or [])
 
 
 _HEAD = [
@@ -468,7 +466,10 @@ def write_shared(folder: Path) -> None:
         file = f"model-{number:05d}-of-00002.safetensors"
         (base / file).write_bytes(save({n: weights[n] for n in names}, {"format": "pt"}))
         home |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": 4 * sum(map(np.size, weights.values()))}, "weight_map": home}
+    index = {
+        "metadata": {"total_size": 4 * sum(map(np.size, weights.values()))},
+        "weight_map": home,
+    }
     (base / INDEX).write_text(json.dumps(index))
     config = {"architectures": ["Own"], "model_type": "own", "torch_dtype": "float32"}
     (base / "config.json").write_text(json.dumps(config))

@@ -115,7 +115,9 @@ def open_case(door: Door, case: Case, silence: Silence) -> str:
             raise
         shown = (error.summary, *error.offenders)
         if not error.summary or not all(line.isprintable() for line in shown):
-            raise AssertionError(f"lines that a terminal does not show as they are: {shown}") from error
+            raise AssertionError(
+                f"lines that a terminal does not show as they are: {shown}"
+            ) from error
         outcome = type(error).__name__
     printed = silence.printed()
     if printed:
