@@ -75,7 +75,7 @@ class Case:
 
     def left_behind(self) -> list[str]:
         """What is on the disk that was not in the input."""
-        found = [path for path in (self._place / "out").glob("*")]
+        found = list((self._place / "out").glob("*"))
         found += [path for path in (self._place / "in").glob("*") if path.name not in self.files]
         return [path.name for path in found]
 
@@ -160,10 +160,10 @@ def call_verb(*words: object) -> None:
         raise AssertionError(f"no summary line, or too much: {said[:30]}")
     if "--json" in words and json.loads(out.getvalue())["ok"]:
         raise AssertionError("a failure that says ok")
-    raise VerbRefused(code)
+    raise VerbRefusedError(code)
 
 
-class VerbRefused(Exception):
+class VerbRefusedError(Exception):
     """A verb refused its input, as it should; the argument is its exit code."""
 
 

@@ -16,7 +16,8 @@ VALUES: list[Any] = [
     "U8", "U32", "F4", "small", "r64", "explicit", "a.{0-99999}", "{0-9}.{0-9}.{0-9}", "{a,b}",
     "é", "\x1b[31m", "\ud800", "fourierft.x", "__metadata__", "a" * 2000, "a." * 200, [], {}, [[]],
     [0], [1, 2], [0, 0], [2, 3], [10**9, 10**9], {"a": 1}, {"set": {}}, {"absent": ["bias"]},
-    {"set": {"bias": 1}, "absent": ["bias", 5]}, "../x", "/etc/passwd", "(a+)+$", "model.safetensors",
+    {"set": {"bias": 1}, "absent": ["bias", 5]}, "../x", "/etc/passwd", "(a+)+$",
+    "model.safetensors",
 ]  # fmt: skip
 KEYS = ["", "x", "set", "shape", "peft", "\x1b", "weight_map", "bias", "modules_to_save", "start"]
 
@@ -267,7 +268,7 @@ def mutate_onnx(model: Any, rng: random.Random) -> None:
         tensor = rng.choice(graph.initializer)
         tensor.data_location = 1
         for key in rng.sample(["location", "offset", "length", "checksum", "x"], rng.randrange(4)):
-            tensor.external_data.add(key=key, value=rng.choice(TEXTS + ["0", "16", "model.data"]))
+            tensor.external_data.add(key=key, value=rng.choice([*TEXTS, "0", "16", "model.data"]))
         if rng.random() < 0.5:
             tensor.ClearField("raw_data")
     elif action < 0.15 and graph.node:

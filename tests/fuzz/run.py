@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from fourierft_export.errors import FourierFTError
-from tests.fuzz.kinds import KINDS, Case, Door, Files, VerbRefused, mutate_files, remove
+from tests.fuzz.kinds import KINDS, Case, Door, Files, VerbRefusedError, mutate_files, remove
 
 MAX_KILOBYTES = 200_000
 MAX_GOOD, MAX_GOOD_BYTES = 200, 50_000  # mutants that open are mutated further
@@ -108,7 +108,7 @@ def open_case(door: Door, case: Case, silence: Silence) -> str:
     try:
         door.open(case)
         outcome = "opened"
-    except VerbRefused as refused:
+    except VerbRefusedError as refused:
         outcome = f"exit code {refused.args[0]}"
     except FourierFTError as error:
         if error.exit_code not in CODES:
@@ -230,7 +230,8 @@ def describe(door: Door, error: BaseException) -> str:
     own = [f for f in frames if "fourierft_export" in f.filename or "/tests/fuzz/" in f.filename]
     last = own[-1] if own else frames[-1]
     first_words = " ".join(str(error).split()[:6])[:80]
-    return f"{door.name.split()[0]}: {type(error).__name__} at {Path(last.filename).name}:{last.name}: {first_words}"
+    place = f"{Path(last.filename).name}:{last.name}"
+    return f"{door.name.split()[0]}: {type(error).__name__} at {place}: {first_words}"
 
 
 def run_kind(kind: str, seed: int, cases: int | None, seconds: float | None) -> Findings:
