@@ -458,6 +458,7 @@ def test_what_no_adapter_can_be_beside(
     elif name in CASES:
         nodes, constants = CASES[name].nodes, CASES[name].constants
     path = save(tmp_path / "in.onnx", nodes, constants, {"y": [3, 8]})
-    with pytest.raises(UsageError, match="use mode merged or unmerged") as caught:
+    with pytest.raises(UsageError, match="use mode paired, merged or unmerged") as caught:
         ff.apply_onnx(path, make_bundle(["a"], {"a": A}), tmp_path / "out.onnx", mode=mode)
     assert caught.value.offenders == (why,)
+    ff.apply_onnx(path, make_bundle(["a"], {"a": A}), tmp_path / "out.onnx", mode="paired")

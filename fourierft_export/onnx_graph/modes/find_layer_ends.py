@@ -60,7 +60,7 @@ def ends_of(plan: Plan) -> dict[str, list[Ends]]:
             found=f"{len(offenders)} layers that are not",
             remedy="adapt these layers before the others are quantised"
             if plan.has_quantised
-            else "use mode merged or unmerged",
+            else "use mode paired, merged or unmerged",
             offenders=offenders,
         )
     packed: dict[ir.Value, list[Site]] = {}
