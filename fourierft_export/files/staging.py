@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ else:
 _PARTIAL = ".partial-"
 _LOCK = ".lock"
 _OLD = ".old"
+_MOVED = ".moved"
 _ATTEMPTS = 5
 
 
@@ -120,6 +122,7 @@ def open_work_folder(
         with name_os_errors(path, folder):
             clean_leftovers(path, folder)
             if not keep:
+                _restore(folder, path)
                 _empty(folder)
         yield folder
     finally:
@@ -184,6 +187,29 @@ def publish(staged: Path, out: Path, *, force: bool) -> None:
     )
 
 
+def publish_together(folder: Path, out: Path) -> tuple[Path, ...]:
+    """Move all files of a work folder to their place, `out` first among them and moved last.
+
+    An old `out` is deleted before: it never meets new files, nor the new one old files. Where
+    `out` does not come, the other files are removed with the work folder (`_leave`).
+    """
+    staged = folder / out.name
+    more = sorted(file for file in folder.iterdir() if file.name not in (_LOCK, out.name))
+    for file in (staged, *more):
+        set_umask_mode(file)
+        sync(file)
+    if more:
+        moved = {file.name: file.stat().st_ino for file in more}
+        (folder / _MOVED).write_text(json.dumps(moved), "utf-8")
+        out.unlink(missing_ok=True)
+    for file in more:
+        os.replace(file, out.with_name(file.name))
+    os.replace(staged, out)
+    (folder / _MOVED).unlink(missing_ok=True)
+    sync(out.parent)
+    return (out, *(out.with_name(file.name) for file in more))
+
+
 def clean_leftovers(out: Path, own: Path | None = None) -> None:
     """Remove the work folders of `out`, all but `own`, that killed processes have left."""
     for folder in out.parent.glob(f"{glob.escape(out.name)}{_PARTIAL}*"):
@@ -218,9 +244,8 @@ def _try_lock(path: Path) -> int:
 
 
 def _leave(folder: Path, lock: int, out: Path) -> None:
-    """Remove a work folder; what was moved aside and not replaced goes back."""
-    if os.path.lexists(folder / _OLD) and not os.path.lexists(out):
-        os.replace(folder / _OLD, out)
+    """Remove a work folder."""
+    _restore(folder, out)
     _empty(folder)
     if os.name == "nt":  # where an open file cannot be removed
         os.close(lock)
@@ -229,6 +254,20 @@ def _leave(folder: Path, lock: int, out: Path) -> None:
         os.close(lock)
     with contextlib.suppress(OSError):  # another process is about to lock it
         folder.rmdir()
+
+
+def _restore(folder: Path, out: Path) -> None:
+    """Where `out` did not come: put back what was moved aside for it, remove its other files."""
+    if os.path.lexists(out):
+        return
+    if os.path.lexists(folder / _OLD):
+        os.replace(folder / _OLD, out)
+    with contextlib.suppress(FileNotFoundError, ValueError, AttributeError, TypeError):
+        moved: dict[str, int] = json.loads((folder / _MOVED).read_text("utf-8"))
+        for name, number in moved.items():
+            with contextlib.suppress(FileNotFoundError):
+                if out.with_name(name).lstat().st_ino == number:  # no file that came later
+                    out.with_name(name).unlink()
 
 
 def _empty(folder: Path) -> None:

@@ -13,7 +13,6 @@ from ..bundle.fit import Fit, FoundLayer, LayerVerdict, check_fits, fit_adapter
 from ..bundle.layer_templates import compress
 from ..bundle.spec import Fingerprint
 from ..errors import BaseMismatchError, UsageError
-from ..files.staging import check_output
 from ..models.base_tensors import Base, open_base
 from ..types import Progress
 from .adapter_interface import KEY
@@ -21,12 +20,12 @@ from .adapters import Bundles, named_bundles, weighted, without
 from .graph.inline import expand_functions, inline_functions
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
-from .graph.write import refuse_inputs, write_pair
+from .graph.write import check_model_output, write_model
 from .locate.finder import Finder, Found
 from .locate.join_split_layers import join_parts
 from .locate.saved import find_saved, missing_saved
 from .locate.site import Site, Wanted, compare_site
-from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED, expander_path
+from .mode_names import BANK, DEFAULTS, MERGED, PAIRED, SWAPPABLE, UNMERGED
 from .modes.batch_dimension import batch_of
 from .modes.mode_records import Plan
 from .modes.quantised_heads import float_heads
@@ -118,12 +117,11 @@ def apply_onnx(
     mapping = mapping or {}
     _check_mapping(named, mapping)
     inputs = (onnx_in,) if base is None else (onnx_in, base)
-    check_output(onnx_out, force=force, inputs=inputs)
-    if mode == PAIRED:
-        check_output(expander_path(onnx_out), force=force, inputs=inputs)
+    paired = mode == PAIRED
+    check_model_output(onnx_out, paired=paired, force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)
-    for path in (onnx_out, expander_path(onnx_out)) if mode == PAIRED else (onnx_out,):
-        refuse_inputs(path, (*inputs, *source.files))
+    inputs = (*inputs, *source.files)
+    check_model_output(onnx_out, paired=paired, force=force, inputs=inputs)
     if opset is not None:
         source = _convert(source, opset)
     _check_source(source, mode)
@@ -204,7 +202,7 @@ def apply_onnx(
     for model in (source.model, expander) if inline else ():
         if model is not None:
             inline_functions(model)
-    files = write_pair(source, expander, onnx_out, force=force, progress=progress)
+    files = write_model(source, onnx_out, expander, force=force, progress=progress)
     return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -185,22 +187,23 @@ def test_a_head_that_no_output_depends_on(
     assert list(tmp_path.iterdir()) == [plain]
 
 
+@pytest.mark.parametrize("force", [False, True])
 def test_no_expander_is_left_alone(
-    plain: Path, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    """Where the graph cannot be written, as on a full disk."""
-    from fourierft_export.onnx_graph.graph import write
-
-    out, publish = tmp_path / "out.onnx", write._publish
-
-    def full(staged: Path, to: Path) -> Any:
-        if to == out:
-            raise FileAccessError(to, found="no space")
-        return publish(staged, to)
-
-    monkeypatch.setattr(write, "_publish", full)
-    with pytest.raises(FileAccessError):
+    """Where the graph cannot be moved to its place, as on a full disk."""
+    out, replace = tmp_path / "out.onnx", os.replace
+    if force:
         ff.apply_onnx(plain, bundle, out, mode="paired")
+
+    def full(source: Any, to: Any) -> None:
+        if Path(to) == out:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(FileAccessError, match="no space left"):
+        ff.apply_onnx(plain, bundle, out, mode="paired", force=force)
     assert list(tmp_path.iterdir()) == [plain]
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from glob import escape
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInputError, UsageError
-from ...files.hashed_write import check_space, name_os_errors, set_umask_mode, sync
+from ...files.hashed_write import check_space, name_os_errors
 from ...files.onnx_external_data import EXTERNAL, count_tensor_bytes, tensors
-from ...files.staging import check_output, open_work_folder
+from ...files.staging import (
+    check_output,
+    clean_leftovers,
+    open_work_folder,
+    publish_together,
+)
 from ...types import Progress
 from ..mode_names import expander_path
 from .source import Source
@@ -27,6 +31,7 @@ _MAX_EMBEDDED = 2**31 - 2**26
 # 64 MiB, half of them merged, take 360 MiB of memory (one thread: 231 MiB, 1.2 times the time).
 _IN_FLIGHT = 128 << 20
 _PAGE, _SMALL = 4096, 64
+_PLAN = "graph"  # one name for all runs: a second writer of an output of several files is refused
 
 
 def data_path(path: Path) -> Path:
@@ -37,24 +42,54 @@ def data_path(path: Path) -> Path:
 def write_model(
     graph: ir.Model | Source,
     path: str | os.PathLike[str],
+    expander: ir.Model | None = None,
     *,
     external_data: bool | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Write a graph, checked by onnx.checker; it is absent or complete at any moment.
+    """Write a graph, checked by onnx.checker; all its files are there at any moment, or none.
 
     Args:
         graph: external data of a `Source` stays external, and is made or copied piece by piece.
         path: the file to make; external data goes to `path` + ".data".
+        expander: the second graph of mode paired.
         external_data: True puts the other weights there, too, False never does; by default they
             go there when the model would pass protobuf's 2 GiB.
         force: replace existing files.
         progress: called with ("copy", bytes done, bytes in all) of external data.
+        write_more: writes further files of the output to the folder that it is given.
     """
+    out = check_output(path, force=force)
+    models = {out: graph} if expander is None else {out: graph, expander_path(out): expander}
+    with open_work_folder(out, plan=_PLAN) as folder, name_os_errors(out, folder):
+        for target, model in models.items():
+            check_output(target, force=force)
+            report = progress if target == out else None
+            _stage(model, folder / target.name, out.parent, external_data, force, report)
+        if write_more:
+            write_more(folder)
+        replaced = [target for target in models if os.path.lexists(target)]
+        files = publish_together(folder, out)
+        for target in replaced:
+            if data_path(target) not in files:
+                data_path(target).unlink(missing_ok=True)
+        return files
+
+
+def _stage(
+    graph: ir.Model | Source,
+    staged: Path,
+    directory: Path,
+    external_data: bool | None,
+    force: bool,
+    progress: Progress | None,
+) -> None:
+    """Write a graph and its external data to a work folder; `directory` will hold them."""
     import onnx_ir as ir
 
-    source = graph if isinstance(graph, Source) else Source(Path(path), graph)
+    source = graph if isinstance(graph, Source) else Source(directory / staged.name, graph)
     values = [v for v in source.model.graph.initializers.values() if v.const_value is not None]
     inside = [v for v in values if not isinstance(v.const_value, ir.ExternalTensor)]
     if external_data is None:
@@ -70,45 +105,18 @@ def write_model(
     finally:
         for value, tensor in kept.items():
             value.const_value = tensor
-    external = [one for one in tensors(proto) if one.data_location == EXTERNAL]
     if proto.ByteSize() >= 2**31:
         raise UsageError(
-            path, expected="a model below protobuf's 2 GiB", found=f"{proto.ByteSize():,} bytes"
+            directory / staged.name,
+            expected="a model below protobuf's 2 GiB",
+            found=f"{proto.ByteSize():,} bytes",
         )
-    out = check_output(path, force=force)
+    external = [one for one in tensors(proto) if one.data_location == EXTERNAL]
     if external:
-        # Data that a run left which was killed before its model came is no obstacle.
-        check_output(data_path(out), force=force or _is_left_over(out))
-    with open_work_folder(out) as folder, name_os_errors(out, folder):
-        staged = folder / out.name
-        if external:
-            _write_data(source, external, data_path(staged), progress)
-        staged.write_bytes(proto.SerializeToString())
-        _check(staged, source.path)
-        return _publish(staged, out)
-
-
-def write_pair(
-    graph: ir.Model | Source,
-    expander: ir.Model | None,
-    path: str | os.PathLike[str],
-    *,
-    external_data: bool | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> tuple[Path, ...]:
-    """Write a graph as `write_model` does, and the expander of mode paired: both, or neither."""
-    if expander is None:
-        return write_model(graph, path, external_data=external_data, force=force, progress=progress)
-    out = check_output(expander_path(path), force=force)
-    with open_work_folder(out) as folder:
-        staged, *data = write_model(expander, folder / out.name, external_data=external_data)
-        if data:
-            check_output(data_path(out), force=force)
-        files = write_pair(
-            graph, None, path, external_data=external_data, force=force, progress=progress
-        )
-        return (*files, *_publish(staged, out))
+        check_output(directory / data_path(staged).name, force=force)
+        _write_data(source, external, data_path(staged), progress)
+    staged.write_bytes(proto.SerializeToString())
+    _check(staged, source.path)
 
 
 def _write_data(
@@ -198,34 +206,18 @@ def _check(staged: Path, source: Path) -> None:
             ) from None
 
 
-def refuse_inputs(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse outputs that would replace the inputs they are made from, even with `force`."""
-    for output in (Path(path), data_path(Path(path))):
-        check_output(output, force=True, inputs=tuple(inputs))
-
-
-def _is_left_over(out: Path) -> bool:
-    """Whether a killed run has moved the data to its place, and not the model (`_publish`)."""
-    staged = [folder / out.name for folder in out.parent.glob(f"{escape(out.name)}.partial-*")]
-    halves = [one for one in staged if one.exists() and not data_path(one).exists()]
-    return bool(halves) and not os.path.lexists(out)
-
-
-def _publish(staged: Path, out: Path) -> tuple[Path, ...]:
-    """Move model and data to their place.
-
-    An old model is deleted first and the new one moved last: a model never meets other data.
-    """
-    staged_data, data = data_path(staged), data_path(out)
-    has_data, replaces = staged_data.exists(), os.path.lexists(out)
-    for file in (staged, staged_data) if has_data else (staged,):
-        set_umask_mode(file)
-        sync(file)
-    if has_data:
-        out.unlink(missing_ok=True)
-        os.replace(staged_data, data)
-    os.replace(staged, out)
-    if replaces and not has_data:
-        data.unlink(missing_ok=True)
-    sync(out.parent)
-    return (out, data) if has_data else (out,)
+def check_model_output(
+    path: str | os.PathLike[str],
+    *,
+    paired: bool,
+    force: bool,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> None:
+    """Refuse outputs that exist without `force`, and any that would replace the inputs."""
+    out = Path(path)
+    targets = (out, expander_path(out)) if paired else (out,)
+    if not os.path.lexists(out):
+        clean_leftovers(out)
+    for target in targets:
+        check_output(target, force=force, inputs=tuple(inputs))
+        check_output(data_path(target), force=True, inputs=tuple(inputs))

@@ -151,6 +151,20 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
         )
 
 
+def open_expander(graph: Exported, *, allow_links: bool = False) -> Exported:
+    """Open the second file of a paired graph, which must be of the same base and adapter inputs."""
+    path = expander_path(graph.source.path)
+    expander = open_exported(path, allow_links=allow_links)
+    if expander.interface != graph.interface:
+        raise BadInputError(
+            path,
+            expected=f"the file that was written with {graph.source.path.name}",
+            found="one of another base or for other layers",
+            remedy="get both files of one export, or export or apply the adapter again",
+        )
+    return expander
+
+
 @contextmanager
 def _reading_metadata(path: str | os.PathLike[str], found: str = "") -> Iterator[None]:
     """Report metadata that is none of this package, or damaged, as bad input."""
@@ -237,6 +251,6 @@ def parameters_for(
     if both_graphs and not takes_spectra:
         return feeds
     if graph.mode == PAIRED and not expands:
-        expander = open_exported(expander_path(path), allow_links=allow_links)
+        expander = open_expander(graph, allow_links=allow_links)
         return expand_weights(graph.interface, expander.weight_inputs(graph.interface), feeds)
     return {name: array for name, array in feeds.items() if name in taken}

@@ -17,9 +17,9 @@ from ...errors import UsageError
 from ...types import Array
 from ..adapter_interface import ADAPTER_ID, Interface
 from ..feeds import base_feeds, check_parameters, feed_bundle, has_fingerprints, table
-from ..mode_names import BANK, PAIRED, expander_path
+from ..mode_names import BANK, PAIRED
 from .adapter_file import SUFFIX, read_adapter
-from .exported_file import open_exported
+from .exported_file import open_expander, open_exported
 from .feed_cache import KeptValues
 from .ort_session import device_of, load_session, run_session, to_value
 from .run_checks import Adapter, check_baked_in, check_inputs, check_known, per_row
@@ -95,7 +95,7 @@ class AdapterSession:
         self._table: tuple[dict[str, Any], dict[str | None, int]] | None = None
         weights, interface = None, self._interface or Interface(())
         if self.mode == PAIRED:
-            expander = open_exported(expander_path(onnx_path), allow_links=allow_links)
+            expander = open_expander(graph, allow_links=allow_links)
             weights = expander.weight_inputs(interface)
         self._base = base_feeds(interface.groups) | graph.base_saved()
         self._kept = KeptValues(interface, weights, self._device, memory_limit)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ from ...adapt.base_linear import check_mergeable, stored_weight, to_tensor
 from ...adapt.modules import active_adapters, adapter_names, without_adapters
 from ...bundle.bundle import Bundle
 from ...errors import UsageError
-from ...files.staging import check_output
 from ...types import Progress
 from ..graph.inline import inline_functions
-from ..graph.write import write_pair
-from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES, expander_path
+from ..graph.write import check_model_output, write_model
+from ..mode_names import BANK, DEFAULTS, MERGED, PAIRED, RUNTIME_MODES
 from ..modes.merged import saved_values
 from ..modes.mode_records import Plan
 from ..modes.write_mode import check_adapter_count, check_mode, write_adapters
@@ -108,7 +108,7 @@ def export_onnx(
     names = adapter_names(model) if mode == BANK else active_adapters(model)
     check_adapter_count(mode, names)
     check_versions(opset, ir_version, functions=mode != MERGED and not inline)
-    check_output(path, force=force)
+    check_model_output(path, paired=mode == PAIRED, force=force)
     adapters = {name: capture(model, name) for name in names}
     output = Output(path, mode, defaults, absent, inline, ir_version, external_data, force)
     tracing = {"input_names": input_names, "output_names": output_names, "opset": opset}
@@ -121,7 +121,7 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class Output:
-    """What to write and where: arguments of `export_onnx` of the same names."""
+    """What to write and where: mostly arguments of `export_onnx` of the same names."""
 
     path: str | os.PathLike[str]
     mode: str
@@ -131,6 +131,7 @@ class Output:
     ir_version: int | None
     external_data: bool | None
     force: bool
+    write_more: Callable[[Path], None] | None = None  # as `write_model` takes it
 
 
 def export_adapters(
@@ -158,8 +159,6 @@ def export_adapters(
     adapted = {name for one in adapters.values() for name in one.spectra}
     layers = tuple(path for path, _ in model.named_modules() if path in adapted)
     _check_layers(model, layers)
-    if mode == PAIRED:
-        check_output(expander_path(path), force=output.force)
     values, saved = {}, []
     if mode in RUNTIME_MODES:
         names = sorted({name for one in adapters.values() for name in one.saved})
@@ -181,8 +180,14 @@ def export_adapters(
             if output.inline:
                 inline_functions(one)
             set_ir_version(one, output.ir_version)
-    external, force = output.external_data, output.force
-    files = write_pair(graph, written.expander, path, external_data=external, force=force)
+    files = write_model(
+        graph,
+        path,
+        written.expander,
+        external_data=output.external_data,
+        force=output.force,
+        write_more=output.write_more,
+    )
     report("save", 3, 3)
     dtypes = {array.dtype.name for one in adapters.values() for array in one.spectra.values()}
     notes: tuple[str, ...] = ()

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files.staging import staged_file
-
 if TYPE_CHECKING:
     from .model_parts import CachedModel
 
@@ -19,21 +17,19 @@ _TOKENIZER = (
 )  # fmt: skip
 
 
-def list_genai_files(path: Path, base: Path) -> list[Path]:
-    """The files that onnxruntime-genai needs beside the graph `path`; the first is its config."""
+def list_genai_files(folder: Path, base: Path) -> list[Path]:
+    """The files that onnxruntime-genai needs in the graph's folder; the first is its config."""
     tokenizer = (name for name in _TOKENIZER if (base / name).is_file())
-    return [path.parent / name for name in (CONFIG, *tokenizer)]
+    return [folder / name for name in (CONFIG, *tokenizer)]
 
 
-def write_genai_files(path: Path, model: CachedModel, base: Path) -> None:
-    """Writes the config, and copies the tokenizer of `base`; files that exist are replaced."""
-    config, *tokenizer = list_genai_files(path, base)
-    with staged_file(config, force=True) as partial:
-        text = json.dumps(describe_for_genai(path.name, model), indent=2) + "\n"
-        partial.write_text(text, encoding="utf-8")
+def write_genai_files(folder: Path, graph: str, model: CachedModel, base: Path) -> None:
+    """Writes the config of a graph of this file name, and copies the tokenizer of `base`."""
+    config, *tokenizer = list_genai_files(folder, base)
+    text = json.dumps(describe_for_genai(graph, model), indent=2) + "\n"
+    config.write_text(text, encoding="utf-8")
     for target in tokenizer:
-        with staged_file(target, force=True) as partial:
-            shutil.copyfile(base / target.name, partial)
+        shutil.copyfile(base / target.name, target)
 
 
 def describe_for_genai(filename: str, model: CachedModel) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from ...models.load import load_model
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
 from ..adapters import Bundles, named_bundles, weighted
-from ..mode_names import DEFAULTS, MERGED, RUNTIME_MODES
+from ..graph.write import check_model_output
+from ..mode_names import DEFAULTS, MERGED, PAIRED, RUNTIME_MODES
 from ..modes.write_mode import check_adapter_count, check_mode
 from ..report import ExportReport
 from .export import Output, export_adapters
@@ -114,8 +115,10 @@ def export_pretrained(
     check_adapter_count(mode, named)
     opened = open_base(base)
     cache = cache or genai
-    for out in (path, *(list_genai_files(Path(path), opened.directory) if genai else [])):
-        check_output(out, force=force, inputs=(opened.directory,))
+    read = (opened.directory,)
+    check_model_output(path, paired=mode == PAIRED, force=force, inputs=read)
+    for out in list_genai_files(Path(path).parent, opened.directory) if genai else []:
+        check_output(out, force=force, inputs=read)
     check_versions(opset, ir_version, functions=mode != MERGED and not inline)
     if progress:
         progress("checking the base", 0, 1)
@@ -163,11 +166,13 @@ def export_pretrained(
         options["dynamic_shapes"] = dynamic_axes(inputs)
         options["output_names"] = list_outputs(traced, inputs, get_task(task).outputs)
     output = Output(path, mode, defaults, absent, inline, ir_version, external_data, force)
+    if genai:
+        name, folder = Path(path).name, opened.directory
+        output = replace(output, write_more=lambda to: write_genai_files(to, name, cached, folder))
     report = export_adapters(
         traced, inputs, adapters, named, output, progress, opset=opset, **options
     )
     if genai:
-        write_genai_files(Path(path), cached, opened.directory)
         notes.append(f"onnxruntime-genai runs the folder {Path(path).parent}")
     return replace(report, notes=(*notes, *report.notes))
 
