@@ -201,7 +201,7 @@ def apply_onnx(
     expander = write_adapters(plan, mode).expander
     for model in (source.model, expander) if inline else ():
         if model is not None:
-            inline_functions(model)
+            inline_functions(model, source.path)
     files = write_model(source, onnx_out, expander, force=force, progress=progress)
     return report_on(files, source.model, mode, tuple(sites), tuple(named), tuple(notes))
 
@@ -218,12 +218,15 @@ def _convert(source: Source, opset: int) -> Source:
         )
     if opset == source.opset:
         return source
-    inline_functions(source.model)  # the converter would drop them
+    inline_functions(source.model, source.path)  # the converter would drop them
     proto = ir.serde.serialize_model(source.model)
     try:
         proto = onnx.version_converter.convert_version(proto, opset)
         model = ir.serde.deserialize_model(proto)
-    except (RuntimeError, ValueError, ir.serde.SerdeError) as error:
+    except (
+        *(RuntimeError, ValueError, ir.serde.SerdeError),
+        *(onnx.version_converter.ConvertError, onnx.shape_inference.InferenceError),
+    ) as error:
         raise UsageError(
             source.path,
             expected=f"a graph that onnx.version_converter brings to opset {opset}",

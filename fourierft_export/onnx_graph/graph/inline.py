@@ -7,7 +7,8 @@ functions that hold weights are expanded before an adapter is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,10 @@ _PRODUCTS = ("Einsum", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits")
 _MAX_NODES = 1_000_000  # of the expanded graph: functions may call each other 2^n times
 
 
-def inline_functions(model: ir.Model) -> None:
-    """Replace every call of a function by the function's nodes; no function is left."""
-    from onnx_ir.passes.common import InlinePass
-
+def inline_functions(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Replace every call of a function by its nodes; no function is left. `path` is for errors."""
     domains = {function.domain for function in model.functions.values()}
-    InlinePass()(model)
+    _inline(model, path)
     for domain in domains - {node.domain for node in model.graph.all_nodes()}:
         model.opset_imports.pop(domain, None)
 
@@ -37,9 +36,6 @@ def expand_functions(source: Source, *, products: bool) -> tuple[str, ...]:
 
     Weights become initializers. With `products` also functions that multiply are expanded.
     """
-    from onnx_ir.passes import PreconditionError
-    from onnx_ir.passes.common import InlinePass
-
     model = source.model
     chosen: set[ir.OperatorIdentifier] = set()
     names: dict[int, str] = {}
@@ -52,17 +48,29 @@ def expand_functions(source: Source, *, products: bool) -> tuple[str, ...]:
             names |= held
     if not chosen:
         return ()
+    _inline(model, source.path, lambda function: function.identifier() in chosen)
+    _lift(model, names)
+    return tuple(sorted(one[1] for one in chosen))
+
+
+def _inline(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    criteria: Callable[[ir.Function], bool] | None = None,
+) -> None:
+    """Expand the functions that meet the criteria, or all."""
+    from onnx_ir.passes import PreconditionError
+    from onnx_ir.passes.common import InlinePass
+
     try:
-        InlinePass(criteria=lambda function: function.identifier() in chosen)(model)
-    except (ValueError, PreconditionError) as error:
+        InlinePass(criteria=criteria)(model)
+    except (ValueError, RuntimeError, PreconditionError) as error:
         raise BadInputError(
-            source.path,
-            expected="functions that can be expanded, as they hold weights",
+            path,
+            expected="functions that can be expanded",
             found=str(error).splitlines()[0],
             remedy="expand them first with onnx.inliner.inline_local_functions",
         ) from None
-    _lift(model, names)
-    return tuple(sorted(one[1] for one in chosen))
 
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:

@@ -178,7 +178,7 @@ def export_adapters(
     for one in (graph, written.expander):
         if one is not None:
             if output.inline:
-                inline_functions(one)
+                inline_functions(one, path)
             set_ir_version(one, output.ir_version)
     files = write_model(
         graph,
