@@ -199,7 +199,7 @@ def publish_together(folder: Path, out: Path) -> tuple[Path, ...]:
         set_umask_mode(file)
         sync(file)
     if more:
-        moved = {file.name: file.stat().st_ino for file in more}
+        moved = {file.name: _identify(file) for file in more}
         (folder / _MOVED).write_text(json.dumps(moved), "utf-8")
         out.unlink(missing_ok=True)
     for file in more:
@@ -263,11 +263,17 @@ def _restore(folder: Path, out: Path) -> None:
     if os.path.lexists(folder / _OLD):
         os.replace(folder / _OLD, out)
     with contextlib.suppress(FileNotFoundError, ValueError, AttributeError, TypeError):
-        moved: dict[str, int] = json.loads((folder / _MOVED).read_text("utf-8"))
-        for name, number in moved.items():
+        moved: dict[str, list[int]] = json.loads((folder / _MOVED).read_text("utf-8"))
+        for name, identity in moved.items():
             with contextlib.suppress(FileNotFoundError):
-                if out.with_name(name).lstat().st_ino == number:  # no file that came later
+                if _identify(out.with_name(name)) == identity:  # no file that came later
                     out.with_name(name).unlink()
+
+
+def _identify(file: Path) -> list[int]:
+    """What a renamed file keeps, and no other file has."""
+    status = file.lstat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _empty(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,20 @@ def test_data_whose_model_never_came_is_replaced(
     with pytest.raises(UsageError, match=r"out\.onnx\.data"):
         apply_onnx(tmp_path / "in.onnx", make_bundle(["a"]), out)
     assert data.read_bytes() == b"somebody's own"
-    left = tmp_path / "out.onnx.partial-1"
-    left.mkdir()
-    (left / "out.onnx").write_bytes(b"a model that is not in its place")
-    apply_onnx(tmp_path / "in.onnx", make_bundle(["a"]), out)
+    status = data.stat()
+    left = tmp_path / "out.onnx.partial-graph"
+    for identity in ([0, 1, 2], [status.st_ino, status.st_size, status.st_mtime_ns]):
+        assert data.read_bytes() == b"somebody's own"
+        left.mkdir()
+        (left / ".lock").touch()
+        (left / "out.onnx").write_bytes(b"a model that is not in its place")
+        (left / ".moved").write_text(json.dumps({data.name: identity}))
+        with (
+            pytest.raises(UsageError, match=r"out\.onnx\.data")
+            if identity[0] == 0
+            else nullcontext()
+        ):
+            apply_onnx(tmp_path / "in.onnx", make_bundle(["a"]), out)
+        assert not left.exists()
     assert data.stat().st_size == 256
     onnx.load(out)

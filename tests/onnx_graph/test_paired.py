@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+import fourierft_export as ff
+from fourierft_export.errors import BadInputError
 from fourierft_export.onnx_graph.runtime.exported_file import parameters_for
 from fourierft_export.spectral.delta import reference_delta
 
@@ -67,3 +70,50 @@ def test_the_graph_has_the_nodes_of_merged(small_tenants: Any) -> None:
     # A head that is fed is turned at every run.
     assert sorted(set(paired) - {"Transpose"}) == sorted(set(merged) - {"Transpose"})
     assert len(paired) - len(merged) in (0, 1)
+
+
+MIXED = {
+    "another default adapter": (7.0, "MatMul", 8),
+    "another base": (7.5, "MatMul", 7),
+    "the weight stored the other way": (7.0, "Gemm", 7),
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_the_expander_of_another_export(
+    mixed: str, write_onnx: Any, make_bundle: Any, tmp_path: Path
+) -> None:
+    """Only one that computes the same weights from an adapter serves; any other is refused."""
+    scale, operator, seed = MIXED[mixed]
+    x = np.random.default_rng(0).standard_normal((3, 9)).astype(np.float32)
+
+    def write(name: str, scale: float, operator: str, seed: int) -> tuple[Path, ff.Bundle]:
+        weight = scale * np.arange(81, dtype=np.float32).reshape(9, 9) / 81
+        plain = write_onnx(
+            tmp_path / f"{name}-plain.onnx",
+            [("MatMul", ["x", "w"], ["y"])]
+            if operator == "MatMul"
+            else [("Gemm", ["x", "w"], ["y"], {"transB": 1}.items())],
+            {"w": weight.T if operator == "MatMul" else weight},
+            {"x": [None, 9]},
+            {"y": [None, 9]},
+        )
+        bundle = make_bundle(["w"], {"w": weight}, seed=seed)
+        ff.apply_onnx(plain, bundle, tmp_path / f"{name}.onnx", mode="paired", mapping={"w": "w"})
+        return tmp_path / f"{name}.onnx", bundle
+
+    path, bundle = write("first", 7.0, "MatMul", 7)
+    session = ff.AdapterSession(path)
+    session.load("a", bundle)
+    want = session.run({"x": x}, adapter="a")["y"]
+    second, _ = write("second", scale, operator, seed)
+    second.with_suffix(".expand.onnx").replace(path.with_suffix(".expand.onnx"))
+    if mixed == "another default adapter":
+        session = ff.AdapterSession(path)
+        session.load("a", bundle)
+        np.testing.assert_array_equal(session.run({"x": x}, adapter="a")["y"], want)
+        return
+    with pytest.raises(BadInputError, match=r"first\.expand\.onnx: expected the file"):
+        ff.AdapterSession(path)
+    with pytest.raises(BadInputError, match=r"first\.expand\.onnx: expected the file"):
+        parameters_for(path, bundle)

@@ -70,6 +70,8 @@ def write_model(
             _stage(model, folder / target.name, out.parent, external_data, force, report)
         if write_more:
             write_more(folder)
+            for staged in folder.glob("[!.]*"):  # what other processes wrote meanwhile
+                check_output(out.with_name(staged.name), force=force)
         replaced = [target for target in models if os.path.lexists(target)]
         files = publish_together(folder, out)
         for target in replaced:

@@ -152,14 +152,19 @@ def open_exported(path: str | os.PathLike[str], *, allow_links: bool = False) ->
 
 
 def open_expander(graph: Exported, *, allow_links: bool = False) -> Exported:
-    """Open the second file of a paired graph, which must be of the same base and adapter inputs."""
+    """Open the second file of a paired graph; it must make just the weights that the graph takes.
+
+    Base, adapter inputs, names of weights and their orientation must be the same. Two exports that
+    agree in these may be mixed: they differ in no more than the adapter that is their default.
+    """
     path = expander_path(graph.source.path)
     expander = open_exported(path, allow_links=allow_links)
-    if expander.interface != graph.interface:
+    same = expander.mode == graph.mode and expander.interface == graph.interface
+    if not same or expander.weights != graph.weights:
         raise BadInputError(
             path,
             expected=f"the file that was written with {graph.source.path.name}",
-            found="one of another base or for other layers",
+            found="one of another base, for other layers, or for weights stored otherwise",
             remedy="get both files of one export, or export or apply the adapter again",
         )
     return expander
