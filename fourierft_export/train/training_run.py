@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainingArguments
 
 from ..bundle.bundle import Bundle
-from ..errors import FileAccessError, UsageError
+from ..errors import BadInputError, FileAccessError, UsageError
 from ..files.staging import staged_file
 from ..types import Progress
 from .checkpoint import (
@@ -101,7 +102,15 @@ class Run(TrainerCallback):  # type: ignore[misc]
         if self.is_hopeless:
             self.stopped = "patience"
         elif trainer.state.global_step < arguments.max_steps:
-            trainer.train(checkpoint and str(checkpoint))
+            try:
+                trainer.train(checkpoint and str(checkpoint))
+            except UnpicklingError as error:  # of `torch.load`, which runs no code from a file
+                raise BadInputError(
+                    checkpoint or self.folder,
+                    expected="a checkpoint of tensors and numbers",
+                    found="other objects, which could run code if they were loaded",
+                    remedy=AGAIN,
+                ) from error
         return self.finish(trainer)
 
     def find_checkpoint(self) -> Path:
