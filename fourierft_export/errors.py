@@ -19,6 +19,7 @@ from os import PathLike
 
 MAX_OFFENDERS_SHOWN = 20
 MAX_PART_LENGTH = 300
+MAX_LINE_LENGTH = 500
 
 
 def printable(text: object) -> str:
@@ -31,10 +32,10 @@ def printable(text: object) -> str:
     )
 
 
-def _shortened(text: str) -> str:
-    """The beginning and the end of a text that is too long for one line."""
-    half = MAX_PART_LENGTH // 2
-    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"
+def shortened(text: str, length: int = MAX_LINE_LENGTH) -> str:
+    """The beginning and the end of a text that is longer than `length`."""
+    half = (length - len(" ... ")) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 class FourierFTError(Exception):
@@ -45,8 +46,8 @@ class FourierFTError(Exception):
         expected: what would have been right.
         found: what was found instead.
         remedy: what the user can do now.
-        offenders: a short line for each culprit if there are several; the command line prints
-            the first `MAX_OFFENDERS_SHOWN`.
+        offenders: a line for each culprit if there are several, of which `MAX_LINE_LENGTH`
+            characters are kept; the command line prints the first `MAX_OFFENDERS_SHOWN`.
     """
 
     exit_code = 1
@@ -63,7 +64,7 @@ class FourierFTError(Exception):
     ) -> None:
         self.where, self.expected = printable(where), printable(expected)
         self.found, self.remedy = printable(found), printable(remedy)
-        self.offenders = tuple(printable(line) for line in offenders)
+        self.offenders = tuple(shortened(printable(line)) for line in offenders)
         super().__init__(self.summary)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -74,14 +75,19 @@ class FourierFTError(Exception):
 
     @property
     def summary(self) -> str:
-        """The error as one line."""
-        where, expected, found, remedy = map(
-            _shortened, (self.where, self.expected, self.found, self.remedy)
-        )
-        parts = [f"expected {expected}"] if expected else []
-        parts += [f"found {found}"] if found else []
-        line = ": ".join(p for p in (where, ", ".join(parts)) if p)
-        return f"{line}; {remedy}" if remedy else line
+        """The error as one line of at most `MAX_LINE_LENGTH` characters."""
+        for length in (MAX_PART_LENGTH, MAX_PART_LENGTH // 2, MAX_PART_LENGTH // 3):
+            where, expected, found, remedy = (
+                shortened(part, length)
+                for part in (self.where, self.expected, self.found, self.remedy)
+            )
+            parts = [f"expected {expected}"] if expected else []
+            parts += [f"found {found}"] if found else []
+            line = ": ".join(p for p in (where, ", ".join(parts)) if p)
+            line = f"{line}; {remedy}" if remedy else line
+            if len(line) <= MAX_LINE_LENGTH - len("error: "):
+                break
+        return line
 
     def to_dict(self) -> dict[str, object]:
         """The error as the `error` object of `--json` output."""

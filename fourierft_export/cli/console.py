@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, ValidationError, printable
+from ..errors import MAX_OFFENDERS_SHOWN, FourierFTError, ValidationError, printable, shortened
 from ..types import Progress
 from .option_sections import Sectioned
 
@@ -125,7 +125,7 @@ def emit_error(
         found = {"schema": SCHEMA, "ok": False, "error": dict(fields), **(data or {})}
         print(json.dumps(found))
     offenders = list(fields["offenders"])
-    lines = [f"error: {printable(summary)}"]
+    lines = [shortened(f"error: {printable(summary)}")]
     lines += [f"  {line}" for line in offenders[:MAX_OFFENDERS_SHOWN]]
     if len(offenders) > MAX_OFFENDERS_SHOWN:
         lines[-1] = f"  ... and {len(offenders) - MAX_OFFENDERS_SHOWN + 1} more"

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import FourierFTError, extra_of
+from ..errors import FourierFTError, extra_of, printable
 from .apply import apply
 from .completion import COMPLETE_VARIABLE, completion
 from .console import emit_error
@@ -107,7 +107,8 @@ def run(words: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - printed as one line
         unexpected = not isinstance(error, (click.UsageError, click.Abort, KeyboardInterrupt))
         if debug and unexpected:
-            traceback.print_exc()
+            lines = traceback.format_exc().splitlines()
+            click.echo("\n".join(map(printable, lines)), err=True)
         fields, text = _describe(error, " ".join([NAME, *words[:1]]))
         with report_once() if words[:1] == ["train"] else nullcontext(True) as mine:
             if mine:
