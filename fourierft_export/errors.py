@@ -38,6 +38,13 @@ def shortened(text: str, length: int = MAX_LINE_LENGTH) -> str:
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, with the second one if it is a heading."""
+    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    heading = first.endswith(":") and rest
+    return f"{first} {rest[0]}" if heading else first or type(error).__name__
+
+
 class FourierFTError(Exception):
     """Root of the package's exceptions.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import PurePath
 
-from ..errors import FileAccessError, UsageError, missing_extra
+from ..errors import FileAccessError, UsageError, first_line, missing_extra
 from ..files.hub import hub_failures, parse_hub_id
 from .bundle import SUFFIX, Bundle
 from .describe import describe_bundle
@@ -124,7 +124,7 @@ def push(
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     except hub_failures() as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileAccessError(
             repo,
             expected="a repository on the Hugging Face Hub that may be written",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import FileAccessError
+from ..errors import FileAccessError, first_line
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _NOT_OF_MODELS = ("adapter_*", "consolidated*")  # adapters beside it, and the weights once more
@@ -127,7 +127,7 @@ def _fetch(hub_id: HubId, files: Sequence[str], ignored: Sequence[str] = ()) -> 
             ignore_patterns=[f"{root}*/*", *(root + pattern for pattern in ignored)],
         )
     except hub_failures() as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileAccessError(
             name,
             expected="a path, or the id of a repository on the Hugging Face Hub",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInputError, BaseMismatchError, missing_extra
+from ..errors import BadInputError, BaseMismatchError, first_line, missing_extra
 from ..files.hub import local_model
 from .task import auto_class_for, get_task, read_config
 
@@ -100,7 +100,7 @@ def from_pretrained(
             raise BadInputError(
                 directory,
                 expected=f"a model that transformers loads for {task}",
-                found=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+                found=first_line(error),
                 remedy="check the directory, or name the task with --task",
             ) from error
     mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]

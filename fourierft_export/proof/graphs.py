@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import BadInputError, FileAccessError, UsageError, missing_extra
+from ..errors import BadInputError, FileAccessError, UsageError, first_line, missing_extra
 from ..files.onnx_external_data import check_external_data
 from ..files.safetensors_reader import open_regular
 from ..types import Array
 from .inputs import AS_NPZ
-from .report import first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -208,6 +207,9 @@ def _read_model(path: Path) -> onnx.ModelProto:
     except OSError as error:
         found = error.strerror or str(error)
         raise FileAccessError(path, expected="an ONNX file", found=found) from error
+    if not model.HasField("graph"):
+        found = "no graph in it" if model.ByteSize() else "an empty file"
+        raise BadInputError(path, expected="an ONNX model", found=found)
     # ONNX Runtime follows links and any name: nothing is opened before this.
     check_external_data(model, path)
     return model

@@ -14,11 +14,10 @@ from typing import IO
 
 import numpy as np
 
-from ..errors import BadInputError, UsageError, missing_extra
+from ..errors import BadInputError, UsageError, first_line, missing_extra
 from ..files import strict_json
 from ..files.safetensors_reader import open_regular, read_file
 from ..types import Array
-from .report import first_line
 
 SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text("utf-8").splitlines())
 """Short and long, plain and odd, so that rows differ in length and vocabulary."""

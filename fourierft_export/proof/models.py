@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadInputError, BaseMismatchError, UsageError
+from ..errors import BadInputError, BaseMismatchError, UsageError, first_line
 from ..files.checkpoint import Checkpoint
 from ..models.task import Task, auto_class_for, read_config
 from ..types import Array
 from .artifacts import tensor_shapes
-from .report import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -256,11 +256,6 @@ class Report:
         )
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of another library's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _as_json(value: Any) -> Any:
     """Converts tuples to lists, and NaN and infinities to None."""
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.peft import BundleSource
-from ..errors import BadInputError, FourierFTError, UsageError
+from ..errors import BadInputError, FourierFTError, UsageError, first_line
 from ..files.safe_paths import check_path
 from ..types import Array, Progress
 from .artifacts import Artifacts, PathLike
@@ -22,7 +22,7 @@ from .inputs import MAX_TOKENS, Inputs, default_inputs, given_inputs, has_tokeni
 from .model_sides import ModelSides
 from .models import DECODER_TOKENS
 from .pairs import Run, compare_pairs
-from .report import Cause, Comparison, Report, Side, first_line
+from .report import Cause, Comparison, Report, Side
 from .tolerances import Tolerance, resolve_tolerances
 
 SideFunction = Callable[[Mapping[str, Array]], Outputs]

@@ -21,7 +21,7 @@ from ..adapt.attach import attach, detach
 from ..adapt.inject import inject
 from ..adapt.modules import adapter_names, check_new_name
 from ..bundle.peft import BundleSource
-from ..errors import FileAccessError, FourierFTError, UsageError
+from ..errors import FileAccessError, FourierFTError, UsageError, first_line
 from ..files.staging import check_output
 from ..types import Progress
 from . import defaults
@@ -272,7 +272,7 @@ def _processes(arguments: TrainingArguments) -> Iterator[None]:
         raise FourierFTError(
             f"process {arguments.process_index} of {arguments.world_size}",
             expected="all processes to run to the end",
-            found=(str(error).splitlines() or [""])[0],
+            found=first_line(error),
             remedy="see the other processes' errors, then use --resume; the last bundle is intact",
         ) from error
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import BadInputError
+from ...errors import BadInputError, first_line
 from ...files.onnx_external_data import EXTERNAL, check_external_data, tensors
 from ...files.safetensors_reader import open_regular, read_exactly
 from ...types import Array
@@ -141,9 +141,7 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
     try:
         model = ir.serde.deserialize_model(proto)
     except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
-        raise BadInputError(
-            path, expected="a valid ONNX model", found=(str(error).splitlines() or [""])[0]
-        ) from None
+        raise BadInputError(path, expected="a valid ONNX model", found=first_line(error)) from None
     if "" not in model.opset_imports and "ai.onnx" in model.opset_imports:  # its other name
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     return Source(Path(path), model, frozenset(files.values()))
@@ -170,6 +168,8 @@ def read_proto(path: str | os.PathLike[str]) -> onnx.ModelProto:
         data = read_exactly(fd, 0, size, path)
     finally:
         os.close(fd)
+    if not data:
+        raise BadInputError(path, expected="an ONNX model", found="an empty file")
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError:

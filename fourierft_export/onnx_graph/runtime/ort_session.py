@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BadInputError, UsageError, missing_extra
+from ...errors import BadInputError, UsageError, first_line, missing_extra
 from ...types import Array
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
@@ -58,7 +58,7 @@ def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
         return ort.InferenceSession(os.fspath(path), options, providers=list(providers))
     except _runtime_errors() as error:
         raise BadInputError(
-            path, expected="a model that ONNX Runtime loads", found=_first_line(error)
+            path, expected="a model that ONNX Runtime loads", found=first_line(error)
         ) from error
     finally:
         options.log_severity_level = severity
@@ -81,13 +81,13 @@ def run_session(
         return list(session.run_with_ort_values(list(outputs), dict(feeds), options))
     except state.InvalidArgument as error:
         raise UsageError(
-            "inputs", expected="what the model takes", found=_first_line(error)
+            "inputs", expected="what the model takes", found=first_line(error)
         ) from error
     except failures as error:
         raise BadInputError(
             path,
             expected="a model that runs on these inputs",
-            found=_first_line(error),
+            found=first_line(error),
             remedy="check that the sizes of the inputs go together",
         ) from error
 
@@ -100,10 +100,6 @@ def device_of(
     if first != "CUDAExecutionProvider":
         return "cpu", 0
     return "cuda", int(options.get(first, {}).get("device_id", 0))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ...errors import UsageError
+from ...errors import UsageError, first_line
 from ..modes.functions import IR_VERSION as FUNCTIONS_IR_VERSION
 
 Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
@@ -81,7 +81,7 @@ def trace(
                 raise UsageError(
                     f"export of {type(model).__name__}",
                     expected="a model that torch.onnx can export with these example inputs",
-                    found=_first_line(error.__cause__ or error),
+                    found=_kind_and_line(error.__cause__ or error),
                     remedy="check the example inputs, input names and dynamic shapes",
                 ) from error
     if program is None:
@@ -129,7 +129,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         raise UsageError(
             f"export of {type(model).__name__}",
             expected=f"a model that runs on the example inputs {', '.join(kwargs) or 'given'}",
-            found=_first_line(error),
+            found=_kind_and_line(error),
             remedy=remedy,
         ) from error
 
@@ -192,11 +192,9 @@ def _keep_outputs(graph: ir.Model, names: Sequence[str]) -> None:
         RemoveUnusedNodesPass()(graph)
 
 
-def _first_line(error: BaseException) -> str:
-    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    if first.endswith(":") and rest:  # a heading
-        first = f"{first} {rest[0]}"
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+def _kind_and_line(error: BaseException) -> str:
+    name, first = type(error).__name__, first_line(error)
+    return first if first == name else f"{name}: {first}"
 
 
 @contextlib.contextmanager

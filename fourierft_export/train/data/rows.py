@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInputError, FileAccessError, UsageError
+from ...errors import BadInputError, FileAccessError, UsageError, first_line
 from ...files import strict_json
 from ...files.safetensors_reader import open_regular
 
@@ -226,8 +226,7 @@ def _check_parquet(source: str) -> None:
         claims = pq.read_metadata(source)
         size = sum(claims.row_group(i).total_byte_size for i in range(claims.num_row_groups))
     except (pa.ArrowException, OSError, ValueError) as error:
-        found = (str(error).splitlines() or [""])[0]
-        raise BadInputError(source, expected="a parquet file", found=found) from error
+        raise BadInputError(source, expected="a parquet file", found=first_line(error)) from error
     # Equal values take hardly any room: a few KB may claim millions of rows.
     most = min(MAX_ROWS, max(1_000_000, 10 * os.path.getsize(source)))
     if not 0 <= claims.num_rows <= most or size > MAX_PARQUET_BYTES:
@@ -264,7 +263,7 @@ def _load_dataset(source: str, options: dict[str, Any], split: str) -> Any:
         raise (BadInputError if local else FileAccessError)(
             source,
             expected="a parquet file" if file else "a data set",
-            found=(str(cause).strip().splitlines() or [type(cause).__name__])[0],
+            found=first_line(cause),
             remedy="check it"
             if local
             else "no such file is here; for a data set of the Hub check the id and the network "
