@@ -39,7 +39,7 @@ CASES |= {
     "short data": (lambda m: setattr(m.graph.initializer[0], "raw_data", b"\0" * 7), "7 bytes"),
     "negative size": (lambda m: m.graph.initializer[0].dims.__setitem__(0, -8), "the shape"),
     "unnamed": (lambda m: m.graph.initializer.add(data_type=1, dims=[0]), "without a name"),
-    "doubled": (lambda m: m.graph.initializer.append(m.graph.initializer[0]), "twice"),
+    "doubled": (lambda m: m.graph.initializer.append(m.graph.initializer[0]), "2 times"),
     "sparse": (add_sparse, "sparse"),
     "output from nowhere": (lambda m: setattr(m.graph.output.add(), "name", ESC), "no node makes"),
     "input from nowhere": (lambda m: m.graph.node[0].input.__setitem__(0, ESC), "from nowhere"),

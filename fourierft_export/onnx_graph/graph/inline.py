@@ -8,6 +8,7 @@ functions that hold weights are expanded before an adapter is written.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _PRODUCTS = ("Einsum", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits")
-_MAX_NODES = 1_000_000  # of the expanded graph: functions may call each other 2^n times
+_MAX_NODES = 100_000  # that calls come to: functions may call each other 2^n times
 
 
 def inline_functions(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Replace every call of a function by its nodes; no function is left. `path` is for errors."""
     domains = {function.domain for function in model.functions.values()}
+    _list_calls(model, path)
     _inline(model, path)
     for domain in domains - {node.domain for node in model.graph.all_nodes()}:
         model.opset_imports.pop(domain, None)
@@ -39,7 +41,7 @@ def expand_functions(source: Source, *, products: bool) -> tuple[str, ...]:
     model = source.model
     chosen: set[ir.OperatorIdentifier] = set()
     names: dict[int, str] = {}
-    for identifier, calls in _list_calls(source).items():
+    for identifier, calls in _list_calls(model, source.path).items():
         function = model.functions[identifier]
         held = {id(t): str(v.name) for v, t in _constants(function) if t.size > 1 and _is_weight(t)}
         multiplies = products and any(n.op_type in _PRODUCTS for n in function.all_nodes())
@@ -62,8 +64,27 @@ def _inline(
     from onnx_ir.passes import PreconditionError
     from onnx_ir.passes.common import InlinePass
 
+    calls: Counter[ir.OperatorIdentifier] = Counter()
+    names: dict[ir.Node | ir.Value, str] = {}
+
+    def number(function: ir.Function) -> bool:
+        """Give a function's nodes and values the names of this call, if it is expanded.
+
+        The pass looks for free names by counting from 2, for each call again.
+        """
+        if criteria is not None and not criteria(function):
+            return False
+        calls[function.identifier()] += 1
+        count = calls[function.identifier()]
+        for node in function.all_nodes() if count > 1 else ():
+            holders: list[ir.Node | ir.Value] = [node, *node.outputs]
+            for one in holders:
+                default = "node" if one is node else "val"
+                one.name = f"{names.setdefault(one, one.name or default)}_{count}"
+        return True
+
     try:
-        InlinePass(criteria=criteria)(model)
+        InlinePass(criteria=number)(model)
     except (ValueError, RuntimeError, PreconditionError) as error:
         raise BadInputError(
             path,
@@ -77,9 +98,11 @@ def _is_weight(tensor: ir.TensorProtocol) -> bool:
     return len(tensor.shape) > (0 if tensor.dtype.is_floating_point() else 1)
 
 
-def _list_calls(source: Source) -> dict[ir.OperatorIdentifier, set[ir.OperatorIdentifier]]:
+def _list_calls(
+    model: ir.Model, path: str | os.PathLike[str]
+) -> dict[ir.OperatorIdentifier, set[ir.OperatorIdentifier]]:
     """Function -> the functions that it calls, callees first."""
-    functions = source.model.functions
+    functions = model.functions
     called = {
         identifier: [node.op_identifier() for node in function.all_nodes()]
         for identifier, function in functions.items()
@@ -92,10 +115,10 @@ def _list_calls(source: Source) -> dict[ir.OperatorIdentifier, set[ir.OperatorId
         order = []
     for identifier in order:
         sizes[identifier] = sum(sizes.get(name, 1) for name in called[identifier])
-    nodes = sum(sizes.get(node.op_identifier(), 1) for node in source.model.graph.all_nodes())
+    nodes = sum(sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes())
     if len(order) < len(calls) or nodes > _MAX_NODES:
         raise BadInputError(
-            source.path,
+            path,
             expected=f"functions that come to at most {_MAX_NODES:,} nodes",
             found="more" if order else "functions that call each other without end",
         )

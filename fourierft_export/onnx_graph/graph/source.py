@@ -140,6 +140,8 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
                 entry.value = os.path.abspath(files[entry.value])
     try:
         model = ir.serde.deserialize_model(proto)
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            graph.sort()  # ONNX Runtime, too, reads nodes in any order
     except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
         raise BadInputError(path, expected="a valid ONNX model", found=first_line(error)) from None
     if "" not in model.opset_imports and "ai.onnx" in model.opset_imports:  # its other name
