@@ -58,6 +58,7 @@ class Forks:
         stderr: Path | str = os.devnull,
         before: tuple[int, str] | None = None,
         fork: bool = True,
+        vanish: bool = False,
     ) -> int:
         """The exit code, negative for a signal.
 
@@ -69,10 +70,11 @@ class Forks:
             before: SIGKILL comes right before the so-many-th (0: none) operation on files below
                 a folder.
             fork: False runs it in the warm process itself, which is then warmer.
+            vanish: instead of SIGKILL, the folder of `before` is removed.
         """
         stdin, stdout = self._server.stdin, self._server.stdout
         assert stdin is not None and stdout is not None
-        message = [[*map(str, words)], kill_after, at_shard, str(stderr), before, fork]
+        message = [[*map(str, words)], kill_after, at_shard, str(stderr), before, fork, vanish]
         stdin.write(json.dumps(message) + "\n")
         stdin.flush()
         code, self.operations = map(int, stdout.readline().split())
@@ -103,7 +105,7 @@ def serve(modules: list[str]) -> None:
         remember_exports(pytest.MonkeyPatch())
     record, finished = merging.record_finished, 0
     for line in sys.stdin:
-        words, kill_after, at_shard, stderr, before, fork = json.loads(line)
+        words, kill_after, at_shard, stderr, before, fork, vanish = json.loads(line)
 
         def record_and_signal(*shard: Any, at_shard: Any = at_shard) -> None:
             nonlocal finished
@@ -124,7 +126,7 @@ def serve(modules: list[str]) -> None:
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
             merging.record_finished = record_and_signal
             if before:
-                kill_before(*before, counted)
+                disturb_before(*before, counted, vanish)
             os._exit(run(words))
         if kill_after is not None:
             time.sleep(kill_after)
@@ -133,14 +135,16 @@ def serve(modules: list[str]) -> None:
         print(code, int.from_bytes(counted[:8], "little"), file=answers, flush=True)
 
 
-def kill_before(number: int, folder: str, counted: mmap.mmap) -> None:
-    """Kill this process right before its so-many-th operation on files below a folder."""
+def disturb_before(number: int, folder: str, counted: mmap.mmap, vanish: bool) -> None:
+    """Kill this process, or remove a folder, right before the so-many-th operation below it."""
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         if event in OPERATIONS and str(arguments[0]).startswith(folder):
             done = int.from_bytes(counted[:8], "little") + 1
             counted[:8] = done.to_bytes(8, "little")
-            if done == number:
+            if done == number and vanish:
+                shutil.rmtree(folder)
+            elif done == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)

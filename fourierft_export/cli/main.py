@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import FourierFTError, extra_of, printable
+from ..errors import FileAccessError, FourierFTError, extra_of, printable
 from .apply import apply
 from .completion import COMPLETE_VARIABLE, completion
 from .console import emit_error
@@ -120,6 +120,11 @@ def _describe(error: BaseException, verb: str) -> tuple[dict[str, Any], str]:
     """An error as the fields of the JSON object and as one line."""
     missing = extra_of(error, verb) if isinstance(error, ModuleNotFoundError) else None
     known = error if isinstance(error, FourierFTError) else missing
+    if isinstance(error, OSError) and isinstance(error.filename, (str, os.PathLike)):
+        found = error.strerror or str(error)
+        known = FileAccessError(
+            error.filename, expected="a file or folder that stays as it is meanwhile", found=found
+        )
     if known is not None:
         return known.to_dict(), known.summary
     where = ""

@@ -277,10 +277,11 @@ def _identify(file: Path) -> list[int]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove everything in a work folder but its lock."""
-    for entry in os.scandir(folder):
-        if entry.name != _LOCK:
-            remove(Path(entry))
+    """Remove everything in a work folder but its lock; somebody may have removed the folder."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            if entry.name != _LOCK:
+                remove(Path(entry))
 
 
 def remove(path: Path) -> None:

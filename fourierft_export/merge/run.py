@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..bundle.fit import Fit, LayerVerdict, check_fits
 from ..bundle.layer_templates import natural_key
@@ -171,7 +171,8 @@ def _write_small_files(
     for name in (*report.carried, *texts):
         if name not in files:
             target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
+            for parent in reversed(PurePath(name).parents):  # never the work folder anew
+                (folder / parent).mkdir(exist_ok=True)
             blocks = read_blocks(source, name, allow_links=plan.allow_links)
             sha256 = write_file(target, [texts[name].encode()] if name in texts else blocks)
             files[name] = (sha256, target.stat().st_size)
