@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_AXIS, SEQUENCE_AXIS = "batch", "sequence"
 IMAGES = "pixel_values"
+MAX_VALUES = 1 << 28
 
 
 def input_names(model: torch.nn.Module) -> list[str]:
@@ -75,7 +77,14 @@ def _images(config: Any, batch: int) -> torch.Tensor:
     if not size:
         where, remedy = f"example images for {type(config).__name__}", "add it, or use export_onnx"
         raise UsageError(where, expected="image_size in config.json", found="none", remedy=remedy)
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = batch, getattr(config, "num_channels", 3), height, width
-    count = torch.arange(batch * shape[1] * height * width, dtype=torch.float32)
-    return torch.sin(count * 0.7919).reshape(shape)
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    shape = batch, channels, *sides
+    whole = len(sides) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+    if not whole or prod(shape) > MAX_VALUES:
+        raise BadInputError(
+            f"example images for {type(config).__name__}",
+            expected="image_size and num_channels in config.json as an image has them",
+            found=f"{size!r} and {channels!r}",
+        )
+    return torch.sin(torch.arange(prod(shape), dtype=torch.float32) * 0.7919).reshape(shape)

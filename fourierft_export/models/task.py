@@ -59,8 +59,9 @@ _TASKS = (
 TASKS = tuple(task.name for task in _TASKS)
 """The names of all tasks."""
 MAX_CONFIG_BYTES = 64 << 20
-MAX_LAYERS = 10_000
-MAX_LABELS = 10_000_000
+MAX_LAYERS = 1_000
+MAX_LABELS = 1_000_000
+_LAYERS = ("layers", "layer", "depth", "depths", "blocks")
 # Names of earlier versions -> today's.
 ALIASES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
 _BY_NAME = {task.name: task for task in _TASKS}
@@ -87,13 +88,20 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     config = strict_json.loads(read_file(path, MAX_CONFIG_BYTES), os.fspath(path))
     if not isinstance(config, dict):
         raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
-    for fields in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for name, value in fields.items():
-            is_layers = name.endswith("layers") or name in ("n_layer", "depth")
-            most = MAX_LAYERS if is_layers else MAX_LABELS if name == "num_labels" else math.inf
-            if isinstance(value, int) and value > most:
-                raise BadInputError(path, expected=f"{name} of at most {most}", found=str(value))
+    _check_sizes(path, config)
     return config
+
+
+def _check_sizes(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuses counts of layers and labels that would take hours to build, in nested fields, too."""
+    for name, value in fields.items():
+        most = MAX_LAYERS if name.endswith(_LAYERS) else math.inf
+        most = MAX_LABELS if name == "num_labels" else most
+        for count in value if isinstance(value, list) else (value,):
+            if isinstance(count, dict):
+                _check_sizes(path, count)
+            elif isinstance(count, int) and count > most:
+                raise BadInputError(path, expected=f"{name} of at most {most}", found=str(count))
 
 
 def get_task(name: str) -> Task:

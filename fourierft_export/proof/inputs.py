@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import BadInputError, UsageError, first_line, missing_extra
 from ..files import strict_json
 from ..files.safetensors_reader import open_regular, read_file
+from ..models.processor import load_processor, prepare_images, usable
 from ..types import Array
 
 SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text("utf-8").splitlines())
@@ -138,7 +139,6 @@ def _read_images(folder: Path, model_dir: Path | None) -> tuple[Array, bool]:
     """Reads a folder's images through the model's own processor; true if there are too many."""
     try:
         from PIL import Image, UnidentifiedImageError
-        from transformers import AutoImageProcessor
     except ImportError as error:
         raise missing_extra("pillow", "hf", "images as inputs") from error
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_FILES)
@@ -153,16 +153,12 @@ def _read_images(folder: Path, model_dir: Path | None) -> tuple[Array, bool]:
                 images.append(Image.open(file).convert("RGB"))
         except (UnidentifiedImageError, OSError, Warning, Image.DecompressionBombError) as error:
             raise BadInputError(path, expected="an image", found=first_line(error)) from error
-    try:
-        if model_dir is None:
-            raise OSError("there is no model directory")
-        processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        expected = "a preprocessor_config.json that transformers can load"
-        found = first_line(error)
-        where = model_dir or folder
-        raise BadInputError(where, expected=expected, found=found, remedy=AS_NPZ) from error
-    pixels: Array = np.asarray(processor(images, return_tensors="np")["pixel_values"])
+    if model_dir is None:
+        expected = "a model's directory, for its preprocessor_config.json"
+        raise BadInputError(folder, expected=expected, found="none", remedy=AS_NPZ)
+    remedy = f"correct its preprocessor_config.json, or {AS_NPZ}"
+    processor = load_processor("image processor", model_dir, remedy)
+    pixels = prepare_images(processor, images, model_dir, remedy)
     return pixels, len(files) > MAX_IMAGES
 
 
@@ -277,25 +273,15 @@ def _tokenised(
     directory: Path, texts: Sequence[tuple[str, ...]], longest: int
 ) -> tuple[dict[str, list[list[int]]], int]:
     """Returns token ids, and token types if the tokenizer makes them, per row; the padding id."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInputError(
-            directory,
-            expected="a tokenizer that transformers can load",
-            found=first_line(error),
-            remedy=AS_NPZ,
-        ) from error
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = tokenizer(*columns, truncation=True, max_length=longest)
-    names = ("input_ids", "token_type_ids")
-    found = {n: [[*row] or [pad] for row in encoded[n]] for n in names if n in encoded}
-    return found, int(pad)
+    tokenizer = load_processor("tokenizer", directory, AS_NPZ)
+    with usable("tokenizer", directory, AS_NPZ):
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        pad = next((token for token in pads if token is not None), 0)
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=longest)
+        names = ("input_ids", "token_type_ids")
+        found = {n: [[*row] or [pad] for row in encoded[n]] for n in names if n in encoded}
+        return found, int(pad)
 
 
 def _pseudo_random(vocab_size: int, count: int, longest: int) -> list[list[int]]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ...errors import FourierFTError
 from ...files.safetensors_reader import open_regular
-from .models import load_processor
+from ...models.processor import MAX_PIXELS, load_processor, prepare_images
 from .rows import Rows, read_each
 
-MAX_PIXELS = 1 << 26
+CORRECT = "add or correct preprocessor_config.json"
 Image = str | bytes  # a file's path or its content
 
 
@@ -63,10 +63,8 @@ class Collate:
     """Labelled images -> a batch, through the image processor of the model's directory."""
 
     def __init__(self, directory: str, model: nn.Module) -> None:
-        from transformers import AutoImageProcessor
-
-        what, remedy = "an image processor", "add or correct preprocessor_config.json"
-        self.processor = load_processor(AutoImageProcessor, directory, what, remedy)
+        self.directory = directory
+        self.processor = load_processor("image processor", directory, CORRECT)
         self.dtype = next(model.parameters()).dtype
         config: Any = model.config
         self.mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
@@ -76,7 +74,7 @@ class Collate:
         images, labels = zip(*rows, strict=True)
         places = [f"image {i + 1}" for i in range(len(rows))]
         decoded = read_each("a batch", places, images, self.decode, "images")
-        pixels = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
+        pixels = torch.from_numpy(prepare_images(self.processor, decoded, self.directory, CORRECT))
         return {"pixel_values": pixels.to(self.dtype), "labels": torch.tensor(labels)}
 
     def decode(self, image: Image) -> Any:

@@ -11,9 +11,9 @@ from torch import nn
 
 from ...adapt.config import ALL_LINEAR
 from ...adapt.targets import USUAL_TARGETS
-from ...errors import BadInputError, BaseMismatchError, FileAccessError
+from ...errors import BaseMismatchError, FileAccessError
 from ...files.hub import local_model
-from ...models.load import from_pretrained, quiet_transformers
+from ...models.load import from_pretrained
 from ...models.task import get_task, likely_task, read_config
 
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))
@@ -82,19 +82,3 @@ def usual_targets(model: nn.Module) -> tuple[str, ...] | str | None:
         return None
     ends = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     return next((names for names in _QUERY_VALUE if ends.issuperset(names)), ALL_LINEAR)
-
-
-def load_processor(auto: Any, directory: str, what: str, remedy: str, **options: Any) -> Any:
-    """A tokenizer or an image processor of a model's directory, without the network."""
-    with quiet_transformers():
-        try:
-            return auto.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, **options
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise BadInputError(
-                directory,
-                expected=f"{what} that transformers loads",
-                found=(str(error).strip() or repr(error)).splitlines()[0],
-                remedy=remedy,
-            ) from error

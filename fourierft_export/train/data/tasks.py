@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...adapt.targets import SEQUENCE_HEADS
 from ...errors import BadInputError
 from ...models.load import load_model
+from ...models.processor import usable
 from ...models.task import get_task
 from ..settings import DataSettings, TrainSettings
 from ..task import TrainingTask, hold_out
-from .images import Collate, read_images
+from .images import CORRECT, Collate, read_images
 from .labels import class_ids, read_number
 from .losses_and_scores import IGNORED, scoring
 from .models import known_classes, load_classifier, usual_targets
@@ -241,7 +243,11 @@ def image_classification(source: Source) -> TrainingTask:
     targets = [[i for (i,) in part] for part in ids]
 
     def encode(model: Any, *sets: list[Any]) -> Encoded:
-        return list(sets), Collate(source.directory, model), ()
+        collate = Collate(source.directory, model)
+        # What does not fit the model is found before a run begins.
+        with torch.no_grad(), usable("image processor for this model", source.directory, CORRECT):
+            model(pixel_values=collate(sets[0][:1])["pixel_values"])
+        return list(sets), collate, ()
 
     return source.make_classifier(images, targets, names, encode)
 

@@ -12,13 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import BadInputError, UsageError
 from ...models.example_inputs import input_names
+from ...models.processor import load_processor, usable
 from .losses_and_scores import IGNORED
-from .models import load_processor
 
 Row = dict[str, Any]
 IDS = "input_ids"
 # Positions that these families count from their padding id on.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "longformer")
+CORRECT = "add or correct the tokenizer's files, or for text-generation give rows of input_ids"
 _UNLIMITED = 10**9  # transformers writes 1e30 for "no limit known"
 _AT_ONCE = 1024
 
@@ -67,7 +68,8 @@ class TextInput:
         if isinstance(longest, int):
             offset = self.pad_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
             limits.append(longest - offset)
-        limit = min((int(n) for n in limits if 0 < n < _UNLIMITED), default=None)
+        numbers = (int(n) for n in limits if isinstance(n, int | float) and 0 < n < _UNLIMITED)
+        limit = min(numbers, default=None)
         if max_length is not None and not 4 <= max_length <= (limit or max_length):
             expected = f"4 to {limit} tokens" if limit else "at least 4 tokens"
             raise UsageError("max_length", expected=expected, found=str(max_length))
@@ -82,13 +84,14 @@ class TextInput:
         options: Any = {"truncation": True, "max_length": self.length} if cut else {}
         for start in range(0, len(texts), _AT_ONCE):
             some = texts[start : start + _AT_ONCE]
-            encoded = self.tokenizer(
-                *(list(column) for column in zip(*some, strict=True)),
-                is_split_into_words=self.words,
-                return_attention_mask=False,
-                verbose=False,
-                **options,
-            )
+            with usable("tokenizer", self.directory or "", CORRECT):
+                encoded = self.tokenizer(
+                    *(list(column) for column in zip(*some, strict=True)),
+                    is_split_into_words=self.words,
+                    return_attention_mask=False,
+                    verbose=False,
+                    **options,
+                )
             names = [name for name in self.names if name in encoded]
             rows += [{name: encoded[name][i] for name in names} for i in range(len(some))]
             owners += [encoded.word_ids(i) for i in range(len(some))] if self.words else []
@@ -120,14 +123,12 @@ class TextInput:
 
 def load_tokenizer(directory: str, *, words: bool = False) -> Any:
     """The directory's tokenizer, without the network."""
-    from transformers import AutoTokenizer
-
     # Byte-level tokenizers take lists of words only with this option.
     options = {"add_prefix_space": True} if words else {}
-    remedy = "add the tokenizer's files, or for text-generation give rows of input_ids"
-    tokenizer = load_processor(AutoTokenizer, directory, "a tokenizer", remedy, **options)
+    tokenizer = load_processor("tokenizer", directory, CORRECT, **options)
     # Without its vocabulary's files, transformers makes an empty tokenizer and says nothing.
-    ids = tokenizer("a 1 . the", add_special_tokens=False)[IDS]
+    with usable("tokenizer", directory, CORRECT):
+        ids = tokenizer("a 1 . the", add_special_tokens=False)[IDS]
     if set(ids) <= {tokenizer.unk_token_id} or (words and not tokenizer.is_fast):
         raise BadInputError(
             directory,
@@ -135,6 +136,6 @@ def load_tokenizer(directory: str, *, words: bool = False) -> Any:
             found=f"{type(tokenizer).__name__} of {len(tokenizer)} entries, which knows no English"
             if tokenizer.is_fast or not words
             else f"{type(tokenizer).__name__}, which does not know the word of a token",
-            remedy=remedy,
+            remedy=CORRECT,
         )
     return tokenizer
