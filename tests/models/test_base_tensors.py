@@ -223,8 +223,8 @@ def test_a_config_of_endless_layers_is_not_built(tmp_path: Path) -> None:
         {"layers.0.mlp.fc1.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors"
     )
     for config in (
-        {"num_hidden_layers": 9_999},
-        {"num_hidden_layers": 1, "nested": {"num_hidden_layers": 9_999}},
+        {"num_hidden_layers": 1_000},
+        {"num_hidden_layers": 1, "nested": {"num_hidden_layers": 1_000}},
     ):
         config |= {"architectures": ["ViTModel"], "model_type": "vit"}
         (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
