@@ -261,7 +261,7 @@ def mutate_onnx(model: Any, rng: random.Random) -> None:
     action, graph = rng.random(), model.graph
     if action < 0.08 and model.metadata_props:
         entry = rng.choice(model.metadata_props)
-        entry.value = mutate_json_text(entry.value.encode(errors="replace"), rng).decode(
+        entry.value = mutate_json_text(str(entry.value).encode(errors="replace"), rng).decode(
             errors="replace"
         )
     elif action < 0.12 and graph.initializer:

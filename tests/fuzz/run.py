@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -134,7 +136,7 @@ def fuzz(
     cases: int | None = None,
     seconds: float | None = None,
     max_seconds: float | None = None,
-    kill: bool = False,
+    begun: Callable[[Files], None] | None = None,
     failed: Callable[[int, str, Files], None] = lambda number, text, files: None,
 ) -> Findings:
     """Opens so many mutants, or for so long.
@@ -145,7 +147,8 @@ def fuzz(
         cases: how many; None is no limit.
         seconds: how long; None is no limit.
         max_seconds: of processor time for each, in place of the kind's own limit.
-        kill: end the process where a case does not end.
+        begun: called with every input before it is opened; a case that does not end then ends
+            the process.
         failed: called with the number, the failure and the input, at the first of each place.
     """
     table, rng, found = KINDS[kind], random.Random(f"{kind} {seed}"), Findings()
@@ -180,7 +183,8 @@ def fuzz(
                 continue
             door = rng.choices(doors, [one.weight for one in doors])[0]
             case = Case(files, place, shared, random.Random(rng.random()))
-            if kill:
+            if begun:
+                begun(files)
                 signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
             began, outcome = time.process_time(), "failed"
             try:
@@ -203,7 +207,7 @@ def fuzz(
                     found.failures[where] = f"case {number}: {text}"
                     failed(number, f"{where}\n\n{text}", files)
             finally:
-                if kill:
+                if begun:
                     signal.setitimer(signal.ITIMER_PROF, 0)
             found.outcomes[door.name, outcome] += 1
             remove(place)
@@ -236,16 +240,30 @@ def describe(door: Door, error: BaseException) -> str:
 
 def run_kind(kind: str, seed: int, cases: int | None, seconds: float | None) -> Findings:
     """Fuzzes one kind in this process, which an endless case ends; failures become folders."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
-    def write(number: int, text: str, files: Files) -> None:
+    def write(number: int | str, text: str, files: Files) -> None:
         folder = Path(f"fuzz-{kind}-{seed}-{number}")
         (folder / "input").mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             (folder / "input" / name).write_bytes(data)
         (folder / "failure.txt").write_text(text, errors="backslashreplace")
 
-    return fuzz(kind, seed, cases=cases, seconds=seconds, kill=True, failed=write)
+    last = Path(f"fuzz-{kind}-{seed}-last")
+    last.mkdir()
+
+    def begun(files: Files) -> None:
+        shutil.rmtree(last / "input", ignore_errors=True)
+        write("last", "the process died, or this case did not end; see stack.txt", files)
+
+    with open(last / "stack.txt", "w") as stack:
+        faulthandler.enable(stack)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        faulthandler.register(signal.SIGPROF, stack, chain=True)
+        found = fuzz(kind, seed, cases=cases, seconds=seconds, begun=begun, failed=write)
+        faulthandler.disable()
+        faulthandler.unregister(signal.SIGPROF)
+    shutil.rmtree(last)
+    return found
 
 
 def main() -> int:

@@ -88,6 +88,10 @@ def _faults_of_graph(
             yield f"the {what} number {[*names].index('') + 1}, without a name"
     if getattr(graph, "sparse_initializer", ()):
         yield "a sparse initializer, which no verb reads"
+    for what in ("input", "output", "value_info"):
+        for value in getattr(graph, what, ()):
+            if not _is_known(getattr(value, "type", None), what == "input" and not outer):
+                yield f"the {what} {value.name!r} with an unknown type"
     known = (*outer, {*made, ""})
     for node in graph.node:
         title = f"the node {node.name!r} ({node.op_type})"
@@ -102,6 +106,19 @@ def _faults_of_graph(
         name = getattr(value, "name", value)
         if not name or not any(name in names for names in known):
             yield f"the output {name!r}, which no node makes"
+
+
+def _is_known(kind: Any, required: bool) -> bool:
+    """Whether the element type of a TypeProto is known; names of functions have no types."""
+    import onnx_ir as ir
+
+    field = kind and kind.WhichOneof("value")
+    while field in ("sequence_type", "optional_type"):
+        kind, required = getattr(kind, field).elem_type, True
+        field = kind.WhichOneof("value")
+    if field in ("tensor_type", "sparse_tensor_type"):
+        return getattr(kind, field).elem_type in range(1, len(ir.DataType))
+    return bool(field or kind is None or not required)
 
 
 def _faults_of_node(node: Any, opset: int, functions: Collection[tuple[str, str]]) -> Iterator[str]:

@@ -29,6 +29,7 @@ _LARGE = 1000  # bytes of a constant above which it cannot hold sizes of shapes
 _MAX_TEXT, _MAX_LENGTH, _MAX_ELEMENTS, _MAX_DEPTH = 400, 4096, 1 << 22, 4
 # Attributes of symbolic inference that are private to onnxruntime, and used here.
 _PRIVATE = ("_infer_impl", "_preprocess", "_try_get_value", "dispatcher_", "prefix_", "run_")
+_PRIVATE += ("suggested_merge_",)
 
 
 def fill_shapes(model: ir.Model) -> None:
@@ -178,7 +179,9 @@ def _infer_with_onnxruntime(model: ir.Model) -> tuple[bool, dict[str | None, ir.
     try:
         # Not `infer_shapes`, which writes a file into the working folder where it fails.
         inference._preprocess(ir.serde.serialize_model(model))
-        while inference.run_:
+        merged = None
+        while inference.run_ and merged != inference.suggested_merge_:  # else it is endless
+            merged = dict(inference.suggested_merge_)
             complete = inference._infer_impl()
     except Exception as error:  # noqa: BLE001 - it raises anything, also bare Exception
         log.debug("symbolic shape inference stopped: %s", error)
