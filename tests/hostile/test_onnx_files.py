@@ -47,6 +47,86 @@ CASES |= {
 }
 
 
+def change_node(kind: str, inputs: str = "x", outputs: str = "t", **attributes: object) -> Change:
+    """A change that adds a node with these attributes."""
+    node = helper.make_node(kind, inputs.split(), outputs.split(), **attributes)
+    return lambda model: model.graph.node.append(node)
+
+
+def change_attribute(kind: int) -> Change:
+    """A change that adds a node with an attribute of this kind that has no value."""
+
+    def change(model: onnx.ModelProto) -> None:
+        node = helper.make_node("Own", ["x"], ["t"], domain="com.microsoft")
+        node.attribute.add(name="own", type=kind)
+        model.graph.node.append(node)
+
+    return change
+
+
+def replace_data(field: str, values: list[int]) -> Change:
+    """A change that gives the weight its data in another field."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer[0].ClearField("raw_data")
+        getattr(model.graph.initializer[0], field).extend(values)
+
+    return change
+
+
+def return_outer_value(model: onnx.ModelProto) -> None:
+    graph = helper.make_graph([], "then", [], [helper.make_tensor_value_info("x", 1, None)])
+    change_node("If", then_branch=graph, else_branch=graph)(model)
+
+
+def call_functions(depth: int, *, circle: bool = False) -> Change:
+    """A change that adds functions of which each calls the next twice."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for i in range(depth):
+            last = i + 1 == depth and not circle
+            kind = "Neg" if last else f"f{(i + 1) % depth}"
+            domain = "" if last else "own"
+            body = [helper.make_node(kind, ["a"], ["t"], domain=domain)]
+            body.append(helper.make_node(kind, ["t"], ["b"], domain=domain))
+            imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+            function = helper.make_function("own", f"f{i}", ["a"], ["b"], body, imports)
+            model.functions.append(function)
+        change_node("f0", domain="own")(model)
+
+    return change
+
+
+CASES |= {
+    "IR version": (lambda m: setattr(m, "ir_version", 2**40), "IR version"),
+    "typed data short": (replace_data("float_data", [1] * 7), "7 values in float_data"),
+    "typed data in the wrong field": (replace_data("int64_data", [1] * 48), "0 values in float_d"),
+    "input doubled": (lambda m: m.graph.input.append(m.graph.input[0]), "2 times"),
+    "input unnamed": (lambda m: m.graph.input.add().type.CopyFrom(m.graph.input[0].type), "a name"),
+    "input without a type": (lambda m: m.graph.input[0].ClearField("type"), "unknown type"),
+    "value made twice": (lambda m: m.graph.node.append(m.graph.node[0]), "2 times"),
+    "outer value returned": (return_outer_value, "the output 'x', which no node makes"),
+    "no operator": (change_node(""), "without an operator"),
+    "no inputs": (change_node("MatMul", ""), "with 0 inputs"),
+    "no value": (change_node("Constant", ""), "with 0 values"),
+    "untyped": (change_attribute(0), "unknown type"),
+    "no tensor": (change_attribute(4), "without a value"),
+    "attribute of text": (change_node("Transpose", perm=ESC), "'perm' of another type"),
+    "attribute required": (change_node("Cast"), "without the attribute 'to'"),
+    "permutation": (change_node("Transpose", perm=[0, 2]), "permutation"),
+    "cycle": (change_node("Add", "x t"), "cycle"),
+    "calls": (call_functions(17), "found more"),
+    "calls in a circle": (call_functions(2, circle=True), "without end"),
+}
+for where in ("input", "output", "value_info"):
+    CASES[f"type of {where}"] = (
+        lambda m, w=where: setattr(
+            (getattr(m.graph, w) or [m.graph.value_info.add()])[0].type.tensor_type, "elem_type", 99
+        ),
+        "unknown type",
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_invalid_graph_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

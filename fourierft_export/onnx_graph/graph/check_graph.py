@@ -30,6 +30,7 @@ def find_faults(model: Any) -> Iterator[str]:
         return
     if not 1 <= model.ir_version <= _MAX_VERSION:
         yield f"IR version {model.ir_version}"
+    yield from (f"text that is not UTF-8: {one!r}" for one in _texts(model) if type(one) is bytes)
     yield from (fault for tensor in tensors(model) if (fault := _fault_of_tensor(tensor)))
     functions = Counter((one.domain, one.name, one.overload) for one in model.functions)
     yield from (f"the function {name[1]!r} twice" for name, k in functions.items() if k > 1)
@@ -41,6 +42,20 @@ def find_faults(model: Any) -> Iterator[str]:
 
 def _standard_versions(holder: Any) -> set[int]:
     return {one.version for one in holder.opset_import if one.domain in _STANDARD}
+
+
+def _texts(message: Any) -> Iterator[str | bytes]:
+    """Yield all names and settings; protobuf gives text that is not UTF-8 as bytes."""
+    if message.DESCRIPTOR.name == "TensorProto":  # its data would be copied
+        yield message.name
+        return
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else [value]
+        if field.type == field.TYPE_STRING and field.name != "doc_string":
+            yield from values
+        elif field.type == field.TYPE_MESSAGE:
+            for one in values:
+                yield from _texts(one)
 
 
 def _fault_of_tensor(tensor: Any) -> str:
@@ -104,7 +119,7 @@ def _faults_of_graph(
                 yield from _faults_of_graph(inner, opset, functions, known)
     for value in graph.output:
         name = getattr(value, "name", value)
-        if not name or not any(name in names for names in known):
+        if name not in made:
             yield f"the output {name!r}, which no node makes"
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from ...errors import BadInputError
+from .function_calls import list_calls
 from .ops import free_name, register_constant, used_names
 from .source import STANDARD, Source
 
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _PRODUCTS = ("Einsum", "Gemm", "MatMul", "MatMulInteger", "MatMulNBits")
-_MAX_NODES = 100_000  # that calls come to: functions may call each other 2^n times
 
 
 def inline_functions(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Replace every call of a function by its nodes; no function is left. `path` is for errors."""
     domains = {function.domain for function in model.functions.values()}
-    _list_calls(model, path)
     _inline(model, path)
     for domain in domains - {node.domain for node in model.graph.all_nodes()}:
         model.opset_imports.pop(domain, None)
@@ -41,7 +39,7 @@ def expand_functions(source: Source, *, products: bool) -> tuple[str, ...]:
     model = source.model
     chosen: set[ir.OperatorIdentifier] = set()
     names: dict[int, str] = {}
-    for identifier, calls in _list_calls(model, source.path).items():
+    for identifier, calls in list_calls(model, source.path).items():
         function = model.functions[identifier]
         held = {id(t): str(v.name) for v, t in _constants(function) if t.size > 1 and _is_weight(t)}
         multiplies = products and any(n.op_type in _PRODUCTS for n in function.all_nodes())
@@ -96,33 +94,6 @@ def _inline(
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:
     return len(tensor.shape) > (0 if tensor.dtype.is_floating_point() else 1)
-
-
-def _list_calls(
-    model: ir.Model, path: str | os.PathLike[str]
-) -> dict[ir.OperatorIdentifier, set[ir.OperatorIdentifier]]:
-    """Function -> the functions that it calls, callees first."""
-    functions = model.functions
-    called = {
-        identifier: [node.op_identifier() for node in function.all_nodes()]
-        for identifier, function in functions.items()
-    }
-    calls = {identifier: {*names} & functions.keys() for identifier, names in called.items()}
-    sizes: dict[ir.OperatorIdentifier, int] = {}
-    try:
-        order = list(TopologicalSorter(calls).static_order())
-    except CycleError:
-        order = []
-    for identifier in order:
-        sizes[identifier] = sum(sizes.get(name, 1) for name in called[identifier])
-    nodes = sum(sizes.get(node.op_identifier(), 0) for node in model.graph.all_nodes())
-    if len(order) < len(calls) or nodes > _MAX_NODES:
-        raise BadInputError(
-            path,
-            expected=f"functions that come to at most {_MAX_NODES:,} nodes",
-            found="more" if order else "functions that call each other without end",
-        )
-    return {identifier: calls[identifier] for identifier in order}
 
 
 def _constants(graph: ir.Function | ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

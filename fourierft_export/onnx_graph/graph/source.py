@@ -20,6 +20,7 @@ from ...files.onnx_external_data import EXTERNAL, check_external_data, tensors
 from ...files.safetensors_reader import open_regular, read_exactly
 from ...types import Array
 from .check_graph import find_faults
+from .function_calls import list_calls
 from .ops import free_name, register_constant, used_names
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def open_onnx(path: str | os.PathLike[str], *, allow_links: bool = False) -> Sou
             graph.sort()  # ONNX Runtime, too, reads nodes in any order
     except (ValueError, TypeError, KeyError, ir.serde.SerdeError) as error:
         raise BadInputError(path, expected="a valid ONNX model", found=first_line(error)) from None
+    list_calls(model, path)  # ONNX Runtime, too, expands them
     if "" not in model.opset_imports and "ai.onnx" in model.opset_imports:  # its other name
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     return Source(Path(path), model, frozenset(files.values()))
