@@ -103,7 +103,8 @@ CASES |= {
     "typed data in the wrong field": (replace_data("int64_data", [1] * 48), "0 values in float_d"),
     "input doubled": (lambda m: m.graph.input.append(m.graph.input[0]), "2 times"),
     "input unnamed": (lambda m: m.graph.input.add().type.CopyFrom(m.graph.input[0].type), "a name"),
-    "input without a type": (lambda m: m.graph.input[0].ClearField("type"), "unknown type"),
+    "input without a type": (lambda m: m.graph.input[0].ClearField("type"), "known type"),
+    "opaque input": (lambda m: m.graph.input[0].type.opaque_type.SetInParent(), "known type"),
     "value made twice": (lambda m: m.graph.node.append(m.graph.node[0]), "2 times"),
     "outer value returned": (return_outer_value, "the output 'x', which no node makes"),
     "no operator": (change_node(""), "without an operator"),
@@ -123,7 +124,7 @@ for where in ("input", "output", "value_info"):
         lambda m, w=where: setattr(
             (getattr(m.graph, w) or [m.graph.value_info.add()])[0].type.tensor_type, "elem_type", 99
         ),
-        "unknown type",
+        "known type",
     )
 
 

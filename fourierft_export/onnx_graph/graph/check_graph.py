@@ -106,7 +106,7 @@ def _faults_of_graph(
     for what in ("input", "output", "value_info"):
         for value in getattr(graph, what, ()):
             if not _is_known(getattr(value, "type", None), what == "input" and not outer):
-                yield f"the {what} {value.name!r} with an unknown type"
+                yield f"the {what} {value.name!r} is no tensor of a known type"
     known = (*outer, {*made, ""})
     for node in graph.node:
         title = f"the node {node.name!r} ({node.op_type})"
@@ -124,16 +124,18 @@ def _faults_of_graph(
 
 
 def _is_known(kind: Any, required: bool) -> bool:
-    """Whether the element type of a TypeProto is known; names of functions have no types."""
+    """Whether a TypeProto is of tensors of a known type; names in functions have no TypeProto."""
     import onnx_ir as ir
 
     field = kind and kind.WhichOneof("value")
+    if field is None:
+        return kind is None or not required
     while field in ("sequence_type", "optional_type"):
-        kind, required = getattr(kind, field).elem_type, True
+        kind = getattr(kind, field).elem_type
         field = kind.WhichOneof("value")
-    if field in ("tensor_type", "sparse_tensor_type"):
-        return getattr(kind, field).elem_type in range(1, len(ir.DataType))
-    return bool(field or kind is None or not required)
+    if field not in ("tensor_type", "sparse_tensor_type"):
+        return False
+    return getattr(kind, field).elem_type in range(1, len(ir.DataType))
 
 
 def _faults_of_node(node: Any, opset: int, functions: Collection[tuple[str, str]]) -> Iterator[str]:
