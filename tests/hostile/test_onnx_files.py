@@ -79,7 +79,7 @@ def return_outer_value(model: onnx.ModelProto) -> None:
     change_node("If", then_branch=graph, else_branch=graph)(model)
 
 
-def call_functions(depth: int, *, circle: bool = False) -> Change:
+def call_functions(depth: int, *, circle: bool = False, opset: int = 18) -> Change:
     """A change that adds functions of which each calls the next twice."""
 
     def change(model: onnx.ModelProto) -> None:
@@ -89,7 +89,7 @@ def call_functions(depth: int, *, circle: bool = False) -> Change:
             domain = "" if last else "own"
             body = [helper.make_node(kind, ["a"], ["t"], domain=domain)]
             body.append(helper.make_node(kind, ["t"], ["b"], domain=domain))
-            imports = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+            imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
             function = helper.make_function("own", f"f{i}", ["a"], ["b"], body, imports)
             model.functions.append(function)
         change_node("f0", domain="own")(model)
@@ -108,6 +108,7 @@ CASES |= {
     "value made twice": (lambda m: m.graph.node.append(m.graph.node[0]), "2 times"),
     "outer value returned": (return_outer_value, "the output 'x', which no node makes"),
     "no operator": (change_node(""), "without an operator"),
+    "function's opset": (call_functions(2, opset=-(2**63)), "opset -9"),
     "no inputs": (change_node("MatMul", ""), "with 0 inputs"),
     "no value": (change_node("Constant", ""), "with 0 values"),
     "untyped": (change_attribute(0), "unknown type"),

@@ -24,10 +24,6 @@ _MESSAGES = {4: "t", 5: "g", 11: "sparse_tensor", 13: "tp"}  # kind of attribute
 
 def find_faults(model: Any) -> Iterator[str]:
     """Yield what is wrong with an onnx.ModelProto, one line for each fault."""
-    standard = _standard_versions(model)
-    if len(standard) != 1 or not 1 <= min(standard) <= _MAX_VERSION:
-        yield f"opset {', '.join(map(str, sorted(standard))) or 'of no standard operators'}"
-        return
     if not 1 <= model.ir_version <= _MAX_VERSION:
         yield f"IR version {model.ir_version}"
     yield from (f"text that is not UTF-8: {one!r}" for one in _texts(model) if type(one) is bytes)
@@ -35,13 +31,14 @@ def find_faults(model: Any) -> Iterator[str]:
     functions = Counter((one.domain, one.name, one.overload) for one in model.functions)
     yield from (f"the function {name[1]!r} twice" for name, k in functions.items() if k > 1)
     known = {(domain, name) for domain, name, _ in functions}
-    yield from _faults_of_graph(model.graph, min(standard), known)
-    for one in model.functions:
-        yield from _faults_of_graph(one, min(_standard_versions(one) or standard), known)
-
-
-def _standard_versions(holder: Any) -> set[int]:
-    return {one.version for one in holder.opset_import if one.domain in _STANDARD}
+    for one in (model, *model.functions):
+        opsets = {entry.version for entry in one.opset_import if entry.domain in _STANDARD}
+        if one is not model and not opsets:
+            opsets = {0}  # no standard operators
+        elif len(opsets) != 1 or not 1 <= min(opsets) <= _MAX_VERSION:
+            yield f"opset {', '.join(map(str, sorted(opsets))) or 'of no standard operators'}"
+            continue
+        yield from _faults_of_graph(getattr(one, "graph", one), min(opsets), known)
 
 
 def _texts(message: Any) -> Iterator[str | bytes]:
@@ -177,7 +174,7 @@ def _find_schema(operator: str, opset: int) -> Any:
     """Return ONNX's definition of a standard operator, None if this onnx does not know it."""
     import onnx
 
-    if opset <= onnx.defs.onnx_opset_version():
+    if 1 <= opset <= onnx.defs.onnx_opset_version():
         with contextlib.suppress(onnx.defs.SchemaError):
             return onnx.defs.get_schema(operator, opset, "")
     return None

@@ -28,8 +28,10 @@ _LARGE = 1000  # bytes of a constant above which it cannot hold sizes of shapes
 # expression, sizes in a list, elements of a constant, nested subgraphs.
 _MAX_TEXT, _MAX_LENGTH, _MAX_ELEMENTS, _MAX_DEPTH = 400, 4096, 1 << 22, 4
 # Attributes of symbolic inference that are private to onnxruntime, and used here.
-_PRIVATE = ("_infer_impl", "_preprocess", "_try_get_value")
-_PRIVATE += ("dispatcher_", "prefix_", "run_", "suggested_merge_")
+_PRIVATE = (
+    *("_infer_impl", "_preprocess", "_try_get_value"),
+    *("dispatcher_", "prefix_", "run_", "suggested_merge_"),
+)
 
 
 def fill_shapes(model: ir.Model) -> None:
