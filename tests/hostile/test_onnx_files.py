@@ -110,6 +110,8 @@ CASES |= {
     "no operator": (change_node(""), "without an operator"),
     "function's opset": (call_functions(2, opset=-(2**63)), "opset -9"),
     "no inputs": (change_node("MatMul", ""), "with 0 inputs"),
+    "input left out": (lambda m: m.graph.node[0].input.__setitem__(0, ""), "its input 'A'"),
+    "no sizes": (change_node("MatMulNBits", "x x x", domain="com.microsoft", K=1), "the numbers N"),
     "no value": (change_node("Constant", ""), "with 0 values"),
     "untyped": (change_attribute(0), "unknown type"),
     "no tensor": (change_attribute(4), "without a value"),

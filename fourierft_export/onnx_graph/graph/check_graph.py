@@ -21,6 +21,8 @@ _MAX_VERSION = 1000  # of opsets of the standard operators, and of the IR
 _MAX_KIND = 14  # of attributes
 _MESSAGES = {4: "t", 5: "g", 11: "sparse_tensor", 13: "tp"}  # kind of attribute -> required field
 
+_N_BITS = {"N": None, "K": None, "block_size": None, "bits": 2}  # and the kind where it is absent
+
 
 def find_faults(model: Any) -> Iterator[str]:
     """Yield what is wrong with an onnx.ModelProto, one line for each fault."""
@@ -148,12 +150,20 @@ def _faults_of_node(node: Any, opset: int, functions: Collection[tuple[str, str]
         lacks = one.type in _MESSAGES and not one.HasField(_MESSAGES[one.type])
         if not one.ref_attr_name and (not name or not 0 < one.type <= _MAX_KIND or lacks):
             yield f"with the attribute {name!r} of an unknown type or without a value"
+    if node.op_type == "MatMulNBits" and (  # of ONNX Runtime
+        len(node.input) < 3
+        or any((given[n].type if n in given else kind) != 2 for n, kind in _N_BITS.items())
+    ):
+        yield f"without its 3 inputs and the numbers {', '.join(_N_BITS)}"
     own = node.domain not in _STANDARD or (node.domain, node.op_type) in functions
     schema = None if own else _find_schema(node.op_type, opset)
     if schema is None:
         return
     if not schema.min_input <= len(node.input) <= schema.max_input:
         yield f"with {len(node.input)} inputs"
+    for formal, name in zip(schema.inputs, node.input, strict=False) if "" in node.input else ():
+        if not name and formal.option == schema.FormalParameterOption.Single:
+            yield f"without its input {formal.name!r}"
     if not schema.min_output <= len(node.output) <= schema.max_output:
         yield f"with {len(node.output)} outputs"
     for name, wanted in schema.attributes.items():
