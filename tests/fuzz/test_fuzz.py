@@ -8,7 +8,8 @@ from tests.fuzz.run import fuzz
 
 
 @pytest.mark.parametrize(
-    ("kind", "cases"), [("bundle", 1500), ("peft", 300), ("index", 250), ("pool", 250)]
+    ("kind", "cases"),
+    [("bundle", 1500), ("peft", 300), ("index", 250), ("pool", 250), ("onnx", 200)],
 )
 def test_mutants_open_or_are_refused(kind: str, cases: int) -> None:
     found = fuzz(kind, seed=1, cases=cases, max_seconds=30)
