@@ -527,6 +527,7 @@ KINDS: dict[str, Kind] = {
             Door("pack --onnx", 2, EXPORTED, make_inputs),
             Door("apply", 2, EXPORTED, partial(apply, mode="merged", name=EXPORTED)),
         ),
+        seconds=2.0,
     ),
     "pool": Kind(
         make_pools,
