@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
@@ -126,9 +127,9 @@ def _mutate_file(name: str, data: bytes, rng: random.Random, scratch: Path) -> b
             return mutate_bytes(data, rng)
         try:
             model = onnx.ModelProto.FromString(data)
-        except Exception:  # noqa: BLE001 - mutated before; each protobuf has another class
+            mutate_onnx(model, rng)
+        except DecodeError:  # mutated before, or nested too deep
             return mutate_bytes(data, rng)
-        mutate_onnx(model, rng)
         return bytes(model.SerializeToString())
     for suffix, change in (
         (".fourierft.safetensors", mutate_bundle),

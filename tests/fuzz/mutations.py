@@ -232,7 +232,7 @@ def _scalar(field: Any, old: Any, messages: list[Any], rng: random.Random) -> An
         if rng.random() < 0.5:
             return rng.choice(sorted(_texts(messages)) or TEXTS)
         if old and rng.random() < 0.3:
-            return mutate_text(old, rng)
+            return mutate_text(str(old), rng)
         return rng.choice(TEXTS)
     if kind in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE):
         return rng.choice(FLOATS)
@@ -253,7 +253,7 @@ def _texts(messages: list[Any]) -> set[str]:
                 found.add(value)
             elif is_repeated(value) and value and isinstance(value[0], str):
                 found.update(value)
-    return {text for text in found if len(text) < 300}
+    return {text for text in found if len(text) < 300 and isinstance(text, str)}  # not UTF-8: bytes
 
 
 def mutate_onnx(model: Any, rng: random.Random) -> None:
