@@ -18,7 +18,7 @@ from ..files import strict_json
 from ..files.checkpoint import Checkpoint
 from ..files.hub import local_adapter
 from ..files.safe_paths import check_path
-from ..files.staging import staged_directory
+from ..files.staging import check_output, staged_directory
 from ..models.base_tensors import Base
 from ..types import Array
 from .bundle import Bundle
@@ -250,6 +250,7 @@ def to_peft(
         >>> bool((ff.from_peft(directory).spectra["0"] == bundle.spectra["0"]).all())
         True
     """
+    check_output(directory, force=force, inputs=(bundle,))
     bundle = open_bundle(bundle)
     explicit = [layer.name for layer in bundle.layers if layer.entry_rule == EXPLICIT_RULE]
     if explicit:

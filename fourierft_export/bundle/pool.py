@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from ..errors import BadInputError, BaseMismatchError, FileAccessError, UsageError, printable
 from ..files import strict_json
-from ..files.safetensors_reader import open_regular
+from ..files.safetensors_reader import open_regular, read_exactly
 from ..files.staging import staged_file
 from .bundle import Bundle
 from .pool_template import (
@@ -235,7 +235,7 @@ def is_pool(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as a pool does."""
     fd = open_regular(path)
     try:
-        return os.read(fd, len(MAGIC)) == MAGIC
+        return read_exactly(fd, 0, min(os.fstat(fd).st_size, len(MAGIC)), path) == MAGIC
     finally:
         os.close(fd)
 

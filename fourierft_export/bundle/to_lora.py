@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from ..errors import UsageError
 from ..files import strict_json
-from ..files.staging import staged_directory
+from ..files.staging import check_output, staged_directory
 from ..spectral.delta import Term, add_delta_weight
 from ..spectral.singular import Float64, singular_values
 from ..types import Array, Progress
@@ -110,6 +110,7 @@ def to_lora(
         True
     """
     _check_settings(rank, max_error)
+    check_output(directory, force=force, inputs=(bundle,))
     opened = open_bundle(bundle, bind=True)
     most = max((min(layer.shape or (0, 0)) for layer in opened.layers), default=0)
     if rank is not None and opened.is_bound and rank > most:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -37,21 +37,22 @@ _ATTEMPTS = 5
 
 
 def check_output(
-    out: str | os.PathLike[str], *, force: bool, inputs: tuple[str | os.PathLike[str], ...] = ()
+    out: str | os.PathLike[str], *, force: bool, inputs: Iterable[object] = ()
 ) -> Path:
     """Refuse an output that exists (without `force`), would damage an input, or lies in no folder.
 
     Even with `force`, `out` may not be one of the `inputs`, files and folders that are read, nor a
     folder that holds one, nor lie inside such a folder. The same goes for what the links in such a
-    folder lead to, and for the external data of an ONNX file.
+    folder lead to, and for the external data of an ONNX file. Inputs that are no paths are skipped.
     """
     path = Path(out)
-    for named in (f"{os.fspath(out)}{_PARTIAL}{'x' * 16}" if os.fspath(out) else out, *inputs):
+    paths = [source for source in inputs if isinstance(source, (str, os.PathLike))]
+    for named in (f"{os.fspath(out)}{_PARTIAL}{'x' * 16}" if os.fspath(out) else out, *paths):
         check_path(named)
     real, there = Path(os.path.realpath(path)), os.path.lexists(path)
-    for source in inputs:
+    for source in paths:
         if not os.path.lexists(source):  # POOL#NAME reads POOL
-            source = os.fspath(source).partition("#")[0] or source
+            source = os.fspath(source).rpartition("#")[0] or source
         for origin in (*_real_paths(source), *(find_external_files(source) if there else ())):
             if real == origin or real in origin.parents or origin in real.parents:
                 where = "a place inside " if origin in real.parents else ""

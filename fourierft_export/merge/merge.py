@@ -100,8 +100,7 @@ def merge_checkpoint(
     given = list_bundles(bundles)
     factors = checked_weights(weights, len(given))
     _check_options(given, dtype, workers, scheduler)
-    paths = [source for source in given if isinstance(source, (str, os.PathLike))]
-    target = check_output(out, force=force, inputs=(base, *paths))
+    target = check_output(out, force=force, inputs=(base, *given))
     # The workers of a cluster may have another working directory.
     base = local_model(base)
     opened = open_base(os.path.abspath(base) if scheduler else base, allow_links=allow_links)

@@ -16,6 +16,11 @@ from ..types import Array
 Bundles = BundleSource | Sequence[BundleSource] | Mapping[str, BundleSource]
 
 
+def bundle_sources(bundles: Bundles) -> list[BundleSource]:
+    """The bundles or their paths, as a list."""
+    return list(bundles.values()) if isinstance(bundles, Mapping) else list_bundles(bundles)
+
+
 def named_bundles(bundles: Bundles) -> dict[str, Bundle]:
     """Opens the bundles, by name: "default" for one, "adapter_0", "adapter_1", ... for several."""
     if isinstance(bundles, Mapping):

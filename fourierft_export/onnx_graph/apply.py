@@ -16,7 +16,7 @@ from ..errors import BaseMismatchError, UsageError
 from ..models.base_tensors import Base, open_base
 from ..types import Progress
 from .adapter_interface import KEY
-from .adapters import Bundles, named_bundles, weighted, without
+from .adapters import Bundles, bundle_sources, named_bundles, weighted, without
 from .graph.inline import expand_functions, inline_functions
 from .graph.shapes import fill_shapes
 from .graph.source import Source, open_onnx
@@ -116,7 +116,7 @@ def apply_onnx(
     check_mode(mode, defaults)
     mapping = mapping or {}
     _check_mapping(named, mapping)
-    inputs = (onnx_in,) if base is None else (onnx_in, base)
+    inputs = (onnx_in, base, *bundle_sources(bundles))
     paired = mode == PAIRED
     check_model_output(onnx_out, paired=paired, force=force, inputs=inputs)
     source = open_onnx(onnx_in, allow_links=allow_links)

@@ -26,7 +26,7 @@ SENTENCES = tuple(Path(__file__).with_name("sentences.txt").read_text("utf-8").s
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 MAX_TOKENS = 48
 ID_SEED = 20240503
-MAX_BYTES = 2**33
+MAX_BYTES, MAX_ARRAYS = 2**33, 1_000
 TEXT_FILES = frozenset({".txt", ".tsv", ".jsonl"})
 IMAGE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 LABEL_COLUMNS = frozenset({"label", "labels", "id", "idx", "index"})
@@ -168,6 +168,8 @@ def _read_npz(path: Path) -> dict[str, Array]:
         try:
             with zipfile.ZipFile(file) as archive:
                 claimed = sum(info.file_size for info in archive.infolist())
+                if len(archive.infolist()) > MAX_ARRAYS:
+                    raise ValueError(f"{len(archive.infolist())} arrays, above {MAX_ARRAYS}")
                 most = max(2**26, 200 * os.fstat(file.fileno()).st_size)
                 if claimed > min(most, MAX_BYTES):
                     raise ValueError(f"arrays of {claimed} bytes, above {min(most, MAX_BYTES)}")
@@ -177,7 +179,10 @@ def _read_npz(path: Path) -> dict[str, Array]:
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        # zipfile has a RuntimeError for encryption and a NotImplementedError for other methods.
+        except (
+            EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error
+        ) as error:  # fmt: skip
             found = first_line(error)
             raise BadInputError(
                 path,

@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,12 @@ def train_adapter(
     settings = resolved(settings)
     if bundle is not None:
         check_settings_of_training(settings)
-    check_outputs(out, resume=resume, force=force)
+    check_outputs(out, resume=resume, force=force, inputs=(bundle,))
     check_new_name(task.model, NAME)
     if not len(task.train_dataset):
         raise UsageError("training rows", expected="at least one", found="none")
     with ExitStack() as stack:
+        stack.callback(_remove_if_empty, folder_of(out))
         stack.enter_context(_restored(task.model, settings.threads))
         arguments = make_arguments(settings, folder_of(out))
         stack.enter_context(_processes(arguments))
@@ -219,7 +220,7 @@ def check_outputs(
     *,
     resume: bool,
     force: bool,
-    inputs: tuple[str | os.PathLike[str], ...] = (),
+    inputs: tuple[object, ...] = (),
 ) -> None:
     """Refuse outputs that exist, or that are `inputs` too, before anything slow begins."""
     if resume and force:
@@ -238,6 +239,12 @@ def check_outputs(
         raise FileAccessError(folder, expected="a folder", found="a file", remedy=remedy)
     if resume:
         last_checkpoint(out)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """A run that failed before its first step leaves nothing."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+import fourierft_export as ff
 from fourierft_export.cli.main import run
+from fourierft_export.errors import UsageError
 
 BASE, ADAPTER = "base/model.safetensors", "adapter/adapter_model.safetensors"
 ROWS = {
@@ -108,3 +111,35 @@ def test_the_base_that_an_adapters_config_names_is_an_input(
     assert run([*words, str(tmp_path / "base" / "model.safetensors")]) == 2
     assert contents(tmp_path) == before
     assert run([*words, str(tmp_path / "bundle")]) == 0
+
+
+def test_pairs_pools_and_functions(
+    stories260k: Path, stories_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stories260k, "base")
+    shutil.copytree(stories_adapter, "adapter")
+    bundle = ff.from_peft("adapter", base="base")
+    bundle.save("out.expand.onnx")
+    bundle.save("bundle")
+    Path("folder").mkdir()
+    bundle.save("folder/bundle")
+    assert run(["pack", "adapter", "--pool", "--base", "base", "-o", "po#ol"]) == 0
+    before = contents(tmp_path)
+    for words in (
+        "export --base base --bundle out.expand.onnx --mode paired -o out.onnx --force",
+        "export --base base --bundle po#ol#adapter --mode merged -o po#ol --force",
+    ):
+        assert run(words.split()) == 2, words
+    calls: list[Callable[[], object]] = [
+        lambda: ff.export_pretrained("base", "bundle", "bundle", force=True),
+        lambda: ff.export_pretrained("base", ["bundle"], "base/model.safetensors", force=True),
+        lambda: ff.apply_onnx("model.onnx", {"a": "bundle"}, "bundle", force=True),
+        lambda: ff.merge_checkpoint("base", "adapter", "adapter/new"),
+        lambda: ff.to_peft("folder/bundle", "folder", force=True),
+        lambda: ff.to_lora("folder/bundle", "folder", rank=1, force=True),
+    ]
+    for number, call in enumerate(calls):
+        with pytest.raises(UsageError, match="the input"):
+            call()
+        assert contents(tmp_path) == before, number

@@ -83,6 +83,16 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "petabytes.npz", "w") as archive:
         size = len(header).to_bytes(2, "little")
         archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + size + header)
+    header = header.replace(b"(1000000000000000,)", b"(True,)            ")
+    with zipfile.ZipFile(tmp_path / "bool.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + size + header + bytes(4))
+    np.savez(tmp_path / "many.npz", **{f"x{i}": np.ones(1) for i in range(1001)})
+    np.savez(tmp_path / "encrypted.npz", x=np.ones(3))
+    np.savez(tmp_path / "method.npz", x=np.ones(3))
+    for name, place, value in (("encrypted", 6, 1), ("method", 8, 99)):  # flags, compression
+        data = bytearray((tmp_path / f"{name}.npz").read_bytes())
+        data[place] = data[data.index(b"PK\x01\x02") + place + 2] = value
+        (tmp_path / f"{name}.npz").write_bytes(data)
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", bytes(10**7))
     for path in sorted(tmp_path.iterdir()):

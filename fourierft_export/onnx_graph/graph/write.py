@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +213,7 @@ def check_model_output(
     *,
     paired: bool,
     force: bool,
-    inputs: Sequence[str | os.PathLike[str]] = (),
+    inputs: Iterable[object] = (),
 ) -> None:
     """Refuse outputs that exist without `force`, and any that would replace the inputs."""
     out = Path(path)
@@ -221,5 +221,5 @@ def check_model_output(
     if not os.path.lexists(out):
         clean_leftovers(out)
     for target in targets:
-        check_output(target, force=force, inputs=tuple(inputs))
-        check_output(data_path(target), force=True, inputs=tuple(inputs))
+        check_output(target, force=force, inputs=inputs)
+        check_output(data_path(target), force=True, inputs=inputs)

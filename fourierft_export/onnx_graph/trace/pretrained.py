@@ -30,7 +30,7 @@ from ...models.example_inputs import dynamic_axes, example_inputs
 from ...models.load import load_model
 from ...models.task import choose_task, get_task, head_labels
 from ...types import Progress
-from ..adapters import Bundles, named_bundles, weighted
+from ..adapters import Bundles, bundle_sources, named_bundles, weighted
 from ..graph.write import check_model_output
 from ..mode_names import DEFAULTS, MERGED, PAIRED, RUNTIME_MODES
 from ..modes.write_mode import check_adapter_count, check_mode
@@ -115,7 +115,7 @@ def export_pretrained(
     check_adapter_count(mode, named)
     opened = open_base(base)
     cache = cache or genai
-    read = (opened.directory,)
+    read = (opened.directory, *bundle_sources(bundles))
     check_model_output(path, paired=mode == PAIRED, force=force, inputs=read)
     for out in list_genai_files(Path(path).parent, opened.directory) if genai else []:
         check_output(out, force=force, inputs=read)

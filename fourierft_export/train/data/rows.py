@@ -229,10 +229,11 @@ def _check_parquet(source: str) -> None:
         raise BadInputError(source, expected="a parquet file", found=first_line(error)) from error
     # Equal values take hardly any room: a few KB may claim millions of rows.
     most = min(MAX_ROWS, max(1_000_000, 10 * os.path.getsize(source)))
-    if not 0 <= claims.num_rows <= most or size > MAX_PARQUET_BYTES:
+    most_bytes = min(MAX_PARQUET_BYTES, max(1 << 26, 200 * os.path.getsize(source)))
+    if not 0 <= claims.num_rows <= most or size > most_bytes:
         raise BadInputError(
             source,
-            expected=f"at most {most} rows and {MAX_PARQUET_BYTES} bytes",
+            expected=f"at most {most} rows and {most_bytes} bytes",
             found=f"a claim of {claims.num_rows} rows and {size} bytes",
         )
 
