@@ -286,7 +286,7 @@ def mutate_onnx(model: Any, rng: random.Random) -> None:
 
 def _add_functions(model: Any, rng: random.Random) -> None:
     """Adds functions that call each other, in a chain or in a circle, and a call of the first."""
-    count, calls = rng.choice([1, 2, 8, 40]), rng.choice([1, 2, 3])
+    count, calls = rng.choice([1, 2, 7, 40]), rng.choice([1, 2, 3])
     circle = rng.random() < 0.3
     for i in range(count):
         last = i + 1 == count

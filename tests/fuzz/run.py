@@ -2,9 +2,9 @@
 
 Whatever the input (a bundle, PEFT folder, sharded checkpoint, ONNX file or pool), a public function
 gives a result or one of the package's own errors, with a summary that a terminal can show. It takes
-no more than a second of processor time (ONNX files: two, since ONNX Runtime takes one to expand
-6,561 calls of functions; it alone limits what it computes as it loads a model) and 200 MB, prints
-nothing, and leaves nothing on the disk when it fails. Every other input is written to a folder
+no more than a second of processor time (ONNX files: two, since ONNX Runtime expands functions
+slowly; it alone limits what it computes as it loads a model) and 200 MB, prints nothing, and leaves
+nothing on the disk when it fails. Every other input is written to a folder
 `fuzz-KIND-SEED-NUMBER`, once for each place that fails, and the exit code is 1. An input that ends
 the process, or takes 20 seconds, stays in `fuzz-KIND-SEED-last`, with the stack.
 """
