@@ -100,7 +100,7 @@ def find_errors(tmp_path: Path, number: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_a_full_disk(
-    run: Run, whole: dict[str, bytes], mount: Mount, tmp_path: Path, share: float
+    verb: str, run: Run, whole: dict[str, bytes], mount: Mount, tmp_path: Path, share: float
 ) -> None:
     """Room for that share of what is written."""
     page = 4096
@@ -109,9 +109,10 @@ def test_a_full_disk(
     if pages * page >= sum(map(len, whole.values())):
         (disk / "other").write_bytes(bytes((pages - int(share > 0)) * page))
     before = files_in(disk)
-    assert run(disk) == 6
+    assert run(disk) == 6, (tmp_path / "stderr0").read_text()
     assert len(find_errors(tmp_path)) == 1
-    assert files_in(disk) == before
+    if verb != "train":  # it keeps its best bundle so far, and checkpoints for --resume
+        assert files_in(disk) == before
 
 
 def test_a_read_only_disk(run: Run, mount: Mount, tmp_path: Path) -> None:
@@ -120,11 +121,13 @@ def test_a_read_only_disk(run: Run, mount: Mount, tmp_path: Path) -> None:
     assert len(find_errors(tmp_path)) == 1
 
 
-def test_a_folder_that_vanishes(run: Run, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_folder_that_vanishes(
+    verb: str, run: Run, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     """Right before each operation on files in it: the error says so, or the output is whole."""
     folder = tmp_path / "folder"
     codes = []
-    for operation in range(1, 60):
+    for operation in range(1, 60, 4 if verb.startswith(("export", "train")) else 1):
         folder.mkdir(exist_ok=True)
         codes.append(run(folder, before=(operation, str(folder)), vanish=True))
         found = files_in(folder) if folder.exists() else {}
@@ -132,11 +135,11 @@ def test_a_folder_that_vanishes(run: Run, whole: dict[str, bytes], tmp_path: Pat
             break
         assert codes[-1] in (0, 6), (operation, (tmp_path / "stderr0").read_text())
         assert len(find_errors(tmp_path)) == (codes[-1] == 6)
-        assert found in ({}, whole), operation
+        assert verb == "train" or found in ({}, whole), operation
     assert 6 in codes
 
 
-def test_two_writers(run: Run, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_two_writers(verb: str, run: Run, whole: dict[str, bytes], tmp_path: Path) -> None:
     """One writes the output; the other finds it there, or writes the same."""
     for number in range(3):
         folder = tmp_path / f"both{number}"
@@ -145,5 +148,9 @@ def test_two_writers(run: Run, whole: dict[str, bytes], tmp_path: Path) -> None:
             codes = sorted(threads.map(run, [folder] * 2, range(2)))
         assert codes[0] == 0
         assert codes[1] in (0, 2, 6)
-        assert files_in(folder) == whole
+        assert files_in(folder).keys() == whole.keys()
+        if verb == "train":  # its metrics hold times
+            assert files_in(folder)["out"] == whole["out"]
+        else:
+            assert files_in(folder) == whole
         assert sum(len(find_errors(tmp_path, n)) for n in range(2)) == (codes[1] != 0)

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..adapt.modules import base_modules, original
 from ..bundle.bundle import Bundle
-from ..errors import UsageError
+from ..errors import FileAccessError, UsageError, first_line
 from .checkpoint import ADAPTER
 from .data.losses_and_scores import logits_of
 from .epoch_batches import EpochBatches, rate_factor
@@ -144,6 +144,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 "and --head-learning-rate, a longer --warmup, or --dtype float32, and look at the "
                 "rows for values that are not finite",
             )
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **options)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # where torch.save writes its file
+                raise
+            raise FileAccessError(
+                self.args.output_dir,
+                expected="to be able to write a checkpoint",
+                found=first_line(error),
+                remedy="check the free space of the disk, then use --resume",
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with FSDP every process takes part."""

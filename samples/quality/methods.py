@@ -12,7 +12,7 @@ from torch import nn
 from fourierft_export import TrainingTask
 
 N_FREQUENCY = 1000
-TARGETS = ["query", "value"]
+TARGETS = ["query", "value", "q_proj", "v_proj"]  # the last two: of the vision transformer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def lora(task: TrainingTask, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=_task_type(task),
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
@@ -64,8 +64,15 @@ def peft_fourierft(task: TrainingTask) -> nn.Module:
     """PEFT's FourierFT as PEFT starts it: scaling 150, normal spectra."""
     from peft import FourierFTConfig, get_peft_model
 
-    config = FourierFTConfig(task_type="SEQ_CLS", n_frequency=N_FREQUENCY, target_modules=TARGETS)
+    config = FourierFTConfig(
+        task_type=_task_type(task), n_frequency=N_FREQUENCY, target_modules=TARGETS
+    )
     return get_peft_model(task.model, config)
+
+
+def _task_type(task: TrainingTask) -> str | None:
+    """With it, PEFT trains the head, too."""
+    return "SEQ_CLS" if task.modules_to_save else None
 
 
 # Every method chooses among four rates. The head's rate is the same wherever something besides the
@@ -78,6 +85,7 @@ METHODS = {
     "lora1": Method("LoRA r=1 (PEFT)", LORA_RATES, LORA_1),
     "peft": Method("FourierFT n=1000 (PEFT)", PEFT_RATES, peft_fourierft),
     "ours": Method("FourierFT (this toolkit, defaults)", (None,)),
+    "ours-500": Method("FourierFT n=500 (this toolkit)", (None,), settings={"n_frequency": 500}),
     "ours-biases": Method(
         "FourierFT n=640 and biases (this toolkit)",
         (None,),
