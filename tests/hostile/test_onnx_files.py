@@ -131,6 +131,16 @@ for where in ("input", "output", "value_info"):
     )
 
 
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    node = helper.make_node("Transpose", ["x"], ["y"])
+    ends = [helper.make_tensor_value_info(name, 1, ["n", 8]) for name in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:]))
+    data = model.SerializeToString().replace(b"Transpose", b"Trans\xff\xfe\xfdX")
+    (tmp_path / "m.onnx").write_bytes(data)
+    with pytest.raises(BadInputError, match="not UTF-8"):
+        ff.recover_onnx(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_invalid_graph_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -28,7 +28,9 @@ def find_faults(model: Any) -> Iterator[str]:
     """Yield what is wrong with an onnx.ModelProto, one line for each fault."""
     if not 1 <= model.ir_version <= _MAX_VERSION:
         yield f"IR version {model.ir_version}"
-    yield from (f"text that is not UTF-8: {one!r}" for one in _texts(model) if type(one) is bytes)
+    if broken := [one for one in _texts(model) if type(one) is bytes]:
+        yield f"text that is not UTF-8: {broken[0]!r}"
+        return
     yield from (fault for tensor in tensors(model) if (fault := _fault_of_tensor(tensor)))
     functions = Counter((one.domain, one.name, one.overload) for one in model.functions)
     yield from (f"the function {name[1]!r} twice" for name, k in functions.items() if k > 1)

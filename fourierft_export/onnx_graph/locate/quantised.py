@@ -7,11 +7,12 @@ output y; the dequantised weight shows whether it is the layer that the adapter 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import BadInputError
 from ...types import Array
 from ..graph.source import STANDARD, Source, constant_of
 
@@ -76,7 +77,27 @@ def find_quantised_linears(source: Source) -> list[QuantisedLinear]:
             found.append(_integer(source, node))
         elif node.op_type in ("MatMul", "Gemm") and node.domain in STANDARD:
             found.append(_dequantised_product(source, node))
-    return [one for one in found if one is not None]
+    return [_check_parts(source, one) for one in found if one is not None]
+
+
+def _check_parts(source: Source, linear: QuantisedLinear) -> QuantisedLinear:
+    """The same layer, whose weight is bad input where scales or zero points do not fit it."""
+    dequantise = linear.dequantised
+    if dequantise is None:
+        return linear
+
+    def dequantised() -> tuple[Array, Array]:
+        try:
+            return dequantise()
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise BadInputError(
+                source.path,
+                expected=f"scales and zero points that fit the quantised weight {linear.weight!r}",
+                found=str(error).splitlines()[0],
+                remedy="quantise the model again",
+            ) from None
+
+    return replace(linear, dequantised=dequantised)
 
 
 def list_unsupported(source: Source) -> list[str]:
@@ -100,7 +121,7 @@ def _n_bits(source: Source, node: ir.Node) -> QuantisedLinear | None:
 
     def dequantised() -> tuple[Array, Array]:
         blocks = -(-columns // size)
-        values = _unpacked(source.read(packed), bits).reshape(rows, -1)[:, : blocks * size]
+        values = _unpacked(source.read(packed), bits).reshape(rows, blocks * size)
         scale = _read(source, node, 2).astype(np.float32).reshape(rows, blocks)
         zero = _read(source, node, 3, 2 ** (bits - 1))
         if zero.ndim:
