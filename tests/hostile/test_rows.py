@@ -1,4 +1,4 @@
-"""Configs, tokenizers and image processors with fields that make no sense: one line, exit 3."""
+"""Files of a base with fields that make no sense, and ONNX files: one printable line, exit 3."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from transformers import ViTImageProcessor
@@ -22,6 +23,7 @@ EXPORT = "export --base base --bundle bundle --mode merged -o out.onnx"
 PEFT = "validate --base base --peft adapter --samples 2"
 TRAIN = "train --model base --task text-classification --data rows.tsv --steps 1 -o out"
 IMAGES = "validate --base base --bundle bundle --inputs images"
+VALIDATE = "validate --base base --bundle bundle --samples 2"
 LEARN = "train --model base --task image-classification --data classes --steps 1 -o out"
 
 
@@ -111,3 +113,49 @@ def test_a_file_of_the_base(
     with pytest.raises(BadInputError, match=words):
         ff.validate(base="base", bundle="bundle", inputs="images" if file == PIXELS else None)
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["inspect", "recover", "apply", "validate"])
+def test_an_empty_onnx_file_is_called_empty(
+    verb: str, text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("m.onnx").touch()
+    words = {
+        "inspect": "inspect m.onnx",
+        "recover": "recover --onnx m.onnx -o out",
+        "apply": "apply --onnx m.onnx --bundle bundle --mode merged -o out",
+        "validate": f"{VALIDATE} --onnx m.onnx",
+    }[verb]
+    assert run(words.split()) == 3
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: m.onnx: ") and "an empty file" in line
+
+
+def test_names_in_an_onnx_file_that_another_library_prints(
+    text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """ONNX Runtime repeats names of inputs and nodes: they are escaped, with --debug, too."""
+    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    name = f"{ESC}{'x' * 10**6}"
+    ends = [onnx.helper.make_tensor_value_info(n, 7, ["n", "m"]) for n in ("input_ids", "logits")]
+    node = onnx.helper.make_node(f"{ESC}Op", ["input_ids"], ["logits"], name=name)
+    graph = onnx.helper.make_graph([node], name, ends[:1], ends[1:])
+    for domain in ("", f"x{ESC}"):
+        node.domain = domain
+        graph.node[0].CopyFrom(node)
+        opsets = [onnx.helper.make_opsetid(d, 18) for d in {"", domain}]
+        Path("m.onnx").write_bytes(
+            onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+        )
+        for more in ([], ["--debug"]):
+            words = f"{VALIDATE} --onnx m.onnx".split()
+            assert run([*words, *more]) in (3, 4)
+            shown = capfd.readouterr().err
+            assert shown.replace("\n", "").isprintable()
+            *_, line = shown.splitlines()
+            assert len(line) <= 500
