@@ -71,7 +71,9 @@ class FourierFTError(Exception):
     ) -> None:
         self.where, self.expected = printable(where), printable(expected)
         self.found, self.remedy = printable(found), printable(remedy)
-        self.offenders = tuple(shortened(printable(line)) for line in offenders)
+        self.offenders = tuple(
+            shortened(printable(line), MAX_LINE_LENGTH - len("  ")) for line in offenders
+        )
         super().__init__(self.summary)
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from transformers import ViTImageProcessor
 
 import fourierft_export as ff
@@ -159,3 +160,19 @@ def test_names_in_an_onnx_file_that_another_library_prints(
             assert shown.replace("\n", "").isprintable()
             *_, line = shown.splitlines()
             assert len(line) <= 500
+
+
+def test_a_name_of_a_megabyte(
+    text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    tensors = load_file("adapter/adapter_model.safetensors")
+    tensors[ESC + "n" * 10**6] = np.ones(3, np.float32)
+    save_file(tensors, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+    for command in ("inspect adapter", "pack adapter -o out", "diff bundle adapter"):
+        assert run(command.split()) == 3
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 2
+        assert all(len(line) <= 500 and line.isprintable() for line in lines)
