@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fourierft_export as ff
-from fourierft_export.errors import BaseMismatchError, UsageError
+from fourierft_export.errors import BadInputError, BaseMismatchError, UsageError
 
 INT8 = ("dynamic int8", "dynamic int8 per channel", "QDQ", "Cast and Mul")
 FORMS = (*INT8, "4 bit", "8 bit", "4 bit asymmetric")
@@ -148,6 +148,19 @@ def test_what_is_refused(form: str, q: Quantised, tmp_path: Path) -> None:
     assert len(caught.value.offenders) == 4
     assert list(tmp_path.iterdir()) == []
     ff.apply_onnx(path, other, out, mode="unmerged", allow_base_mismatch=True)
+
+
+@pytest.mark.parametrize("size", [0, 8, 32])
+def test_parts_of_a_weight_that_do_not_fit_it(size: int, q: Quantised, tmp_path: Path) -> None:
+    model = onnx.load(q.files["4 bit"])
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "block_size":
+                assert attribute.i == 16
+                attribute.i = size
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BadInputError, match="scales and zero points that fit"):
+        ff.apply_onnx(tmp_path / "m.onnx", q.bundle(), tmp_path / "out.onnx", mode="unmerged")
 
 
 def test_several_adapters_and_old_opsets_are_refused(q: Quantised, tmp_path: Path) -> None:
