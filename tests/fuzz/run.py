@@ -251,7 +251,7 @@ def run_kind(kind: str, seed: int, cases: int | None, seconds: float | None) -> 
         (folder / "failure.txt").write_text(text, errors="backslashreplace")
 
     last = Path(f"fuzz-{kind}-{seed}-last")
-    last.mkdir()
+    last.mkdir(exist_ok=True)
 
     def begun(files: Files) -> None:
         shutil.rmtree(last / "input", ignore_errors=True)
