@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -284,6 +285,9 @@ def _processes(arguments: TrainingArguments) -> Iterator[None]:
         ) from error
     finally:
         if owned and _is_distributed():
+            # First the Trainer lets go of the group: freed last, by Python's collector, it can wait
+            # for a thread of its own that waits for Python.
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 
