@@ -141,21 +141,51 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
         ff.recover_onnx(tmp_path / "m.onnx")
 
 
+def make_model() -> onnx.ModelProto:
+    """x [n, 8] times lin.weight gives y [n, 6]."""
+    ends = [helper.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 8), ("y", 6))]
+    weight = numpy_helper.from_array(np.ones((8, 6), np.float32), "lin.weight")
+    node = helper.make_node("MatMul", ["x", "lin.weight"], ["y"])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def make_bundle() -> ff.Bundle:
+    spec = AdapterSpec(777, 50.0, (LayerSpec("lin", 5),))
+    return ff.Bundle.build(spec, {"lin": np.ones(5, np.float32)})
+
+
+def test_a_graph_that_cannot_be_written_again(tmp_path: Path) -> None:
+    model = make_model()
+    model.graph.node[0].device_configurations.add()  # without a name
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BadInputError, match="without a configuration"):
+        ff.apply_onnx(tmp_path / "m.onnx", make_bundle(), tmp_path / "out.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_onnx_runtime_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its errors hold names from the file; they are raised."""
+    onnx.save(make_model(), tmp_path / "m.onnx")
+    ff.apply_onnx(tmp_path / "m.onnx", make_bundle(), tmp_path / "out.onnx", mode="unmerged")
+    model = onnx.load(tmp_path / "out.onnx")
+    model.ir_version = 10
+    model.graph.CopyFrom(onnx.GraphProto())
+    onnx.save(model, tmp_path / "out.onnx")
+    with pytest.raises(BadInputError, match="a model that ONNX Runtime loads"):
+        ff.AdapterSession(tmp_path / "out.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_invalid_graph_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     change, words = CASES[name]
-    ends = [helper.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 8), ("y", 6))]
-    weight = numpy_helper.from_array(np.ones((8, 6), np.float32), "lin.weight")
-    node = helper.make_node("MatMul", ["x", "lin.weight"], ["y"])
-    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model, bundle = make_model(), make_bundle()
     change(model)
     Path("m.onnx").write_bytes(model.SerializeToString())
-    spec = AdapterSpec(777, 50.0, (LayerSpec("lin", 5),))
-    bundle = ff.Bundle.build(spec, {"lin": np.ones(5, np.float32)})
     bundle.save("b")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(BadInputError, match=words):

@@ -163,6 +163,18 @@ def test_parts_of_a_weight_that_do_not_fit_it(size: int, q: Quantised, tmp_path:
         ff.apply_onnx(tmp_path / "m.onnx", q.bundle(), tmp_path / "out.onnx", mode="unmerged")
 
 
+def test_a_packed_weight_of_floats_is_bad_input(q: Quantised, tmp_path: Path) -> None:
+    model = onnx.load(q.files["4 bit"])
+    packed = {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    for tensor in model.graph.initializer:
+        if tensor.name in packed:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BadInputError, match="fit the quantised weight"):
+        ff.apply_onnx(tmp_path / "m.onnx", q.bundle(), tmp_path / "out.onnx", mode="unmerged")
+
+
 def test_several_adapters_and_old_opsets_are_refused(q: Quantised, tmp_path: Path) -> None:
     bundle, out = q.bundle(), tmp_path / "out.onnx"
     with pytest.raises(UsageError, match="--mode bank"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import BadInputError, UsageError
+from ...errors import BadInputError, UsageError, first_line
 from ...files.hashed_write import check_space, name_os_errors
 from ...files.onnx_external_data import EXTERNAL, count_tensor_bytes, tensors
 from ...files.staging import (
@@ -104,6 +104,13 @@ def _stage(
                     str(value.name), tensor, tensor.shape.numpy(), tensor.numpy
                 )
         proto = ir.serde.serialize_model(source.model)
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # each level names the whole graph around it
+            cause = cause.__cause__
+        raise BadInputError(
+            source.path, expected="an ONNX model that can be written again", found=first_line(cause)
+        ) from error
     finally:
         for value, tensor in kept.items():
             value.const_value = tensor

@@ -89,7 +89,7 @@ def _check_parts(source: Source, linear: QuantisedLinear) -> QuantisedLinear:
     def dequantised() -> tuple[Array, Array]:
         try:
             return dequantise()
-        except (ValueError, IndexError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
             raise BadInputError(
                 source.path,
                 expected=f"scales and zero points that fit the quantised weight {linear.weight!r}",

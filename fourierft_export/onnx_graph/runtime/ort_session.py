@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import BadInputError, UsageError, first_line, missing_extra
 from ...types import Array
 
-_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+_FATAL_ONLY = 4  # ONNX Runtime's log severity: its errors, with names from the file, are raised
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 # On x86-64 without VNNI, ONNX Runtime multiplies 8-bit activations by signed 8-bit weights with
 # 16-bit sums that saturate: 27 times the error with dynamic int8, 3 with QDQ. "1" avoids that.
@@ -53,7 +53,7 @@ def load_session(path: Path, providers: Sequence[Any], options: Any) -> Any:
     ort = onnxruntime_for("AdapterSession")
     options = session_options(options)
     severity = options.log_severity_level
-    options.log_severity_level = max(severity, _ERRORS_ONLY)
+    options.log_severity_level = max(severity, _FATAL_ONLY)
     try:
         return ort.InferenceSession(os.fspath(path), options, providers=list(providers))
     except _runtime_errors() as error:
