@@ -62,7 +62,7 @@ def opened(tenants: Any, mode: str) -> ff.AdapterSession:
     return ff.AdapterSession(tenants.file(mode), session_options=options)
 
 
-@pytest.mark.parametrize("seconds", [0.3, pytest.param(20, marks=LONG)])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(60, marks=LONG)])
 @pytest.mark.parametrize("mode", ["swappable", "paired", "bank"])
 def test_a_session_in_threads(small_tenants: Any, mode: str, seconds: float) -> None:
     """Outputs are, bit for bit, those of one thread, whatever is loaded meanwhile."""
@@ -87,7 +87,7 @@ def test_a_session_in_threads(small_tenants: Any, mode: str, seconds: float) -> 
     assert run_in_threads(work, seconds) >= THREADS
 
 
-@pytest.mark.parametrize("seconds", [0.3, pytest.param(20, marks=LONG)])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(60, marks=LONG)])
 def test_readers_in_threads(small_tenants: Any, tmp_path: Path, seconds: float) -> None:
     """Bundles, PEFT folders and pools."""
     bundles = small_tenants.bundles
