@@ -15,7 +15,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_comp
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from ..errors import FileAccessError, missing_extra
+from ..errors import FileAccessError, first_line, missing_extra
 from ..spectral.thread_pool import default_threads
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def connect_dask(address: str) -> Iterator[Executor]:
         raise FileAccessError(
             address,
             expected="the address of a Dask scheduler",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
             remedy="start one (dask scheduler), or check the address",
         ) from None
     try:

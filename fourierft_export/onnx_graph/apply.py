@@ -12,7 +12,7 @@ from ..bundle.fingerprint import fingerprint
 from ..bundle.fit import Fit, FoundLayer, LayerVerdict, check_fits, fit_adapter
 from ..bundle.layer_templates import compress
 from ..bundle.spec import Fingerprint
-from ..errors import BaseMismatchError, UsageError
+from ..errors import BaseMismatchError, UsageError, first_line
 from ..models.base_tensors import Base, open_base
 from ..types import Progress
 from .adapter_interface import KEY
@@ -230,7 +230,7 @@ def _convert(source: Source, opset: int) -> Source:
         raise UsageError(
             source.path,
             expected=f"a graph that onnx.version_converter brings to opset {opset}",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             remedy="export the base at a newer opset",
         ) from None
     version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])

@@ -123,7 +123,7 @@ def make_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
         raise UsageError(
             f"device {kind}",
             expected="a device that this machine and this build of torch have",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             remedy="use --device cpu",
         ) from error
     if settings.dtype == "float16" and kind == "cpu":

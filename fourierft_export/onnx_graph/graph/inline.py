@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ...errors import BadInputError
+from ...errors import BadInputError, first_line
 from .function_calls import list_calls
 from .ops import free_name, register_constant, used_names
 from .source import STANDARD, Source
@@ -87,7 +87,7 @@ def _inline(
         raise BadInputError(
             path,
             expected="functions that can be expanded",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             remedy="expand them first with onnx.inliner.inline_local_functions",
         ) from None
 

@@ -211,7 +211,7 @@ def _check(staged: Path, source: Path) -> None:
             if source.exists():
                 onnx.checker.check_model(os.fspath(source))
             raise BadInputError(
-                source, expected="a graph that can be edited", found=str(error).splitlines()[0]
+                source, expected="a graph that can be edited", found=first_line(error)
             ) from None
 
 

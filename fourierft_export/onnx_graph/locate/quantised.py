@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import BadInputError
+from ...errors import BadInputError, first_line
 from ...types import Array
 from ..graph.source import STANDARD, Source, constant_of
 
@@ -93,7 +93,7 @@ def _check_parts(source: Source, linear: QuantisedLinear) -> QuantisedLinear:
             raise BadInputError(
                 source.path,
                 expected=f"scales and zero points that fit the quantised weight {linear.weight!r}",
-                found=str(error).splitlines()[0],
+                found=first_line(error),
                 remedy="quantise the model again",
             ) from None
 
