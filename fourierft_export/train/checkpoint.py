@@ -15,6 +15,7 @@ from ..files.staging import staged_file
 FOLDER_SUFFIX = ".train"
 METRICS, PICTURE, FACTS = "metrics.json", "curve.png", "run.json"
 ADAPTER, STATE = f"adapter{SUFFIX}", "trainer_state.json"
+LAST_STEP = f"last_step{SUFFIX}"  # beside an adapter that is a mean over steps
 AGAIN = "begin again with --force in place of --resume"
 STEPS = "steps of an epoch, which also follow from --accumulate and the number of processes"
 PLAN = ("rows", "rows to score", STEPS)
@@ -57,7 +58,8 @@ def read_history(checkpoint: Path, facts: dict[str, Any]) -> list[dict[str, Any]
     for path in checkpoint.glob("*.p*"):
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
             raise BadInputError(path, expected="a whole file", remedy=AGAIN)
-    Bundle.load(checkpoint / ADAPTER)
+    for path in checkpoint.glob(f"*{SUFFIX}"):
+        Bundle.load(path)
     folder = checkpoint.parent
     try:
         found: list[dict[str, Any]] = json.loads((checkpoint / STATE).read_text())["log_history"]

@@ -14,8 +14,10 @@ from statistics import median
 
 # Found by experiment; see samples/quality.
 GAIN = 0.4  # rms(delta_W) of unit coefficients, against 1 / sqrt(N): decides scaling
-LEARNING_RATE = 0.15  # of the spectra, at that gain, for a run of so many steps:
+LEARNING_RATE = 0.075  # of the spectra, mean over a run of so many steps, at that gain:
 STEPS = 190
+# The highest rate of a schedule that has a mean of 1.
+PEAKS = {"constant": 1.0, "linear": 2.0, "cosine": 2.0}
 RATE_RANGE = (1 / 8, 3)  # what shorter and longer runs may multiply it by
 HEAD_LEARNING_RATE = 5e-3
 N_FREQUENCY = 1000
@@ -24,7 +26,8 @@ INIT_ZEROS = True
 EPOCHS = 3
 BATCH_SIZE = 32
 WARMUP = 0.06
-SCHEDULE = "linear"
+SCHEDULE = "constant"
+AVERAGE = 1 / 3
 MAX_GRAD_NORM = 1.0
 
 SCALING_DIGITS = 4
@@ -68,10 +71,11 @@ def scaling(sizes: Mapping[str, LayerSize]) -> float:
     return float(f"{value:.{SCALING_DIGITS}g}")
 
 
-def typical_rate(steps: int | None = None) -> float:
-    """The spectra's learning rate at `GAIN`: a long run takes smaller steps."""
+def typical_rate(steps: int | None = None, schedule: str = "linear") -> float:
+    """The spectra's highest learning rate at `GAIN`: a long run takes smaller steps."""
     least, most = RATE_RANGE
-    return LEARNING_RATE * min(most, max(least, math.sqrt(STEPS / (steps or STEPS))))
+    longer = min(most, max(least, math.sqrt(STEPS / (steps or STEPS))))
+    return LEARNING_RATE * PEAKS[schedule] * longer
 
 
 def spectrum_rates(
@@ -80,12 +84,13 @@ def spectrum_rates(
     learning_rate: float | None = None,
     *,
     steps: int | None = None,
+    schedule: str = "linear",
     same: bool = False,
 ) -> dict[str, float]:
-    """The learning rate of each layer's spectrum: inversely as its gain."""
+    """The highest learning rate of each layer's spectrum: inversely as its gain."""
     typical = median(size.unit_gain for size in sizes.values())
     if learning_rate is None:
-        learning_rate = typical_rate(steps) * GAIN / (abs(scaling) * typical)
+        learning_rate = typical_rate(steps, schedule) * GAIN / (abs(scaling) * typical)
     if same:
         return dict.fromkeys(sizes, learning_rate)
     return {path: learning_rate * typical / size.unit_gain for path, size in sizes.items()}

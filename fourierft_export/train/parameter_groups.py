@@ -23,6 +23,7 @@ def parameter_groups(
     spectrum_weight_decay: float = 0.0,
     same_rate: bool = False,
     steps: int | None = None,
+    schedule: str = "linear",
 ) -> list[dict[str, Any]]:
     """Groups the parameters of `model` that learn, for an optimizer of torch.
 
@@ -40,6 +41,8 @@ def parameter_groups(
         same_rate: give every layer the same rate, rather than the one at which all layers'
             delta_W change alike.
         steps: of the run, if known: longer runs learn at a lower rate by default.
+        schedule: of the rates, "linear", "cosine" or "constant": a constant rate is by default
+            half of one that falls to zero.
 
     Returns:
         The groups, as torch's optimizers take them.
@@ -64,7 +67,9 @@ def parameter_groups(
     for scaling in dict.fromkeys(adapter.origin.scaling for adapter in spectra.values()):
         one = {path: a for path, a in spectra.items() if a.origin.scaling == scaling}
         sizes = {path: LayerSize(a.shape, a.n_frequency) for path, a in one.items()}
-        rates = spectrum_rates(sizes, scaling, learning_rate, steps=steps, same=same_rate)
+        rates = spectrum_rates(
+            sizes, scaling, learning_rate, steps=steps, schedule=schedule, same=same_rate
+        )
         for rate in dict.fromkeys(rates.values()):
             tensors = [adapter.spectrum for path, adapter in one.items() if rates[path] == rate]
             groups.append(("spectrum", tensors, rate, spectrum_weight_decay))

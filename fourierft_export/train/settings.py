@@ -151,7 +151,8 @@ class TrainSettings(_Checked):
     weight_decay: NotNegative = 0.0
     spectrum_weight_decay: NotNegative = 0.0
     warmup: Share = defaults.WARMUP
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = "constant"
+    average: Share = defaults.AVERAGE
     max_grad_norm: NotNegative = defaults.MAX_GRAD_NORM
     seed: Seed = 0
     dropout: Flag = False

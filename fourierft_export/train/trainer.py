@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapt.modules import base_modules, original
 from ..bundle.bundle import Bundle
 from ..errors import FileAccessError, UsageError, first_line
-from .checkpoint import ADAPTER
+from .average import Average
+from .checkpoint import ADAPTER, LAST_STEP
 from .data.losses_and_scores import logits_of
 from .epoch_batches import EpochBatches, rate_factor
 from .live_adapter import LiveAdapter
@@ -57,10 +59,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.settings, self.batches, self.adapter = settings, batches, adapter
+        self.average = None if adapter is None else Average(adapter, settings.average)
         given = {name: getattr(task, name) for name in TASK_ARGUMENTS}
-        optimizers = (optimizer, None)
+        optimizers, own = (optimizer, None), [self.average] if self.average else []
         super().__init__(
-            task.model, arguments, callbacks=list(callbacks), optimizers=optimizers, **given
+            task.model, arguments, callbacks=[*own, *callbacks], optimizers=optimizers, **given
         )
         self.remove_callback(PrinterCallback)
         if task.compute_loss_func is not None:
@@ -86,6 +89,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 spectrum_weight_decay=self.settings.spectrum_weight_decay,
                 same_rate=self.settings.layer_rates == "same",
                 steps=self.args.max_steps,
+                schedule=self.settings.schedule,
             )
             devices = {p.device.type for group in groups for p in group["params"]}
             # One kernel per group instead of a dozen per tensor, where there is such a kernel.
@@ -158,18 +162,37 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 remedy="check the free space of the disk, then use --resume",
             ) from error
 
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """The Trainer's, of the mean where there is one."""
+        with self.average.in_use() if self.average else nullcontext():
+            found: dict[str, float] = super().evaluate(*arguments, **options)
+        return found
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with FSDP every process takes part."""
-        if self.adapter is not None and (self.is_fsdp_enabled or self.args.should_save):
-            bundle = self.adapter.bundle()
-            if self.args.should_save:
-                folder = Path(output_dir or self.args.output_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                bundle.save(folder / ADAPTER, force=True)
+        if self.average is None or not (self.is_fsdp_enabled or self.args.should_save):
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with self.average.in_use():
+            self._save_adapter(folder / ADAPTER)
+        if self.average.means:
+            self._save_adapter(folder / LAST_STEP)
+
+    def _save_adapter(self, path: Path) -> None:
+        assert self.adapter is not None
+        bundle = self.adapter.bundle()
+        if self.args.should_save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bundle.save(path, force=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, _model: Any = None) -> None:
-        if self.adapter is not None:
-            self.adapter.load(Bundle.load(Path(resume_from_checkpoint) / ADAPTER))
+        if self.adapter is None or self.average is None:
+            return
+        folder = Path(resume_from_checkpoint)
+        self.adapter.load(Bundle.load(folder / ADAPTER))
+        if (folder / LAST_STEP).is_file():
+            self.average.begin()
+            self.adapter.load(Bundle.load(folder / LAST_STEP))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -369,10 +370,43 @@ def test_gradient_checkpointing(tiny_model: Callable[[str], Any], tmp_path: Path
         train(make_task(), tmp_path / "c", settings(gradient_checkpointing=True))
 
 
+# --- the mean over the last steps
+
+
+def test_the_adapter_is_the_mean_over_the_last_steps(tmp_path: Path) -> None:
+    """Of the adapters that runs of 7 to 10 steps end with; that one is scored, and left on."""
+    plain = settings(epochs=None, schedule="constant", warmup=0.0, threads=1)
+    ends = []
+    for steps in range(7, 11):
+        train(make_task(), tmp_path / f"{steps}", replace(plain, steps=steps, keep="last"))
+        ends.append(ff.Bundle.load(tmp_path / f"{steps}"))
+    task, averaged = make_task(), replace(plain, steps=10, average=0.4, keep="last")
+    report = train(task, tmp_path / "mean", averaged)
+    mean = ff.Bundle.load(tmp_path / "mean")
+    assert mean.spectra and mean.saved
+    for name, found in (*mean.spectra.items(), *mean.saved.items()):
+        values = [(end.spectra.get(name, end.saved.get(name))).astype("f8") for end in ends]
+        np.testing.assert_allclose(found, sum(values) / 4, atol=1e-6)
+        assert np.abs(found - values[-1]).max() > 1e-3
+    assert ff.capture(task.model).to_bytes() == mean.to_bytes()
+    last = json.loads((tmp_path / "10.train" / "metrics.json").read_text("utf-8"))
+    assert report.curves["loss"] == last["curves"]["loss"]  # averaging changes no step
+    assert report.best != last["best"]
+    again = ff.TrainSettings(steps=1, batch_size=8, device="cpu")
+    scored = train(make_task(), tmp_path / "again", again, bundle=tmp_path / "mean")
+    assert scored.before == pytest.approx(report.best)
+
+
 # --- stopped and resumed
 
 RUN = settings(
-    epochs=4, weight_decay=0.01, schedule="cosine", dropout=True, group_lengths=True, threads=1
+    epochs=4,
+    weight_decay=0.01,
+    schedule="cosine",
+    average=0.5,  # from step 11 of 20
+    dropout=True,
+    group_lengths=True,
+    threads=1,
 )
 
 
