@@ -14,10 +14,9 @@ from statistics import median
 
 # Found by experiment; see samples/quality.
 GAIN = 0.4  # rms(delta_W) of unit coefficients, against 1 / sqrt(N): decides scaling
-LEARNING_RATE = 0.075  # of the spectra, mean over a run of so many steps, at that gain:
+LEARNING_RATE = 0.15  # of the spectra, at that gain, if it falls to zero within so many steps:
 STEPS = 190
-# The highest rate of a schedule that has a mean of 1.
-PEAKS = {"constant": 1.0, "linear": 2.0, "cosine": 2.0}
+CONSTANT = 0.5  # what a constant rate is of one that falls to zero: both have the same mean
 RATE_RANGE = (1 / 8, 3)  # what shorter and longer runs may multiply it by
 HEAD_LEARNING_RATE = 5e-3
 N_FREQUENCY = 1000
@@ -27,7 +26,7 @@ EPOCHS = 3
 BATCH_SIZE = 32
 WARMUP = 0.06
 SCHEDULE = "constant"
-AVERAGE = 1 / 3
+AVERAGE = 0.33
 MAX_GRAD_NORM = 1.0
 
 SCALING_DIGITS = 4
@@ -75,7 +74,7 @@ def typical_rate(steps: int | None = None, schedule: str = "linear") -> float:
     """The spectra's highest learning rate at `GAIN`: a long run takes smaller steps."""
     least, most = RATE_RANGE
     longer = min(most, max(least, math.sqrt(STEPS / (steps or STEPS))))
-    return LEARNING_RATE * PEAKS[schedule] * longer
+    return LEARNING_RATE * longer * (CONSTANT if schedule == "constant" else 1.0)
 
 
 def spectrum_rates(

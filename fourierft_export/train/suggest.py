@@ -40,8 +40,8 @@ def suggest(
 
     Returns:
         `n_frequency`, `scaling`, `init_weights` (True, start at zero) and `learning_rate`, the
-        highest rate of the coefficients, for AdamW, batches of about 32 rows, and a schedule that falls
-        to zero, as the Trainer's linear one does.
+        highest rate of the coefficients, for AdamW, batches of about 32 rows, and a rate that
+        falls to zero, as the Trainer's does unless told otherwise.
 
     Raises:
         UsageError: values out of range; nothing in the model is adapted.

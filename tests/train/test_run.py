@@ -126,6 +126,7 @@ def test_equal_to_a_plain_loop(clip: float, accumulate: int, tmp_path: Path) -> 
     """Rows have 1 to 5 items, so that averaging averages would differ at once."""
     expected, spectra = plain_run(make_task(), 15, clip)
     changes = {"layer_rates": "same", "warmup": 0.2, "max_grad_norm": clip, "keep": "last"}
+    changes |= {"schedule": "linear", "average": 0.0}
     report = train(make_task(), tmp_path / "a", settings(accumulate=accumulate, **changes))
     assert report.curves["loss"] == pytest.approx(expected, rel=2e-5)
     assert expected[-1] < 0.8 * expected[0]
@@ -214,7 +215,9 @@ def test_a_budget_of_coefficients(budget: int, counts: list[int], tmp_path: Path
 
 
 def test_suggestions_are_what_a_run_uses(tmp_path: Path) -> None:
-    run = ff.TrainSettings(steps=3, batch_size=8, layer_rates="same", device="cpu")
+    run = ff.TrainSettings(
+        steps=3, batch_size=8, layer_rates="same", schedule="linear", device="cpu"
+    )
     report = train(make_task(), tmp_path / "a", run)
     found = ff.suggest(make_task().model, steps=3, target_modules=["down", "up"])
     assert found == {
@@ -375,7 +378,7 @@ def test_gradient_checkpointing(tiny_model: Callable[[str], Any], tmp_path: Path
 
 def test_the_adapter_is_the_mean_over_the_last_steps(tmp_path: Path) -> None:
     """Of the adapters that runs of 7 to 10 steps end with; that one is scored, and left on."""
-    plain = settings(epochs=None, schedule="constant", warmup=0.0, threads=1)
+    plain = settings(epochs=None, schedule="constant", warmup=0.0, average=0.0, threads=1)
     ends = []
     for steps in range(7, 11):
         train(make_task(), tmp_path / f"{steps}", replace(plain, steps=steps, keep="last"))

@@ -157,6 +157,8 @@ def test_longer_runs_learn_at_a_lower_rate() -> None:
     found = [defaults.typical_rate(steps) for steps in (1, 48, 190, 760, 10**6)]
     assert found == pytest.approx([0.45, 0.15 * math.sqrt(190 / 48), 0.15, 0.075, 0.15 / 8])
     assert defaults.typical_rate() == 0.15
+    constant = [defaults.typical_rate(steps, "constant") for steps in (48, 10**6)]
+    assert constant == pytest.approx([found[1] / 2, found[-1] / 2])
 
 
 def test_schedules() -> None:
