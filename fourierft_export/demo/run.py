@@ -164,7 +164,7 @@ def learn_adapter(
     settings = TrainSettings(
         n_frequency=64, scaling=150.0, learning_rate=0.15, layer_rates="same",
         target_modules=TARGETS, epochs=epochs, batch_size=digits.BATCH, warmup=0.15,
-        schedule="cosine", seed=seed, device="cpu", eval_share=0.0, eval_every=10**6,
+        schedule="cosine", average=0.0, seed=seed, device="cpu", eval_share=0.0, eval_every=10**6,
     )  # fmt: skip
 
     def report(_what: str, done: int, total: int) -> None:
