@@ -62,6 +62,7 @@ MAX_CONFIG_BYTES = 64 << 20
 MAX_LAYERS = 1_000
 MAX_LABELS = 1_000_000
 _LAYERS = ("layers", "layer", "depth", "depths", "blocks")
+_FLAGS = ("output_hidden_states", "output_attentions")
 # Names of earlier versions -> today's.
 ALIASES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
 _BY_NAME = {task.name: task for task in _TASKS}
@@ -88,20 +89,22 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     config = strict_json.loads(read_file(path, MAX_CONFIG_BYTES), os.fspath(path))
     if not isinstance(config, dict):
         raise BadInputError(path, expected="a JSON object", found=type(config).__name__)
-    _check_sizes(path, config)
+    _check_fields(path, config)
     return config
 
 
-def _check_sizes(path: Path, fields: Mapping[str, Any]) -> None:
-    """Refuses counts of layers and labels that would take hours to build, in nested fields, too."""
+def _check_fields(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuses counts that would take hours to build, and flags as text; in nested fields, too."""
     for name, value in fields.items():
         most = MAX_LAYERS if name.endswith(_LAYERS) else math.inf
         most = MAX_LABELS if name == "num_labels" else most
         for count in value if isinstance(value, list) else (value,):
             if isinstance(count, dict):
-                _check_sizes(path, count)
+                _check_fields(path, count)
             elif isinstance(count, int) and count > most:
                 raise BadInputError(path, expected=f"{name} of at most {most}", found=str(count))
+            elif isinstance(count, str) and name in _FLAGS:
+                raise BadInputError(path, expected=f"{name} true or false", found=repr(count))
 
 
 def get_task(name: str) -> Task:

@@ -70,6 +70,7 @@ CASES: dict[str, tuple[str, Change, str]] = {
     "9,999 layers": (TEXT, {"num_hidden_layers": 9999}, "num_hidden_layers of at most"),
     "5,000,000 labels": (TEXT, {"num_labels": 5_000_000}, "num_labels of at most"),
     "a part's part": (TEXT, {"a": {"b": [{"depths": [2, 10**6]}]}}, "depths of at most"),
+    "a flag as text": (TEXT, {"output_hidden_states": "x"}, "output_hidden_states true or"),
     "labels as a number": (TEXT, {"id2label": 5}, ""),
     "a kind with an escape": (TEXT, {"model_type": ESC}, ""),
     "a kind that is a list": (TEXT, {"model_type": ["bert"]}, ""),
