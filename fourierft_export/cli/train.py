@@ -133,7 +133,7 @@ def train(
 
 
 def _chosen(run: DataSettings, settings: TrainSettings) -> Outcome:
-    """The values that the rules choose, in PEFT's terms."""
+    """The values that the rules choose, in PEFT's terms, and those that its rate goes with."""
     from ..train.data.make_task import prepare
     from ..train.suggest import choose_values
     from ..train.train import resolved, with_rows_to_score
@@ -142,9 +142,17 @@ def _chosen(run: DataSettings, settings: TrainSettings) -> Outcome:
     settings = resolved(settings)
     task, _ = with_rows_to_score(prepare(run, settings), settings)
     steps = count_steps(len(task.train_dataset), settings)
-    values = choose_values(task, replace(settings, steps=steps, epochs=None))
-    values |= {"head_learning_rate": settings.head_learning_rate, "steps": steps}
-    return Outcome({"settings": values}, [f"{k} = {_toml(v)}" for k, v in values.items()])
+    settings = replace(settings, steps=steps, epochs=None)
+    values = choose_values(task, settings)
+    falling = choose_values(task, replace(settings, schedule="linear"))["learning_rate"]
+    names = ("head_learning_rate", "schedule", "average", "steps")
+    values |= {name: getattr(settings, name) for name in names}
+    lines = [f"{k} = {_toml(v)}" for k, v in values.items()]
+    if falling != values["learning_rate"]:
+        lines.append(
+            f"# for a rate that falls to zero, as Trainer's does: learning_rate = {falling}"
+        )
+    return Outcome({"settings": values}, lines)
 
 
 def _toml(value: Any) -> str:

@@ -41,8 +41,8 @@ def parameter_groups(
         same_rate: give every layer the same rate, rather than the one at which all layers'
             delta_W change alike.
         steps: of the run, if known: longer runs learn at a lower rate by default.
-        schedule: of the rates, "linear", "cosine" or "constant": a constant rate is by default
-            half of one that falls to zero.
+        schedule: of the rates, "linear" or "cosine", which fall to zero, or "constant", as in a
+            loop without a schedule: a constant rate is by default half of the others' highest.
 
     Returns:
         The groups, as torch's optimizers take them.

@@ -47,7 +47,9 @@ def suggest(
         UsageError: values out of range; nothing in the model is adapted.
     """
     targets = target_modules if isinstance(target_modules, str | None) else tuple(target_modules)
-    settings = TrainSettings(n_frequency=n_frequency, target_modules=targets, steps=steps)
+    settings = TrainSettings(
+        n_frequency=n_frequency, target_modules=targets, steps=steps, schedule="linear"
+    )
     if isinstance(model_or_shapes, Sequence):
         shapes = [(int(rows), int(columns)) for rows, columns in model_or_shapes]
         n = settings.n_frequency or defaults.n_frequency(shapes)
@@ -59,7 +61,7 @@ def suggest(
 
 
 def choose_values(task: TrainingTask, settings: TrainSettings) -> dict[str, Any]:
-    """The same values for a task and settings, whose `steps` say how long the run is."""
+    """The values for a task and its settings, which say the schedule and the steps."""
     from .live_adapter import choose_config
 
     config, sizes = choose_config(task, settings)
@@ -71,8 +73,14 @@ def choose_values(task: TrainingTask, settings: TrainSettings) -> dict[str, Any]
 def _values(
     n_frequency: int, scaling: float, sizes: dict[str, LayerSize], settings: TrainSettings
 ) -> dict[str, Any]:
-    given, steps = settings.learning_rate, settings.steps
-    rates = defaults.spectrum_rates(sizes, scaling, given, steps=steps, same=True)
+    rates = defaults.spectrum_rates(
+        sizes,
+        scaling,
+        settings.learning_rate,
+        steps=settings.steps,
+        schedule=settings.schedule,
+        same=True,
+    )
     return {
         "n_frequency": n_frequency,
         "scaling": scaling,

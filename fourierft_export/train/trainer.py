@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -165,22 +166,27 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The Trainer's, of the mean where there is one."""
         with self.average.in_use() if self.average else nullcontext():
-            found: dict[str, float] = super().evaluate(*arguments, **options)
+            try:
+                found: dict[str, float] = super().evaluate(*arguments, **options)
+            finally:
+                for module in self.model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()  # the outermost one stays whole otherwise
         return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with FSDP every process takes part."""
-        if self.average is None or not (self.is_fsdp_enabled or self.args.should_save):
+        writes = self.is_fsdp_enabled or self.args.should_save
+        if self.adapter is None or self.average is None or not writes:
             return
         folder = Path(output_dir or self.args.output_dir)
         with self.average.in_use():
-            self._save_adapter(folder / ADAPTER)
+            self._save_adapter(self.adapter, folder / ADAPTER)
         if self.average.means:
-            self._save_adapter(folder / LAST_STEP)
+            self._save_adapter(self.adapter, folder / LAST_STEP)
 
-    def _save_adapter(self, path: Path) -> None:
-        assert self.adapter is not None
-        bundle = self.adapter.bundle()
+    def _save_adapter(self, adapter: LiveAdapter, path: Path) -> None:
+        bundle = adapter.bundle()
         if self.args.should_save:
             path.parent.mkdir(parents=True, exist_ok=True)
             bundle.save(path, force=True)
@@ -190,7 +196,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             return
         folder = Path(resume_from_checkpoint)
         self.adapter.load(Bundle.load(folder / ADAPTER))
-        if (folder / LAST_STEP).is_file():
+        if self.average.count(self.state) > 0:
             self.average.begin()
             self.adapter.load(Bundle.load(folder / LAST_STEP))
 

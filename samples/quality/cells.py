@@ -14,6 +14,7 @@ from data import Rows
 from methods import METHODS
 
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 3, 32, 64
+PEER_SETTINGS: dict[str, Any] = {"schedule": "linear", "average": 0.0}  # as Trainer's own
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def make_settings(cell: Cell, dtype: str) -> Any:
     """The toolkit's defaults, but for what the comparison fixes for every method."""
     import fourierft_export as ff
 
+    falls = {} if METHODS[cell.method].put is None else PEER_SETTINGS
     return ff.TrainSettings(
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
@@ -69,6 +71,7 @@ def make_settings(cell: Cell, dtype: str) -> Any:
         device="cpu",
         eval_share=0.0,
         **METHODS[cell.method].settings,
+        **falls,
     )
 
 
@@ -159,7 +162,7 @@ def train_ours(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
 
 
 def train_peer(task: Any, cell: Cell, settings: Any) -> dict[str, Any]:
-    """The same Trainer, batches and schedule around a model that PEFT prepared."""
+    """The same Trainer and batches around a model that PEFT prepared; its rate falls to zero."""
     import torch
     from transformers import TrainerCallback
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cell, train_ours, train_peer
+from cells import PEER_SETTINGS, Cell, train_ours, train_peer
 from methods import METHODS, TARGETS
 from table import spread
 
@@ -51,8 +51,9 @@ def train_and_score(
         eval_share=0.0,
         target_modules=TARGETS,
         **METHODS[cell.method].settings,
+        **(PEER_SETTINGS if METHODS[cell.method].put else {}),
     )
-    train = train_ours if METHODS[cell.method].put is None else train_peer
+    train = train_peer if METHODS[cell.method].put else train_ours
     found = train(task, cell, settings)
     with torch.no_grad():
         logits = task.model.eval()(scored.images, scored.labels)["logits"]

@@ -26,6 +26,8 @@ from data import TASKS, Rows, write_rows
 from methods import METHODS
 from table import draw, markdown
 
+import fourierft_export as ff
+
 FULL_ROWS, QUICK_ROWS, QUICK_SCORED = 2000, 500, 500
 Results = dict[str, dict[str, Any]]
 
@@ -116,7 +118,12 @@ class Runner:
         self.asked, self.rows = asked, rows
         self.model = asked.model or minilm()
         self.path = asked.out / "results.jsonl"
-        self.setup = {"quick": asked.quick, "dtype": asked.dtype, "model": Path(self.model).name}
+        self.setup: dict[str, Any] = {
+            "quick": asked.quick,
+            "dtype": asked.dtype,
+            "model": Path(self.model).name,
+        }
+        self.setup["defaults"] = ff.TrainSettings().to_dict()
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
         known = [json.loads(line) for line in lines]
         self.found: Results = {r["key"]: r for r in known if r["setup"] == self.setup}

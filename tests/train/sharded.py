@@ -64,7 +64,9 @@ def main(out: str, killed_at: int) -> None:
             shard(self)
 
         AcceleratorState.__init__ = sharded
-    settings = ff.TrainSettings(device="cpu", steps=6, batch_size=8, eval_every=2)
+    settings = ff.TrainSettings(
+        device="cpu", steps=6, batch_size=8, eval_every=2, average=0.5, modules_to_save=("lm_head",)
+    )
     resume = os.path.exists(f"{out}.train")
     report = ff.train_adapter(make_task(killed_at), out, settings, resume=resume, picture=False)
     if os.environ.get("RANK", "0") == "0":

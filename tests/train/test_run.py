@@ -435,7 +435,7 @@ def everything(folder: Path, name: str) -> dict[str, Any]:
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     return {
         "bundle": (folder / name).read_bytes(),
-        "last": (checkpoint / "adapter.fourierft.safetensors").read_bytes(),
+        "last": {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")},
         "optimizer": {k: v["exp_avg_sq"].tolist() for k, v in optimizer.items()},
         "losses": found["curves"]["loss"],
         "norms": found["curves"]["gradient_norm"],
@@ -452,7 +452,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return everything(folder, "a")
 
 
-@pytest.mark.parametrize("stops", [[1], [5], [7, 12]])
+@pytest.mark.parametrize("stops", [[1], [5], [7, 11]])
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(
     stops: list[int], whole: dict[str, Any], tmp_path: Path
 ) -> None:
