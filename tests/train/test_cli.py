@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 import fourierft_export as ff
 from fourierft_export.cli.main import run
 from fourierft_export.cli.train import train
-from fourierft_export.train.settings import DataSettings, TrainSettings, kinds
+from fourierft_export.train.settings import DataSettings, TrainSettings, kinds, read_settings
 from tests.train.toy import sentences, write_jsonl, write_tsv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,7 +234,7 @@ def test_printed_settings_of_a_budget_are_a_settings_file(
     same = ["--layer-rates", "same", "-o", "a"]
     assert run(["train", "--config", "run.toml", "--module", words[2], *same]) == 0
     told = json.loads(Path("a.train/metrics.json").read_text("utf-8"))
-    assert max(told["rates"].values()) == pytest.approx(tomllib.loads(shown)["learning_rate"])
+    assert max(told["rates"].values()) == pytest.approx(read_settings("run.toml")["learning_rate"])
 
 
 def test_every_option_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
