@@ -52,6 +52,14 @@ def image_model(tiny_base: Any, tiny_adapter: Any, tmp_path_factory: Any) -> Pat
     return folder
 
 
+@pytest.fixture
+def here(text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the text model's folder, which is the working folder."""
+    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def make(folder: Path, base: Path, adapter: Path) -> None:
     shutil.copytree(base, folder / "base")
     shutil.copytree(adapter, folder / "adapter")
@@ -119,11 +127,8 @@ def test_a_file_of_the_base(
 
 @pytest.mark.parametrize("verb", ["inspect", "recover", "apply", "validate"])
 def test_an_empty_onnx_file_is_called_empty(
-    verb: str, text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+    verb: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     Path("m.onnx").touch()
     words = {
         "inspect": "inspect m.onnx",
@@ -137,12 +142,9 @@ def test_an_empty_onnx_file_is_called_empty(
 
 
 def test_names_in_an_onnx_file_that_another_library_prints(
-    text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """ONNX Runtime repeats names of inputs and nodes: they are escaped, with --debug, too."""
-    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     name = f"{ESC}{'x' * 10**6}"
     ends = [onnx.helper.make_tensor_value_info(n, 7, ["n", "m"]) for n in ("input_ids", "logits")]
     node = onnx.helper.make_node(f"{ESC}Op", ["input_ids"], ["logits"], name=name)
@@ -163,12 +165,7 @@ def test_names_in_an_onnx_file_that_another_library_prints(
             assert len(line) <= 500
 
 
-def test_a_name_of_a_megabyte(
-    text_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    shutil.copytree(text_model, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+def test_a_name_of_a_megabyte(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tensors = load_file("adapter/adapter_model.safetensors")
     tensors[ESC + "n" * 10**6] = np.ones(3, np.float32)
     save_file(tensors, "adapter/adapter_model.safetensors", metadata={"format": "pt"})

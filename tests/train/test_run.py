@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fourierft_export.errors import (
     FourierFTError,
     UsageError,
 )
+from fourierft_export.train.average import Average
 from fourierft_export.train.epoch_batches import EpochBatches, epoch_batches
 from tests.train.toy import small_task as make_task
 from tests.train.toy import tag_loss
@@ -400,6 +402,22 @@ def test_the_adapter_is_the_mean_over_the_last_steps(tmp_path: Path) -> None:
     assert scored.before == pytest.approx(report.best)
 
 
+def test_a_mean_of_half_precision_is_kept_in_float32() -> None:
+    """In bfloat16 the hundredth step would be rounded away."""
+    values = torch.randn(400, 50, generator=torch.Generator().manual_seed(0)) + 1
+    parameter = nn.Parameter(torch.zeros(50, dtype=torch.bfloat16))
+    adapter: Any = SimpleNamespace(learning=lambda: [parameter])
+    average, expected = Average(adapter, 1.0), torch.zeros(50, dtype=torch.float64)
+    for step, value in enumerate(values, 1):
+        parameter.data.copy_(value)
+        expected += parameter.detach().double() / 400
+        average.on_step_end(None, SimpleNamespace(global_step=step, max_steps=400))
+    assert torch.allclose(average.means[0].double(), expected, rtol=0, atol=1e-5)
+    with average.in_use():
+        assert (parameter == expected.bfloat16()).float().mean() > 0.9  # but for ties
+    assert (parameter == values[-1].bfloat16()).all()
+
+
 # --- stopped and resumed
 
 RUN = settings(
@@ -561,6 +579,15 @@ def test_a_run_that_changed_is_refused(tmp_path: Path) -> None:
         assert isinstance(error.value, BadInputError), (file, error.value)
         file.write_bytes(content)
     train(make_task(), tmp_path / "a", replace(RUN, accumulate=2, patience=9), resume=True)
+
+
+def test_a_lost_last_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted(make_task(), 12), tmp_path / "a", RUN)
+    lost = tmp_path / "a.train" / "checkpoint-12" / "last_step.fourierft.safetensors"
+    lost.unlink()
+    with pytest.raises(FileAccessError, match="last_step"):
+        train(make_task(), tmp_path / "a", RUN, resume=True)
 
 
 def test_a_plan_that_changed_is_refused(tmp_path: Path) -> None:
