@@ -59,7 +59,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         adapter: LiveAdapter | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.settings, self.batches, self.adapter = settings, batches, adapter
+        self.settings, self.batches = settings, batches
         self.average = None if adapter is None else Average(adapter, settings.average)
         given = {name: getattr(task, name) for name in TASK_ARGUMENTS}
         optimizers, own = (optimizer, None), [self.average] if self.average else []
@@ -177,13 +177,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; with FSDP every process takes part."""
         writes = self.is_fsdp_enabled or self.args.should_save
-        if self.adapter is None or self.average is None or not writes:
+        if self.average is None or not writes:
             return
         folder = Path(output_dir or self.args.output_dir)
         with self.average.in_use():
-            self._save_adapter(self.adapter, folder / ADAPTER)
+            self._save_adapter(self.average.adapter, folder / ADAPTER)
         if self.average.means:
-            self._save_adapter(self.adapter, folder / LAST_STEP)
+            self._save_adapter(self.average.adapter, folder / LAST_STEP)
 
     def _save_adapter(self, adapter: LiveAdapter, path: Path) -> None:
         bundle = adapter.bundle()
@@ -192,13 +192,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             bundle.save(path, force=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, _model: Any = None) -> None:
-        if self.adapter is None or self.average is None:
+        if self.average is None:
             return
-        folder = Path(resume_from_checkpoint)
-        self.adapter.load(Bundle.load(folder / ADAPTER))
+        folder, adapter = Path(resume_from_checkpoint), self.average.adapter
+        adapter.load(Bundle.load(folder / ADAPTER))
         if self.average.count(self.state) > 0:
             self.average.begin()
-            self.adapter.load(Bundle.load(folder / LAST_STEP))
+            adapter.load(Bundle.load(folder / LAST_STEP))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
